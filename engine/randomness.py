@@ -1,0 +1,68 @@
+"""Randomness as a pure function of keys, so that it is the same on any rank, device and number of workers.
+
+    mix(*keys)               one int64 from several: seed, epoch, index, ...
+    uniform(keys, shape)     [B, *shape] fp32 in (0, 1), from int64 keys [B]
+    normal(keys, shape)      [B, *shape] fp32, standard normal
+
+Integers are mixed by splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014), in two's complement, which torch and numpy both wrap silently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def mix(*keys: int) -> int:
+    """An int64 (as a signed Python int) that depends on every key and on their order."""
+    state = 0
+    for key in keys:
+        state = _finalise_int((state + _GOLDEN + (key & _MASK)) & _MASK)
+    return state - (1 << 64) if state >= 1 << 63 else state
+
+
+def _finalise_int(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    return z - (1 << 64) if z >= 1 << 63 else z
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the mask makes it logical
+
+
+def _finalise(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _counters(keys: Tensor, count: int, stream: int) -> Tensor:
+    steps = torch.arange(count, device=keys.device, dtype=torch.int64) + (stream << 40)
+    return _finalise(_finalise(keys)[:, None] + steps * _signed(_GOLDEN))
+
+
+def uniform(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Uniform numbers of the open interval (0, 1): [B, *shape] fp32 from int64 `keys` [B].
+
+    `stream` separates several draws that are made with one key.
+    """
+    bits = _shift_right(_counters(keys, math.prod(shape), stream), 40)
+    return ((bits.to(torch.float32) + 0.5) * 2.0**-24).reshape(len(keys), *shape)
+
+
+def normal(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal numbers by Box-Muller: [B, *shape] fp32 from int64 `keys` [B]."""
+    radius = torch.sqrt(-2.0 * torch.log(uniform(keys, shape, 2 * stream + 1)))
+    return radius * torch.cos(2 * math.pi * uniform(keys, shape, 2 * stream + 2))

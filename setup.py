@@ -1,0 +1,29 @@
+"""Installs Trunkline. `make train` and `make test` call this with the versions pinned in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="trunkline",
+    version="0.1.0",
+    description="A scale-out training engine: DeepSpeed ZeRO first, FSDP2 as the fallback, Triton on the hot paths.",
+    packages=find_packages(include=[f"{top}{rest}" for top in ("engine", "kernels", "models") for rest in ("", ".*")]),
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "safetensors>=0.5",
+        "pydantic>=2.10",
+        "numpy>=1.26",
+        "scipy>=1.13",
+        "polars>=1.20",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "hypothesis>=6", "pandas>=2.2"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+    },
+)
