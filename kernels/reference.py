@@ -1,0 +1,59 @@
+"""The dense definitions of every kernel, in fp32 (fp64 for fp64 inputs). For tests and benchmarks only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal_block: int | None = None,
+    key_mask: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """kernels.flash_attention with an N x M matrix. The result is fp32 or fp64, not rounded to q's dtype."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    seen = visible_pairs(q.shape[1], k.shape[1], causal_block, key_mask, q.device)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    some = seen.any(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(~some, 0), dim=-1).masked_fill(~seen, 0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def visible_pairs(
+    num_queries: int,
+    num_keys: int,
+    causal_block: int | None,
+    key_mask: Tensor | None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[B or 1, 1, N, M] bool: whether query i sees key j."""
+    i, j = torch.arange(num_queries, device=device)[:, None], torch.arange(num_keys, device=device)
+    seen = torch.ones_like(i + j, dtype=torch.bool) if causal_block is None else j // causal_block <= i // causal_block
+    return seen[None, None] if key_mask is None else seen & key_mask[:, None, None, :]
+
+
+def masked_mse_reference(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kernels.masked_mse, value by value."""
+    pred, target = _wide(pred), _wide(target)
+    weights = torch.ones_like(pred) if mask is None else mask.to(pred.dtype).expand(pred.shape)
+    chosen = weights != 0
+    return (weights[chosen] * (pred[chosen] - target[chosen]) ** 2).sum(), weights.sum()
+
+
+def linear_masked_mse_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """kernels.linear_masked_mse, prediction first."""
+    return masked_mse_reference(_wide(hidden) @ _wide(weight) + _wide(bias), target, mask)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
