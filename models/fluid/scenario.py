@@ -1,0 +1,139 @@
+"""A random day of operation: demands, set flows, set pressures and switches, every 30 minutes.
+
+Values hold for three hours as a rule and change at the next multiple of three; some changes come half an hour or an hour later.
+Switches (compressors, control valves, ball valves) come at random slots, so a day has several of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.fluid.gas import Array
+from models.fluid.hydraulics import Controls
+from models.fluid.topology import Network
+
+ROWS = 48  # one every 30 minutes
+SLOT_ROWS = 6  # three hours
+BEFORE = 12  # rows before 0:00 that lead the network to its start
+
+
+def columns(network: Network) -> list[str]:
+    """Boundary columns `T_001:SP`, in file order: T, E, B, C, R."""
+    names = [f"{name}:{'SP' if i == network.pressure_source else 'SNQ'}" for i, name in enumerate(network.names("T"))]
+    names += [f"{name}:SNQ" for name in network.names("E")]
+    names += [f"{name}:FR" for name in network.names("B")]
+    names += [f"{name}:{parameter}" for name in network.names("C") for parameter in ("ST", "SP_out")]
+    names += [f"{name}:{parameter}" for name in network.names("R") for parameter in ("ST", "SPD")]
+    return names
+
+
+@dataclass
+class Day:
+    """Set-points in force from each half hour on. Rows 0 to BEFORE - 1 come before midnight. Flows m3/s, pressures MPa."""
+
+    source_flow: Array  # [rows, T], ignored at the pressure source
+    source_pressure: Array  # [rows]
+    delivery_flow: Array  # [rows, E]
+    opening: Array  # [rows, B]
+    compressor_on: Array  # [rows, C]
+    compressor_set: Array
+    regulator_on: Array  # [rows, R]
+    regulator_set: Array
+
+    def controls(self, network: Network, row: int) -> Controls:
+        """The set-points of one row."""
+        supply = np.zeros(network.num_nodes)
+        flow = self.source_flow[row].copy()
+        flow[network.pressure_source] = 0.0
+        np.add.at(supply, network.source_node, flow)
+        np.add.at(supply, network.delivery_node, -self.delivery_flow[row])
+        return Controls(
+            supply=supply,
+            source_pressure=float(self.source_pressure[row]),
+            opening=self.opening[row],
+            compressor_on=self.compressor_on[row],
+            compressor_set=self.compressor_set[row],
+            regulator_on=self.regulator_on[row],
+            regulator_set=self.regulator_set[row],
+        )
+
+    def table(self, network: Network) -> Array:
+        """[48, Vb] in the order of `columns`."""
+        sources = self.source_flow.copy()
+        sources[:, network.pressure_source] = self.source_pressure
+        pairs = [
+            np.stack([on, value], axis=2).reshape(len(on), -1)
+            for on, value in (
+                (self.compressor_on, self.compressor_set),
+                (self.regulator_on, self.regulator_set),
+            )
+        ]
+        return np.concatenate([sources, self.delivery_flow, self.opening, *pairs], axis=1)[BEFORE:]
+
+
+def random_day(network: Network, rng: np.random.Generator) -> Day:
+    """A day's set-points. Numbers are rounded as they are written, so the files hold exactly what was simulated."""
+    n_t, n_e = len(network.source_node), len(network.delivery_node)
+    n_c, n_r = len(network.compressors), len(network.regulators)
+    season = rng.uniform(0.88, 1.12)
+
+    hours = (np.arange(BEFORE + ROWS) - BEFORE) / 2.0
+    peak = rng.normal(8.0, 1.5, n_e) + 11.0 * (rng.random(n_e) < 0.4)
+    swing = rng.uniform(0.05, 0.22, n_e)
+    daily = 1.0 + swing * np.cos(2 * np.pi * (hours[:, None] - peak) / 24.0)
+    noise = rng.normal(1.0, 0.08, (BEFORE + ROWS, n_e))
+    level = rng.uniform(0.9, 1.1, n_e)
+    demand = network.delivery_flow * season * level * np.clip(daily * noise, 0.55, 1.4)
+    demand = _held(demand, _changes(rng, n_e, 0.9))
+
+    supply = network.source_flow * season * rng.uniform(0.85, 1.1, (BEFORE + ROWS, n_t))
+    supply = _held(supply, _changes(rng, n_t, 0.35))
+    low, high = network.source_pressure
+    pressure = _held(rng.uniform(low, high, (BEFORE + ROWS, 1)), _changes(rng, 1, 0.35))[:, 0]
+
+    sets = []
+    for stations, count in ((network.compressors, n_c), (network.regulators, n_r)):
+        span = stations.setpoint[:, 1] - stations.setpoint[:, 0]
+        values = stations.setpoint[:, 0] + span * rng.random((BEFORE + ROWS, count))
+        sets.append(_held(values, _changes(rng, count, 0.4)))
+    return Day(
+        source_flow=np.round(supply, 4),
+        source_pressure=np.round(pressure, 4),
+        delivery_flow=np.round(demand, 4),
+        opening=_switched(rng, network.valve_open, network.valve_switch_rate),
+        compressor_on=_switched(rng, np.ones(n_c), network.compressors.switch_rate),
+        compressor_set=np.round(sets[0], 3),
+        regulator_on=_switched(rng, np.ones(n_r), network.regulators.switch_rate),
+        regulator_set=np.round(sets[1], 3),
+    )
+
+
+def _changes(rng: np.random.Generator, count: int, rate: float) -> Array:
+    """[rows, count] True where a new value takes force: at slots of three hours, now and then up to an hour later."""
+    rows = BEFORE + ROWS
+    changes = np.zeros((rows, count), dtype=bool)
+    changes[0] = True
+    for slot in range(SLOT_ROWS, rows, SLOT_ROWS):
+        late = np.where(rng.random(count) < 0.25, rng.integers(1, 3, count), 0)
+        changes[slot + late, np.arange(count)] = rng.random(count) < rate
+    return changes
+
+
+def _held(values: Array, changes: Array) -> Array:
+    """Each column keeps its value until the next change."""
+    last = np.maximum.accumulate(np.where(changes, np.arange(len(values))[:, None], 0), axis=0)
+    return np.take_along_axis(values, last, axis=0)
+
+
+def _switched(rng: np.random.Generator, usual: Array, rate: Array) -> Array:
+    """[rows, K] of 0 or 1. A device leaves its usual position at a slot with `rate` and returns at one with 2/3."""
+    changes = _changes(rng, len(usual), 1.0)
+    away = np.zeros(changes.shape, dtype=bool)
+    now = rng.random(len(usual)) < rate / (rate + 2 / 3)
+    for row, change in enumerate(changes):
+        draw = rng.random(len(usual))
+        now = np.where(change, np.where(now, draw >= 2 / 3, draw < rate), now)
+        away[row] = now
+    return np.where(away, 1.0 - usual, usual)
