@@ -6,6 +6,7 @@ setup(
     name="trunkline",
     version="0.1.0",
     description="A scale-out training engine: DeepSpeed ZeRO first, FSDP2 as the fallback, Triton on the hot paths.",
+    license="Apache-2.0",
     packages=find_packages(include=[f"{top}{rest}" for top in ("engine", "kernels", "models") for rest in ("", ".*")]),
     python_requires=">=3.10,<3.13",
     install_requires=[
@@ -22,8 +23,8 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "hypothesis>=6", "pandas>=2.2"],
-        "wandb": ["wandb"],
-        "mlflow": ["mlflow"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "hypothesis>=6", "pandas>=2.2"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow>=2.18"],
     },
 )

@@ -1,0 +1,56 @@
+# make train   set up .venv, make the demo data set, train, evaluate, predict a held-out day and draw it
+# make test    set up .venv and run the linter, the type checker and the tests
+#
+#   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
+#   WORKLOAD=fluid      what `make train` trains: its configuration is configs/$(WORKLOAD)/demo.json
+#
+# After the first call nothing is downloaded and no finished data set is made again.
+
+PYTHON ?= python3
+WORKLOAD ?= fluid
+VENV ?= .venv
+
+WORKLOADS := fluid
+ifeq ($(filter $(WORKLOAD),$(WORKLOADS)),)
+$(error WORKLOAD=$(WORKLOAD) is none of: $(WORKLOADS))
+endif
+
+python := $(VENV)/bin/python
+# DeepSpeed compiles nothing at installation; its build finds setuptools in .venv, so nothing unpinned is fetched
+install := DS_BUILD_OPS=0 $(python) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation
+csv := data/$(WORKLOAD)-demo/csv
+store := data/$(WORKLOAD)-demo/store
+run := runs/$(WORKLOAD)-demo
+
+.PHONY: train test lint install clean
+.DELETE_ON_ERROR:
+
+train: train-$(WORKLOAD)
+
+test: lint
+	$(python) -m pytest -n 2
+
+lint: $(VENV)/.installed-test
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+
+install: $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) data/*-demo runs/*-demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "$(PYTHON) is not Python 3.10, 3.11 or 3.12; name one that is: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
+
+$(VENV)/.installed: setup.py constraints.txt | $(python)
+	$(install) setuptools wheel
+	$(install) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(install) -e ".[test]"
+	@touch $@

@@ -1,0 +1,58 @@
+"""What every test shares: one thread a process, no GPU unless asked for, and NaN in memory that nobody wrote."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # torch and polars read these when they are imported
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["POLARS_MAX_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import find_free_port
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from a run without `-m gpu`, so that it does the same on every machine."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    return find_free_port()
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the kernels' tests, allocations come filled with NaN: an output element that no program wrote shows."""
+    if "kernels" not in request.path.relative_to(request.config.rootpath).parts:
+        return
+
+    def filled(allocate):
+        def allocate_nan(*args, **kwargs) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
+
+        return allocate_nan
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+        (Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))

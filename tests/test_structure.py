@@ -1,0 +1,102 @@
+"""The house's rules that no other tool checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("engine", "kernels", "models", "launchers")
+MAY_IMPORT = {
+    "engine": {"engine"},
+    "kernels": {"kernels"},
+    "models": {"models", "engine", "kernels"},
+    "launchers": {"launchers", "models", "engine", "kernels"},
+}
+SOURCES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.json"))
+
+
+def _imported(path: Path) -> dict[str, int]:
+    """Every module that a file imports, anywhere in it, with the line."""
+    modules = {}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name: node.lineno for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            modules[node.module or ""] = node.lineno
+    return modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_only_go_down(path: Path) -> None:
+    for module, line in _imported(path).items():
+        top = module.split(".")[0]
+        assert top not in FLOORS or top in MAY_IMPORT[path.parts[0]], f"{path}:{line} imports {module}"
+        assert top != "tests", f"{path}:{line} imports {module}"
+
+
+def test_workloads_do_not_import_one_another() -> None:
+    for path in SOURCES:
+        if path.parts[0] != "models" or len(path.parts) < 3:
+            continue
+        for module, line in _imported(path).items():
+            if module.startswith("models."):
+                assert module.split(".")[1] == path.parts[1], f"{path}:{line} imports {module}"
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert not [path for path in SOURCES if drawers & {part.removesuffix(".py") for part in path.parts}]
+
+
+def test_every_test_file_mirrors_a_source_file() -> None:
+    for floor in FLOORS:
+        for test in (ROOT / "tests" / floor).rglob("test_*.py"):
+            folder = ROOT / test.parent.relative_to(ROOT / "tests")
+            assert folder.is_dir(), f"{test} tests a folder that does not exist"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    from engine.config import load_config
+    from models.registry import sections
+
+    config = load_config(ROOT / path, sections=sections)
+    assert config.workload == path.parts[1]
+
+
+def test_tracked_files_are_small() -> None:
+    for path in _tracked():
+        assert path.stat().st_size < 2 * 2**20, f"{path} is large: data and weights do not belong here"
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    absolute = re.compile(r"(?<![\w./:$}~<-])/(\w+)/[\w.-]")
+    everywhere = {"bin", "dev", "etc", "proc", "sys", "tmp", "usr", "path", "absolute"}
+    for path in _tracked():
+        if path.suffix in {".py", ".md", ".json", ".toml", ".txt", ".sh"} or path.name in {"Makefile", "run"}:
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                for top in absolute.findall(line):
+                    assert top in everywhere, f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_documents_only_point_at_files_that_exist() -> None:
+    code_path = re.compile(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|md|json|toml|png))`|\]\((?!https?:|#)([^)#]+)")
+    for document in ROOT.glob("*.md"):
+        for pair in code_path.findall(document.read_text()):
+            target = pair[0] or pair[1]
+            made_by_a_run = target.split("/")[0] in {"data", "runs", "report", "best", "final", "checkpoints"}
+            assert made_by_a_run or (ROOT / target).exists(), f"{document.name} names {target}"
+
+
+def _tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
