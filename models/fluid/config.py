@@ -1,0 +1,89 @@
+"""The `data` and `model` sections of a fluid run's configuration, and the six presets."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from engine.strict import Strict
+
+
+class DecoderShape(NamedTuple):
+    """Widths of a FluidDecoder: model, attention heads, blocks, feed-forward, token (embedding and head)."""
+
+    d_model: int
+    num_heads: int
+    num_layers: int
+    d_ff: int
+    d_token: int
+
+
+PRESETS = {
+    "nano": DecoderShape(32, 2, 2, 128, 32),
+    "tiny": DecoderShape(64, 4, 2, 256, 64),
+    "small": DecoderShape(256, 8, 4, 1024, 128),
+    "medium": DecoderShape(512, 8, 6, 2048, 256),
+    "large": DecoderShape(768, 12, 8, 3072, 384),
+    "xl": DecoderShape(1024, 16, 12, 4096, 512),
+}
+
+
+class FluidData(Strict):
+    """Where the prepared data set is and how windows are cut from it."""
+
+    store: str = Field(description="folder that launchers/prepare.py wrote")
+    history: int = Field(3, ge=1, le=1439, description="minutes the model sees, T")
+    normalization: Literal["standard", "minmax", "robust"] = Field(
+        "standard", description="per column: mean and deviation, range to [-1, 1], or median and quartiles"
+    )
+
+
+class FluidModel(Strict):
+    """The decoder: a preset, or the five widths; and what it predicts."""
+
+    preset: Literal["nano", "tiny", "small", "medium", "large", "xl"] | None = None
+    d_model: int | None = Field(None, ge=16)
+    num_heads: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(None, ge=1)
+    d_ff: int | None = Field(None, ge=1)
+    d_token: int | None = Field(None, ge=1)
+    target: Literal["level", "change"] = Field(
+        "level", description="whether the output is the next state or its change since the last minute"
+    )
+    input_noise: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="deviation, in normalised units, of noise on the input states in training; the target leads back "
+        "to the true next state, which keeps long rollouts on course",
+    )
+    linear_skip: bool = Field(
+        default=False, description="add to a ridge autoregression, fitted before training; needs data.history >= 2"
+    )
+
+    @property
+    def shape(self) -> DecoderShape:
+        """The widths, from the preset or as given."""
+        if self.preset is not None:
+            return PRESETS[self.preset]
+        widths = (self.d_model, self.num_heads, self.num_layers, self.d_ff, self.d_token)
+        return DecoderShape(*[width for width in widths if width is not None])
+
+    @model_validator(mode="after")
+    def _one_complete_shape(self) -> FluidModel:
+        given = [name for name in DecoderShape._fields if getattr(self, name) is not None]
+        if self.preset is not None and given:
+            raise ValueError(
+                f"give either preset or widths; preset is {self.preset!r} and {', '.join(given)} is set too"
+            )
+        missing = [name for name in DecoderShape._fields if name not in given]
+        if self.preset is None and missing:
+            raise ValueError(f"give a preset ({', '.join(PRESETS)}) or all widths; {', '.join(missing)} is missing")
+        shape = self.shape
+        if shape.d_model % (2 * shape.num_heads) or not 16 <= shape.d_model // shape.num_heads <= 256:
+            raise ValueError(
+                f"d_model must be an even multiple of num_heads with 16 to 256 channels a head; got {shape.d_model} "
+                f"with {shape.num_heads} heads"
+            )
+        return self

@@ -1,0 +1,117 @@
+"""Ridge autoregression: the linear answer to the surrogate's question, in closed form.
+
+    state(s+1) - state(s)  =  W [boundary(s+1), state(s), state(s-1)] + b      in normalised units
+
+It is a baseline of every evaluation and, as an option, the linear skip of the decoder. The normal equations are summed
+over the training cases one at a time, in fp64. With F = Vb + 2 Vs features they take 8 F (F + Vs) bytes, 2 GB at
+V = 6,712.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import DataError
+from models.fluid.normalization import Fp32Buffers, Normalization
+from models.fluid.store import Store
+
+PENALTIES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_ROWS_PER_FEATURE = 4  # a network of thousands of variables is fitted on evenly spaced minutes, not on all of them
+_LEAST_ROWS = 200_000
+
+
+class RidgeAutoregression(Fp32Buffers):
+    """W [Vs, F] and b [Vs] as fp32 buffers: fitted, not trained."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, num_boundary: int, num_states: int) -> None:
+        super().__init__()
+        self.num_boundary = num_boundary
+        self.register_buffer("weight", torch.zeros(num_states, num_boundary + 2 * num_states, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """Windows [B, T, V] -> next states [B, T, Vs], both normalised.
+
+        The first minute of a window has no minute before it; its state stands in for that, as if nothing had moved.
+        """
+        states = normalised[..., self.num_boundary :]
+        before = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        with torch.autocast(normalised.device.type, enabled=False):
+            return states + torch.cat([normalised, before], dim=-1) @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """Centred sums over minutes: gram [F, F] of the features, cross [F, Vs] with the changes, and both means; fp64."""
+
+    gram: np.ndarray
+    cross: np.ndarray
+    feature_mean: np.ndarray
+    change_mean: np.ndarray
+    rows: int
+
+    @classmethod
+    def over_training_split(cls, store: Store, normalization: Normalization, progress: bool = False) -> NormalEquations:
+        """Sum over the training cases that have outputs. A missing value counts as its offset, its change as 0.
+
+        Raises DataError if no training case has outputs.
+        """
+        cases = [case for case in store.cases("train") if store.has_state("train", case)]
+        if not cases:
+            raise DataError(f"{store.root}: no training case has outputs, so no autoregression can be fitted")
+        num_boundary, num_states = store.schema.num_boundary, store.schema.num_states
+        num_features = num_boundary + 2 * num_states
+        offset, scale = (x.double().cpu().numpy() for x in (normalization.offset, normalization.scale))
+        stride = max(1, len(cases) * store.minutes // max(_LEAST_ROWS, _ROWS_PER_FEATURE * num_features))
+        gram, cross = np.zeros((num_features, num_features)), np.zeros((num_features, num_states))
+        feature_sum, change_sum, rows = np.zeros(num_features), np.zeros(num_states), 0
+        for case in tqdm(cases, desc="ridge", unit="case", disable=not progress, leave=False):
+            state = np.asarray(store.state("train", case))
+            boundary = np.asarray(store.boundary("train", case))
+            now = np.arange(1 + rows % stride, store.minutes - 1, stride)
+            z = np.concatenate([boundary[now + 1], state[now], state[now - 1]], axis=1, dtype=np.float64)
+            columns = np.r_[: num_boundary + num_states, num_boundary : num_boundary + num_states]
+            z = np.nan_to_num((z - offset[columns]) / scale[columns], copy=False)
+            change = (state[now + 1].astype(np.float64) - state[now]) / scale[num_boundary:]
+            change = np.nan_to_num(change, copy=False)
+            gram += z.T @ z
+            cross += z.T @ change
+            feature_sum += z.sum(0)
+            change_sum += change.sum(0)
+            rows += len(now)
+        feature_mean, change_mean = feature_sum / rows, change_sum / rows
+        gram -= rows * np.outer(feature_mean, feature_mean)
+        cross -= rows * np.outer(feature_mean, change_mean)
+        return cls(gram, cross, feature_mean, change_mean, rows)
+
+    def solve(self, penalty: float, noise: float = 0.0) -> RidgeAutoregression:
+        """The minimiser of (squared error + penalty |W|^2) per minute.
+
+        noise: fit as if normal noise of this standard deviation (normalised units) stood on the input states and the
+        target led back to the truth; its expectation is added in closed form.
+        """
+        num_states = len(self.change_mean)
+        num_boundary = len(self.feature_mean) - 2 * num_states
+        gram, cross = self.gram.copy(), self.cross
+        diagonal = gram.ravel()[:: len(gram) + 1]
+        diagonal += penalty * self.rows
+        if noise:
+            diagonal[num_boundary:] += noise**2 * self.rows
+            cross = cross.copy()
+            now = np.arange(num_boundary, num_boundary + num_states)
+            cross[now, now - num_boundary] -= noise**2 * self.rows
+        factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
+        weight = scipy.linalg.cho_solve(factor, cross, check_finite=False)
+        fitted = RidgeAutoregression(num_boundary, num_states)
+        fitted.weight.copy_(torch.from_numpy(weight.T))
+        fitted.bias.copy_(torch.from_numpy(self.change_mean - self.feature_mean @ weight))
+        return fitted
