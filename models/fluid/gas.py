@@ -1,10 +1,10 @@
 """Gas laws of the network simulator: equation of state, friction and compressor power.
 
-`Gas` holds the constants. Flows are normal volume flows (0 degC, 101.325 kPa) in m3/s, pressures MPa absolute, lengths m,
-temperatures degC unless a name says kelvin. Flow is isothermal: one flow temperature in the equation of state and in friction.
+Flows are normal volume flows (0 degC, 101.325 kPa) in m3/s, pressures MPa absolute, lengths m, temperatures degC unless
+a name says kelvin. Flow is isothermal: the equation of state and friction know one flow temperature.
 
-Equation of state: Z(p) = 1 / (1 + beta p), a fit to natural gas near 285 K (Z = 0.89 at 5 MPa, 0.80 at 10 MPa), so that density
-~ p (1 + beta p) rises with p for every p > 0 and no root has to be chosen.
+Equation of state: Z(p) = 1 / (1 + beta p), a fit to natural gas near 285 K (Z = 0.89 at 5 MPa, 0.80 at 10 MPa), so that
+density ~ p (1 + beta p) rises with p for every p > 0 and no root has to be chosen.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Gas:
         return volume * self.linepack_factor * p * (1.0 + self.compressibility_beta * p)
 
     def resistance(self, length: Array, diameter: Array, friction: Array) -> Array:
-        """k of  p1^2 - p2^2 = k Z(p_mean) q |q|  in MPa2/(m3/s)2: the integral of the steady isothermal momentum equation.
+        """k of  p1^2 - p2^2 = k Z(p_mean) q |q|  in MPa2/(m3/s)2: the steady isothermal momentum equation.
 
         `friction` is the Darcy friction factor.
         """

@@ -1,7 +1,7 @@
 """A random day of operation: demands, set flows, set pressures and switches, every 30 minutes.
 
-Values hold for three hours as a rule and change at the next multiple of three; some changes come half an hour or an hour later.
-Switches (compressors, control valves, ball valves) come at random slots, so a day has several of them.
+Values hold for three hours as a rule and change at multiples of three hours; some changes come half an hour or an hour
+later. Switches (compressors, control valves, ball valves) come at random slots, so a day has several of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def columns(network: Network) -> list[str]:
 
 @dataclass
 class Day:
-    """Set-points in force from each half hour on. Rows 0 to BEFORE - 1 come before midnight. Flows m3/s, pressures MPa."""
+    """Set-points in force from each half hour on, the first BEFORE rows before midnight. Flows m3/s, pressures MPa."""
 
     source_flow: Array  # [rows, T], ignored at the pressure source
     source_pressure: Array  # [rows]

@@ -1,13 +1,13 @@
-"""Days of a gas network, simulated minute by minute and written in the CSV layout that `launchers/prepare.py fluid` reads.
+"""Days of a gas network, simulated minute by minute, in the CSV layout that `launchers/prepare.py fluid` reads.
 
     simulate("demo", 48, Path("data"), seed=0, test_cases=8)
 
     <out>/network.json                                      the network and what made the folder
     <out>/{train,test}/case_0001/{Boundary,B,C,H,N,P,R,T&E}.csv
 
-Boundary.csv has a row every 30 minutes from 0:00; the others one a minute, 0:01 to 24:00. The row of a minute is the state at
-its end, under the set-points in force at that minute. Flows are means over the minute, so linepack changes by exactly 60 s
-times what flows in less what flows out. A case depends on nothing but (network, seed, split, its number).
+Boundary.csv has a row every 30 minutes from 0:00; the others one a minute, 0:01 to 24:00. The row of a minute is the
+state at its end, under the set-points in force at that minute. Flows are means over the minute, so linepack changes by
+exactly 60 s times what flows in less what flows out. A case depends on nothing but (network, seed, split, its number).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError, DataError
 from models.fluid import scenario
 from models.fluid.gas import Array
-from models.fluid.hydraulics import Controls, Hydraulics, NotConverged
+from models.fluid.hydraulics import Controls, Hydraulics, NotConvergedError
 from models.fluid.scenario import BEFORE, Day, random_day
 from models.fluid.thermal import Thermal
 from models.fluid.topology import NETWORKS, Network
@@ -55,11 +55,11 @@ def simulate(
 ) -> None:
     """Writes `cases` training and `test_cases` test days of a network ("demo", "reference") into `out`.
 
-    Test days carry outputs too, unless `boundary_only_tests`. Called again on a folder of the same network and seed, it adds
-    the cases that are missing. `workers` processes work at once, one for each processor by default.
+    Test days carry outputs too, unless `boundary_only_tests`. Called again on a folder of the same network and seed, it
+    adds the cases that are missing. `workers` processes work at once, one for each processor by default.
 
-    Raises ConfigError for a wrong argument, DataError for a folder of something else and for a day whose equations could not
-    be solved; no case is ever left half written.
+    Raises ConfigError for a wrong argument, DataError for a folder of something else and for a day whose equations
+    could not be solved; no case is ever left half written.
     """
     if network not in NETWORKS:
         raise ConfigError(f"--simulate {network}: no such network; choose one of {', '.join(NETWORKS)}")
@@ -177,6 +177,8 @@ class Simulator:
             [np.full(network.num_nodes, network.source_pressure.mean()), np.zeros(len(network.start))]
         )
         self.t_nodes, self.t_pipes = self.thermal.initial()
+        self.trend = np.zeros_like(self.x)
+        self.trend_dt = 0.0
 
     def run(self, day: Day) -> Record:
         """The record of a day that starts from the steady state of `day`'s first row and its rows before midnight."""
@@ -223,7 +225,10 @@ class Simulator:
         return record
 
     def advance(self, controls: Controls, dt: float, minute: int) -> tuple[Array, float, Array, Array]:
-        """One step, by halves where it does not converge: mean flows [K], pressure source's supply, t_edge [K], stored [P, 2]."""
+        """One step, by halves where it does not converge.
+
+        Returns the mean flows [K], the pressure source's supply, t_edge [K] and stored [P, 2] as in Record.
+        """
         network, n = self.network, self.network.num_nodes
         old = self.x
         m, source = self._solve(controls, dt, minute, dt)
@@ -242,16 +247,19 @@ class Simulator:
     def _solve(self, controls: Controls, dt: float, minute: int, whole: float) -> tuple[Array, float]:
         n = self.network.num_nodes
         old = self.x
+        guess = old + self.trend if dt == self.trend_dt else None
         try:
-            self.x = self.hydraulics.step(old, dt, controls)
-        except NotConverged as error:
+            self.x = self.hydraulics.step(old, dt, controls, guess)
+        except NotConvergedError as error:
             if dt / 2 < SMALLEST_STEP_S * whole / STEP_S:
                 raise DataError(
-                    f"{self.case}, minute {minute}: the network's equations could not be solved, down to steps of {dt:.3g} s; "
-                    f"worst: {error.worst}. The set-points of this day are beyond what the network can carry: try another seed"
+                    f"{self.case}, minute {minute}: the network's equations could not be solved, down to steps of "
+                    f"{dt:.3g} s; worst: {error}. The set-points of this day are beyond what the network can carry: "
+                    "try another seed"
                 ) from error
             (m1, s1), (m2, s2) = (self._solve(controls, dt / 2, minute, whole) for _ in range(2))
             return 0.5 * (m1 + m2), 0.5 * (s1 + s2)
+        self.trend, self.trend_dt = self.x - old, dt
         return self.x[n:], self.hydraulics.slack_supply(old, self.x, dt, controls.supply)
 
 

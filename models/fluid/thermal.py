@@ -5,10 +5,11 @@ Hydraulics is isothermal, so temperature follows from it and does not act back.
     pipe       M/dt (T_k - T_k old) = |m| (T_up - J (p_up - p_down) - T_k) + h (T_ground - T_k)    T_k leaves the pipe
     H, B, R    T_k = T_up - J (p_up - p_down)                                                      Joule-Thomson
     C          T_k (kelvin) = T_up (1 + head(ratio) / efficiency) while it compresses
-    node       sum over inflows of |m| (T_k - T_i) + supply (T_source - T_i) + w (T_i old - T_i) + g (T_ground - T_i) = 0
+    node       0 = sum over inflows of |m| (T_k - T_i) + supply (T_source - T_i)
+               + w (T_i old - T_i) + g (T_ground - T_i)
 
-with M the linepack of the pipe, h its ground conductance, w the heat held by a station's steel and g its loss, all in the
-normal flow of gas that would carry as much.
+M is the linepack of the pipe, h its ground conductance, w the heat held by a station's steel over dt, g its loss, all
+as the normal flow of gas that would carry as much.
 """
 
 from __future__ import annotations
@@ -79,8 +80,7 @@ class Thermal:
         right += kept * nodes + STATION_LOSS * gas.ground_temperature
         diagonal = np.bincount(down, flow, n) + supplied + kept + STATION_LOSS
         if n <= DENSE_LIMIT:
-            matrix = np.diag(diagonal)
-            np.subtract.at(matrix, (down, up), flow * slope)
+            matrix = np.diag(diagonal) - np.bincount(down * n + up, flow * slope, n * n).reshape(n, n)
             nodes = np.linalg.solve(matrix, right)
         else:
             places = np.arange(n)
