@@ -1,0 +1,98 @@
+"""Processes: who this rank is, its device, and the few collectives that the engine itself needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from engine.task import Sums
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints, draws and writes what is not sharded."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """The number of ranks that the launcher announced: deepspeed and torchrun both set WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_s: float = 1800.0) -> Ranks:
+    """Join the processes that `deepspeed` or `torchrun` started; alone, be a world of one. NCCL on GPUs, else gloo."""
+    world_size = launched_world_size()
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if "MASTER_ADDR" in os.environ and world_size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # DeepSpeed reads these even where there is nobody to meet
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "29500")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return Ranks(rank, world_size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group; without this a rank aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(sums: Sums, ranks: Ranks) -> Sums:
+    """The entries of `sums` added over all ranks, in one all-reduce of fp64. Shapes are kept."""
+    if ranks.world_size == 1 or not sums:
+        return sums
+    flat = torch.cat([value.reshape(-1).to(torch.float64) for value in sums.values()])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {key: part.reshape(value.shape) for (key, value), part in zip(sums.items(), parts, strict=True)}
+
+
+def gather(value: T, ranks: Ranks) -> list[T]:
+    """The (small, picklable) values of all ranks, on all ranks."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T, ranks: Ranks) -> T:
+    """Rank 0's (small, picklable) value, on all ranks: what is decided there is decided once for all."""
+    if ranks.world_size == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait for all ranks."""
+    if ranks.world_size > 1:
+        dist.barrier()

@@ -1,0 +1,41 @@
+"""Evaluation: exact metrics over the whole validation set, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from engine.distributed import Ranks, sum_over_ranks
+from engine.errors import ConfigError
+from engine.loading import evaluation_loader
+from engine.task import Batch, Sums, Task, add_sums
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, copied asynchronously where it was pinned."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, ranks: Ranks, *, split: str = "val", num_samples: int | None, micro_batch_size: int,
+    num_workers: int = 0, progress: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of a split. Called on all ranks, which all get the same.
+
+    Every rank runs the same number of batches; places without a sample carry no weight, and no sample counts twice.
+    """
+    loader = evaluation_loader(
+        task, task.datasets()[split], num_samples=num_samples, micro_batch_size=micro_batch_size,
+        world_size=ranks.world_size, rank=ranks.rank, num_workers=num_workers, pin_memory=ranks.device.type == "cuda",
+    )  # fmt: skip
+    was_training = model.training
+    model.eval()
+    sums: Sums | None = None
+    for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
+        sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
+    model.train(was_training)
+    if sums is None:
+        raise ConfigError(f"the {split} split has no samples to evaluate")
+    return task.summarize(sum_over_ranks(sums, ranks))

@@ -1,0 +1,173 @@
+"""What a run would be: resolved sizes, memory, steps and learning rates, without training and without a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.config import RunConfig
+from engine.deepspeed_section import batch_sizes
+from engine.errors import TrunklineError
+from engine.model_options import apply_options
+from engine.optimizers import build_optimizer, is_deepspeed_only
+from engine.order import GlobalBatches
+from engine.schedules import learning_rates, warmup_steps
+from engine.task import Task
+
+GIB = 2**30
+
+
+def make_plan(task: Task, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The plan of a run on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
+
+    Activations are those that autograd keeps for one micro-batch, counted by running the loss on fake tensors, which
+    have shapes but no memory; null where the model cannot run so.
+    """
+    sizes = batch_sizes(config.deepspeed, world_size)
+    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
+    steps = config.training.steps or (config.training.epochs or 0) * batches.per_epoch
+    section = config.deepspeed
+    peak = float(section.optimizer.params["lr"])
+    ramp = warmup_steps(section.scheduler, steps)
+    rates = learning_rates(
+        section.scheduler, peak, steps, sorted({0, min(1, steps - 1), min(ramp, steps - 1), steps - 1})
+    )
+
+    # buffers may come from real data, so the fake mode has to let real tensors in
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = apply_options(task.build_model(), config.training.model_copy(update={"compile": False}))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        activations = _activation_bytes(task, model, config, sizes.micro_batch_size)
+    states = _state_bytes(config, parameters, trainable, world_size)
+    return {
+        "workload": config.workload,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "world_size": world_size,
+        "global_batch_size": sizes.global_batch_size,
+        "micro_batch_size": sizes.micro_batch_size,
+        "grad_accum_steps": sizes.grad_accum_steps,
+        "train_samples": samples,
+        "steps_per_epoch": batches.per_epoch,
+        "steps": steps,
+        "epochs": steps / batches.per_epoch,
+        "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
+                          f"end of warm-up (step {ramp})": rates[min(ramp, steps - 1)],
+                          f"last (step {steps - 1})": rates[steps - 1]},
+        "memory_bytes": states | {"activations": activations},
+        "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
+        "flops_per_sample": task.flops_per_sample(),
+        "config": config.as_dict(),
+        "origins": dict(sorted(config.origins.items())),
+    }  # fmt: skip
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    """The plan for a person to read."""
+    memory = plan["memory_bytes"]
+    known = [value for value in memory.values() if value is not None]
+    lines = [
+        f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained",
+        f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} ranks x "
+        f"{plan['grad_accum_steps']} accumulation steps",
+        f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
+        f"({plan['train_samples']:,} samples)",
+        "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),
+        f"memory      {_size(sum(known))} a rank: "
+        + ", ".join(f"{name} {'unknown' if value is None else _size(value)}" for name, value in memory.items()),
+        f"checkpoint  {_size(plan['checkpoint_bytes'])} in all",
+        "",
+    ]
+    values = dict(_flat(plan["config"]))
+    width = max(len(key) for key in values)
+    lines += [
+        f"{key:<{width}}  {value!s:<40}  ({plan['origins'].get(key, 'default')})" for key, value in values.items()
+    ]
+    return "\n".join(lines)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        pairs += _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else [(f"{prefix}{key}", item)]
+    return pairs
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _parameter_bytes(config: RunConfig) -> int:
+    return 2 if config.deepspeed.bf16.enabled or config.deepspeed.fp16.enabled else 4
+
+
+def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
+    """What the optimizer keeps for a parameter, from one step of it on a small one."""
+    if is_deepspeed_only(config.deepspeed.optimizer):
+        return 4.0 if config.deepspeed.optimizer.type.lower() in ("lion", "muon") else 8.0
+    probe = nn.Parameter(torch.zeros(64, 64))
+    optimizer = build_optimizer([probe], config.deepspeed.optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TrunklineError("deepspeed.optimizer.type: LBFGS needs a closure, which no backend drives; use AdamW")
+    probe.grad = torch.ones_like(probe)
+    optimizer.step()
+    state = optimizer.state[probe].values()
+    return sum(value.numel() * value.element_size() for value in state if torch.is_tensor(value)) / probe.numel()
+
+
+def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size: int) -> dict[str, int]:
+    """Parameters, gradients, fp32 master weights and optimizer states of one rank under the ZeRO stage."""
+    zero, width = config.deepspeed.zero_optimization, _parameter_bytes(config)
+    shards = [world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
+    optimizer_on_device = 0 if (zero.offload_optimizer or {}).get("device") in ("cpu", "nvme") else 1
+    # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
+    master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
+    return {
+        "parameters": math.ceil(width * parameters / shards[0]),
+        "gradients": math.ceil(width * trainable / shards[1]),
+        "master weights": math.ceil(master / shards[2]) * optimizer_on_device,
+        "optimizer": math.ceil(_optimizer_bytes_a_parameter(config) * trainable / shards[2]) * optimizer_on_device,
+    }
+
+
+def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:
+    """All files of one checkpoint over all ranks."""
+    width, stage = _parameter_bytes(config), config.deepspeed.zero_optimization.stage
+    master = 4 * trainable if width == 2 or stage else 0
+    module = 0 if stage == 3 else width * parameters
+    return round(module + master + _optimizer_bytes_a_parameter(config) * trainable)
+
+
+def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
+    if _parameter_bytes(config) == 2:
+        dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float16
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    batch = task.collate([task.datasets()["train"][0]] * micro_batch_size)
+    batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
+    batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = task.loss(model, batch)["loss"]
+        del loss
+    except Exception:  # a model may do what fake tensors cannot; the rest of the plan stands without this figure
+        return None
+    return sum(kept.values())

@@ -1,0 +1,122 @@
+"""Strict JSON: objects read from files and checked against a model, with errors that a user can act on.
+
+An unknown key is an error that names the nearest known one, and so is a value of the wrong type; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import ConfigError
+
+MAX_JSON_BYTES = 16 * 2**20
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """A section of the configuration: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False, validate_default=True
+    )
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file's object. Sizes are bounded; repeated keys, NaN and Infinity are errors. Raises ConfigError."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES // 2**20} MiB; this is not a configuration")
+
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key in (keys := [key for key, _ in pairs]):
+            if keys.count(key) > 1:
+                raise ConfigError(f"{path}: the key '{key}' stands twice in one object; keep one of them")
+        return dict(pairs)
+
+    def no_constant(name: str) -> None:
+        raise ConfigError(f"{path}: {name} is not JSON; write a number")
+
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_repeats, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON text in UTF-8 ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object {{...}}, found {show(value)}")
+    return value
+
+
+def validated(model: type[Model], section: Any, name: str, path: str | Path) -> Model:
+    """`section` of the file `path` as a `model`. Raises ConfigError with one line for every mistake in it."""
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {name}: expected an object {{...}}, found {show(section)}")
+    try:
+        return model.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        lines = [_explain(model, issue, name) for issue in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from error
+
+
+def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
+    # pydantic adds the names of union branches to the location; keep what stands in the user's file
+    parts = [str(part) for part in issue["loc"] if not _is_branch(part)]
+    key = ".".join([name, *parts])
+    if issue["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(parts[-1], _known_keys(model, parts[:-1]))}"
+    if issue["type"] == "missing":
+        return f"{key}: missing; this key is required"
+    if issue["type"] == "value_error":
+        return (
+            f"{key}: {issue['ctx']['error']}"
+            if not parts
+            else f"{key}: {issue['ctx']['error']}, found {show(issue['input'])}"
+        )
+    return f"{key}: {issue['msg'][0].lower()}{issue['msg'][1:]}, found {show(issue['input'])}"
+
+
+def _is_branch(part: Any) -> bool:
+    return isinstance(part, str) and (
+        part in {"int", "float", "bool", "str", "none", "json-or-python"} or any(mark in part for mark in "[(-")
+    )
+
+
+def _known_keys(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    for part in parents:
+        field = model.model_fields.get(part)
+        branches = typing.get_args(field.annotation) if field else ()
+        if field and not isinstance(field.annotation, types.UnionType) and typing.get_origin(field.annotation) is None:
+            branches = (field.annotation,)
+        nested = [b for b in branches if isinstance(b, type) and issubclass(b, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """A hint for an error message: the closest known key, or all of them."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known keys: {', '.join(sorted(known))}" if known else ""
+
+
+def show(value: Any) -> str:
+    """A value as an error message quotes it: JSON, cut after 80 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,355 @@
+"""The training loop: the only one, for every workload and every backend.
+
+Read `Trainer.__init__` for how a run is put together and `Trainer.run` for what happens in it, in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import nonfinite
+from engine.backends import prepare_backend
+from engine.checkpoint import BACKEND, Checkpoints
+from engine.config import RunConfig
+from engine.deepspeed_section import batch_sizes
+from engine.distributed import Ranks, sum_over_ranks
+from engine.errors import CheckpointError, ConfigError, TrunklineError
+from engine.evaluation import evaluate, to_device
+from engine.hardware import memory_in_use, peak_flops
+from engine.loading import training_loader
+from engine.model_options import apply_options
+from engine.order import GlobalBatches
+from engine.randomness import mix
+from engine.task import Batch, Sums, Task, add_sums
+from engine.trackers import make_trackers
+from engine.weights import save_weights
+
+
+class InterruptedRunError(TrunklineError):
+    """The run was asked to stop; what it had done is saved."""
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One run of one task.
+
+    Args:
+        task: what is trained.
+        config: the validated configuration.
+        ranks: this process among all; see engine.distributed.start.
+        folder: the run's folder; created if needed.
+        backend: which engine shards the model.
+        resume: "none", "auto", or the path of a run or a checkpoint.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        ranks: Ranks,
+        folder: Path,
+        backend: str = "deepspeed",
+        resume: str = "none",
+    ) -> None:
+        self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
+        settings = config.training
+        torch.use_deterministic_algorithms(settings.deterministic)
+
+        self.sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        self.dataset = task.datasets()["train"]
+        self.batches = GlobalBatches(len(self.dataset), self.sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
+        self.total_steps = total_steps(config, self.batches)
+
+        torch.manual_seed(mix(settings.seed, 0))
+        model = apply_options(task.build_model(), settings)
+        self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
+
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
+        self._resume(resume)
+
+        if ranks.is_main:
+            write_json(folder / "config.json", config.as_dict())
+        self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
+        self._stop_signal: int | None = None
+
+    def run(self) -> Progress:
+        """Train to the last step, to an early stop or to a signal; leave best/ and final/ behind.
+
+        Raises:
+            InterruptedRunError: a signal came; a checkpoint of the last finished step is saved.
+            TrunklineError: too many steps in a row had to be skipped.
+        """
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._train()
+        finally:
+            self.trackers.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.progress
+
+    def _train(self) -> None:
+        settings, progress = self.config.training, self.progress
+        meter = Meter(self)
+        with self._bar() as bar:
+            for micro_batches in self._micro_batches():
+                logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
+                lr = self.backend.learning_rate()
+                sums, weight, stop = self._accumulate(micro_batches)
+                stepped = self.backend.step()
+                progress.step += 1
+
+                if stepped.skipped:
+                    self._skipped(micro_batches)
+                else:
+                    progress.skipped_in_a_row = 0
+                if logged:
+                    values = (
+                        self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)} | meter.read()
+                    )
+                    self.trackers.log(progress.step, "train", values)
+                    bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{lr:.2e}", refresh=False)
+                bar.update()
+
+                finished = progress.step == self.total_steps
+                if progress.step % settings.eval_every == 0 or finished:
+                    finished |= self._evaluate()
+                    meter.pause()
+                if progress.step % settings.save_every == 0 or finished or stop:
+                    self.save()
+                    meter.pause()
+                if stop and not finished:
+                    raise InterruptedRunError(
+                        f"by a signal after step {progress.step}, which is saved; go on with --resume auto "
+                        f"--output-dir {self.folder}"
+                    )
+                if finished:
+                    break
+        self._save_weights("final", {"step": progress.step})
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        return training_loader(
+            self.task, self.dataset, self.batches, self.sizes, self.ranks.rank, first_step=self.progress.step,
+            last_step=self.total_steps, num_workers=self.config.training.num_workers,
+            pin_memory=self.ranks.device.type == "cuda",
+        )  # fmt: skip
+
+    def _accumulate(self, micro_batches: list[Batch]) -> tuple[Sums, Tensor, bool]:
+        """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch).
+
+        Returns this rank's sums, the global weight, and whether any rank was asked to stop.
+        """
+        # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
+        torch.manual_seed(mix(self.config.training.seed, 1, self.progress.step, self.ranks.rank))
+        micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
+        agreed = sum_over_ranks(
+            {
+                "weight": torch.stack([self.task.weight(batch).to(torch.float64) for batch in micro_batches]).sum(),
+                "stop": torch.tensor(float(self._stop_signal is not None), device=self.ranks.device),
+            },
+            self.ranks,
+        )
+        # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
+        scale = (1.0 / torch.where(agreed["weight"] > 0, agreed["weight"], 1.0)).to(torch.float32)
+        sums: Sums | None = None
+        for batch in micro_batches:
+            part = self.task.loss(self.backend.model, batch)
+            loss = part["loss"].detach()
+            # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
+            self.backend.backward(part["loss"] * (scale + (loss - loss)))
+            sums = add_sums(sums, part)
+        assert sums is not None
+        return sums, agreed["weight"], bool(agreed["stop"] > 0)
+
+    def _means(self, sums: Sums, weight: Tensor) -> dict[str, float]:
+        total = sum_over_ranks(sums, self.ranks)
+        return {key: float(value / weight) if weight else math.nan for key, value in total.items()}
+
+    def _skipped(self, micro_batches: list[Batch]) -> None:
+        progress, limit = self.progress, self.config.training.nonfinite_limit
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        scale = self.backend.loss_scale()
+        if scale > 1:
+            where = f"the fp16 loss scale is now {scale:g}"
+        else:
+            torch.manual_seed(mix(self.config.training.seed, 1, progress.step - 1, self.ranks.rank))
+            where = nonfinite.locate(self.task, self.backend.model, micro_batches, self.ranks)
+        line = (
+            f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
+        )
+        self._say(f"warning: {line}, {progress.skipped_steps} in all")
+        self.trackers.log(progress.step, "skipped", {"skipped_steps": progress.skipped_steps})
+        if progress.skipped_in_a_row >= limit:
+            raise TrunklineError(
+                f"{line}: stopped (training.nonfinite_limit = {limit}); lower deepspeed.optimizer.params.lr, set "
+                f"deepspeed.gradient_clipping, or look at the data named above"
+            )
+
+    def _evaluate(self) -> bool:
+        """Log the validation metrics and keep the best weights. True if it is time to stop early."""
+        settings, progress = self.config.training, self.progress
+        metrics = evaluate(
+            self.task, self.backend.model, self.ranks, num_samples=settings.eval_samples,
+            micro_batch_size=self.sizes.micro_batch_size, num_workers=settings.num_workers,
+        )  # fmt: skip
+        self.trackers.log(progress.step, "val", metrics)
+        name, sign = settings.best.metric, 1 if settings.best.mode == "min" else -1
+        if name not in metrics:
+            raise ConfigError(
+                f"training.best.metric: '{name}' is not measured; choose one of {', '.join(sorted(metrics))}"
+            )
+        value, stopping = metrics[name], settings.early_stopping
+        better = math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best)
+        gained = better and (
+            progress.best is None or sign * (progress.best - value) >= (stopping.min_delta if stopping else 0.0)
+        )
+        progress.evaluations_without_gain = 0 if gained else progress.evaluations_without_gain + 1
+        if better:
+            progress.best, progress.best_step = value, progress.step
+            self._save_weights("best", {"step": progress.step, name: value})
+        self._say(f"step {progress.step}: val {name} {value:.6g}{' (best)' if better else ''}")
+        if stopping and progress.evaluations_without_gain >= stopping.patience:
+            self._say(f"stopped early: {stopping.patience} evaluations in a row without a gain; best {name} "
+                      f"{progress.best:.6g} at step {progress.best_step}")  # fmt: skip
+            return True
+        return False
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return self.checkpoints.save(self.progress.step, self.backend.save, asdict(self.progress) | self._identity())
+
+    def _save_weights(self, name: str, facts: dict[str, float]) -> None:
+        save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that takes it up must have in common."""
+        section = self.config.deepspeed
+        precision = "bf16" if section.bf16.enabled else "fp16" if section.fp16.enabled else "fp32"
+        return {
+            "backend": self.backend.name,
+            "layout": f"ZeRO {section.zero_optimization.stage}, {precision}, {self.ranks.world_size} ranks",
+            "workload": self.config.workload,
+            "model": self.config.model.model_dump(mode="json"),
+            "optimizer": section.optimizer.type,
+            "data": self.task.fingerprint(),
+            "num_samples": self.batches.num_samples,
+            "global_batch_size": self.sizes.global_batch_size,
+            "seed": self.config.training.seed,
+        }
+
+    def _resume(self, resume: str) -> None:
+        if resume == "none":
+            if self.ranks.is_main and any(self.folder.glob("checkpoints/step-*")):
+                raise ConfigError(
+                    f"{self.folder}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
+                    "--output-dir"
+                )
+            return
+        if resume == "auto":
+            found = self.checkpoints.newest()
+            if found is None:
+                self._say(f"{self.folder} holds no checkpoint yet: starting at step 0")
+                return
+        else:
+            path = Path(resume)
+            if (path / "checkpoints").is_dir():
+                found = Checkpoints(path / "checkpoints", self.ranks, self.config.training.keep_last).newest()
+            elif path.is_dir():
+                found = self.checkpoints.load(path)
+            else:
+                found = None
+            if found is None:
+                raise CheckpointError(
+                    f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
+                )
+        path, state = found
+        for key, mine in self._identity().items():
+            if state.get(key) != mine:
+                raise CheckpointError(
+                    f"{path}: was written with {key} {state.get(key)!r}, but this run has {mine!r}; make them equal, "
+                    "or start afresh with --resume none in another --output-dir"
+                )
+        if state["step"] > self.total_steps:
+            raise CheckpointError(f"{path}: is at step {state['step']}, past this run's last step {self.total_steps}")
+        self.backend.load(path / BACKEND)
+        self.progress = Progress(**{field: state[field] for field in asdict(self.progress)})
+        self.checkpoints.set_aside_after(self.progress.step)
+        self._say(f"resumed from {path} at step {self.progress.step}")
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._stop_signal = number  # acted on at the end of the step, by all ranks together
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.total_steps, initial=self.progress.step, desc=f"train {self.config.workload}", unit="step",
+            disable=not self.ranks.is_main, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def _say(self, line: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(line)
+
+
+class Meter:
+    """Throughput since the last reading, leaving out evaluations and saves."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.peak = peak_flops(trainer.ranks.device, next(trainer.backend.model.parameters()).dtype)
+        self.flops = trainer.task.flops_per_sample()
+        self.step, self.since, self.busy = trainer.progress.step, time.perf_counter(), 0.0
+
+    def pause(self) -> None:
+        """Leave out the time since the end of the last step."""
+        self.since = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known."""
+        now, step = time.perf_counter(), self.trainer.progress.step
+        seconds = (now - self.since) / max(1, step - self.step)
+        self.since, self.step = now, step
+        rate = self.trainer.sizes.global_batch_size / seconds
+        values = {"step_time_s": seconds, "samples_per_s": rate, **memory_in_use(self.trainer.ranks.device)}
+        if self.peak:
+            values["mfu"] = rate * self.flops / (self.peak * self.trainer.ranks.world_size)
+        return values
+
+
+def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
+    """The number of optimizer steps of a run."""
+    if not batches.num_samples:
+        raise ConfigError(f"{config.source}: data: the training split has no samples")
+    settings = config.training
+    return settings.steps if settings.steps is not None else settings.epochs * batches.per_epoch  # type: ignore[operator]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    draft.replace(path)

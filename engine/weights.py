@@ -1,0 +1,77 @@
+"""Weights that travel: best/ and final/ with model.safetensors, config.json and the task's assets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.backends import Backend
+from engine.config import RunConfig
+from engine.distributed import Ranks, barrier
+from engine.errors import CheckpointError
+from engine.task import Task
+
+WEIGHTS = "model.safetensors"
+
+
+def save_weights(
+    folder: Path, backend: Backend, task: Task, config: RunConfig, facts: dict[str, float], ranks: Ranks
+) -> None:
+    """Write the model's whole weights. Called on all ranks.
+
+    Every file is replaced in one rename, the weights last, so that the folder is whole at any moment.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in backend.full_state():
+        if ranks.is_main:
+            tensors[name] = tensor.contiguous()
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        task.save_assets(folder)
+        for path, write in (
+            (folder / "config.json", lambda p: p.write_text(json.dumps(config.as_dict(), indent=2) + "\n")),
+            (folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={k: repr(v) for k, v in facts.items()})),
+        ):
+            draft = path.with_name(f".{path.name}.draft")
+            write(draft)
+            draft.replace(path)
+    barrier(ranks)
+
+
+def _tied(model: nn.Module) -> set[str]:
+    once = dict(model.named_parameters())
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in once}
+
+
+def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Load `folder`'s weights into `model` and return the facts saved with them (step, metric).
+
+    Raises:
+        CheckpointError: names the file and the tensor that is missing, unknown or of another shape.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
+    for name, tensor in found.items():
+        if name not in wanted:
+            raise CheckpointError(
+                f"{path}: holds {name}, which this model does not have; is config.json from the same run?"
+            )
+        if wanted[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but this model's is {list(wanted[name].shape)}"
+            )
+    if missing := sorted(set(wanted) - set(found)):
+        raise CheckpointError(f"{path}: lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+    model.load_state_dict(found, strict=False)
+    return facts

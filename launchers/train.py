@@ -1,0 +1,92 @@
+"""Train a run: `deepspeed --num_gpus N launchers/train.py --config configs/<workload>/<name>.json`.
+
+One GPU or none: `python launchers/train.py --config ...` does the same on a single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from engine.config import RunConfig, load_config
+from engine.distributed import launched_world_size, start, stop
+from engine.errors import TrunklineError
+from models.registry import WORKLOADS, config_sections, make_task
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, assemble, train. Returns the exit status: 0 done, 2 a user's error, 75 stopped and worth resuming."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _train(arguments)
+    except TrunklineError as error:
+        from engine.trainer import InterruptedRunError
+
+        stopped = isinstance(error, InterruptedRunError)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
+        return 75 if stopped else 2
+    finally:
+        stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="the run's JSON file")
+    parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over the file")
+    parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
+    parser.add_argument("--backend", default="auto", help="deepspeed, or auto (default)")
+    parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="auto: the newest good checkpoint")
+    parser.add_argument(
+        "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
+    )
+    parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    for workload in WORKLOADS.values():
+        for flag, key in workload.flags.items():
+            parser.add_argument(flag, dest=f"set {key}", metavar="VALUE", help=f"same as --set {key}=VALUE")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    flags = {key.removeprefix("set "): value for key, value in vars(arguments).items() if key.startswith("set ")}
+    settings = [f"{key}={value}" for key, value in flags.items() if value is not None] + arguments.set
+    config = load_config(arguments.config, sections=config_sections, settings=settings, deepspeed=arguments.deepspeed)
+    if arguments.plan:
+        return _plan(arguments, config)
+
+    # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
+    from engine.backends import choose_backend
+    from engine.plan import make_plan, render_plan
+    from engine.report import write_report
+    from engine.trainer import Trainer, write_json
+
+    backend = choose_backend(arguments.backend)
+    folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
+    ranks = start()
+    task = make_task(config)
+    trainer = Trainer(task, config, ranks, folder, backend=backend, resume=arguments.resume)
+    if ranks.is_main:
+        plan = make_plan(task, config, ranks.world_size)
+        write_json(folder / "plan.json", plan)
+        print(render_plan(plan).split("\n\n")[0], flush=True)
+    trainer.run()
+    if ranks.is_main:
+        print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
+    from engine.plan import make_plan, render_plan
+
+    plan = make_plan(make_task(config), config, arguments.world_size or launched_world_size())
+    print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
