@@ -65,9 +65,9 @@ def test_every_test_file_mirrors_a_source_file() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     from engine.config import load_config
-    from models.registry import sections
+    from models.registry import config_sections
 
-    config = load_config(ROOT / path, sections=sections)
+    config = load_config(ROOT / path, sections=config_sections)
     assert config.workload == path.parts[1]
 
 
@@ -77,7 +77,7 @@ def test_tracked_files_are_small() -> None:
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:
-    absolute = re.compile(r"(?<![\w./:$}~<-])/(\w+)/[\w.-]")
+    absolute = re.compile(r"(?<![\w./:$)}\]~<>-])/(\w+)/[\w.-]")
     everywhere = {"bin", "dev", "etc", "proc", "sys", "tmp", "usr", "path", "absolute"}
     for path in _tracked():
         if path.suffix in {".py", ".md", ".json", ".toml", ".txt", ".sh"} or path.name in {"Makefile", "run"}:
