@@ -18,12 +18,15 @@ from engine.task import Task
 class Workload:
     """Where a workload's parts are, as "module:name", so that listing workloads imports none of them.
 
-    `flags` gives short command-line flags of launchers/train.py: flag -> dotted key of the configuration.
+    `evaluate` and `predict` are modules with add_arguments(parser) and run(arguments, run_folder), which the launchers of
+    these names enter. `flags` gives short command-line flags of launchers/train.py: flag -> dotted key of the configuration.
     """
 
     data: str
     model: str
     task: str
+    evaluate: str
+    predict: str
     flags: dict[str, str] = field(default_factory=dict)
 
 
@@ -32,6 +35,8 @@ WORKLOADS = {
         data="models.fluid.config:FluidData",
         model="models.fluid.config:FluidModel",
         task="models.fluid.task:FluidTask",
+        evaluate="models.fluid.evaluate",
+        predict="models.fluid.predict",
         flags={"--store": "data.store"},
     ),
 }

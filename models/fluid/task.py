@@ -1,0 +1,132 @@
+"""FluidTask: predict the next minute of a gas network from the last T, as the engine wants it stated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from engine.errors import ConfigError
+from engine.randomness import normal
+from engine.task import Batch, Sums
+from models.fluid.config import FluidData, FluidModel
+from models.fluid.data import FluidWindows, Sample, collate
+from models.fluid.metrics import Errors, flat_scores
+from models.fluid.network import FluidDecoder
+from models.fluid.normalization import Normalization
+from models.fluid.ridge import NormalEquations
+from models.fluid.schema import Schema
+from models.fluid.store import Store
+
+SKIP_PENALTY = 1e-6
+
+
+class FluidTask:
+    """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
+
+    def __init__(self, data: FluidData, model: FluidModel) -> None:
+        self.data, self.model = data, model
+        self.store = Store.open(data.store)
+        self.schema = self.store.schema
+        self.normalization = _normalization(self.schema).fit(self.store.statistics, data.normalization)
+
+    def build_model(self) -> FluidDecoder:
+        """A new decoder with this data set's statistics and, if asked for, its fitted ridge autoregression."""
+        model = make_decoder(self.schema, self.data, self.model)
+        model.normalization.load_state_dict(self.normalization.state_dict())
+        if model.skip is not None:
+            equations = NormalEquations.over_training_split(self.store, self.normalization)
+            model.skip.load_state_dict(equations.solve(SKIP_PENALTY, self.model.input_noise).state_dict())
+        return model
+
+    def datasets(self) -> dict[str, Dataset[Sample]]:
+        """Windows of the training and of the validation split."""
+        return {split: FluidWindows(self.store, split, self.data.history) for split in ("train", "val")}
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see models.fluid.data."""
+        return collate(samples)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of targets that are present."""
+        return _mask(batch).sum()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        """Squared error summed over the targets present. With noise on the input states, if the options ask for it."""
+        x = batch["x"]
+        if self.model.input_noise:
+            num_boundary = self.schema.num_boundary
+            noise = normal(batch["draw"], (x.shape[1], self.schema.num_states))
+            scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
+            x = torch.cat([x[..., :num_boundary], x[..., num_boundary:] + scale * noise], dim=-1)
+        total, _ = model(x, batch["target"], _mask(batch))
+        return {"loss": total}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        """One-minute errors of the model, and of persistence, at the last minute of each window."""
+        target, mask = batch["target"][:, -1], _mask(batch)[:, -1]
+        last = batch["x"][:, -1, self.schema.num_boundary :]
+        normalization = self.normalization.to(target.device)
+        last = torch.where(last.isnan(), normalization.state_offset, last)
+        return {
+            **Errors.of(model(batch["x"])[:, -1], target, mask, normalization).as_sums("model"),
+            **Errors.of(last, target, mask, normalization).as_sums("persistence"),
+        }
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """ "mse", "mae", "rmse", "r2" (normalised), each also by group ("mse/P") and, physical, by unit ("rmse/P/MPa").
+
+        The same for persistence, as "persistence_mse" and so on.
+        """
+        scale = self.normalization.state_scale
+        model, persistence = (Errors.from_sums(sums, name, scale) for name in ("model", "persistence"))
+        return {
+            **flat_scores(model.scores(self.schema)),
+            **flat_scores(persistence.scores(self.schema), "persistence_"),
+        }
+
+    def flops_per_sample(self) -> float:
+        """The decoder's matrix products and visible attention pairs, forward and backward (three times forward)."""
+        d, _, layers, d_ff, d_token = self.model.shape
+        history, variables, states = self.data.history, self.schema.num_variables, self.schema.num_states
+        per_token = 2 * (d_token + d_token * d) + layers * 2 * (4 * d * d + 2 * d * d_ff)
+        per_state = 2 * (d * d_token + d_token)
+        pairs = variables**2 * history * (history + 1) // 2
+        return 3.0 * (history * (variables * per_token + states * per_state) + layers * 4 * d * pairs)
+
+    def fingerprint(self) -> str:
+        """Names the data set's content."""
+        return self.store.fingerprint
+
+    def save_assets(self, folder: Path) -> None:
+        """schema.json, and network.json where the data set has one."""
+        self.schema.write(folder)
+        if (network := self.store.root / "network.json").is_file():
+            shutil.copyfile(network, folder / "network.json")
+
+
+def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:
+    """A decoder of the configured shape for a network's columns; its statistics are yet to be filled in."""
+    if model.linear_skip and data.history < 2:
+        raise ConfigError("model.linear_skip looks at the last two minutes: set data.history to 2 or more, not 1")
+    return FluidDecoder(
+        model.shape,
+        num_boundary=schema.num_boundary,
+        num_states=schema.num_states,
+        history=data.history,
+        target=model.target,
+        input_noise=model.input_noise,
+        linear_skip=model.linear_skip,
+    )
+
+
+def _normalization(schema: Schema) -> Normalization:
+    return Normalization(schema.num_boundary, schema.num_states)
+
+
+def _mask(batch: Batch) -> Tensor:
+    return batch["mask"] & batch["valid"][:, None, None]
