@@ -18,8 +18,8 @@ from engine.task import Task
 class Workload:
     """Where a workload's parts are, as "module:name", so that listing workloads imports none of them.
 
-    `evaluate` and `predict` are modules with add_arguments(parser) and run(arguments, run_folder), which the launchers of
-    these names enter. `flags` gives short command-line flags of launchers/train.py: flag -> dotted key of the configuration.
+    `evaluate` and `predict` name modules with add_arguments(parser) and run(arguments), which the launchers of those
+    names enter. `flags` gives short command-line flags of launchers/train.py: flag -> dotted key of the configuration.
     """
 
     data: str
