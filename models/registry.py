@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
 
 from engine.config import RunConfig
-from engine.errors import ConfigError
-from engine.strict import nearest
+from engine.errors import CheckpointError, ConfigError
+from engine.strict import nearest, read_json_object
 from engine.task import Task
 
 
@@ -28,6 +30,10 @@ class Workload:
     evaluate: str
     predict: str
     flags: dict[str, str] = field(default_factory=dict)
+
+    def open(self, room: str) -> ModuleType:
+        """The module "evaluate" or "predict" of the workload."""
+        return importlib.import_module(getattr(self, room))
 
 
 WORKLOADS = {
@@ -52,6 +58,17 @@ def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
 def make_task(config: RunConfig) -> Task:
     """The task of a run: its class called with the "data" and "model" sections."""
     return _load(WORKLOADS[config.workload].task)(config.data, config.model)
+
+
+def workload_of_run(run: Path) -> Workload:
+    """The workload of a run's folder, or of one with weights. Raises CheckpointError or ConfigError."""
+    for folder in (run, run / "best", run / "final"):
+        if (path := folder / "config.json").is_file():
+            name = read_json_object(path).get("workload")
+            if name not in WORKLOADS:
+                raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), list(WORKLOADS))}")
+            return WORKLOADS[name]
+    raise CheckpointError(f"{run}: not the folder of a run: there is no config.json in it, nor in best/ or final/")
 
 
 def _load(place: str) -> Any:

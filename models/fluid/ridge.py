@@ -21,7 +21,6 @@ from engine.errors import DataError
 from models.fluid.normalization import Fp32Buffers, Normalization
 from models.fluid.store import Store
 
-PENALTIES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 _ROWS_PER_FEATURE = 4  # a network of thousands of variables is fitted on evenly spaced minutes, not on all of them
 _LEAST_ROWS = 200_000
 

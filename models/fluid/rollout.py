@@ -6,22 +6,32 @@ so one loop rolls them all out. The boundary of the minute that is predicted is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.fluid.network import FluidDecoder
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import RidgeAutoregression
+from models.fluid.store import Store
 
 
 class Forecaster(Protocol):
-    """Predicts one minute ahead from a window."""
+    """Predicts one minute ahead."""
 
     def next_state(self, window: Tensor) -> Tensor:
         """window [B, T, V], physical: boundary(s+1) then state(s). Returns the state after it, [B, Vs], physical."""
+
+
+class Surrogate:
+    """A trained decoder as a forecaster."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def next_state(self, window: Tensor) -> Tensor:
+        return self._model(window)[:, -1]
 
 
 @torch.no_grad()
@@ -48,32 +58,15 @@ def rollout(
     return torch.stack(predicted, dim=1) if predicted else start[:, :0]
 
 
-class Persistence:
-    """Nothing changes."""
-
-    def __init__(self, num_boundary: int) -> None:
-        self._num_boundary = num_boundary
-
-    def next_state(self, window: Tensor) -> Tensor:
-        return window[:, -1, self._num_boundary :]
+def starts(minutes: int, history: int, steps: int, every: int) -> range:
+    """First rows of windows of `history` + `steps` rows in a case of `minutes` rows, one every `every` rows."""
+    return range(0, minutes - history - steps + 1, every)
 
 
-class Ridge:
-    """The ridge autoregression, in physical units."""
-
-    def __init__(self, normalization: Normalization, fitted: RidgeAutoregression) -> None:
-        self._normalization, self._fitted = normalization, fitted
-
-    def next_state(self, window: Tensor) -> Tensor:
-        normalised = self._normalization.normalize(window[:, -2:])
-        return self._normalization.restore_states(self._fitted(normalised)[:, -1])
-
-
-class Surrogate:
-    """A trained decoder."""
-
-    def __init__(self, model: nn.Module | FluidDecoder) -> None:
-        self._model = model
-
-    def next_state(self, window: Tensor) -> Tensor:
-        return self._model(window)[:, -1]
+def take_windows(
+    store: Store, split: str, places: Sequence[tuple[str, int]], rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(boundary [B, rows, Vb], state [B, rows, Vs]) of the windows that begin at the given (case, row)."""
+    boundary = np.stack([store.boundary_rows(split, case, row, row + rows) for case, row in places])
+    state = np.stack([store.state_rows(split, case, row, row + rows) for case, row in places])
+    return torch.from_numpy(boundary).to(device), torch.from_numpy(state).to(device)

@@ -1,0 +1,158 @@
+"""Evaluation of a trained surrogate on unseen days, beside persistence and ridge autoregression.
+
+    evaluate(trained, store, split, ...)   -> Evaluation
+    add_arguments(parser), run(arguments)  what launchers/evaluate.py calls
+
+Three horizons: every single minute, rollouts of 60 minutes one after another, and one rollout a day from its first
+minutes to its end. All forecasters start from the same true minutes and see the same boundary.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import DataError
+from models.fluid.baselines import Persistence, Ridge, fit_ridge
+from models.fluid.evaluation_report import write_report
+from models.fluid.metrics import Errors
+from models.fluid.normalization import Normalization
+from models.fluid.plots import plot_evaluation
+from models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
+from models.fluid.store import SPLITS, Store
+from models.fluid.trained import Trained, choose_device, load_trained
+
+MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
+HORIZONS = ("1 minute", "60 minutes", "whole day")
+_VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
+
+
+@dataclass
+class Evaluation:
+    """Errors by horizon and forecaster, and mean squared errors [S] by minute of the rollout, normalised."""
+
+    split: str
+    cases: list[str]
+    errors: dict[str, dict[str, Errors]]
+    by_minute: dict[str, dict[str, Tensor]]
+    ridge_penalty: float | None
+
+
+def evaluate(
+    trained: Trained,
+    store: Store,
+    split: str,
+    *,
+    max_cases: int | None = None,
+    batch_size: int = 256,
+    with_ridge: bool = True,
+    horizons: Sequence[str] = HORIZONS,
+    progress: bool = False,
+) -> Evaluation:
+    """Errors on the cases of a split that have outputs. Raises DataError if none has, or if the store does not fit."""
+    if store.schema != trained.schema:
+        raise DataError(f"{store.root}: has other columns than the data {trained.folder} was trained on")
+    cases = [case for case in store.cases(split) if store.has_state(split, case)][:max_cases]
+    if not cases:
+        raise DataError(
+            f"{store.root}: no case of split {split!r} has outputs to compare with: choose another --split, or use "
+            "launchers/predict.py"
+        )
+    normalization = trained.model.normalization
+    device = normalization.scale.device
+    forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model)}
+    ridge: Ridge | None = None
+    if with_ridge:
+        ridge = forecasters[RIDGE] = fit_ridge(store, normalization, device, progress)
+    forecasters[PERSISTENCE] = Persistence(store.schema.num_boundary)
+    history = max(trained.data.history, Ridge.history)
+
+    result = Evaluation(split, cases, {}, {}, ridge.penalty if ridge else None)
+    for horizon in horizons:
+        steps, every = {
+            "1 minute": (1, 1),
+            "60 minutes": (60, 60),
+            "whole day": (store.minutes - history, store.minutes),
+        }[horizon]
+        places = [(case, row) for case in cases for row in starts(store.minutes, history, steps, every)]
+        size = max(1, min(batch_size, _VALUES_AT_ONCE // (store.schema.num_states * (history + steps))))
+        score = _Score(normalization, steps)
+        for first in tqdm(range(0, len(places), size), desc=horizon, unit="batch", disable=not progress):
+            boundary, states = take_windows(store, split, places[first : first + size], history + steps, device)
+            for name, forecaster in forecasters.items():
+                title = f"{horizon}, {name}" if progress and steps > 60 else None
+                start = states[:, :history]
+                cut = max(0, history - trained.data.history) if name == MODEL else 0
+                predicted = rollout(
+                    forecaster,
+                    boundary[:, cut:],
+                    start[:, cut:],
+                    missing=normalization.state_offset,
+                    progress=title,
+                )
+                score.add(name, predicted, states[:, history:])
+        result.errors[horizon], result.by_minute[horizon] = score.errors, score.by_minute()
+    return result
+
+
+class _Score:
+    """Sums over the batches of a horizon, for each forecaster."""
+
+    def __init__(self, normalization: Normalization, steps: int) -> None:
+        self.errors: dict[str, Errors] = {}
+        self._normalization, self._steps = normalization, steps
+        self._squared: dict[str, Tensor] = {}
+        self._count: dict[str, Tensor] = {}
+
+    def add(self, name: str, predicted: Tensor, truth: Tensor) -> None:
+        """predicted, truth [B, S, Vs]; NaN in the truth is left out."""
+        mask = ~truth.isnan()
+        errors = Errors.of(predicted, truth, mask, self._normalization)
+        self.errors[name] = self.errors[name] + errors if name in self.errors else errors
+        scaled = ((predicted - truth) / self._normalization.state_scale).masked_fill(~mask, 0).double()
+        zero = torch.zeros(self._steps, dtype=torch.float64, device=truth.device)
+        self._squared[name] = self._squared.get(name, zero) + scaled.square().sum((0, 2))
+        self._count[name] = self._count.get(name, zero) + mask.sum((0, 2))
+
+    def by_minute(self) -> dict[str, Tensor]:
+        return {name: (self._squared[name] / self._count[name].clamp(min=1)).cpu() for name in self._squared}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/evaluate.py` for this workload."""
+    parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
+    parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
+    parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
+    parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
+    parser.add_argument("--no-ridge", action="store_true", help="leave the ridge baseline out (minutes for V = 6,712)")
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate and write evaluation.{md,json,png}; prints the first table. Returns the exit status."""
+    trained = load_trained(arguments.run, choose_device(arguments.device))
+    store = Store.open(arguments.store or trained.data.store)
+    result = evaluate(
+        trained,
+        store,
+        arguments.split,
+        max_cases=arguments.max_cases,
+        batch_size=arguments.batch_size,
+        with_ridge=not arguments.no_ridge,
+        horizons=arguments.horizons,
+        progress=True,
+    )
+    out = arguments.out or arguments.run / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    print(write_report(result, trained, out))
+    plot_evaluation(result, trained.schema, out / "evaluation.png")
+    print(f"wrote {out}/evaluation.md, evaluation.json and evaluation.png")
+    return 0

@@ -1,0 +1,196 @@
+"""Prediction of a whole day: a rollout under a case's Boundary.csv from a start state, written as CSV and pictures.
+
+    predict_day(trained, boundary, start)      -> [1440, Vs]
+    add_arguments(parser), run(arguments)      what launchers/predict.py calls
+
+Where the start comes from: `--start FOLDER` takes another case's last minutes (yesterday, say) or those up to
+`--start-minute`; else the case's own first minutes, if it has outputs; else those minutes of the training days whose
+boundary is nearest to the case's first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from engine.errors import DataError
+from models.fluid.csv_cases import read_case
+from models.fluid.metrics import Errors
+from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
+from models.fluid.rollout import Surrogate, rollout
+from models.fluid.schema import GROUPS, MINUTES, Schema
+from models.fluid.store import Store
+from models.fluid.trained import Trained, choose_device, load_trained
+
+_VARIABLES = 6
+
+
+@dataclass(frozen=True)
+class Start:
+    """states [T, Vs]: the T minutes up to `minute` of the day (0 is the midnight that it begins with)."""
+
+    states: np.ndarray
+    minute: int
+    source: str
+
+
+def predict_day(trained: Trained, boundary: np.ndarray, start: Start, progress: bool = False) -> np.ndarray:
+    """The day's states, float32 [1440, Vs], under `boundary` [1440, Vb]; row i is minute i + 1.
+
+    Rows up to the start's minute hold the start itself. Before midnight, the day's first set-points stand in for those
+    of the day before.
+    """
+    history = len(start.states)
+    minutes = np.arange(start.minute - history + 1, MINUTES + 1)
+    model = trained.model
+    device = model.normalization.scale.device
+    predicted = rollout(
+        Surrogate(model),
+        torch.from_numpy(boundary[np.maximum(minutes - 1, 0)])[None].to(device),
+        torch.from_numpy(start.states)[None].to(device),
+        missing=model.normalization.state_offset,
+        progress="predict" if progress else None,
+    )
+    known = start.states[history - start.minute :] if start.minute else start.states[:0]
+    return np.concatenate([known, predicted[0].cpu().numpy()])
+
+
+def own_start(state: np.ndarray, history: int) -> Start:
+    """The first minutes of the case itself, from its outputs [1440, Vs]."""
+    return Start(state[:history], history, "the case's own first minutes")
+
+
+def start_from_case(folder: Path, schema: Schema, history: int, minute: int) -> Start:
+    """The minutes up to `minute` of another case, taken as those before midnight. Raises DataError."""
+    if not history <= minute <= MINUTES:
+        raise DataError(f"--start-minute {minute}: must lie between {history} (the model's history) and {MINUTES}")
+    state = read_case(folder, schema, outputs=True).state
+    assert state is not None
+    return Start(state[minute - history : minute], 0, f"{folder}, minute {minute}")
+
+
+def nearest_start(store: Store, schema: Schema, boundary: np.ndarray, scale: np.ndarray, history: int) -> Start:
+    """Of all training minutes, those before midnight under the boundary nearest to `boundary` [Vb]; scale [Vb].
+
+    Where a boundary holds for hours, its last minute: the network has settled most by then. Raises DataError.
+    """
+    if store.schema != schema:
+        raise DataError(f"{store.root}: has other columns than the run was trained on; give --start FOLDER")
+    best: tuple[float, str, int] | None = None
+    for case in store.cases("train"):
+        if store.has_state("train", case):
+            distance = np.square((store.boundary("train", case)[history - 1 :] - boundary) / scale).sum(axis=1)
+            row = len(distance) - 1 - int(np.argmin(distance[::-1]))
+            if best is None or distance[row] < best[0]:
+                best = (float(distance[row]), case, row + history - 1)
+    if best is None:
+        raise DataError(f"{store.root}: no training case has outputs to start from; give --start FOLDER")
+    _, case, row = best
+    states = store.state_rows("train", case, row - history + 1, row + 1)
+    return Start(states, 0, f"training case {case}, minute {row + 1}, whose boundary is nearest")
+
+
+def write_day(folder: Path, day: date, states: np.ndarray, schema: Schema) -> None:
+    """The seven output files of a day, in the layout of the inputs: TIME, then the columns in the schema's order."""
+    midnight = datetime(day.year, day.month, day.day)
+    moments = [midnight + timedelta(minutes=minute) for minute in range(1, MINUTES + 1)]
+    times = [f"{t.year}/{t.month}/{t.day} {t.hour}:{t.minute:02d}" for t in moments]
+    for group in GROUPS:
+        values = states[:, schema.group_slices[group]]
+        columns = {name: values[:, k] for k, name in enumerate(schema.groups[group])}
+        pl.DataFrame({"TIME": times, **columns}).write_csv(folder / f"{group}.csv")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/predict.py` for this workload."""
+    parser.add_argument("--case", type=Path, required=True, help="folder with Boundary.csv, and outputs where known")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the seven CSV files and the pictures")
+    parser.add_argument("--start", type=Path, help="folder of a case whose last minutes are the start")
+    parser.add_argument("--start-minute", type=int, default=MINUTES, help="with --start: its minute, 1440 unless given")
+    parser.add_argument(
+        "--variables", nargs="+", metavar="NAME", help="what to plot; the most moving ones unless given"
+    )
+    parser.add_argument("--store", type=Path, help="prepared data set to look for a start in; the run's unless given")
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Predict, write and draw. Returns the exit status. Raises DataError or CheckpointError."""
+    trained = load_trained(arguments.run, choose_device(arguments.device))
+    schema, history = trained.schema, trained.data.history
+    unknown = [name for name in arguments.variables or () if name not in schema.states]
+    if unknown:
+        raise DataError(f"--variables {unknown[0]}: no such output column; they are named as in the CSV files' headers")
+    if arguments.out.resolve() == arguments.case.resolve():
+        raise DataError(f"--out {arguments.out}: is the case itself, whose files would be overwritten; give another")
+    case = read_case(arguments.case, schema)
+    normalization = trained.model.normalization
+    if arguments.start is not None:
+        start = start_from_case(arguments.start, schema, history, arguments.start_minute)
+    elif case.state is not None:
+        start = own_start(case.state, history)
+    else:
+        scale = normalization.scale[: schema.num_boundary].cpu().numpy()
+        store = Store.open(arguments.store or trained.data.store)
+        start = nearest_start(store, schema, case.boundary[0], scale, history)
+    print(f"start: {start.source}")
+
+    prediction = predict_day(trained, case.boundary, start, progress=True)
+    persistence = np.broadcast_to(start.states[-1], prediction.shape)
+    day = PredictedDay(prediction, persistence, case.state, start.minute)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_day(arguments.out, case.day, prediction, schema)
+    record = {
+        "weights": str(trained.folder),
+        "case": str(arguments.case),
+        "start": start.source,
+        "first_predicted_minute": start.minute + 1,
+        "scores": _scores(day, trained),
+    }
+    (arguments.out / "prediction.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    scale = normalization.state_scale.cpu().numpy()
+    names = arguments.variables or most_moving(day, schema, scale, _VARIABLES)
+    title = f"{arguments.case.name}: a day from {_clock(start.minute)} on, predicted from its boundary alone"
+    plot_variables(day, names, schema, arguments.out / "variables.png", title)
+    drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png") else "")
+    print(f"wrote {', '.join(GROUPS)}.csv, {drawn} to {arguments.out}")
+    return 0
+
+
+def _scores(day: PredictedDay, trained: Trained) -> dict[str, dict[str, float]] | None:
+    """Normalised scores of prediction and persistence over the predicted minutes; None if the truth is not known."""
+    if day.truth is None:
+        return None
+    truth = torch.from_numpy(day.truth[day.first :])
+    normalization = trained.model.normalization.cpu()
+    return {
+        name: Errors.of(torch.from_numpy(values[day.first :]), truth, ~truth.isnan(), normalization).scores(
+            trained.schema
+        )["normalised"]["all"]
+        for name, values in (("surrogate", day.prediction), ("persistence", np.array(day.persistence)))
+    }
+
+
+def _draw_map(day: PredictedDay, trained: Trained, path: Path) -> bool:
+    if trained.network is None:
+        return False
+    pressures = {name.removesuffix("_p"): k for k, name in enumerate(trained.schema.states) if name.endswith("_p")}
+    prediction = day.prediction[day.first :]
+    if day.truth is None:
+        values = {node: float(prediction[:, k].mean()) for node, k in pressures.items()}
+        return plot_map(trained.network, values, "mean pressure (MPa)", path, "Predicted pressure, mean of the day")
+    error = 1000 * np.abs(prediction - day.truth[day.first :])
+    values = {node: float(np.nan_to_num(np.nanmean(error[:, k]))) for node, k in pressures.items()}
+    return plot_map(trained.network, values, "mean absolute error (kPa)", path, "Pressure error over the day")
+
+
+def _clock(minute: int) -> str:
+    return f"{minute // 60}:{minute % 60:02d}"

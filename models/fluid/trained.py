@@ -1,0 +1,79 @@
+"""A trained surrogate from a run's folder: the weights, what they were trained on, and the network's columns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.strict import read_json_object, validated
+from engine.weights import WEIGHTS, load_weights
+from models.fluid.config import FluidData, FluidModel
+from models.fluid.network import FluidDecoder
+from models.fluid.schema import Schema
+from models.fluid.task import make_decoder
+
+_LARGEST_NETWORK = 256 << 20
+
+
+@dataclass(frozen=True)
+class Trained:
+    """folder: where the weights lie; network: network.json where the data set had one; facts: the step, the metric."""
+
+    folder: Path
+    model: FluidDecoder
+    schema: Schema
+    data: FluidData
+    network: dict[str, Any] | None
+    facts: dict[str, Any]
+
+
+def find_weights(run: Path) -> Path:
+    """The folder with a run's weights: best/, else final/, else `run` itself. Raises CheckpointError."""
+    for folder in (run / "best", run / "final", run):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    raise CheckpointError(
+        f"{run}: no {WEIGHTS} here, nor in best/ or final/ of it: give the folder of a run that has evaluated or ended"
+    )
+
+
+def load_trained(run: Path, device: torch.device) -> Trained:
+    """The surrogate of a run, in eval mode on `device`. Raises CheckpointError, ConfigError or DataError."""
+    folder = find_weights(run)
+    path = folder / "config.json"
+    config = read_json_object(path)
+    if config.get("workload") != "fluid":
+        raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of 'fluid'")
+    data = validated(FluidData, config.get("data"), "data", path)
+    schema = Schema.read(folder)
+    model = make_decoder(schema, data, validated(FluidModel, config.get("model"), "model", path))
+    facts = load_weights(model, folder)
+    return Trained(folder, model.to(device).eval(), schema, data, _read_network(folder / "network.json"), facts)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _read_network(path: Path) -> dict[str, Any] | None:
+    """network.json, or None where there is none or it is not an object: without it only the map is left out."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_NETWORK:
+        return None
+    try:
+        network = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return network if isinstance(network, dict) else None
