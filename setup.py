@@ -16,6 +16,7 @@ setup(
         "pydantic>=2.10",
         "numpy>=1.26",
         "scipy>=1.13",
+        "numba>=0.61",
         "polars>=1.20",
         "matplotlib>=3.9",
         "tensorboard>=2.18",

@@ -171,7 +171,7 @@ class Store:
                     raise DataError(f"{self.root / 'store.json'}: case {split}/{case} is damaged: {_again(self.root)}")
                 for name in entry.digests:
                     path = self.root / split / case / name
-                    expected = len(npy_header(self.minutes, widths[name])) + 4 * self.minutes * widths[name]
+                    expected = npy_size(self.minutes, widths[name])
                     found = path.stat().st_size if path.is_file() else None
                     if found != expected:
                         what = "is missing" if found is None else f"has {found} bytes where {expected} were written"
@@ -208,6 +208,11 @@ def npy_header(rows: int, columns: int) -> bytes:
         + (len(entry) + padding + 1).to_bytes(2, "little")
         + (entry + " " * padding + "\n").encode()
     )
+
+
+def npy_size(rows: int, columns: int) -> int:
+    """Bytes of a float32 [rows, columns] .npy file."""
+    return len(npy_header(rows, columns)) + 4 * rows * columns
 
 
 class _RowFile:

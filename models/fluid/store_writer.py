@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from engine.errors import DataError
 from models.fluid.schema import MINUTES, Schema
 from models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
-from models.fluid.store import SPLITS, VERSION, CaseEntry, Store, file_digest, npy_header, store_fingerprint
+from models.fluid.store import SPLITS, VERSION, CaseEntry, Store, file_digest, npy_header, npy_size, store_fingerprint
 
 PARTIAL = ".partial"
 
@@ -97,13 +97,20 @@ def write_case(
     return entry
 
 
-def read_record(folder: Path) -> tuple[CaseEntry, dict[str, Any] | None] | None:
-    """(entry, source) of a case's folder that `write_case` made; None if it is not one or of another version."""
+def read_record(folder: Path, schema: Schema) -> tuple[CaseEntry, dict[str, Any] | None] | None:
+    """(entry, source) of a case's folder that `write_case` made; None if there is none, or not a whole one."""
     try:
         record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
         if record["version"] != VERSION:
             return None
-        return CaseEntry(record["day"], record["digests"]), record["source"]
+        entry = CaseEntry(record["day"], record["digests"])
+        if not (folder / "moments.npy").is_file() and entry.has_state:
+            return None
+        for name in entry.digests:
+            columns = schema.num_boundary if name == "boundary.npy" else schema.num_states
+            if (folder / name).stat().st_size != npy_size(MINUTES, columns):
+                return None
+        return entry, record["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -121,21 +128,42 @@ def finish_store(
     Holds one case's moments and the sampled rows in memory, whatever the number of cases.
     Raises DataError if no training case has outputs.
     """
-    ordered = {split: dict(sorted(splits.get(split, {}).items())) for split in SPLITS}
+    ordered = _ordered(splits)
     fitted = [name for name, entry in ordered["train"].items() if entry.has_state]
     if not fitted:
         raise DataError(f"{root}: no training case with outputs: statistics cannot be fitted")
     moments = merge_moments(_read_moments(root / "train" / name, schema) for name in fitted)
-    fingerprint = store_fingerprint(schema, ordered)
-    store = Store(root, schema, {}, minutes, ordered, fingerprint)
-    rows = _sampled_rows(store, fitted)
+    rows = _sampled_rows(Store(root, schema, {}, minutes, ordered, ""), fitted)
     partial = root / f".statistics{PARTIAL}"
     save_file(column_statistics(moments, rows), partial)
     _sync_file(partial)
     partial.rename(root / "statistics.safetensors")
+    write_atomically(root / "store.json", _index_text(schema, ordered, minutes, notes))
+
+
+def is_finished(
+    root: Path, schema: Schema, splits: Mapping[str, Mapping[str, CaseEntry]], *, notes: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether `root` is a whole store of exactly these cases and notes, so that `finish_store` would not change it."""
+    try:
+        if (root / "store.json").read_text(encoding="utf-8") != _index_text(schema, _ordered(splits), MINUTES, notes):
+            return False
+        Store.open(root)
+    except (OSError, ValueError, DataError):
+        return False
+    return True
+
+
+def _ordered(splits: Mapping[str, Mapping[str, CaseEntry]]) -> dict[str, dict[str, CaseEntry]]:
+    return {split: dict(sorted(splits.get(split, {}).items())) for split in SPLITS}
+
+
+def _index_text(
+    schema: Schema, ordered: dict[str, dict[str, CaseEntry]], minutes: int, notes: Mapping[str, Any] | None
+) -> str:
     index = {
         "version": VERSION,
-        "fingerprint": fingerprint,
+        "fingerprint": store_fingerprint(schema, ordered),
         "minutes": minutes,
         "variables": schema.num_variables,
         "splits": {
@@ -144,7 +172,7 @@ def finish_store(
         },
         **(notes or {}),
     }
-    write_atomically(root / "store.json", json.dumps(index, indent=1) + "\n")
+    return json.dumps(index, indent=1) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -180,9 +208,10 @@ def _sampled_rows(store: Store, cases: list[str]) -> np.ndarray:
 
 def _write_array(path: Path, array: np.ndarray) -> None:
     values = np.ascontiguousarray(array, dtype=np.float32)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb") as file:
         file.write(npy_header(*values.shape))
         file.write(values.data.cast("B"))
+        file.flush()
         os.fsync(file.fileno())
 
 

@@ -1,0 +1,38 @@
+"""Prepare data for a workload: `python launchers/prepare.py fluid --source ROOT --out DIR`.
+
+`python launchers/prepare.py <workload> --help` shows what a workload offers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import models
+from engine.errors import TrunklineError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and call the workload's preparation. Returns the exit status: 0 done, 2 a user's error, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    workloads = sorted(path.parent.name for path in Path(models.__path__[0]).glob("*/prepare.py"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="workload", required=True, metavar="|".join(workloads))
+    for name in workloads:
+        importlib.import_module(f"models.{name}.prepare").add_arguments(commands.add_parser(name))
+    arguments = parser.parse_args(argv)
+    try:
+        importlib.import_module(f"models.{arguments.workload}.prepare").run(arguments)
+    except TrunklineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again, which goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""From CSV folders to a prepared store, and simulated cases as CSV folders.
+
+    add_arguments(parser), run(arguments)   `python launchers/prepare.py fluid ...`
+    prepare(source, out, ...)               read, check, align and store every case of a source
+
+Cases are read by several processes, one case each at a time, so memory does not depend on how many there are. A case is
+written whole or not at all; run again, the same command keeps the finished cases whose source files have not changed.
+What is written depends on the source and the settings only, not on the number of processes or on interruptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.errors import ConfigError, DataError
+from models.fluid.conversion import convert_all
+from models.fluid.csv_source import SourceCase, agree_on_schema, find_cases, stamp
+from models.fluid.schema import Schema
+from models.fluid.store import SPLITS, CaseEntry, Store
+from models.fluid.store_writer import (
+    PARTIAL,
+    begin_store,
+    finish_store,
+    is_finished,
+    read_record,
+    write_atomically,
+)
+
+_LARGEST_NETWORK = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/prepare.py fluid`."""
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--source", type=Path, metavar="ROOT", help="CSV cases: ROOT/{train,test}/<case>/*.csv")
+    work.add_argument("--simulate", choices=["demo", "reference"], help="write CSV cases of a simulated network")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--seed", type=int, default=42, help="chooses the validation cases, or the simulated days")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    source = parser.add_argument_group("with --source")
+    source.add_argument("--val-fraction", type=float, default=0.1, help="share of train/ that becomes val (0.1)")
+    source.add_argument("--skip-bad-cases", action="store_true", help="leave out cases with errors and list them")
+    simulated = parser.add_argument_group("with --simulate")
+    simulated.add_argument("--cases", type=int, default=0, metavar="N", help="training cases to write")
+    simulated.add_argument("--test-cases", type=int, default=0, metavar="K", help="test cases to write")
+    simulated.add_argument("--boundary-only-tests", action="store_true", help="test cases without their outputs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ConfigError and DataError."""
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers}: use 1 or more")
+    if arguments.simulate:
+        _simulate(arguments)
+        return
+    try:
+        skipped = prepare(
+            arguments.source,
+            arguments.out,
+            val_fraction=arguments.val_fraction,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            skip_bad_cases=arguments.skip_bad_cases,
+            progress=True,
+        )
+    except OSError as error:  # a full disk, a folder that must not be written
+        raise DataError(f"{error}: mend that and run the same command again, which goes on where it stopped") from error
+    store = Store.open(arguments.out)
+    counts = ", ".join(f"{len(store.cases(split))} {split}" for split in SPLITS)
+    print(f"{arguments.out}: {counts} cases of {store.schema.num_variables} variables")
+    empty = [name for name, count in zip(store.schema.columns, store.statistics["count"]) if count == 0]
+    if empty:
+        print(f"columns without any value in the training cases: {', '.join(empty[:10])}{' ...' * (len(empty) > 10)}")
+    if skipped:
+        print(f"left out {len(skipped)} bad cases (also in {arguments.out / 'store.json'}):")
+        for case, reason in skipped.items():
+            print(f"  {case}: {reason}")
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 42,
+    workers: int | None = None,
+    skip_bad_cases: bool = False,
+    progress: bool = False,
+) -> dict[str, str]:
+    """Prepare the cases of `source` as a store in `out`; returns {"train/case_0007": why it was left out, ...}.
+
+    source: ROOT/{train,test}/<case>/*.csv. Training cases need outputs; test cases have them or not.
+    val_fraction: share of the training cases that becomes the split "val", chosen by `seed` and the cases' names
+    workers: processes; the default is one for each core
+
+    Raises DataError for the first bad case found, unless `skip_bad_cases`, and if no training case is left.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"--val-fraction {val_fraction}: use a number from 0 to below 1, such as 0.1")
+    cases = find_cases(source, val_fraction, seed)
+    _check_out(source, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_writer(out):
+        schema, bad = agree_on_schema(cases)
+        _check_bad(bad, skip_bad_cases)
+        cases = [case for case in cases if case.key not in bad]
+        stamps = {case.key: stamp(case, schema) for case in cases}
+        entries = _kept_cases(out, cases, stamps, schema)
+        unread = [case for case in cases if case.name not in entries[case.split]]
+        if not unread and is_finished(out, schema, entries, notes=_notes(val_fraction, seed, bad)):
+            _copy_network(source, out)
+            return _reasons(bad)
+        begin_store(out, schema)
+        _copy_network(source, out)
+        _remove_other_cases(out, entries)
+        with (
+            tqdm(total=len(cases), initial=len(cases) - len(unread), unit="case", disable=not progress) as bar,
+            closing(convert_all(unread, out, schema, stamps, workers)) as results,
+        ):
+            for case, result in results:
+                bar.update()
+                if isinstance(result, DataError):
+                    bad[case.key] = result
+                    _check_bad(bad, skip_bad_cases)
+                else:
+                    entries[case.split][case.name] = result
+        if not entries["train"]:
+            raise DataError(f"{source}: no training case is left: {next(iter(_reasons(bad).values()))}")
+        finish_store(out, schema, entries, notes=_notes(val_fraction, seed, bad))
+        return _reasons(bad)
+
+
+def _check_bad(bad: dict[str, DataError], skip_bad_cases: bool) -> None:
+    if bad and not skip_bad_cases:
+        error = bad[min(bad)]
+        raise DataError(f"{error} (--skip-bad-cases goes on without such cases)") from error
+
+
+def _reasons(bad: dict[str, DataError]) -> dict[str, str]:
+    return {key: str(error) for key, error in sorted(bad.items())}
+
+
+def _notes(val_fraction: float, seed: int, bad: dict[str, DataError]) -> dict[str, object]:
+    return {"val_fraction": val_fraction, "seed": seed, "skipped": _reasons(bad)}
+
+
+def _check_out(source: Path, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: not a folder: choose another --out")
+    inside = out.resolve()
+    if source.resolve() in (inside, *inside.parents) or inside in source.resolve().parents:
+        raise DataError(f"--out {out} and --source {source} contain one another: choose an --out of its own")
+    held = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+    if held and "schema.json" not in held:
+        raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Hold `out` against a second preparation. The lock goes with the process, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{out}: another preparation is writing this folder: wait for it, or choose another --out"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _kept_cases(
+    out: Path, cases: list[SourceCase], stamps: dict[str, dict[str, Any]], schema: Schema
+) -> dict[str, dict[str, CaseEntry]]:
+    """The cases that stand finished in `out`, read from the same files with the same columns."""
+    kept: dict[str, dict[str, CaseEntry]] = {split: {} for split in SPLITS}
+    for case in cases:
+        record = read_record(out / case.split / case.name, schema)
+        if record is not None and record[1] == stamps[case.key]:
+            kept[case.split][case.name] = record[0]
+    return kept
+
+
+def _remove_other_cases(out: Path, kept: dict[str, dict[str, CaseEntry]]) -> None:
+    for split in SPLITS:
+        for folder in sorted((out / split).iterdir()) if (out / split).is_dir() else []:
+            ours = folder.name.endswith(PARTIAL) or (folder / "case.json").is_file()
+            if ours and folder.name not in kept[split]:
+                shutil.rmtree(folder)
+
+
+def _copy_network(source: Path, out: Path) -> None:
+    path = source / "network.json"
+    if not path.is_file():
+        (out / "network.json").unlink(missing_ok=True)
+        return
+    if path.stat().st_size > _LARGEST_NETWORK:
+        raise DataError(f"{path}: larger than {_LARGEST_NETWORK >> 30} GiB: not a network")
+    try:
+        write_atomically(out / "network.json", path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8, or remove it") from error
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from models.fluid.simulate import simulate
+
+    if arguments.cases < 1:
+        raise ConfigError(f"--cases {arguments.cases}: --simulate needs --cases N, 1 or more")
+    if arguments.test_cases < 0:
+        raise ConfigError(f"--test-cases {arguments.test_cases}: use 0 or more")
+    simulate(
+        arguments.simulate,
+        arguments.cases,
+        arguments.out,
+        seed=arguments.seed,
+        test_cases=arguments.test_cases,
+        boundary_only_tests=arguments.boundary_only_tests,
+        workers=arguments.workers,
+    )
+    print(
+        f"{arguments.out}: {arguments.cases} training and {arguments.test_cases} test cases; "
+        f"next: python launchers/prepare.py fluid --source {arguments.out} --out DIR"
+    )
