@@ -79,7 +79,7 @@ class Checkpoints:
                 return found
             if not problems:
                 return None
-            return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh with --resume none"
+            return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"
 
         return self._agreed(choose)
 

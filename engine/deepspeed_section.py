@@ -29,15 +29,36 @@ REFUSED = {
     "hybrid_engine": "it is for inference inside training, which no task here does",
     "managed_gradient_accumulation": "the engine drives the accumulation",
     "pipeline": "only data parallelism is driven",
+    "seq_parallel_communication_data_type": "only data parallelism is driven",
     "sequence_parallel_size": "only data parallelism is driven",
     "tensor_parallel": "only data parallelism is driven",
     "tensorboard": "use training.trackers",
     "train_steps": "use training.steps",
+    "use_data_before_expert_parallelism": "only data parallelism is driven",
+    "vocabulary_size": "DeepSpeed only warns by it",
     "wandb": "use training.trackers",
     "weight_quantization": "it changes the model behind the engine's back",
 }
 
+REFUSED_ZERO = {
+    "compute_grad_norm": "steps without a finite gradient are found by the norm",
+    "cpu_offload": "it is deprecated; use offload_optimizer",
+    "cpu_offload_param": "it is deprecated; use offload_param",
+    "cpu_offload_use_pin_memory": "it is deprecated; use offload_optimizer.pin_memory",
+    "legacy_stage1": "DeepSpeed has dropped it",
+    "pipeline_loading_checkpoint": "only data parallelism is driven",
+    "stage3_gather_fp16_weights_on_model_save": "it is deprecated; use stage3_gather_16bit_weights_on_model_save",
+    "zenflow": "it updates out of step, so a run could not be resumed exactly",
+}
+
 Json = dict[str, Any]
+
+
+def _refuse(section: Any, refused: dict[str, str]) -> Any:
+    for key, instead in refused.items():
+        if isinstance(section, dict) and key in section:
+            raise ValueError(f"'{key}' is not supported here: {instead}; remove it")
+    return section
 
 
 class Optimizer(Strict):
@@ -85,10 +106,11 @@ class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 0
     allgather_bucket_size: int | None = None
     allgather_partitions: bool | None = None
-    allgather_sequential: bool | None = None
+    stage3_allgather_sequential: bool | None = None
     contiguous_gradients: bool | None = None
+    enable_sanity_checks: bool | None = None
     elastic_checkpoint: bool | None = None
-    gather_16bit_weights_on_model_save: bool | None = None
+    stage3_gather_16bit_weights_on_model_save: bool | None = None
     ignore_unused_parameters: bool | None = None
     leaf_module: Json | None = None
     load_from_fp32_weights: bool | None = None
@@ -116,6 +138,11 @@ class Zero(Strict):
     zero_quantized_gradients: bool | None = None
     zero_quantized_nontrainable_weights: bool | None = None
     zero_quantized_weights: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_refused_key(cls, section: Any) -> Any:
+        return _refuse(section, REFUSED_ZERO)
 
 
 class DeepSpeedSection(Strict):
@@ -155,11 +182,8 @@ class DeepSpeedSection(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse(cls, section: Any) -> Any:
-        for key, instead in REFUSED.items():
-            if isinstance(section, dict) and key in section:
-                raise ValueError(f"'{key}' is not supported here: {instead}; remove it")
-        return section
+    def _no_refused_key(cls, section: Any) -> Any:
+        return _refuse(section, REFUSED)
 
     @field_validator("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     @classmethod

@@ -24,7 +24,7 @@ def mix(*keys: int) -> int:
     """An int64 (as a signed Python int) that depends on every key and on their order."""
     state = 0
     for key in keys:
-        state = _finalise_int((state + _GOLDEN + (key & _MASK)) & _MASK)
+        state = _finalise_int((state + _GOLDEN + (int(key) & _MASK)) & _MASK)
     return state - (1 << 64) if state >= 1 << 63 else state
 
 

@@ -197,7 +197,7 @@ class Trainer:
             where = f"the fp16 loss scale is now {scale:g}"
         else:
             torch.manual_seed(mix(self.config.training.seed, 1, progress.step - 1, self.ranks.rank))
-            where = nonfinite.locate(self.task, self.backend.model, micro_batches, self.ranks)
+            where = nonfinite.locate(self.task, self.backend.module, micro_batches, self.ranks)
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )
@@ -291,7 +291,7 @@ class Trainer:
             if state.get(key) != mine:
                 raise CheckpointError(
                     f"{path}: was written with {key} {state.get(key)!r}, but this run has {mine!r}; make them equal, "
-                    "or start afresh with --resume none in another --output-dir"
+                    "or start afresh in another --output-dir"
                 )
         if state["step"] > self.total_steps:
             raise CheckpointError(f"{path}: is at step {state['step']}, past this run's last step {self.total_steps}")

@@ -33,6 +33,8 @@ class Backend(Protocol):
     name: str
     model: nn.Module
     """What a task calls. Its parameters may be sharded."""
+    module: nn.Module
+    """The bare model inside: for reading its structure, and for gradients that the engine must not see."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to that of the step. Summed over the ranks and micro-batches of the step, these

@@ -91,10 +91,11 @@ class DeepSpeedBackend:
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
         self.model: nn.Module = self.engine
+        self.module: nn.Module = self.engine.module
         self._world_size = ranks.world_size
         self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
-        self._parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
@@ -141,11 +142,26 @@ class DeepSpeedBackend:
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.engine.module.named_parameters():
-            master = safe_get_full_fp32_param(parameter)
+        masters = self._unsharded_masters()
+        for name, parameter in self.module.named_parameters():
+            master = masters.get(parameter)
+            if master is None:
+                master = safe_get_full_fp32_param(parameter)
             yield name, (parameter if master is None else master).detach().to("cpu", copy=True)
-        for name, buffer in _persistent_buffers(self.engine.module):
+        for name, buffer in _persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
+
+    def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
+        """The fp32 copies that ZeRO 0 keeps of half-precision parameters; safe_get_full_fp32_param does not know them."""
+        low = getattr(self.engine.optimizer, "fp16_groups", [])
+        high = getattr(self.engine.optimizer, "fp32_groups", [])
+        if self.engine.zero_optimization() or not high:
+            return {}
+        return {
+            p: master
+            for group, masters in zip(low, high, strict=True)
+            for p, master in zip(group, masters, strict=True)
+        }
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

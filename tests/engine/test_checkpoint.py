@@ -1,0 +1,147 @@
+"""Whole checkpoints or none: what a reader does with every kind of damage, and what a writer leaves when it cannot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import BACKEND, MANIFEST, TRAINER, Checkpoints, verify
+from engine.distributed import Ranks
+from engine.errors import CheckpointError
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def write_weights(folder: Path) -> None:
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "weights.pt").write_bytes(bytes(range(256)) * 20)
+    (folder / "notes.txt").write_text("two files")
+
+
+def save(folder: Path, *steps: int, keep_last: int = 5) -> Checkpoints:
+    checkpoints = Checkpoints(folder, ALONE, keep_last)
+    for step in steps:
+        checkpoints.save(step, write_weights, {"step": step})
+    return checkpoints
+
+
+FILES = [MANIFEST, TRAINER, f"{BACKEND}/part/weights.pt", f"{BACKEND}/notes.txt"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove", "empty"])
+def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(
+    tmp_path: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = save(tmp_path, 100, 200)
+    file = tmp_path / "step-00000200" / name
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    file.write_bytes({"cut": bytes(data[:-1]), "lengthen": bytes(data) + b" ", "empty": b""}.get(damage, bytes(data)))
+    if damage == "remove":
+        file.unlink()
+    found = checkpoints.newest()
+    assert found is not None
+    assert (found[0].name, found[1]) == ("step-00000100", {"step": 100})
+    said = capsys.readouterr().out
+    assert "step-00000200" in said
+    assert Path(name).name in said
+    shutil.rmtree(tmp_path / "step-00000100")
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be loaded:.*step-00000200.*start afresh"):
+        checkpoints.newest()
+
+
+def test_any_single_flipped_bit_is_seen(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = tmp_path / "step-00000001"
+    for name in (MANIFEST, TRAINER, f"{BACKEND}/notes.txt"):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 150)):
+            for bit in (0, 1, 3, 5):
+                broken = bytearray(whole)
+                broken[place] ^= 1 << bit
+                (folder / name).write_bytes(bytes(broken))
+                with pytest.raises(CheckpointError):
+                    verify(folder)
+        (folder / name).write_bytes(whole)
+    verify(folder)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / BACKEND / "extra.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"extra.pt is not in the manifest"):
+        verify(tmp_path / "step-00000001")
+
+
+def test_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    file = tmp_path / "step-00000001" / BACKEND / "notes.txt"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        verify(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("name", ["../outside.pt", "/etc/hostname"])
+def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path, name: str) -> None:
+    from engine.checkpoint import _entry, _manifest_text
+
+    save(tmp_path, 1)
+    (tmp_path / "outside.pt").write_bytes(b"hostile")
+    folder = tmp_path / "step-00000001"
+    files = {TRAINER: _entry(folder / TRAINER), name: {"bytes": 7, "sha256": "0"}}
+    (folder / MANIFEST).write_text(_manifest_text({"format": 1, "step": 1, "files": files}))
+    with pytest.raises(CheckpointError, match="names a file outside"):
+        verify(folder)
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 30, 400, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000400"]
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 1)
+    before = sorted(tmp_path.rglob("*"))
+
+    def leave_an_unreadable_name(folder: Path) -> None:
+        write_weights(folder)
+        (folder / "gone").symlink_to(folder / "nothing")
+        os.mkfifo(folder / "pipe")
+        raise OSError(28, "No space left on device", str(folder / "weights.pt"))
+
+    with pytest.raises((CheckpointError, OSError), match="No space left"):
+        checkpoints.save(2, leave_an_unreadable_name, {"step": 2})
+    assert checkpoints.newest() is not None
+    Checkpoints(tmp_path, ALONE, 5)  # the next start clears what was left
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 1, 2)
+    checkpoints.save(2, write_weights, {"step": 2, "again": True})
+    assert verify(tmp_path / "step-00000002") == {"step": 2, "again": True}
+
+
+def test_checkpoints_past_the_resumed_step_are_set_aside_not_lost(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 1, 2, 3)
+    checkpoints.set_aside_after(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "aside-step-00000002", "aside-step-00000003", "step-00000001",
+    ]  # fmt: skip
+    assert verify(tmp_path / "aside-step-00000003") == {"step": 3}
+
+
+def test_folders_that_are_not_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 5)
+    for name in ("step-00000009x", "step-7", "xstep-00000009", "step-../../00000001".replace("/", "_")):
+        (tmp_path / name).mkdir()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].name == "step-00000005"

@@ -1,0 +1,308 @@
+"""The contracts of the engine, on the tiny task: splits, order, backends, resume, early stopping, broken gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config import RunConfig
+from engine.deepspeed_section import batch_sizes
+from engine.distributed import start
+from engine.errors import CheckpointError, ConfigError, TrunklineError
+from engine.order import FILLER, GlobalBatches
+from engine.randomness import mix
+from engine.schedules import learning_rates
+from engine.trainer import InterruptedRunError, Trainer
+from engine.weights import load_weights
+from tests.distributed import run_distributed_test
+from tests.engine.tiny import Net, TinyTask, tiny_config
+
+ZERO = {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
+
+
+def train(folder: Path, config: RunConfig, resume: str = "none") -> Trainer:
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), folder, resume=resume)
+    trainer.run()
+    return trainer
+
+
+def lines(folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in lines(folder)]
+
+
+def reference_losses(config: RunConfig) -> list[float]:
+    """The same run as a plain loop over whole global batches: torch alone, no engine, no DeepSpeed."""
+    task = TinyTask(config.data, config.model)
+    torch.manual_seed(mix(config.training.seed, 0))
+    model = task.build_model()
+    params = config.deepspeed.optimizer.params
+    optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
+    steps = config.training.steps or 0
+    rates = learning_rates(config.deepspeed.scheduler, params["lr"], steps, list(range(steps)))
+    rows = task.datasets()["train"]
+    batches = GlobalBatches(len(rows), config.deepspeed.train_batch_size or 0, config.training.seed)  # type: ignore[arg-type]
+    out = []
+    for step in range(steps):
+        chosen = [index for index in batches.samples(step) if index != FILLER]
+        points = torch.cat([rows[index][0] for index in chosen])
+        targets = torch.cat([rows[index][1] for index in chosen])
+        loss = (model(points) - targets).square().mean()
+        out.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed.gradient_clipping)
+        optimizer.param_groups[0]["lr"] = rates[step]
+        optimizer.step()
+    return out
+
+
+@pytest.mark.parametrize(("stage", "micro"), [(0, 8), (0, 1), (1, 2), (2, 8), (2, 1), (3, 2)])
+def test_any_zero_stage_and_split_follows_a_plain_torch_loop(tmp_path: Path, stage: int, micro: int) -> None:
+    section = {"zero_optimization": {"stage": stage, **ZERO}, "train_micro_batch_size_per_gpu": micro}
+    config = tiny_config(tmp_path, deepspeed=section)
+    train(tmp_path / "run", config)
+    assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
+
+
+def train_stages_on_a_rank(rank: int, world_size: int, folder: Path) -> None:
+    for stage in range(4):
+        section = {"zero_optimization": {"stage": stage, **ZERO}, "train_micro_batch_size_per_gpu": 1}
+        config = tiny_config(folder / f"{stage}-{rank}", data={"noise": 0.1}, deepspeed=section)
+        train(folder / str(stage), config)
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_losses_of_one_at_every_zero_stage(tmp_path: Path) -> None:
+    """Ragged batches, a short last batch, and noise that belongs to the sample: 40 samples by 16 leave 8."""
+    one = tiny_config(tmp_path, data={"noise": 0.1})
+    train(tmp_path / "one", one)
+    run_distributed_test(train_stages_on_a_rank, 2, tmp_path, backend=None)
+    for stage in range(4):
+        assert losses(tmp_path / str(stage)) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        val = [row["loss"] for row in lines(tmp_path / "one", "val")]
+        assert [row["loss"] for row in lines(tmp_path / str(stage), "val")] == pytest.approx(val, rel=1e-5)
+
+
+def test_every_validation_sample_counts_once(tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_config(tmp_path))  # 11 samples in micro-batches of 2
+    assert [row["samples"] for row in lines(tmp_path / "run", "val")] == [11, 11, 11]
+
+
+def test_the_logged_rate_is_the_planned_one(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    train(tmp_path / "run", config)
+    assert config.deepspeed.scheduler
+    planned = learning_rates(config.deepspeed.scheduler, 0.01, 12, list(range(12)))
+    assert [row["lr"] for row in lines(tmp_path / "run")] == pytest.approx(list(planned.values()))
+
+
+def interrupted_then_resumed(folder: Path, config: RunConfig, at: int) -> Trainer:
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), folder)
+    step = trainer.backend.step
+
+    def step_then_signal() -> Any:
+        if trainer.progress.step + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.backend.step = step_then_signal  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRunError, match=rf"after step {at + 1}, which is saved; .*--resume auto"):
+        trainer.run()
+    return train(folder, config, resume="auto")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage: int) -> None:
+    """With dropout, noise, ragged batches, early stopping and a best metric to remember."""
+    config = tiny_config(
+        tmp_path,
+        data={"noise": 0.2},
+        model={"dropout": 0.3},
+        training={"eval_every": 2, "early_stopping": {"patience": 9}},
+        deepspeed={"zero_optimization": {"stage": stage, **ZERO}},
+    )
+    whole = train(tmp_path / "whole", config)
+    resumed = interrupted_then_resumed(tmp_path / "resumed", config, at=6)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert lines(tmp_path / "resumed", "val") == lines(tmp_path / "whole", "val")
+    assert resumed.progress == whole.progress
+    for name in ("best", "final"):
+        one, two = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "resumed"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_early_stopping_counts_and_stops(tmp_path: Path) -> None:
+    stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50}
+    trainer = train(tmp_path / "run", tiny_config(tmp_path, training=stop))
+    assert trainer.progress.step == 4  # the first evaluation is a gain, the next three are not
+    assert len(lines(tmp_path / "run", "val")) == 4
+    assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
+
+
+def test_best_holds_the_weights_of_the_best_evaluation(tmp_path: Path) -> None:
+    # a rate far too high, so that the last weights are not the best ones
+    config = tiny_config(
+        tmp_path,
+        training={"eval_every": 1},
+        deepspeed={
+            "optimizer": {"type": "SGD", "params": {"lr": 3.0}},
+            "scheduler": {"type": "Constant", "params": {}},
+        },
+    )
+    trainer = train(tmp_path / "run", config)
+    val = [row["loss"] for row in lines(tmp_path / "run", "val")]
+    assert val[-1] > min(val)
+    model = Net(config.data.width, config.model)
+    facts = load_weights(model, tmp_path / "run/best")
+    assert facts == {"step": 1 + int(np.argmin(val)), "loss": min(val)}
+    task = trainer.task
+    batch = task.collate([task.datasets()["val"][i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
+    with torch.no_grad():
+        sums = task.evaluate(model.eval(), batch)
+    assert task.summarize(sums)["loss"] == pytest.approx(min(val), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_without_finite_gradient_is_skipped_counted_and_named(
+    tmp_path: Path, stage: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(
+        tmp_path, data={"poison": [3]}, training={"steps": 5}, deepspeed={"zero_optimization": {"stage": stage, **ZERO}}
+    )
+    batches = GlobalBatches(40, 8, config.training.seed)
+    bad = next(step for step in range(5) if 3 in batches.samples(step))
+    trainer = train(tmp_path / "run", config)
+    assert trainer.progress.skipped_steps == 1
+    assert [row["step"] for row in lines(tmp_path / "run", "skipped")] == [bad + 1]
+    said = capsys.readouterr().out
+    assert f"step {bad + 1} skipped" in said
+    assert "rank 0: loss nan in micro-batch" in said
+    model = Net(config.data.width, config.model)
+    load_weights(model, tmp_path / "run/final")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+class SquareRootTask(TinyTask):
+    """Its loss is finite, but the gradient of one parameter is not: the square root at zero."""
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        net = getattr(model, "module", model)
+        kink = (net.enter.bias - net.enter.bias.detach()).square().sum().sqrt()
+        sums = super().loss(model, batch)
+        return sums | {"loss": sums["loss"] + kink}
+
+
+def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_after_n(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training={"nonfinite_limit": 3})
+    trainer = Trainer(SquareRootTask(config.data, config.model), config, start(), tmp_path / "run")
+    with pytest.raises(TrunklineError, match=r"rank 0: gradient of enter.bias in micro-batch 0.*3 in a row.*lower"):
+        trainer.run()
+    assert trainer.progress.step == 3
+
+
+def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    train(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run; go on with --resume auto"):
+        train(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training": {"seed": 7}}, "seed"),
+        ({"model": {"hidden": 16}}, "model"),
+        ({"data": {"samples": 39}}, "data"),
+        ({"deepspeed": {"train_batch_size": 4}}, "global_batch_size"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "layout"),
+    ],
+)
+def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
+    with pytest.raises(CheckpointError, match=f"was written with {named}"):
+        train(tmp_path / "run", tiny_config(tmp_path, **change), resume="auto")
+
+
+def test_a_longer_run_goes_on_from_a_path(tmp_path: Path) -> None:
+    train(tmp_path / "short", tiny_config(tmp_path, training={"steps": 4}))
+    trainer = train(tmp_path / "long", tiny_config(tmp_path), resume=str(tmp_path / "short"))
+    assert trainer.progress.step == 12
+    assert [row["step"] for row in lines(tmp_path / "long")] == list(range(5, 13))
+
+
+def test_asking_to_resume_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: there is no checkpoint in it"):
+        train(tmp_path / "run", tiny_config(tmp_path), resume=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("activation_checkpointing", True), ("compile", "aot_eager"), ("num_workers", 2)]
+)
+def test_options_that_cost_or_save_time_leave_the_losses_alone(tmp_path: Path, option: str, value: Any) -> None:
+    train(tmp_path / "plain", tiny_config(tmp_path))
+    train(tmp_path / "option", tiny_config(tmp_path, training={option: value}))
+    assert losses(tmp_path / "option") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> None:
+    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage, **ZERO}}
+    config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)
+    train(tmp_path / "bf16", config)
+    assert losses(tmp_path / "bf16") == pytest.approx(reference_losses(config), rel=0.05)
+    model = Net(config.data.width, config.model)
+    load_weights(model, tmp_path / "bf16/final")
+    weight = model.enter.weight.detach()
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())  # what is saved is the master copy
+
+
+def test_offloaded_optimizer_states_give_the_same_losses(tmp_path: Path) -> None:
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, **ZERO}}
+    config = tiny_config(tmp_path, deepspeed=offload)
+    train(tmp_path / "run", config)
+    assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "world", "message"),
+    [
+        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, 2, "10 is not a multiple of 4"),
+        ({"train_batch_size": 3, "train_micro_batch_size_per_gpu": "auto"}, 2, "cannot be shared by 2 ranks"),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 3}, 2, "contradicts train_batch_size 8"),
+    ],
+)
+def test_batch_sizes_that_do_not_multiply_are_named(
+    tmp_path: Path, section: dict[str, Any], world: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        batch_sizes(tiny_config(tmp_path, deepspeed=section).deepspeed, world)
+
+
+def test_the_deepspeed_launcher_drives_two_ranks_to_the_same_losses(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, deepspeed={"zero_optimization": {"stage": 2, **ZERO}})
+    train(tmp_path / "one", config)
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_gpus", "2", "--master_port", str(29500 + os.getpid() % 1000)]
+    command += ["tests/engine/tiny.py", tmp_path / "two", config.source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert not math.isnan(losses(tmp_path / "two")[-1])
