@@ -74,8 +74,8 @@ def render_plan(plan: dict[str, Any]) -> str:
     known = [value for value in memory.values() if value is not None]
     lines = [
         f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained",
-        f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} ranks x "
-        f"{plan['grad_accum_steps']} accumulation steps",
+        f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} "
+        f"ranks x {plan['grad_accum_steps']} accumulation steps",
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
         "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),

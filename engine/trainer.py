@@ -75,7 +75,8 @@ class Trainer:
     ) -> None:
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         settings = config.training
-        torch.use_deterministic_algorithms(settings.deterministic)
+        if settings.deterministic:  # the call imports the compiler, which takes seconds
+            torch.use_deterministic_algorithms(True)
 
         self.sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.dataset = task.datasets()["train"]

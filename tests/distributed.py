@@ -41,8 +41,7 @@ def run_distributed_test(
     Raises AssertionError with the traceback of the rank that failed first, or the number of one that was still running
     at `timeout_s`; the other ranks are killed then, since they may wait for it for ever.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])  # imported once, not once a process: seconds each
+    context = fork_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         launcher = {
             "WORLD_SIZE": str(world_size),
@@ -67,6 +66,14 @@ def run_distributed_test(
                 process.kill()
                 process.join()
         return _results(ranks, Path(folder), timeout_s)
+
+
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Where processes come from that have torch and DeepSpeed imported already: once, instead of seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    # the last two are what deepspeed.initialize imports
+    context.set_forkserver_preload(["engine.trainer", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    return context
 
 
 def find_free_port() -> int:

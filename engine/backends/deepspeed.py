@@ -34,7 +34,7 @@ SHM_OP = "deepspeed_shm_comm"
 
 
 def quiet() -> None:
-    """Leave DeepSpeed's warnings, without its narration and without torch's remarks on the collectives that it calls."""
+    """Leave DeepSpeed's warnings, without its narration and torch's remarks on the collectives that it calls."""
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
@@ -152,7 +152,7 @@ class DeepSpeedBackend:
             yield name, buffer.detach().to("cpu", copy=True)
 
     def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
-        """The fp32 copies that ZeRO 0 keeps of half-precision parameters; safe_get_full_fp32_param does not know them."""
+        """The fp32 copies that ZeRO 0 keeps of half-precision parameters, which DeepSpeed's own access leaves out."""
         low = getattr(self.engine.optimizer, "fp16_groups", [])
         high = getattr(self.engine.optimizer, "fp32_groups", [])
         if self.engine.zero_optimization() or not high:

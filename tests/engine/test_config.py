@@ -48,7 +48,7 @@ def changed(folder: Path, key: str, value: Any) -> Path:
         ("training.epochs", 2, "training: give either 'epochs' or 'steps'"),
         ("training.eval_every", 0, "training.eval_every: .*greater than 0, found 0"),
         ("training.best", {"mode": "lowest"}, "training.best.mode: .*'min' or 'max', found \"lowest\""),
-        ("training.early_stopping", {"patience": 3, "min_dleta": 1}, "min_dleta: unknown key; did you mean 'min_delta'"),
+        ("training.early_stopping", {"patience": 3, "min_dleta": 1}, "min_dleta: unknown key; did you mean"),
         ("training.early_stopping", {}, "training.early_stopping.patience: missing"),
         ("training.trackers", ["tensorbord"], "training.trackers.0: .*'tensorboard'"),
         ("training.log_every", True, "training.log_every: .*integer, found true"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -11,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.config import load_config
+from tests.distributed import fork_server
 from tests.engine.tiny import TinyData, TinyModel, TinyTask, tiny_config
 
-KILLS = 10
+often = pytest.mark.parametrize("kills_wanted", [3, pytest.param(10, marks=pytest.mark.slow)])
 
 
 def run(folder: Path, source: str) -> None:
@@ -29,9 +30,7 @@ def run(folder: Path, source: str) -> None:
 
 
 def start_run(folder: Path, source: str) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])
-    process = context.Process(target=run, args=(folder, source))
+    process = fork_server().Process(target=run, args=(folder, source))
     process.start()
     return process
 
@@ -39,6 +38,11 @@ def start_run(folder: Path, source: str) -> Any:
 def losses(folder: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+def logged(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
 
 
 def kill_when(folder: Path, source: str, moment: Callable[[], bool]) -> bool:
@@ -49,6 +53,7 @@ def kill_when(folder: Path, source: str, moment: Callable[[], bool]) -> bool:
             process.kill()
             process.join()
             return True
+        time.sleep(0.002)
     process.join()
     assert process.exitcode == 0
     return False
@@ -64,22 +69,20 @@ def config_source(folder: Path, steps: int, save_every: int) -> str:
     ).source  # fmt: skip
 
 
-def test_killed_at_random_steps_and_resumed_the_losses_are_the_unbroken_run_s(tmp_path: Path) -> None:
-    source = config_source(tmp_path, steps=60, save_every=3)
+@often
+def test_killed_at_random_steps_and_resumed_it_gives_the_losses_of_an_unbroken_run(
+    tmp_path: Path, kills_wanted: int
+) -> None:
+    source = config_source(tmp_path, steps=24 * kills_wanted, save_every=3)
     unbroken = start_run(tmp_path / "unbroken", source)
     chance = random.Random(time.time_ns())
     kills = 0
-    while kills < KILLS:
-        seen = len(losses(tmp_path / "killed")) if (tmp_path / "killed/metrics.jsonl").exists() else 0
-        goal = min(59, seen + chance.randint(0, 6))
-        metrics = tmp_path / "killed/metrics.jsonl"
-        if not kill_when(
-            tmp_path / "killed", source,
-            lambda goal=goal: metrics.exists() and metrics.read_bytes().count(b'"train"') > goal,
-        ):  # fmt: skip
+    while kills < kills_wanted:
+        goal = min(24 * kills_wanted - 1, logged(tmp_path / "killed") + chance.randint(0, 6))
+        if not kill_when(tmp_path / "killed", source, lambda goal=goal: logged(tmp_path / "killed") > goal):
             break
         kills += 1
-    assert kills >= min(KILLS, 8)
+    assert kills == kills_wanted
     unbroken.join()
     last = start_run(tmp_path / "killed", source)
     last.join()
@@ -89,13 +92,16 @@ def test_killed_at_random_steps_and_resumed_the_losses_are_the_unbroken_run_s(tm
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_killed_during_saves_and_resumed_the_losses_are_the_unbroken_run_s(tmp_path: Path) -> None:
-    source = config_source(tmp_path, steps=40, save_every=1)
+@often
+def test_killed_during_saves_and_resumed_it_gives_the_losses_of_an_unbroken_run(
+    tmp_path: Path, kills_wanted: int
+) -> None:
+    source = config_source(tmp_path, steps=16 * kills_wanted, save_every=1)
     unbroken = start_run(tmp_path / "unbroken", source)
     folder = tmp_path / "killed/checkpoints"
     chance = random.Random(time.time_ns())
     hits = 0
-    for _ in range(4 * KILLS):
+    for _ in range(4 * kills_wanted):
         wanted = chance.randint(1, 3)
         started: set[str] = set()
 
@@ -112,9 +118,9 @@ def test_killed_during_saves_and_resumed_the_losses_are_the_unbroken_run_s(tmp_p
         if not kill_when(tmp_path / "killed", source, in_a_save):
             break
         hits += any(path.name.startswith(".staging") for path in folder.iterdir())
-        if hits == KILLS:
+        if hits == kills_wanted:
             break
-    assert hits >= min(KILLS, 5), "too few kills hit a save that was under way"
+    assert hits == kills_wanted, "too few kills hit a save that was under way"
     unbroken.join()
     last = start_run(tmp_path / "killed", source)
     last.join()

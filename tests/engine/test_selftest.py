@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.errors import TrunklineError
+from engine.selftest import collective_self_test
+from tests.distributed import run_distributed_test
+
+pytestmark = pytest.mark.distributed
+CPU = torch.device("cpu")
+
+
+def _passes(rank: int, world_size: int) -> bool:
+    collective_self_test(CPU)
+    return True
+
+
+def _breaks(rank: int, world_size: int, fault: str) -> str:
+    """Put a fault into one of torch's collectives on rank 1 and return what the self-test says of it."""
+    sum_of_all, gather = dist.all_reduce, dist.all_gather_into_tensor
+
+    def does_nothing(x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        sum_of_all(x.clone(), op=op)
+
+    def off_by_one(x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        sum_of_all(x, op=op)
+        if op == dist.ReduceOp.SUM and x.dtype == torch.bfloat16:
+            x[5] += 1
+
+    def swaps_ranks(whole: torch.Tensor, x: torch.Tensor) -> None:
+        gather(whole, x)
+        whole.copy_(whole.reshape(world_size, -1).flip(0).flatten())
+
+    def raises(x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        sum_of_all(x, op=op)
+        if op == dist.ReduceOp.AVG and x.dtype == torch.float16:
+            raise RuntimeError("no average of half precision\nand a long tail")
+
+    if rank == 1:
+        if fault == "swaps_ranks":
+            dist.all_gather_single = dist.all_gather_into_tensor = swaps_ranks
+        else:
+            dist.all_reduce = {"does_nothing": does_nothing, "off_by_one": off_by_one, "raises": raises}[fault]
+    try:
+        collective_self_test(CPU)
+    except TrunklineError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_working_collectives_pass(world_size: int) -> None:
+    assert run_distributed_test(_passes, world_size) == [True] * world_size
+
+
+@pytest.mark.parametrize(
+    ("fault", "named", "unnamed"),
+    [
+        ("does_nothing", "rank 1: sum in float32 gave", "all-gather"),
+        ("off_by_one", "rank 1: sum in bfloat16 gave", "float16 gave 3"),
+        ("swaps_ranks", "rank 1: all-gather in float16 gave", "sum"),
+        ("raises", "rank 1: average in float16 failed: no average of half precision", "long tail"),
+    ],
+)
+def test_a_faulty_collective_is_named_on_every_rank(fault: str, named: str, unnamed: str) -> None:
+    first, second = run_distributed_test(_breaks, 2, fault)
+    assert first == second
+    assert named in first
+    assert unnamed not in first
+    assert "rank 0:" not in first
+
+
+def test_the_module_runs_as_a_rank_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine.selftest", str(tmp_path / "meeting")]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, cwd=Path(__file__).parents[2]
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
