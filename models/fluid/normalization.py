@@ -19,7 +19,7 @@ _LEAST_CHANGE = 1e-3  # normalised: the least that a minute's change is scaled b
 
 
 class Fp32Buffers(nn.Module):
-    """A module whose buffers keep their dtype: `module.to(bfloat16)` moves them, but does not round them.
+    """A module whose buffers are never narrowed: `module.to(bfloat16)` moves them, but does not round them.
 
     DeepSpeed casts a whole module, buffers included. Eight bits cannot hold a pressure to the part that a minute moves.
     """
@@ -29,7 +29,7 @@ class Fp32Buffers(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = getattr(self, name)
-            if after.dtype != buffer.dtype:
+            if after.dtype.itemsize < buffer.dtype.itemsize:
                 setattr(self, name, buffer.to(after.device))
         return self
 
