@@ -9,7 +9,7 @@ half of every pipe that ends in node i and of the node's own piping:
     C, R      min(m, p2 - target(p1, m)) = 0: either the outlet holds its target or the check valve is shut above it
               compressor on   target = max(p1 - r m, min(set - d m, p1 (1 + (ratio - 1)(1 - (m/max)^2))))
               compressor off  target = p1 - r m  (open by-pass)
-              valve on        target = min(set - d m, p1 - r m)
+              valve on        target = min(set - d m, p1 - 1 MPa m/max)
               valve off       m = 0
 
 min, max and |m| are smoothed by small constants and the droops r, d are positive, so every edge equation rises strictly
@@ -34,7 +34,7 @@ DENSE_LIMIT = 100  # up to so many unknowns LAPACK is faster than any sparse fac
 FLOW_EPS = 0.05  # m3/s, |m| is sqrt(m^2 + FLOW_EPS^2)
 SMOOTHING = 1e-4  # MPa, of min and max
 DROOP = 2e-5  # MPa per m3/s, of the set pressures
-OPEN_DROP = 1e-4  # MPa per m3/s, of a by-pass or a wide open control valve
+OPEN_DROP = 1e-4  # MPa per m3/s, of a compressor's by-pass
 FLOW_SCALE = 0.02  # MPa per m3/s, makes a flow and a pressure comparable in the complementarity and in norms
 SQUARE_SCALE = 0.1  # MPa per MPa2, the same for squares of pressures, exact at 5 MPa
 TOLERANCE = 2e-9  # MPa, the largest scaled residual: 1e-7 m3/s in a node's balance
@@ -143,10 +143,8 @@ class Hydraulics:
         self._compressors = list(
             zip(on, controls.compressor_set.tolist(), (c.max_ratio - 1.0).tolist(), c.max_flow.tolist())
         )
-        self._regulators = [
-            (value > 0.5, setpoint) for value, setpoint in zip(controls.regulator_on, controls.regulator_set.tolist())
-        ]
-        assert len(self._regulators) == len(r)
+        on = [value > 0.5 for value in controls.regulator_on]
+        self._regulators = list(zip(on, controls.regulator_set.tolist(), (1.0 / r.max_flow).tolist()))
 
     def _newton(self, x: Array, mass: Array, dt: float, smoothing: float) -> Array:
         f = self._residual(x, mass, dt, smoothing)
@@ -209,7 +207,7 @@ class Hydraulics:
             _compressor(*next(ends), on, setpoint, rise, max_flow, smoothing)
             for on, setpoint, rise, max_flow in self._compressors
         ]
-        rows += [_regulator(*next(ends), on, setpoint, smoothing) for on, setpoint in self._regulators]
+        rows += [_regulator(*next(ends), on, setpoint, drop, smoothing) for on, setpoint, drop in self._regulators]
         f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = zip(*rows)
         return f
 
@@ -266,11 +264,11 @@ def _compressor(
     return _check_valve(p2, m, target, by_p1, by_m, smoothing)
 
 
-def _regulator(p1: float, p2: float, m: float, on: bool, setpoint: float, smoothing: float) -> Row:
+def _regulator(p1: float, p2: float, m: float, on: bool, setpoint: float, drop: float, smoothing: float) -> Row:
     if not on:
         return FLOW_SCALE * m, 0.0, 0.0, FLOW_SCALE
-    target, share = _smooth_min(setpoint - DROOP * m, p1 - OPEN_DROP * m, smoothing)
-    return _check_valve(p2, m, target, 1.0 - share, -share * DROOP - (1.0 - share) * OPEN_DROP, smoothing)
+    target, share = _smooth_min(setpoint - DROOP * m, p1 - drop * m, smoothing)
+    return _check_valve(p2, m, target, 1.0 - share, -share * DROOP - (1.0 - share) * drop, smoothing)
 
 
 def _check_valve(p2: float, m: float, target: float, by_p1: float, by_m: float, smoothing: float) -> Row:

@@ -83,7 +83,7 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
     peak = rng.normal(8.0, 1.5, n_e) + 11.0 * (rng.random(n_e) < 0.4)
     swing = rng.uniform(0.05, 0.22, n_e)
     daily = 1.0 + swing * np.cos(2 * np.pi * (hours[:, None] - peak) / 24.0)
-    noise = rng.normal(1.0, 0.08, (BEFORE + ROWS, n_e))
+    noise = rng.normal(1.0, 0.1, (BEFORE + ROWS, n_e))
     level = rng.uniform(0.9, 1.1, n_e)
     demand = network.delivery_flow * season * level * np.clip(daily * noise, 0.55, 1.4)
     demand = _held(demand, _changes(rng, n_e, 0.9))
@@ -95,17 +95,18 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
 
     sets = []
     for stations, count in ((network.compressors, n_c), (network.regulators, n_r)):
-        span = stations.setpoint[:, 1] - stations.setpoint[:, 0]
-        values = stations.setpoint[:, 0] + span * rng.random((BEFORE + ROWS, count))
+        low, high = stations.setpoint.T
+        middle = rng.uniform(low, high, count)
+        values = np.clip(middle + (high - low) * rng.uniform(-0.25, 0.25, (BEFORE + ROWS, count)), low, high)
         sets.append(_held(values, _changes(rng, count, 0.4)))
     return Day(
         source_flow=np.round(supply, 4),
         source_pressure=np.round(pressure, 4),
         delivery_flow=np.round(demand, 4),
-        opening=_switched(rng, network.valve_open, network.valve_switch_rate),
-        compressor_on=_switched(rng, np.ones(n_c), network.compressors.switch_rate),
+        opening=_switched(rng, network.valve_open, network.valve_events, 8),
+        compressor_on=_switched(rng, np.ones(n_c), network.compressors.events, 4),
         compressor_set=np.round(sets[0], 3),
-        regulator_on=_switched(rng, np.ones(n_r), network.regulators.switch_rate),
+        regulator_on=_switched(rng, np.ones(n_r), network.regulators.events, 4),
         regulator_set=np.round(sets[1], 3),
     )
 
@@ -127,13 +128,12 @@ def _held(values: Array, changes: Array) -> Array:
     return np.take_along_axis(values, last, axis=0)
 
 
-def _switched(rng: np.random.Generator, usual: Array, rate: Array) -> Array:
-    """[rows, K] of 0 or 1. A device leaves its usual position at a slot with `rate` and returns at one with 2/3."""
-    changes = _changes(rng, len(usual), 1.0)
-    away = np.zeros(changes.shape, dtype=bool)
-    now = rng.random(len(usual)) < rate / (rate + 2 / 3)
-    for row, change in enumerate(changes):
-        draw = rng.random(len(usual))
-        now = np.where(change, np.where(now, draw >= 2 / 3, draw < rate), now)
-        away[row] = now
+def _switched(rng: np.random.Generator, usual: Array, events: Array, longest: int) -> Array:
+    """[rows, K] of 0 or 1: a device leaves its usual position about `events` times a day, for 1 to `longest` rows."""
+    rows = BEFORE + ROWS
+    starts = rng.random((rows, len(usual))) < events / ROWS
+    lengths = rng.integers(1, longest + 1, starts.shape)
+    away = np.zeros(starts.shape, dtype=bool)
+    for row, device in np.argwhere(starts):
+        away[row : row + lengths[row, device], device] = True
     return np.where(away, 1.0 - usual, usual)

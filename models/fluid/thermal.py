@@ -5,11 +5,10 @@ Hydraulics is isothermal, so temperature follows from it and does not act back.
     pipe       M/dt (T_k - T_k old) = |m| (T_up - J (p_up - p_down) - T_k) + h (T_ground - T_k)    T_k leaves the pipe
     H, B, R    T_k = T_up - J (p_up - p_down)                                                      Joule-Thomson
     C          T_k (kelvin) = T_up (1 + head(ratio) / efficiency) while it compresses
-    node       0 = sum over inflows of |m| (T_k - T_i) + supply (T_source - T_i)
-               + w (T_i old - T_i) + g (T_ground - T_i)
+    node       0 = sum over inflows of |m| (T_k - T_i) + supply (T_source - T_i) + w (T_i old - T_i)
 
-M is the linepack of the pipe, h its ground conductance, w the heat held by a station's steel over dt, g its loss, all
-as the normal flow of gas that would carry as much.
+M is the linepack of the pipe, h its ground conductance and w the heat held by a station's steel over dt, each as the
+normal flow of gas that would carry as much.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from models.fluid.hydraulics import DENSE_LIMIT
 from models.fluid.topology import Network
 
 STATION_HEAT_M3 = 600.0  # normal m3 of gas with the heat capacity of a node's steel
-STATION_LOSS = 0.05  # m3/s
 
 
 class Thermal:
@@ -77,8 +75,8 @@ class Thermal:
 
         kept = STATION_HEAT_M3 / dt
         right = np.bincount(down, flow * offset, n) + supplied * self.injected
-        right += kept * nodes + STATION_LOSS * gas.ground_temperature
-        diagonal = np.bincount(down, flow, n) + supplied + kept + STATION_LOSS
+        right += kept * nodes
+        diagonal = np.bincount(down, flow, n) + supplied + kept
         if n <= DENSE_LIMIT:
             matrix = np.diag(diagonal) - np.bincount(down * n + up, flow * slope, n * n).reshape(n, n)
             nodes = np.linalg.solve(matrix, right)

@@ -45,8 +45,8 @@ class Lines:
 class Stations:
     """Compressors or control valves. Arrays of [K].
 
-    `setpoint` [K, 2] is the range of their outlet pressure (MPa). `max_ratio` and `max_flow` (m3/s) are those of a
-    compressor's curve; a control valve never raises pressure, so its ratio is 1.
+    `setpoint` [K, 2] is the range of their outlet pressure (MPa). A compressor's ratio falls from `max_ratio` at no flow
+    to 1 at `max_flow` (m3/s). A control valve never raises pressure; wide open it takes `max_flow` at a drop of 1 MPa.
     """
 
     start: Index
@@ -54,7 +54,7 @@ class Stations:
     setpoint: Array
     max_ratio: Array
     max_flow: Array
-    switch_rate: Array  # switches off or on per three hours, as a probability
+    events: Array  # how many times a day each is switched off for a while
 
     def __len__(self) -> int:
         return len(self.start)
@@ -73,7 +73,7 @@ class Network:
     shorts: Lines
     valves: Lines
     valve_open: Array  # [B] usual position
-    valve_switch_rate: Array  # [B] probability of a change in three hours
+    valve_events: Array  # [B] how many times a day each leaves it for a while
     compressors: Stations
     regulators: Stations
     source_node: Index
@@ -184,24 +184,24 @@ def demo() -> Network:
         x_km=np.array([0.0, 2.0, 4.0, 45.0, 47.0, 70.0, 75.0]),
         y_km=np.array([0.0, 0.0, -6.0, 0.0, -6.0, 15.0, -8.0]),
         station_volume=np.full(7, 20.0),
-        pipes=_lines([(1, 3, 45e3, 0.65), (2, 3, 45e3, 0.6), (3, 5, 30e3, 0.65), (4, 6, 30e3, 0.5)]),
-        shorts=_lines([(5, 6, 2000.0, 0.32)]),
-        valves=_lines([(1, 2, 30.0, 0.6)]),
+        pipes=_lines([(1, 3, 35e3, 0.65), (2, 3, 35e3, 0.6), (3, 5, 25e3, 0.65), (4, 6, 20e3, 0.7)]),
+        shorts=_lines([(5, 6, 2000.0, 0.21)]),
+        valves=_lines([(1, 2, 100.0, 0.35)]),
         valve_open=np.array([1.0]),
-        valve_switch_rate=np.array([0.4]),
+        valve_events=np.array([1.2]),
         compressors=Stations(
-            np.array([0]), np.array([1]), np.array([[5.6, 7.0]]), np.array([1.8]), np.array([260.0]), np.array([0.3])
+            np.array([0]), np.array([1]), np.array([[6.0, 6.5]]), np.array([1.8]), np.array([220.0]), np.array([1.2])
         ),
         regulators=Stations(
-            np.array([3]), np.array([4]), np.array([[5.0, 6.4]]), np.array([1.0]), np.array([0.0]), np.array([0.3])
+            np.array([3]), np.array([4]), np.array([[4.8, 5.3]]), np.array([1.0]), np.array([60.0]), np.array([1.2])
         ),
         source_node=np.array([0, 3]),
         source_flow=np.array([90.0, 25.0]),
         source_temperature=np.array([18.0, 25.0]),
         pressure_source=0,
-        source_pressure=np.array([4.8, 5.4]),
+        source_pressure=np.array([5.5, 5.8]),
         delivery_node=np.array([6, 5]),
-        delivery_flow=np.array([65.0, 45.0]),
+        delivery_flow=np.array([45.0, 65.0]),
     )
 
 
