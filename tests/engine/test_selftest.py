@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,14 +70,3 @@ def test_a_faulty_collective_is_named_on_every_rank(fault: str, named: str, unna
     assert named in first
     assert unnamed not in first
     assert "rank 0:" not in first
-
-
-def test_the_module_runs_as_a_rank_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "engine.selftest", str(tmp_path / "meeting")]
-    ranks = [
-        subprocess.Popen(
-            command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, cwd=Path(__file__).parents[2]
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
