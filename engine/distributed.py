@@ -44,6 +44,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _share_cores()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -56,6 +57,14 @@ def start(timeout_s: float = 1800.0) -> Ranks:
             os.environ.setdefault("MASTER_PORT", "29500")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return Ranks(rank, world_size, local_rank, device)
+
+
+def _share_cores() -> None:
+    """Give each rank of this machine its share of the cores, where the launcher and the user did not."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
 
 
 def stop() -> None:

@@ -12,17 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes
 from engine.errors import TrunklineError
-from engine.model_options import apply_options
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.order import GlobalBatches
 from engine.schedules import learning_rates, warmup_steps
 from engine.task import Task
 
-GIB = 2**30
 
-
-def make_plan(task: Task, config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The plan of a run on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
+def make_plan(task: Task, config: RunConfig, world_size: int, model: nn.Module) -> dict[str, Any]:
+    """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
     Activations are those that autograd keeps for one micro-batch, counted by running the loss on fake tensors, which
     have shapes but no memory; null where the model cannot run so.
@@ -38,12 +35,9 @@ def make_plan(task: Task, config: RunConfig, world_size: int) -> dict[str, Any]:
         section.scheduler, peak, steps, sorted({0, min(1, steps - 1), min(ramp, steps - 1), steps - 1})
     )
 
-    # buffers may come from real data, so the fake mode has to let real tensors in
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = apply_options(task.build_model(), config.training.model_copy(update={"compile": False}))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        activations = _activation_bytes(task, model, config, sizes.micro_batch_size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    activations = _activation_bytes(task, model, config, sizes.micro_batch_size)
     states = _state_bytes(config, parameters, trainable, world_size)
     return {
         "workload": config.workload,
@@ -69,7 +63,15 @@ def make_plan(task: Task, config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def render_plan(plan: dict[str, Any]) -> str:
-    """The plan for a person to read."""
+    """The plan for a person to read: the summary, then every value of the configuration with its origin."""
+    values = dict(_flat(plan["config"]))
+    width = max(len(key) for key in values)
+    lines = [f"{key:<{width}}  {value!s:<40}  ({plan['origins'].get(key, 'default')})" for key, value in values.items()]
+    return "\n".join([render_summary(plan), "", *lines])
+
+
+def render_summary(plan: dict[str, Any]) -> str:
+    """What a run is, in six lines."""
     memory = plan["memory_bytes"]
     known = [value for value in memory.values() if value is not None]
     lines = [
@@ -82,12 +84,6 @@ def render_plan(plan: dict[str, Any]) -> str:
         f"memory      {_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else _size(value)}" for name, value in memory.items()),
         f"checkpoint  {_size(plan['checkpoint_bytes'])} in all",
-        "",
-    ]
-    values = dict(_flat(plan["config"]))
-    width = max(len(key) for key in values)
-    lines += [
-        f"{key:<{width}}  {value!s:<40}  ({plan['origins'].get(key, 'default')})" for key, value in values.items()
     ]
     return "\n".join(lines)
 
@@ -106,8 +102,13 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def _parameter_dtype(config: RunConfig) -> torch.dtype:
+    section = config.deepspeed
+    return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
+
+
 def _parameter_bytes(config: RunConfig) -> int:
-    return 2 if config.deepspeed.bf16.enabled or config.deepspeed.fp16.enabled else 4
+    return _parameter_dtype(config).itemsize
 
 
 def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
@@ -148,12 +149,7 @@ def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int
 
 
 def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
-    if _parameter_bytes(config) == 2:
-        dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float16
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
     kept: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -165,9 +161,30 @@ def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_bat
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = task.loss(model, batch)["loss"]
-        del loss
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a task may hold tensors too
+            faked = _Faked(model, mode, _parameter_dtype(config))
+            own = {tensor.untyped_storage()._cdata for tensor in faked.tensors.values()}
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = task.loss(faked, {key: mode.from_tensor(value) for key, value in batch.items()})["loss"]
+            del loss
     except Exception:  # a model may do what fake tensors cannot; the rest of the plan stands without this figure
         return None
     return sum(kept.values())
+
+
+class _Faked(nn.Module):
+    """A model run with fake parameters and buffers in place of its own, which stay untouched."""
+
+    def __init__(self, model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.__dict__["model"] = model  # not a submodule: its real parameters are not this module's
+        self.__dict__["tensors"] = {name: mode.from_tensor(tensor.cpu()) for name, tensor in model.named_buffers()}
+        for name, parameter in model.named_parameters():
+            fake = torch.empty(parameter.shape, dtype=dtype)  # made inside the mode, so it takes no memory
+            self.tensors[name] = fake.requires_grad_(parameter.requires_grad)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.__dict__["model"], self.tensors, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)

@@ -30,6 +30,7 @@ from engine.hardware import memory_in_use, peak_flops
 from engine.loading import training_loader
 from engine.model_options import apply_options
 from engine.order import GlobalBatches
+from engine.plan import make_plan, render_summary
 from engine.randomness import mix
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers
@@ -84,7 +85,9 @@ class Trainer:
         self.total_steps = total_steps(config, self.batches)
 
         torch.manual_seed(mix(settings.seed, 0))
-        model = apply_options(task.build_model(), settings)
+        model = task.build_model()
+        self.plan = make_plan(task, config, ranks.world_size, model)
+        model = apply_options(model, settings)
         self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
 
         self.progress = Progress()
@@ -93,6 +96,8 @@ class Trainer:
 
         if ranks.is_main:
             write_json(folder / "config.json", config.as_dict())
+            write_json(folder / "plan.json", self.plan)
+            self._say(render_summary(self.plan))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._stop_signal: int | None = None
 

@@ -61,19 +61,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
     from engine.backends import choose_backend
-    from engine.plan import make_plan, render_plan
     from engine.report import write_report
-    from engine.trainer import Trainer, write_json
+    from engine.trainer import Trainer
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
     ranks = start()
-    task = make_task(config)
-    trainer = Trainer(task, config, ranks, folder, backend=backend, resume=arguments.resume)
-    if ranks.is_main:
-        plan = make_plan(task, config, ranks.world_size)
-        write_json(folder / "plan.json", plan)
-        print(render_plan(plan).split("\n\n")[0], flush=True)
+    trainer = Trainer(make_task(config), config, ranks, folder, backend=backend, resume=arguments.resume)
     trainer.run()
     if ranks.is_main:
         print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")
@@ -83,7 +77,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     from engine.plan import make_plan, render_plan
 
-    plan = make_plan(make_task(config), config, arguments.world_size or launched_world_size())
+    task = make_task(config)
+    plan = make_plan(task, config, arguments.world_size or launched_world_size(), task.build_model())
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
     return 0
 
