@@ -47,7 +47,7 @@ def case_moments(boundary: np.ndarray, state: np.ndarray) -> np.ndarray:
 
 def _moments(block: np.ndarray) -> np.ndarray:
     missing = np.isnan(block)
-    if not missing.any():
+    if block.shape[1] and not missing.any():
         count = np.full(len(block), float(block.shape[1]))
         mean = block.mean(axis=1)
         m2 = np.square(block - mean[:, None]).sum(axis=1)
@@ -55,8 +55,8 @@ def _moments(block: np.ndarray) -> np.ndarray:
     count = (~missing).sum(axis=1).astype(np.float64)
     mean = np.where(missing, 0.0, block).sum(axis=1) / np.maximum(count, 1)
     m2 = np.square(np.where(missing, 0.0, block - mean[:, None])).sum(axis=1)
-    low = np.where(missing, np.inf, block).min(axis=1)
-    high = np.where(missing, -np.inf, block).max(axis=1)
+    low = np.where(missing, np.inf, block).min(axis=1, initial=np.inf)
+    high = np.where(missing, -np.inf, block).max(axis=1, initial=-np.inf)
     return np.stack([count, mean, m2, low, high])
 
 

@@ -93,7 +93,10 @@ class Store:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{root / 'store.json'}: damaged ({error!r}): prepare the data set again") from error
-        schema = Schema.read(root)
+        try:
+            schema = Schema.read(root)
+        except DataError as error:
+            raise DataError(f"{error}: {_again(root)}") from error
         statistics = _read_statistics(root, schema)
         store = cls(root, schema, statistics, minutes, splits, fingerprint)
         if store_fingerprint(schema, splits) != fingerprint:

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import DataError
+from models.fluid.csv_cases import read_case
+from models.fluid.data import FluidWindows, collate
+from models.fluid.schema import GROUPS, Schema
+from models.fluid.store import Store
+from models.fluid.store_writer import write_store
+from tests.models.fluid.csv_tree import COLUMNS, STATES, output, set_point, write_case
+
+SCHEMA = Schema(COLUMNS["Boundary"], {group: COLUMNS[group] for group in GROUPS})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Three days that went through CSV files; the third has no outputs."""
+    root = tmp_path_factory.mktemp("fluid")
+    cases = {}
+    for number in (1, 2, 3):
+        read = read_case(write_case(root / str(number), number, outputs=number < 3), SCHEMA)
+        cases[f"case_{number}"] = (read.boundary, read.state)
+    return write_store(root / "store", SCHEMA, {"train": cases, "test": {"case_3": cases["case_3"]}})
+
+
+def test_a_window_by_hand(store: Store) -> None:
+    windows = FluidWindows(store, "train", history=3)
+    # Window 177 of the first case: its input minutes are 2:58, 2:59 and 3:00; set-points move at 3:00 (row 6).
+    x, target = windows[177]
+    assert (x.shape, target.shape) == ((3, 2 + len(STATES)), (3, len(STATES)))
+    assert x.dtype == target.dtype == np.float32
+    assert x[:, 0].tolist() == [set_point(0, 5), set_point(0, 6), set_point(0, 6)]  # known one minute ahead
+    assert x[:, 1].tolist() == [set_point(1, 5), set_point(1, 6), set_point(1, 6)]
+    for k, minute in enumerate((178, 179, 180)):
+        assert x[k, 2:].tolist() == [output(column, minute, 1) for column in range(len(STATES))]
+        assert target[k].tolist() == [output(column, minute + 1, 1) for column in range(len(STATES))]
+
+
+def test_windows_cover_each_case_and_never_two(store: Store) -> None:
+    windows = FluidWindows(store, "train", history=3)
+    assert len(windows) == 2 * 1437
+    assert windows.cases == ["case_1", "case_2"]  # a case without outputs gives no window
+    assert windows.locate(1436) == ("case_1", 1436)
+    assert windows.locate(1437) == ("case_2", 0)
+    x, target = windows[1436]
+    assert x[0, 2] == output(0, 1437, 1)
+    assert target[-1, 0] == output(0, 1440, 1)
+    x, target = windows[1437]
+    assert x[0, 2] == output(0, 1, 2)
+    assert target[0, 0] == output(0, 2, 2)
+
+
+def test_windows_end_where_the_data_does(store: Store) -> None:
+    windows = FluidWindows(store, "train", history=3)
+    for index in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+@pytest.mark.parametrize("history", [1, 10, 1439])
+def test_any_history_that_fits_a_case(store: Store, history: int) -> None:
+    windows = FluidWindows(store, "train", history)
+    assert len(windows) == 2 * (1440 - history)
+    x, target = windows[len(windows) - 1]
+    assert x[:, 2].tolist() == [output(0, minute, 2) for minute in range(1440 - history, 1440)]
+    assert target[-1, 0] == output(0, 1440, 2)
+
+
+@pytest.mark.parametrize("history", [0, -3, 1440])
+def test_a_history_that_does_not_fit_is_refused(store: Store, history: int) -> None:
+    with pytest.raises(DataError, match=rf"history is {history}: use 1 to 1439"):
+        FluidWindows(store, "train", history)
+
+
+def test_a_split_without_windows_is_named(store: Store) -> None:
+    with pytest.raises(DataError, match=r"split 'val' has no windows: it has no cases.*--val-fraction"):
+        FluidWindows(store, "val", 3)
+    with pytest.raises(DataError, match=r"split 'test' has no windows: its 1 cases have no outputs"):
+        FluidWindows(store, "test", 3)
+
+
+def test_a_batch_keeps_missing_values_and_masks_targets(tmp_path: Path) -> None:
+    schema = Schema(("B_001:FR",), dict.fromkeys(GROUPS, ()) | {"N": ("N_001_p", "N_002_p")})
+    state = np.arange(10, dtype=np.float32).reshape(5, 2)
+    state[2, 1] = np.nan
+    boundary = np.arange(5, dtype=np.float32)[:, None] * 100
+    windows = FluidWindows(write_store(tmp_path, schema, {"train": {"c": (boundary, state)}}), "train", history=2)
+    batch = collate([windows[k] for k in range(3)])
+    nan = float("nan")
+    expected = torch.tensor(
+        [[[100, 0, 1], [200, 2, 3]], [[200, 2, 3], [300, 4, nan]], [[300, 4, nan], [400, 6, 7]]], dtype=torch.float32
+    )
+    targets = torch.tensor([[[2, 3], [4, nan]], [[4, nan], [6, 7]], [[6, 7], [8, 9]]], dtype=torch.float32)
+    torch.testing.assert_close(batch["x"], expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(batch["target"], targets, rtol=0, atol=0, equal_nan=True)
+    assert batch["mask"].dtype == torch.bool
+    assert torch.equal(batch["mask"], ~targets.isnan())
+
+
+def test_windows_go_to_loader_workers(store: Store) -> None:
+    windows = FluidWindows(store, "train", 3)
+    windows[5]
+    copy = pickle.loads(pickle.dumps(windows))
+    np.testing.assert_array_equal(copy[5][0], windows[5][0])
+    loader = torch.utils.data.DataLoader(
+        windows, batch_size=4, num_workers=1, sampler=[3, 2000, 7, 9], collate_fn=collate
+    )
+    batch = next(iter(loader))
+    np.testing.assert_array_equal(batch["x"][1].numpy(), windows[2000][0])
