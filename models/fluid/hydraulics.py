@@ -65,8 +65,8 @@ class Hydraulics:
         gas = network.gas
         self.beta = gas.compressibility_beta
         self.num_nodes = n = network.num_nodes
-        self.start, self.end = network.start, network.end
-        k = len(self.start)
+        start, end = network.start, network.end
+        k = len(start)
         self.size = n + k
         self.slack = int(network.source_node[network.pressure_source])
         lines = (network.pipes, network.shorts, network.valves)
@@ -80,15 +80,16 @@ class Hydraulics:
         np.add.at(volume, network.pipes.end, half)
         self.capacity = volume * gas.linepack_factor
         self._controls: Controls | None = None
+        self._ends = np.stack([start, end])
 
         sign = np.concatenate([np.ones(k), -np.ones(k)]) * FLOW_SCALE
-        rows, columns = np.concatenate([self.start, self.end]), np.tile(np.arange(k), 2)
+        rows, columns = np.concatenate([start, end]), np.tile(np.arange(k), 2)
         outflow = csr_matrix((sign, (rows, columns)), shape=(n, k))
         self._outflow = outflow.toarray() if self.size <= DENSE_LIMIT else outflow
         # Jacobian entries: node by its own p, node by flows (constant), edge by p1, by p2, by m.
         edge = n + np.arange(k)
         self._rows = np.concatenate([np.arange(n), rows, edge, edge, edge])
-        self._columns = np.concatenate([np.arange(n), n + columns, self.start, self.end, edge])
+        self._columns = np.concatenate([np.arange(n), n + columns, start, end, edge])
         self._values = np.zeros(len(self._rows))
         self._values[n : n + 2 * k] = np.where(rows == self.slack, 0.0, sign)
         self._by_p1, self._by_p2, self._by_m = self._values[n + 2 * k :].reshape(3, k)
@@ -184,30 +185,34 @@ class Hydraulics:
 
         assert self._controls is not None
         scaled = (FLOW_SCALE / dt) * self.capacity
-        expansion = self.beta * p
-        f[:n] = scaled * p * (1.0 + expansion) - (FLOW_SCALE / dt) * mass + self._outflow @ m - self._fixed
-        self._values[:n] = scaled * (1.0 + 2.0 * expansion)
+        expansion = scaled * (self.beta * p)
+        f[:n] = (scaled + expansion) * p - (FLOW_SCALE / dt) * mass + self._outflow @ m - self._fixed
+        self._values[:n] = scaled + 2.0 * expansion
         f[self.slack] = p[self.slack] - self._controls.source_pressure
         self._values[self.slack] = 1.0
 
-        p1, p2 = p[self.start], p[self.end]
-        a, b, q = p1[:lines], p2[:lines], m[:lines]
-        drag = self.drag / (1.0 + (0.5 * self.beta) * (a + b))
+        ends = p[self._ends]
+        p1, p2 = ends
+        a, b = ends[:, :lines]
+        q = m[:lines]
+        half_beta = 0.5 * self.beta
+        rest = 1.0 + half_beta * (a + b)
         size = np.sqrt(q * q + FLOW_EPS * FLOW_EPS)
+        drag = self.drag / rest
         drop = drag * q * size
-        bend = drop * drag * (0.5 * self.beta) / self.drag
+        bend = drop * half_beta / rest
         f[n : n + lines] = drop - self._open * (a * a - b * b) + self._shut * q
         self._by_m[:lines] = drag * (size + q * q / size) + self._shut
         doubled = 2.0 * self._open
         self._by_p1[:lines] = -doubled * a - bend
         self._by_p2[:lines] = doubled * b - bend
 
-        ends = zip(p1[lines:].tolist(), p2[lines:].tolist(), m[lines:].tolist())
+        stations = zip(p1[lines:].tolist(), p2[lines:].tolist(), m[lines:].tolist())
         rows = [
-            _compressor(*next(ends), on, setpoint, rise, max_flow, smoothing)
+            _compressor(*next(stations), on, setpoint, rise, max_flow, smoothing)
             for on, setpoint, rise, max_flow in self._compressors
         ]
-        rows += [_regulator(*next(ends), on, setpoint, drop, smoothing) for on, setpoint, drop in self._regulators]
+        rows += [_regulator(*next(stations), on, setpoint, drop, smoothing) for on, setpoint, drop in self._regulators]
         f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = zip(*rows)
         return f
 

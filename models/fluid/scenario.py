@@ -14,7 +14,8 @@ from models.fluid.gas import Array
 from models.fluid.hydraulics import Controls
 from models.fluid.topology import Network
 
-ROWS = 48  # one every 30 minutes
+ROWS = 48
+ROW_MINUTES = 30
 SLOT_ROWS = 6  # three hours
 BEFORE = 12  # rows before 0:00 that lead the network to its start
 

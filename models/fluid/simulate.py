@@ -17,8 +17,8 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,11 @@ from tqdm import tqdm
 from engine.errors import ConfigError, DataError
 from models.fluid import scenario
 from models.fluid.gas import Array
-from models.fluid.hydraulics import Controls, Hydraulics, NotConvergedError
-from models.fluid.scenario import BEFORE, Day, random_day
-from models.fluid.thermal import Thermal
+from models.fluid.scenario import Day, random_day
 from models.fluid.topology import NETWORKS, Network
+from models.fluid.transient import MINUTES, Record, run_day
 
 FORMAT = 1
-MINUTES = 1440
-STEP_S = 60.0
-SPIN_UP_STEP_S = 300.0
-SMALLEST_STEP_S = 0.9
 DECIMALS = {"p": 6, "q": 5, "t": 4, "pwr": 3, "inv": 2}
 
 
@@ -143,124 +138,10 @@ def _make_case(network_name: str, seed: int, out: Path, job: tuple[str, int, boo
     date = datetime.datetime(2025, 1, 1) + datetime.timedelta(days=number - 1)
     _write_boundary(draft / "Boundary.csv", network, day, date)
     if with_outputs:
-        record = Simulator(network, f"{split}/{case}").run(day)
-        _write_outputs(draft, network, record, date)
+        _write_outputs(draft, network, run_day(network, day, f"{split}/{case}"), date)
     final = out / split / case
     final.parent.mkdir(exist_ok=True)
     draft.rename(final)
-
-
-@dataclass
-class Record:
-    """What a simulated day leaves: arrays of [1440, ...], row i at the end of minute i + 1. MPa, m3/s, degC."""
-
-    p: Array  # [., N]
-    t: Array  # [., N]
-    m: Array  # [., K] mean flow through the middle of each edge
-    stored: Array  # [., P, 2] mean flow into the linepack at the start and at the end of each pipe
-    t_edge: Array  # [., K] temperature at which gas leaves each edge
-    source_flow: Array  # [., T]
-    delivery_flow: Array  # [., E]
-    compressor_on: Array  # [., C]
-    start: Array  # [N] pressures at 0:00
-
-
-class Simulator:
-    """Runs days of one network; `case` names the day in errors."""
-
-    def __init__(self, network: Network, case: str) -> None:
-        self.network = network
-        self.case = case
-        self.hydraulics = Hydraulics(network)
-        self.thermal = Thermal(network)
-        self.x = np.concatenate(
-            [np.full(network.num_nodes, network.source_pressure.mean()), np.zeros(len(network.start))]
-        )
-        self.t_nodes, self.t_pipes = self.thermal.initial()
-        self.trend = np.zeros_like(self.x)
-        self.trend_dt = 0.0
-
-    def run(self, day: Day) -> Record:
-        """The record of a day that starts from the steady state of `day`'s first row and its rows before midnight."""
-        self.settle(day.controls(self.network, 0))
-        for row in range(BEFORE):
-            controls = day.controls(self.network, row)
-            for step in range(int(1800 / SPIN_UP_STEP_S)):
-                minute = (row - BEFORE) * 30 + (step + 1) * int(SPIN_UP_STEP_S) // 60
-                self.advance(controls, SPIN_UP_STEP_S, minute)
-        return self.minutes(day, MINUTES)
-
-    def settle(self, controls: Controls) -> None:
-        """The steady state under constant set-points: steps that grow until nothing moves."""
-        for dt in (60.0, 600.0, 6e3, 6e4, 6e5, 6e6, 6e7):
-            self.advance(controls, dt, -BEFORE * 30)
-
-    def minutes(self, day: Day, count: int) -> Record:
-        """Steps of one minute from 0:00 on."""
-        network = self.network
-        n_p = len(network.pipes)
-        record = Record(
-            p=np.empty((count, network.num_nodes)),
-            t=np.empty((count, network.num_nodes)),
-            m=np.empty((count, len(network.start))),
-            stored=np.empty((count, n_p, 2)),
-            t_edge=np.empty((count, len(network.start))),
-            source_flow=np.empty((count, len(network.source_node))),
-            delivery_flow=np.empty((count, len(network.delivery_node))),
-            compressor_on=np.empty((count, len(network.compressors))),
-            start=self.x[: network.num_nodes].copy(),
-        )
-        controls, row = day.controls(network, BEFORE), BEFORE
-        for i in range(count):
-            due = BEFORE + min((i + 1) // 30, scenario.ROWS - 1)
-            if due != row:
-                controls, row = day.controls(network, due), due
-            m, supplied, t_edge, stored = self.advance(controls, STEP_S, i + 1)
-            record.p[i], record.t[i], record.m[i] = self.x[: network.num_nodes], self.t_nodes, m
-            record.t_edge[i], record.stored[i] = t_edge, stored
-            record.source_flow[i] = day.source_flow[row]
-            record.source_flow[i, network.pressure_source] = supplied
-            record.delivery_flow[i] = day.delivery_flow[row]
-            record.compressor_on[i] = day.compressor_on[row]
-        return record
-
-    def advance(self, controls: Controls, dt: float, minute: int) -> tuple[Array, float, Array, Array]:
-        """One step, by halves where it does not converge.
-
-        Returns the mean flows [K], the pressure source's supply, t_edge [K] and stored [P, 2] as in Record.
-        """
-        network, n = self.network, self.network.num_nodes
-        old = self.x
-        m, source = self._solve(controls, dt, minute, dt)
-        pipes = network.pipes
-        ends = np.stack([pipes.start, pipes.end], axis=1)
-        half = 0.5 * pipes.volume[:, None]
-        held = network.gas.linepack(half, self.x[ends])
-        stored = (held - network.gas.linepack(half, old[ends])) / dt
-        supplied = np.maximum(controls.supply, 0.0)
-        supplied[self.hydraulics.slack] += max(source, 0.0)
-        self.t_nodes, self.t_pipes, t_edge = self.thermal.step(
-            self.t_nodes, self.t_pipes, self.x[:n], m, held.sum(axis=1), supplied, dt
-        )
-        return m, source, t_edge, stored
-
-    def _solve(self, controls: Controls, dt: float, minute: int, whole: float) -> tuple[Array, float]:
-        n = self.network.num_nodes
-        old = self.x
-        guess = old + self.trend if dt == self.trend_dt else None
-        try:
-            self.x = self.hydraulics.step(old, dt, controls, guess)
-        except NotConvergedError as error:
-            if dt / 2 < SMALLEST_STEP_S * whole / STEP_S:
-                raise DataError(
-                    f"{self.case}, minute {minute}: the network's equations could not be solved, down to steps of "
-                    f"{dt:.3g} s; worst: {error}. The set-points of this day are beyond what the network can carry: "
-                    "try another seed"
-                ) from error
-            (m1, s1), (m2, s2) = (self._solve(controls, dt / 2, minute, whole) for _ in range(2))
-            return 0.5 * (m1 + m2), 0.5 * (s1 + s2)
-        self.trend, self.trend_dt = self.x - old, dt
-        return self.x[n:], self.hydraulics.slack_supply(old, self.x, dt, controls.supply)
 
 
 def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
@@ -276,8 +157,11 @@ def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
     t_out = np.where(forward, share * record.t_edge + (1 - share) * t2, t2)
     q_in, q_out = m.copy(), m.copy()
     s = slices["P"]
-    q_in[:, s] += record.stored[:, :, 0]
-    q_out[:, s] -= record.stored[:, :, 1]
+    before = np.concatenate([record.initial[None], record.p[:-1]])
+    half = 0.5 * network.pipes.volume
+    for q, ends, sign in ((q_in, start[s], 1.0), (q_out, end[s], -1.0)):
+        stored = network.gas.linepack(half, record.p[:, ends]) - network.gas.linepack(half, before[:, ends])
+        q[:, s] += sign * stored / record.dt[:, None]
 
     supplied = np.zeros_like(record.p)
     for j, i in enumerate(network.source_node):
@@ -301,8 +185,7 @@ def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
                 ratio = np.where(record.compressor_on[:, j - slices["C"].start] > 0.5, p2[:, j] / p1[:, j], 1.0)
                 table[f"{name}_pwr"] = network.gas.compressor_power(m[:, j], p1[:, j], ratio, t_in[:, j])
             if kind == "P":
-                half = 0.5 * network.pipes.volume[j]
-                table[f"{name}_inv"] = network.gas.linepack(half, p1[:, j]) + network.gas.linepack(half, p2[:, j])
+                table[f"{name}_inv"] = network.gas.linepack(half[j], p1[:, j]) + network.gas.linepack(half[j], p2[:, j])
     for j, name in enumerate(network.names("N")):
         files["N"] |= {f"{name}_p": record.p[:, j], f"{name}_q": through[:, j], f"{name}_t": record.t[:, j]}
     for kind, places, flow in (
@@ -317,7 +200,7 @@ def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
 
 def _write_boundary(path: Path, network: Network, day: Day, date: datetime.datetime) -> None:
     table = day.table(network)
-    columns: dict[str, Any] = {"TIME": _times(date, np.arange(scenario.ROWS) * 30)}
+    columns: dict[str, Any] = {"TIME": _times(date, range(0, MINUTES, scenario.ROW_MINUTES))}
     for name, values in zip(scenario.columns(network), table.T):
         switch = name.endswith((":ST", ":FR")) and bool(np.all(values == np.round(values)))
         columns[name] = values.astype(np.int8) if switch else values
@@ -325,7 +208,7 @@ def _write_boundary(path: Path, network: Network, day: Day, date: datetime.datet
 
 
 def _write_outputs(folder: Path, network: Network, record: Record, date: datetime.datetime) -> None:
-    times = _times(date, np.arange(1, MINUTES + 1))
+    times = _times(date, range(1, MINUTES + 1))
     for name, table in outputs(network, record).items():
         columns: dict[str, Any] = {"TIME": times}
         for column, values in table.items():
@@ -334,7 +217,7 @@ def _write_outputs(folder: Path, network: Network, record: Record, date: datetim
         pl.DataFrame(columns).write_csv(folder / f"{name}.csv")
 
 
-def _times(date: datetime.datetime, minutes: Array) -> list[str]:
+def _times(date: datetime.datetime, minutes: Iterable[int]) -> list[str]:
     """`2025/1/1 0:01`: no zero before month, day and hour."""
-    times = (date + datetime.timedelta(minutes=int(minute)) for minute in minutes)
+    times = (date + datetime.timedelta(minutes=minute) for minute in minutes)
     return [f"{t.year}/{t.month}/{t.day} {t.hour}:{t.minute:02d}" for t in times]

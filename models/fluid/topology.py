@@ -45,8 +45,8 @@ class Lines:
 class Stations:
     """Compressors or control valves. Arrays of [K].
 
-    `setpoint` [K, 2] is the range of their outlet pressure (MPa). A compressor's ratio falls from `max_ratio` at no flow
-    to 1 at `max_flow` (m3/s). A control valve never raises pressure; wide open it takes `max_flow` at a drop of 1 MPa.
+    `setpoint` [K, 2] is the range of their outlet pressure (MPa). A compressor's ratio falls from `max_ratio` without
+    flow to 1 at `max_flow` (m3/s). A control valve never raises pressure; open, it takes `max_flow` at a drop of 1 MPa.
     """
 
     start: Index
