@@ -12,7 +12,7 @@ import numpy as np
 
 from models.fluid.gas import Array
 from models.fluid.hydraulics import Controls
-from models.fluid.topology import Network
+from models.fluid.topology import Network, Stations
 
 ROWS = 48
 ROW_MINUTES = 30
@@ -77,7 +77,6 @@ class Day:
 def random_day(network: Network, rng: np.random.Generator) -> Day:
     """A day's set-points. Numbers are rounded as they are written, so the files hold exactly what was simulated."""
     n_t, n_e = len(network.source_node), len(network.delivery_node)
-    n_c, n_r = len(network.compressors), len(network.regulators)
     season = rng.uniform(0.88, 1.12)
 
     hours = (np.arange(BEFORE + ROWS) - BEFORE) / 2.0
@@ -94,22 +93,51 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
     low, high = network.source_pressure
     pressure = _held(rng.uniform(low, high, (BEFORE + ROWS, 1)), _changes(rng, 1, 0.35))[:, 0]
 
-    sets = []
-    for stations, count in ((network.compressors, n_c), (network.regulators, n_r)):
-        low, high = stations.setpoint.T
-        middle = rng.uniform(low, high, count)
-        values = np.clip(middle + (high - low) * rng.uniform(-0.25, 0.25, (BEFORE + ROWS, count)), low, high)
-        sets.append(_held(values, _changes(rng, count, 0.4)))
+    compressors, regulators = network.compressors, network.regulators
+    compressor_on = _switched(rng, np.ones(len(compressors)), compressors.events, 4)
+    opening = _switched(rng, network.valve_open, network.valve_events, 8)
     return Day(
         source_flow=np.round(supply, 4),
         source_pressure=np.round(pressure, 4),
         delivery_flow=np.round(demand, 4),
-        opening=_switched(rng, network.valve_open, network.valve_events, 8),
-        compressor_on=_switched(rng, np.ones(n_c), network.compressors.events, 4),
-        compressor_set=np.round(sets[0], 3),
-        regulator_on=_switched(rng, np.ones(n_r), network.regulators.events, 4),
-        regulator_set=np.round(sets[1], 3),
+        opening=_interlocked(network, opening, compressor_on),
+        compressor_on=compressor_on,
+        compressor_set=_set_pressures(rng, compressors),
+        regulator_on=_one_on(regulators, _switched(rng, np.ones(len(regulators)), regulators.events, 4)),
+        regulator_set=_set_pressures(rng, regulators),
     )
+
+
+def _set_pressures(rng: np.random.Generator, stations: Stations) -> Array:
+    """[rows, K], the same for all devices of a station: around a level of the day, within the device's range."""
+    count = int(stations.station.max()) + 1
+    level = rng.random(count)
+    share = np.clip(level + rng.uniform(-0.25, 0.25, (BEFORE + ROWS, count)), 0.0, 1.0)
+    share = _held(share, _changes(rng, count, 0.4))[:, stations.station]
+    low, high = stations.setpoint.T
+    return np.round(low + (high - low) * share, 3)
+
+
+def _interlocked(network: Network, opening: Array, compressor_on: Array) -> Array:
+    """Unit valves follow their compressor; a station's by-pass opens when all its units are off."""
+    opening = opening.copy()
+    follows = network.valve_unit >= 0
+    opening[:, follows] = compressor_on[:, network.valve_unit[follows]]
+    for valve in np.flatnonzero(network.valve_by_pass >= 0):
+        units = network.compressors.station == network.valve_by_pass[valve]
+        opening[:, valve] = ~compressor_on[:, units].any(axis=1)
+    return opening
+
+
+def _one_on(regulators: Stations, on: Array) -> Array:
+    """Of several control valves in parallel one stays on, since nothing else feeds what lies behind them."""
+    on = on.copy()
+    for station in range(int(regulators.station.max()) + 1):
+        members = np.flatnonzero(regulators.station == station)
+        if len(members) > 1:
+            starved = ~on[:, members].any(axis=1)
+            on[starved, members[0]] = 1.0
+    return on
 
 
 def _changes(rng: np.random.Generator, count: int, rate: float) -> Array:

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -30,10 +31,12 @@ from tqdm import tqdm
 from engine.errors import ConfigError, DataError
 from models.fluid import scenario
 from models.fluid.gas import Array
+from models.fluid.reference_network import reference
 from models.fluid.scenario import Day, random_day
-from models.fluid.topology import NETWORKS, Network
+from models.fluid.topology import Network, demo
 from models.fluid.transient import MINUTES, Record, run_day
 
+NETWORKS = {"demo": demo, "reference": reference}
 FORMAT = 1
 DECIMALS = {"p": 6, "q": 5, "t": 4, "pwr": 3, "inv": 2}
 
@@ -70,7 +73,7 @@ def simulate(
     wanted += [("test", i, not boundary_only_tests) for i in range(1, test_cases + 1)]
     todo = [job for job in wanted if not _done(out, *job)]
     make = partial(_make_case, network, seed, out)
-    workers = min(workers or os.cpu_count() or 1, max(len(todo), 1))
+    workers = min(workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo), desc=f"simulating {network}", unit="day") as bar:
         if workers == 1:
             for job in todo:
@@ -78,7 +81,7 @@ def simulate(
                 bar.update()
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
                 futures = [pool.submit(make, job) for job in todo]
                 try:
                     for future in as_completed(futures):
@@ -90,8 +93,9 @@ def simulate(
     shutil.rmtree(out / ".partial", ignore_errors=True)
 
 
-def _one_thread() -> None:
-    """The parallelism is over cases; libraries that have not started their threads yet shall not add theirs."""
+def _start_worker() -> None:
+    """The parallelism is over cases: libraries shall not add their threads. Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
         os.environ[name] = "1"
 

@@ -55,6 +55,7 @@ class Stations:
     max_ratio: Array
     max_flow: Array
     events: Array  # how many times a day each is switched off for a while
+    station: Index  # those of one station share their set pressure
 
     def __len__(self) -> int:
         return len(self.start)
@@ -74,6 +75,8 @@ class Network:
     valves: Lines
     valve_open: Array  # [B] usual position
     valve_events: Array  # [B] how many times a day each leaves it for a while
+    valve_unit: Index  # [B] the compressor with which it opens and shuts, -1 for none
+    valve_by_pass: Index  # [B] the compressor station whose by-pass it opens when all units are off, -1 for none
     compressors: Stations
     regulators: Stations
     source_node: Index
@@ -170,6 +173,21 @@ def _lines(rows: list[tuple[int, int, float, float]]) -> Lines:
     return Lines(start.astype(np.intp), end.astype(np.intp), length.astype(float), diameter.astype(float))
 
 
+def _station(
+    start: int, end: int, setpoint: tuple[float, float], max_ratio: float, max_flow: float, events: float
+) -> Stations:
+    """A station of one device."""
+    return Stations(
+        np.array([start]),
+        np.array([end]),
+        np.array([setpoint]),
+        np.array([max_ratio]),
+        np.array([max_flow]),
+        np.array([events]),
+        np.array([0]),
+    )
+
+
 def demo() -> Network:
     """A source at set pressure, a compressor, two parallel lines (one behind a ball valve) and two deliveries in a ring
     that a control valve can feed: 7 nodes, 94 variables.
@@ -189,12 +207,10 @@ def demo() -> Network:
         valves=_lines([(1, 2, 100.0, 0.35)]),
         valve_open=np.array([1.0]),
         valve_events=np.array([1.2]),
-        compressors=Stations(
-            np.array([0]), np.array([1]), np.array([[6.0, 6.5]]), np.array([1.8]), np.array([220.0]), np.array([1.2])
-        ),
-        regulators=Stations(
-            np.array([3]), np.array([4]), np.array([[4.8, 5.3]]), np.array([1.0]), np.array([60.0]), np.array([1.2])
-        ),
+        valve_unit=np.array([-1]),
+        valve_by_pass=np.array([-1]),
+        compressors=_station(0, 1, (6.0, 6.5), 1.8, 220.0, 1.2),
+        regulators=_station(3, 4, (4.8, 5.3), 1.0, 60.0, 1.2),
         source_node=np.array([0, 3]),
         source_flow=np.array([90.0, 25.0]),
         source_temperature=np.array([18.0, 25.0]),
@@ -203,6 +219,3 @@ def demo() -> Network:
         delivery_node=np.array([6, 5]),
         delivery_flow=np.array([45.0, 65.0]),
     )
-
-
-NETWORKS = {"demo": demo}

@@ -97,7 +97,7 @@ def run(network: Network, day: Day, steps: Sequence[Step], case: str) -> Record:
         except NotConvergedError as error:
             raise DataError(
                 f"{case}, minute {minute}: the network's equations could not be solved, down to steps of {smallest:.3g} "
-                f"s; worst: {error}. The set-points of this day are beyond what the network can carry: try another seed"
+                f"s; worst: {error}. This day asks for more than the network can carry: try another seed"
             ) from error
         trend, state = new - state, new
         states[i], flows[i] = new[:n], mean
