@@ -33,7 +33,8 @@ G = 0.3 * _RNG.normal(size=(8, 2))
 def day(seed: int, minutes: int) -> tuple[np.ndarray, np.ndarray]:
     """(boundary [M, 2], state [M, 8]), float32, of  z(s+1) = A z(s) + G b(s+1); the boundary moves every 30 minutes."""
     rng = np.random.default_rng(seed)
-    boundary = np.repeat(rng.normal(size=(minutes // 30 + 1, 2)), 30, axis=0)[1 : minutes + 1]
+    held = np.minimum(np.arange(1, minutes + 1) // 30, max(minutes // 30 - 1, 0))
+    boundary = rng.normal(size=(minutes // 30 + 1, 2))[held]
     z = np.empty((minutes, 8))
     z[0] = rng.normal(size=8)
     for s in range(minutes - 1):

@@ -1,0 +1,70 @@
+"""Persistence and ridge as forecasters, and how the penalty is chosen."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.fluid import baselines
+from models.fluid.baselines import Persistence, Ridge, fit_ridge
+from models.fluid.normalization import Normalization
+from models.fluid.ridge import NormalEquations
+from models.fluid.rollout import rollout
+from models.fluid.store_writer import write_store
+from tests.models.fluid.toy_network import SCHEMA, day, write_toy_store
+
+CPU = torch.device("cpu")
+
+
+def fitted(store):
+    return Normalization(2, 8).fit(store.statistics, "standard")
+
+
+def test_persistence_repeats_the_last_state():
+    boundary, state = (torch.from_numpy(x)[None] for x in day(0, 20))
+    out = rollout(Persistence(2), boundary, state[:, :3], missing=torch.zeros(8))
+    assert torch.equal(out, state[:, 2:3].expand(1, 17, 8))
+
+
+def test_ridge_rolls_out_a_linear_network_it_was_fitted_to(tmp_path):
+    store = write_toy_store(tmp_path)
+    normalization = fitted(store)
+    ridge = fit_ridge(store, normalization, CPU)
+    boundary, state = (torch.from_numpy(x)[None] for x in day(99, 120))
+    out = rollout(ridge, boundary, state[:, :3], missing=normalization.state_offset)
+    assert ((out - state[:, 3:]) / normalization.state_scale).abs().max() < 0.02
+
+
+def test_the_penalty_is_the_best_of_the_validation_rollouts(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    splits = {split: {f"case_{k}": day(10 * k + len(split), 200) for k in range(2)} for split in ("train", "val")}
+    for cases in splits.values():
+        for _, state in cases.values():  # noise on what is measured, so that some penalty helps
+            state += (rng.normal(size=state.shape) * state.std(0)).astype(np.float32)
+    store = write_store(tmp_path, SCHEMA, splits)
+    normalization = fitted(store)
+    monkeypatch.setattr(baselines, "PENALTIES", (1e-8, 1e-1, 1e3))
+    errors = {}
+    for penalty in baselines.PENALTIES:
+        ridge = Ridge(normalization, NormalEquations.over_training_split(store, normalization).solve(penalty), penalty)
+        squared = []
+        for case in store.cases("val"):
+            for row in range(0, 200 - 62 + 1, 60):
+                boundary, state = (torch.tensor(np.asarray(x[row : row + 62]))[None] for x in splits["val"][case])
+                out = rollout(ridge, boundary, state[:, :2], missing=normalization.state_offset)
+                squared.append(((out - state[:, 2:]) / normalization.state_scale).square().mean())
+        errors[penalty] = torch.stack(squared).mean()
+    assert fit_ridge(store, normalization, CPU).penalty == min(errors, key=errors.get)
+
+
+def test_without_validation_days_the_penalty_is_the_default(tmp_path):
+    store = write_store(tmp_path, SCHEMA, {"train": {f"case_{k}": day(k, 100) for k in range(3)}})
+    assert fit_ridge(store, fitted(store), CPU).penalty == baselines.DEFAULT_PENALTY
+
+
+@pytest.mark.parametrize("minutes", [2, 5])
+def test_ridge_looks_at_the_last_two_minutes_only(tmp_path, minutes):
+    store = write_toy_store(tmp_path)
+    ridge = fit_ridge(store, fitted(store), CPU)
+    boundary, state = day(3, 20)
+    window = torch.from_numpy(np.concatenate([boundary[1:6], state[:5]], axis=1))[None]
+    assert torch.equal(ridge.next_state(window[:, -minutes:]), ridge.next_state(window[:, -2:]))

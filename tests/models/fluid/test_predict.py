@@ -1,0 +1,145 @@
+"""Prediction of a day: where it starts, what it writes, and that a case needs no outputs."""
+
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from engine.errors import DataError
+from models.fluid.csv_cases import read_case
+from models.fluid.predict import nearest_start, own_start, predict_day, start_from_case, write_day
+from models.fluid.schema import GROUPS
+from models.fluid.store import Store
+from models.fluid.trained import load_trained
+from tests.models.fluid.toy_network import SCHEMA, write_toy_case, write_toy_store
+from tests.models.fluid.trained_run import write_run
+
+CPU = torch.device("cpu")
+T = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("predict")
+    write_toy_store(root / "store")
+    write_run(root / "run", root / "store", history=T)
+    write_toy_case(root / "case_0007", seed=77)
+    shutil.copytree(root / "case_0007", root / "bare")
+    for group in GROUPS:
+        (root / "bare" / f"{group}.csv").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+    return load_trained(root / "run", CPU)
+
+
+@pytest.fixture(scope="module")
+def own_day(root, trained):
+    """The toy case and its prediction from its own first minutes."""
+    case = read_case(root / "case_0007", SCHEMA)
+    return case, predict_day(trained, case.boundary, own_start(case.state, T))
+
+
+def scaled(trained, difference):
+    return np.abs(difference / trained.model.normalization.state_scale.numpy())
+
+
+def test_a_day_from_its_own_first_minutes(own_day, trained):
+    case, out = own_day
+    assert out.shape == (1440, 8)
+    assert np.array_equal(out[:T], case.state[:T])
+    assert scaled(trained, out - case.state).max() < 0.05, "a linear network under its own boundary"
+
+
+def test_a_day_from_another_case_s_last_minutes(root, own_day, trained):
+    case, _ = own_day
+    start = start_from_case(root / "case_0007", SCHEMA, T, 1440)
+    assert start.minute == 0
+    assert np.array_equal(start.states, case.state[-T:])
+    out = predict_day(trained, case.boundary, start)
+    assert out.shape == (1440, 8)
+    window = np.concatenate([np.repeat(case.boundary[:1], T, axis=0), start.states], axis=1)
+    with torch.no_grad():
+        want = trained.model(torch.from_numpy(window)[None])[0, -1]
+    np.testing.assert_allclose(out[0], want, rtol=1e-5)
+    with pytest.raises(DataError, match="--start-minute 2"):
+        start_from_case(root / "case_0007", SCHEMA, T, 2)
+
+
+def test_a_later_set_point_changes_no_earlier_minute(own_day, trained):
+    case, before = own_day
+    moved = case.boundary.copy()
+    moved[700:] += 0.1
+    after = predict_day(trained, moved, own_start(case.state, T))
+    assert np.array_equal(after[:700], before[:700])
+    assert (after[700] != before[700]).all()
+
+
+def test_the_nearest_start_is_a_training_minute_with_that_boundary(trained):
+    store = Store.open(trained.data.store)
+    case = store.cases("train")[3]
+    boundary, state = store.boundary("train", case), store.state("train", case)
+    held = np.flatnonzero((boundary == boundary[100]).all(axis=1))
+    start = nearest_start(store, SCHEMA, boundary[100] + 1e-4, np.ones(2), T)
+    assert np.array_equal(start.states, state[held[-1] - T + 1 : held[-1] + 1])
+    assert start.minute == 0
+
+
+def test_written_files_read_back_as_they_were(tmp_path, root):
+    case = read_case(root / "case_0007", SCHEMA)
+    write_day(tmp_path, case.day, case.state, SCHEMA)
+    shutil.copy(root / "case_0007" / "Boundary.csv", tmp_path)
+    again = read_case(tmp_path, SCHEMA)
+    assert again.day == case.day
+    assert np.array_equal(again.state, case.state)
+    for group in GROUPS:
+        want = (root / "case_0007" / f"{group}.csv").read_text().splitlines()
+        got = (tmp_path / f"{group}.csv").read_text().splitlines()
+        assert got[0] == want[0], "columns in the input's order"
+        assert [line.split(",")[0] for line in got] == [line.split(",")[0] for line in want]
+
+
+@pytest.mark.parametrize("case", ["case_0007", "bare"])
+def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, case):
+    from launchers.predict import main
+
+    arguments = ["--run", str(root / "run"), "--case", str(root / case), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    out = tmp_path / "out"
+    for group in GROUPS:
+        assert pl.read_csv(out / f"{group}.csv").shape == (1440, 1 + len(SCHEMA.groups[group]))
+    for picture in ("variables.png", "map.png"):
+        assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    record = json.loads((out / "prediction.json").read_text())
+    assert record["start"] in capsys.readouterr().out
+    if case == "bare":
+        assert "nearest" in record["start"]
+        assert record["scores"] is None
+        assert record["first_predicted_minute"] == 1
+    else:
+        assert record["scores"]["surrogate"]["rmse"] < 0.05 < record["scores"]["persistence"]["rmse"]
+        assert record["first_predicted_minute"] == T + 1
+
+
+def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
+    from launchers.predict import main
+
+    run, case, out = str(root / "run"), str(root / "bare"), str(tmp_path / "out")
+    wrong = {
+        "no such output column": ["--run", run, "--case", case, "--out", out, "--variables", "N_001_x"],
+        "would be overwritten": ["--run", run, "--case", case, "--out", case],
+        "Boundary.csv": ["--run", run, "--case", str(tmp_path), "--out", out],
+        "no prepared data set": ["--run", run, "--case", case, "--out", out, "--store", str(tmp_path)],
+        "not the folder of a run": ["--run", str(tmp_path), "--case", case, "--out", out],
+        "--device nowhere": ["--run", run, "--case", case, "--out", out, "--device", "nowhere"],
+    }
+    for message, arguments in wrong.items():
+        assert main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ")
+        assert message in printed
