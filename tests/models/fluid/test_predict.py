@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.errors import DataError
+from models.fluid import predict
 from models.fluid.csv_cases import read_case
 from models.fluid.predict import nearest_start, own_start, predict_day, start_from_case, write_day
 from models.fluid.schema import GROUPS
@@ -45,6 +46,12 @@ def own_day(root, trained):
     return case, predict_day(trained, case.boundary, own_start(case.state, T))
 
 
+@pytest.fixture
+def short_day(monkeypatch):
+    """Whole days take seconds; where one would not show more, it ends after 100 minutes."""
+    monkeypatch.setattr(predict, "MINUTES", 100)
+
+
 def scaled(trained, difference):
     return np.abs(difference / trained.model.normalization.state_scale.numpy())
 
@@ -56,13 +63,13 @@ def test_a_day_from_its_own_first_minutes(own_day, trained):
     assert scaled(trained, out - case.state).max() < 0.05, "a linear network under its own boundary"
 
 
-def test_a_day_from_another_case_s_last_minutes(root, own_day, trained):
+def test_a_day_from_another_case_s_last_minutes(root, own_day, trained, short_day):
     case, _ = own_day
-    start = start_from_case(root / "case_0007", SCHEMA, T, 1440)
+    start = start_from_case(root / "case_0007", SCHEMA, T, 80)
     assert start.minute == 0
-    assert np.array_equal(start.states, case.state[-T:])
+    assert np.array_equal(start.states, case.state[80 - T : 80])
     out = predict_day(trained, case.boundary, start)
-    assert out.shape == (1440, 8)
+    assert out.shape == (100, 8)
     window = np.concatenate([np.repeat(case.boundary[:1], T, axis=0), start.states], axis=1)
     with torch.no_grad():
         want = trained.model(torch.from_numpy(window)[None])[0, -1]
@@ -71,13 +78,13 @@ def test_a_day_from_another_case_s_last_minutes(root, own_day, trained):
         start_from_case(root / "case_0007", SCHEMA, T, 2)
 
 
-def test_a_later_set_point_changes_no_earlier_minute(own_day, trained):
+def test_a_later_set_point_changes_no_earlier_minute(own_day, trained, short_day):
     case, before = own_day
     moved = case.boundary.copy()
-    moved[700:] += 0.1
+    moved[70:] += 0.1
     after = predict_day(trained, moved, own_start(case.state, T))
-    assert np.array_equal(after[:700], before[:700])
-    assert (after[700] != before[700]).all()
+    assert np.array_equal(after[:70], before[:70])
+    assert (after[70] != before[70]).all()
 
 
 def test_the_nearest_start_is_a_training_minute_with_that_boundary(trained):
