@@ -35,11 +35,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, keep_last: int) -> None:
         self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
-        if ranks.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in [*folder.glob(".staging-*"), *folder.glob(".trash-*")]:
+
+    def open_for_writing(self) -> None:
+        """Make the folder and clear what a killed save left in it. Raises CheckpointError."""
+
+        def clear() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in [*self.folder.glob(".staging-*"), *self.folder.glob(".trash-*")]:
                 shutil.rmtree(leftover)
-        barrier(ranks)
+
+        self._on_main(clear, "use", self.folder)
 
     def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
         """Write a checkpoint of `step`, then drop those past `keep_last`.
@@ -121,7 +126,7 @@ class Checkpoints:
         return found
 
     def _tags(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if _TAG.fullmatch(path.name)]
+        return [path for path in self.folder.glob("step-*") if _TAG.fullmatch(path.name)]
 
     def _on_main(self, work: Callable[[], None], verb: str, path: Path) -> None:
         problem = None
@@ -129,7 +134,7 @@ class Checkpoints:
             try:
                 work()
             except OSError as error:
-                problem = f"{path}: cannot {verb} this checkpoint: {error.strerror} ({error.filename})"
+                problem = f"{path}: cannot {verb} it: {error.strerror} ({error.filename}); choose another --output-dir or make room"
         problem = from_main(problem, self.ranks)
         if problem:
             raise CheckpointError(problem)

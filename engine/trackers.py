@@ -78,8 +78,7 @@ def make_trackers(
     """
     if not is_main:
         return Trackers()
-    for name in names:
-        _require(name)
+    require_trackers(names)
     trackers: list[Tracker] = [MetricsFile.open(folder / "metrics.jsonl", resume_step)]
     for name in names:
         try:
@@ -87,6 +86,21 @@ def make_trackers(
         except Exception as error:  # no account, no server, no network
             _warn(name, error)
     return Trackers(trackers)
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError if one of these trackers is unknown or not installed."""
+    for name in names:
+        if name not in _KINDS:
+            raise ConfigError(f"training.trackers: unknown tracker '{name}'; known are {', '.join(_KINDS)}")
+        module, package, _ = _KINDS[name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out "
+                "of training.trackers"
+            ) from error
 
 
 class MetricsFile:
@@ -248,19 +262,6 @@ _KINDS: dict[str, tuple[str, str, Callable[[Path, dict[str, Any], int], Tracker]
     "wandb": ("wandb", "trunkline[wandb]", WeightsAndBiases),
     "mlflow": ("mlflow", "trunkline[mlflow]", MLflow),
 }
-
-
-def _require(name: str) -> None:
-    if name not in _KINDS:
-        raise ConfigError(f"training.trackers: unknown tracker '{name}'; known are {', '.join(_KINDS)}")
-    module, package, _ = _KINDS[name]
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out of "
-            "training.trackers"
-        ) from error
 
 
 def _remembered(path: Path, resume_step: int) -> str | None:

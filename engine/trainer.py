@@ -32,8 +32,9 @@ from engine.model_options import apply_options
 from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
 from engine.randomness import mix
+from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
-from engine.trackers import make_trackers
+from engine.trackers import make_trackers, require_trackers
 from engine.weights import save_weights
 
 
@@ -74,15 +75,21 @@ class Trainer:
         backend: str = "deepspeed",
         resume: str = "none",
     ) -> None:
-        self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
+        self.task, self.config, self.ranks, self.folder, self.backend_name = task, config, ranks, folder, backend
         settings = config.training
         if settings.deterministic:  # the call imports the compiler, which takes seconds
             torch.use_deterministic_algorithms(True)
 
+        require_trackers(settings.trackers)
         self.sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.dataset = task.datasets()["train"]
         self.batches = GlobalBatches(len(self.dataset), self.sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self.total_steps = total_steps(config, self.batches)
+
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
+        self.checkpoints.open_for_writing()
+        found = self._find_checkpoint(resume)
 
         torch.manual_seed(mix(settings.seed, 0))
         model = task.build_model()
@@ -90,9 +97,8 @@ class Trainer:
         model = apply_options(model, settings)
         self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
 
-        self.progress = Progress()
-        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
-        self._resume(resume)
+        if found is not None:
+            self._take_up(*found)
 
         if ranks.is_main:
             write_json(folder / "config.json", config.as_dict())
@@ -119,9 +125,11 @@ class Trainer:
 
     def _train(self) -> None:
         settings, progress = self.config.training, self.progress
+        self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
         meter = Meter(self)
         with self._bar() as bar:
-            for micro_batches in self._micro_batches():
+            # a run that had stopped early is over, also when it is resumed
+            for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
                 lr = self.backend.learning_rate()
                 sums, weight, stop = self._accumulate(micro_batches)
@@ -218,16 +226,9 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Log the validation metrics and keep the best weights. True if it is time to stop early."""
         settings, progress = self.config.training, self.progress
-        metrics = evaluate(
-            self.task, self.backend.model, self.ranks, num_samples=settings.eval_samples,
-            micro_batch_size=self.sizes.micro_batch_size, num_workers=settings.num_workers,
-        )  # fmt: skip
+        metrics = self._metrics(settings.eval_samples)
         self.trackers.log(progress.step, "val", metrics)
         name, sign = settings.best.metric, 1 if settings.best.mode == "min" else -1
-        if name not in metrics:
-            raise ConfigError(
-                f"training.best.metric: '{name}' is not measured; choose one of {', '.join(sorted(metrics))}"
-            )
         value, stopping = metrics[name], settings.early_stopping
         better = math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best)
         gained = better and (
@@ -238,11 +239,26 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
             self._save_weights("best", {"step": progress.step, name: value})
         self._say(f"step {progress.step}: val {name} {value:.6g}{' (best)' if better else ''}")
-        if stopping and progress.evaluations_without_gain >= stopping.patience:
-            self._say(f"stopped early: {stopping.patience} evaluations in a row without a gain; best {name} "
-                      f"{progress.best:.6g} at step {progress.best_step}")  # fmt: skip
-            return True
-        return False
+        if self._out_of_patience():
+            self._say(
+                f"stopped early: {progress.evaluations_without_gain} evaluations in a row without a gain; best {name} "
+                f"{progress.best:.6g} at step {progress.best_step}"
+            )
+        return self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        stopping = self.config.training.early_stopping
+        return stopping is not None and self.progress.evaluations_without_gain >= stopping.patience
+
+    def _metrics(self, num_samples: int | None) -> dict[str, float]:
+        metrics = evaluate(
+            self.task, self.backend.model, self.ranks, num_samples=num_samples,
+            micro_batch_size=self.sizes.micro_batch_size, num_workers=self.config.training.num_workers,
+        )  # fmt: skip
+        name = self.config.training.best.metric
+        if name not in metrics:
+            raise ConfigError(f"training.best.metric: '{name}' is not measured{nearest(name, list(metrics))}")
+        return metrics
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
@@ -256,7 +272,7 @@ class Trainer:
         section = self.config.deepspeed
         precision = "bf16" if section.bf16.enabled else "fp16" if section.fp16.enabled else "fp32"
         return {
-            "backend": self.backend.name,
+            "backend": self.backend_name,
             "layout": f"ZeRO {section.zero_optimization.stage}, {precision}, {self.ranks.world_size} ranks",
             "workload": self.config.workload,
             "model": self.config.model.model_dump(mode="json"),
@@ -267,27 +283,27 @@ class Trainer:
             "seed": self.config.training.seed,
         }
 
-    def _resume(self, resume: str) -> None:
+    def _find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, verified and fitting this run; None to start at step 0."""
         if resume == "none":
-            if self.ranks.is_main and any(self.folder.glob("checkpoints/step-*")):
+            if any(self.folder.glob("checkpoints/step-*")):
                 raise ConfigError(
                     f"{self.folder}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
                     "--output-dir"
                 )
-            return
+            return None
         if resume == "auto":
             found = self.checkpoints.newest()
             if found is None:
                 self._say(f"{self.folder} holds no checkpoint yet: starting at step 0")
-                return
+                return None
         else:
             path = Path(resume)
+            found = None
             if (path / "checkpoints").is_dir():
                 found = Checkpoints(path / "checkpoints", self.ranks, self.config.training.keep_last).newest()
             elif path.is_dir():
                 found = self.checkpoints.load(path)
-            else:
-                found = None
             if found is None:
                 raise CheckpointError(
                     f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
@@ -301,8 +317,11 @@ class Trainer:
                 )
         if state["step"] > self.total_steps:
             raise CheckpointError(f"{path}: is at step {state['step']}, past this run's last step {self.total_steps}")
+        return found
+
+    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
         self.backend.load(path / BACKEND)
-        self.progress = Progress(**{field: state[field] for field in asdict(self.progress)})
+        self.progress = Progress(**{name: state[name] for name in asdict(self.progress)})
         self.checkpoints.set_aside_after(self.progress.step)
         self._say(f"resumed from {path} at step {self.progress.step}")
 

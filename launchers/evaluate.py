@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import TrunklineError
+from engine.impostors import refuse_shadowed
 from models.registry import workload_of_run
 
 
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
     known, _ = parser.parse_known_args(argv)
     try:
+        refuse_shadowed()
         evaluate = workload_of_run(known.run).open("evaluate")
         parser.add_argument("-h", "--help", action="help", help="show this and exit")
         evaluate.add_arguments(parser)

@@ -14,6 +14,7 @@ from pathlib import Path
 from engine.config import RunConfig, load_config
 from engine.distributed import launched_world_size, start, stop
 from engine.errors import TrunklineError
+from engine.impostors import refuse_shadowed
 from models.registry import WORKLOADS, config_sections, make_task
 
 
@@ -29,8 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
         return 75 if stopped else 2
-    finally:
-        stop()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    refuse_shadowed()
     flags = {key.removeprefix("set "): value for key, value in vars(arguments).items() if key.startswith("set ")}
     settings = [f"{key}={value}" for key, value in flags.items() if value is not None] + arguments.set
     config = load_config(arguments.config, sections=config_sections, settings=settings, deepspeed=arguments.deepspeed)
@@ -84,4 +84,6 @@ def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    stop()
+    sys.exit(status)

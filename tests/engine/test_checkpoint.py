@@ -24,6 +24,7 @@ def write_weights(folder: Path) -> None:
 
 def save(folder: Path, *steps: int, keep_last: int = 5) -> Checkpoints:
     checkpoints = Checkpoints(folder, ALONE, keep_last)
+    checkpoints.open_for_writing()
     for step in steps:
         checkpoints.save(step, write_weights, {"step": step})
     return checkpoints
@@ -119,7 +120,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path: Path) -
     with pytest.raises((CheckpointError, OSError), match="No space left"):
         checkpoints.save(2, leave_an_unreadable_name, {"step": 2})
     assert checkpoints.newest() is not None
-    Checkpoints(tmp_path, ALONE, 5)  # the next start clears what was left
+    checkpoints.open_for_writing()  # the next start clears what was left
     assert sorted(tmp_path.rglob("*")) == before
 
 

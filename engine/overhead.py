@@ -1,0 +1,294 @@
+"""What the engine costs: its step against the same DeepSpeed engine driven by a bare loop, on the same model and data.
+
+    add_arguments(parser), run(arguments)   `python launchers/bench.py engine`
+    measure(tensors=150, pairs=200)         the seconds of every pair of steps
+
+Two DeepSpeed engines are made from one model. One is driven by Trainer, whole: order of samples, weights, gradient
+norm, clipping, logging every tenth step, progress bar. The other is driven by the loop of DeepSpeed's own tutorial
+over a plain DataLoader, with clipping as the same section of the configuration asks for it. Their steps take turns,
+so both of a pair are of the same moment of the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from engine.config import RunConfig, load_config
+from engine.distributed import Ranks, start, stop
+from engine.errors import ConfigError
+from engine.strict import Strict
+from engine.task import Batch, Sums
+from engine.trainer import Trainer
+
+LIMIT_RATIO = 1.01
+LIMIT_SECONDS = 100e-6
+_WARM_UP = 20
+
+
+class OverheadData(Strict):
+    """Random rows."""
+
+    samples: int = 4096
+
+
+class OverheadModel(Strict):
+    """A chain of linear layers, each of two tensors."""
+
+    tensors: int = 10
+    width: int = 64
+
+
+class Rows(Dataset[Any]):
+    """`count` random rows of `width` values and their targets, fp32, held in memory."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.x, self.y = torch.randn(count, width), torch.randn(count, width)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Chain(nn.Module):
+    """Linear layers, added up: x + linear(x) / depth."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width] -> [B, width]."""
+        for layer in self.layers:
+            x = x + layer(x) / len(self.layers)
+        return x
+
+
+class OverheadTask:
+    """Mean squared error of a chain: engine.task.Task at its least."""
+
+    def __init__(self, data: OverheadData, model: OverheadModel) -> None:
+        self.model = model
+        self._sets = {"train": Rows(data.samples, model.width), "val": Rows(8, model.width)}
+
+    def build_model(self) -> nn.Module:
+        return Chain(self.model.tensors // 2, self.model.width)
+
+    def datasets(self) -> dict[str, Dataset[Any]]:
+        return dict(self._sets)
+
+    def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        x, y = zip(*samples, strict=True)
+        return {"x": torch.stack(x), "y": torch.stack(y)}
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch["valid"].sum()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        return {"loss": (squared_errors(model, batch).mean(1) * batch["valid"]).sum()}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        return self.loss(model, batch) | {"weight": self.weight(batch)}
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        return {"loss": float(sums["loss"] / sums["weight"])}
+
+    def flops_per_sample(self) -> float:
+        return 6.0 * self.model.tensors / 2 * self.model.width**2
+
+    def fingerprint(self) -> str:
+        return "random"
+
+    def save_assets(self, folder: Path) -> None:
+        """There are none."""
+
+
+def squared_errors(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, width]."""
+    return (model(batch["x"]) - batch["y"]).square()
+
+
+class _Interleaved(Trainer):
+    """Trainer that lets a bare step follow each of its own. `pairs` holds the seconds of both."""
+
+    bare_step: Callable[[], None]
+    clock: Callable[[], float]
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        self.pairs: list[tuple[float, float]] = []
+        micro_batches = super()._micro_batches()
+        while True:
+            begin = self._now()
+            batches = next(micro_batches, None)
+            if batches is None:
+                return
+            yield batches  # the trainer comes back for the next when this step is wholly done
+            between = self._now()
+            self.bare_step()
+            self.pairs.append((between - begin, self._now() - between))
+
+    def _now(self) -> float:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.clock()
+
+
+def measure(
+    *, tensors: int, pairs: int, stage: int, batch_size: int = 32, clock: Callable[[], float] = time.perf_counter
+) -> list[tuple[float, float]]:
+    """Seconds of a step of ours and of the bare loop, `pairs` of them, after a warm-up.
+
+    Call it on one process, in the process group that `engine.distributed.start` made.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(Path(folder), tensors, pairs + _WARM_UP + 1, stage, batch_size)
+        ranks = start()
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  # the progress bar and the lines are made, for nobody to read
+        with nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            trainer = _Interleaved(OverheadTask(config.data, config.model), config, ranks, Path(folder, "run"))
+            trainer.clock = clock
+            trainer.bare_step = _bare_step(trainer, config, ranks)
+            gc.disable()  # a collection would fall into one step of a pair
+            try:
+                trainer.run()
+            finally:
+                gc.enable()
+        return trainer.pairs[_WARM_UP:]
+
+
+def _bare_step(trainer: Trainer, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
+    """The tutorial's loop over a copy of the trainer's model, one step a call."""
+    import deepspeed
+
+    task, section = trainer.task, config.deepspeed
+    model = copy.deepcopy(trainer.backend.module)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=list(model.parameters()),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **section.optimizer.params),
+        config={
+            "train_batch_size": section.train_batch_size,
+            "gradient_clipping": section.gradient_clipping,
+            "zero_optimization": {"stage": section.zero_optimization.stage},
+            "zero_allow_untested_optimizer": True,
+        },
+        dist_init_required=False,
+    )
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            yield from DataLoader(
+                task.datasets()["train"], section.train_batch_size, shuffle=True, collate_fn=task.collate
+            )
+
+    source = batches()
+
+    def step() -> None:
+        batch = {key: value.to(ranks.device) for key, value in next(source).items()}
+        engine.backward(squared_errors(engine, batch).mean())
+        engine.step()
+
+    return step
+
+
+def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int) -> RunConfig:
+    never = steps + 1
+    raw = {
+        "workload": "overhead",
+        "data": {},
+        "model": {"tensors": tensors},
+        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": 10, "trackers": []},
+        "deepspeed": {
+            "train_batch_size": batch_size,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+        },
+    }
+    path = folder / "overhead.json"
+    path.write_text(json.dumps(raw))
+    return load_config(path, sections=lambda name: (OverheadData, OverheadModel))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Medians over the pairs, and an interval that holds the median of the ratios with 95 % confidence."""
+
+    ours_s: float
+    bare_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    difference_s: float
+
+    @property
+    def within_limit(self) -> bool:
+        """At most 1 % or 100 microseconds a step."""
+        return self.ratio <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
+
+
+def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
+    """The verdict on pairs of seconds (ours, bare)."""
+    ratios = sorted(ours / bare for ours, bare in pairs)
+    # order statistics around the median: the binomial interval in its normal approximation
+    reach = round(0.98 * len(ratios) ** 0.5)
+    middle = len(ratios) // 2
+    return Verdict(
+        ours_s=statistics.median(ours for ours, _ in pairs),
+        bare_s=statistics.median(bare for _, bare in pairs),
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[max(0, middle - reach)],
+        ratio_high=ratios[min(len(ratios) - 1, middle + reach)],
+        difference_s=statistics.median(ours - bare for ours, bare in pairs),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py engine`."""
+    parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print a table. Returns 0 if every row is within the limit, else 1."""
+    if arguments.pairs < 10 or min(arguments.tensors) < 2:
+        raise ConfigError("use at least --pairs 10 and --tensors 2")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {arguments.pairs} pairs of steps")
+    print(f"{'tensors':>7} {'ZeRO':>4} {'bare ms':>9} {'ours ms':>9} {'ratio':>7} {'95 % interval':>15} {'more us':>9}")
+    verdicts = []
+    try:
+        for tensors in arguments.tensors:
+            for stage in arguments.stages:
+                verdict = judge(measure(tensors=tensors, pairs=arguments.pairs, stage=stage, clock=clock))
+                verdicts.append(verdict)
+                print(
+                    f"{tensors:>7} {stage:>4} {verdict.bare_s * 1e3:>9.3f} {verdict.ours_s * 1e3:>9.3f} "
+                    f"{verdict.ratio:>7.3f} {verdict.ratio_low:>7.3f}-{verdict.ratio_high:.3f} "
+                    f"{verdict.difference_s * 1e6:>10.0f}  {'' if verdict.within_limit else 'over the limit'}",
+                    flush=True,
+                )
+    finally:
+        stop()
+    within = sum(verdict.within_limit for verdict in verdicts)
+    print(f"{within} of {len(verdicts)} within the limit: at most 1 % or 100 microseconds a step")
+    return 0 if within == len(verdicts) else 1

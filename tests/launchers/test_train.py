@@ -1,0 +1,274 @@
+"""launchers/train.py from the outside: a run on toy data, its plan, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.plan import make_plan
+from launchers import evaluate, predict, train
+from tests.engine.tiny import TinyTask, tiny_config
+from tests.models.fluid.toy_network import write_toy_store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy store, a configuration, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy_store(folder / "store")
+    config = json.loads((ROOT / "configs/fluid/nano.json").read_text())
+    config["data"] |= {"store": str(folder / "store"), "history": 2}
+    config["training"] |= {
+        "steps": 6,
+        "epochs": None,
+        "eval_every": 3,
+        "eval_samples": 16,
+        "save_every": 3,
+        "log_every": 1,
+    }
+    config["training"] |= {"num_workers": 0, "trackers": []}
+    config["training"].pop("epochs")
+    config["deepspeed"] |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": False}}
+    config["deepspeed"]["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 100000}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert train.main(["--config", str(folder / "config.json"), "--output-dir", str(folder / "run")]) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_that_was_promised(toy: Path) -> None:
+    run = toy / "run"
+    for name in ("config.json", "plan.json", "metrics.jsonl", "report/summary.md", "best/model.safetensors",
+                 "best/config.json", "best/schema.json", "final/model.safetensors",
+                 "checkpoints/step-00000006"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert [path.name for path in run.rglob("*draft*")] == []
+
+
+def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--config", str(toy / "config.json"), "--plan=json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in (toy / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if row["split"] == "train"]
+    assert plan["steps"] == len(rates) == 6
+    assert plan["learning_rate"]["step 0"] == pytest.approx(rates[0])
+    assert plan["learning_rate"]["step 1"] == pytest.approx(rates[1])
+    assert plan["learning_rate"]["last (step 5)"] == pytest.approx(rates[5])
+    files = (toy / "run/checkpoints/step-00000006/backend/deepspeed").glob("*.pt")
+    assert plan["checkpoint_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)
+    assert plan == json.loads((toy / "run/plan.json").read_text())
+
+
+def test_the_plan_names_the_origin_of_every_value(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", str(toy / "config.json"), "--plan", "--set", "training.seed=5"]
+    flags += ["--set", "deepspeed.train_batch_size=32", "--world-size", "2"]
+    assert train.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "27,809 parameters" in said
+    lines = {line.split()[0]: line for line in said.splitlines() if line.endswith(")")}
+    assert lines["training.seed"].split()[1:] == ["5", "(command", "line)"]
+    assert lines["training.log_every"].split()[1:] == ["1", "(file)"]
+    assert lines["training.keep_last"].endswith("(file)")
+    assert lines["training.deterministic"].split()[1:] == ["False", "(default)"]
+    assert "32 = 8 a micro-batch x 2 ranks x 2 accumulation steps" in said
+
+
+def test_planned_activations_are_those_that_autograd_keeps(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, deepspeed={"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4})
+    task = TinyTask(config.data, config.model)
+    model = task.build_model()
+    planned = make_plan(task, config, 1, model)["memory_bytes"]["activations"]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = task.collate([task.datasets()["train"][0]] * 4) | {"valid": torch.ones(4, dtype=torch.bool)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss(model, batch)["loss"]
+    assert loss.requires_grad
+    assert planned == sum(kept.values()) > 0
+
+
+def test_planned_states_shrink_with_the_zero_stage_and_the_ranks(tmp_path: Path) -> None:
+    def memory(stage: int, ranks: int, bf16: bool) -> dict[str, int]:
+        config = tiny_config(
+            tmp_path,
+            deepspeed={"train_batch_size": 8, "zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}},
+        )
+        task = TinyTask(config.data, config.model)
+        return make_plan(task, config, ranks, task.build_model())["memory_bytes"]
+
+    n = sum(parameter.numel() for parameter in TinyTask(*_sections(tmp_path)).build_model().parameters())
+    assert memory(0, 4, bf16=True) | {"activations": 0} == {
+        "parameters": 2 * n, "gradients": 2 * n, "master weights": 4 * n, "optimizer": pytest.approx(8 * n, rel=0.01),
+        "activations": 0,
+    }  # fmt: skip
+    three = memory(3, 4, bf16=True)
+    assert three["parameters"] == pytest.approx(2 * n / 4, abs=2)
+    assert three["optimizer"] == pytest.approx(8 * n / 4, rel=0.01)
+    assert memory(2, 4, bf16=False)["parameters"] == 4 * n
+
+
+def _sections(folder: Path) -> tuple[Any, Any]:
+    config = tiny_config(folder)
+    return config.data, config.model
+
+
+def test_every_shipped_configuration_is_valid() -> None:
+    from engine.config import load_config
+    from engine.deepspeed_section import batch_sizes
+    from models.registry import config_sections
+
+    paths = sorted((ROOT / "configs").glob("*/*.json"))
+    assert len(paths) >= 6
+    for path in paths:
+        config = load_config(path, sections=config_sections)
+        assert batch_sizes(config.deepspeed, 1).world_size == 1
+        assert batch_sizes(config.deepspeed, 2).world_size == 2
+
+
+def spoil(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, Path], list[str]]:
+    def flags(toy: Path, tmp: Path) -> list[str]:
+        raw = json.loads((toy / "config.json").read_text())
+        change(raw)
+        (tmp / name).write_text(json.dumps(raw))
+        return ["--config", str(tmp / name), "--output-dir", str(tmp / "out")]
+
+    return flags
+
+
+def with_flags(*more: str) -> Callable[[Path, Path], list[str]]:
+    def flags(toy: Path, tmp: Path) -> list[str]:
+        filled = [flag.format(toy=toy, tmp=tmp) for flag in more]
+        return ["--config", str(toy / "config.json"), "--output-dir", str(tmp / "out"), *filled]
+
+    return flags
+
+
+BAD_TRAINING = {
+    "an unknown workload": (spoil("c.json", lambda c: c.update(workload="fluids")), "did you mean 'fluid'"),
+    "an unknown section": (spoil("c.json", lambda c: c.update(optimizer={})), "unknown key 'optimizer'"),
+    "a misspelt model key": (spoil("c.json", lambda c: c["model"].update(linear_skp=1)), "did you mean 'linear_skip'"),
+    "an unknown preset": (spoil("c.json", lambda c: c["model"].update(preset="huge")), "model.preset: .*'nano'"),
+    "a preset and a width": (spoil("c.json", lambda c: c["model"].update(d_model=64)), "either preset or widths"),
+    "a store that is not there": (spoil("c.json", lambda c: c["data"].update(store="nowhere")), "nowhere"),
+    "a history beyond the day": (spoil("c.json", lambda c: c["data"].update(history=1000)), "history|minutes"),
+    "a skip without history": (
+        spoil("c.json", lambda c: (c["data"].update(history=1), c["model"].update(linear_skip=True))), "linear_skip"),
+    "an unknown optimizer": (with_flags("--set", "deepspeed.optimizer.type=AdmW"), "unknown optimizer 'AdmW'"),
+    "an unknown optimizer setting": (with_flags("--set", "deepspeed.optimizer.params.momentum=1"), "unknown to AdamW"),
+    "an unknown schedule": (with_flags("--set", "deepspeed.scheduler.type=Cosine"), "unknown schedule 'Cosine'"),
+    "a metric that nobody measures": (with_flags("--set", "training.best.metric=acc"), "'acc' is not measured"),
+    "a global batch that does not divide": (with_flags("--set", "deepspeed.train_batch_size=12"), "12 is not a mult"),
+    "a setting without a value": (with_flags("--set", "training.seed"), "expected dotted.key=value"),
+    "a setting of the wrong type": (with_flags("--set", "training.steps=many"), 'found "many"'),
+    "an unknown backend": (with_flags("--backend", "horovod"), "unknown backend"),
+    "no resume point": (with_flags("--resume", "{tmp}/nothing"), "no checkpoint in it"),
+    "a DeepSpeed file that is not there": (with_flags("--deepspeed", "{tmp}/ds.json"), "ds.json: cannot be read"),
+    "apex that is not installed": (with_flags("--set", "deepspeed.optimizer.type=apex.FusedAdam"), "NVIDIA's apex"),
+    "a tracker that is not installed": (with_flags("--set", 'training.trackers=["mlflow"]'), r"trunkline\[mlflow\]"),
+    "LBFGS": (
+        with_flags("--set", "deepspeed.optimizer.type=LBFGS", "--set", 'deepspeed.optimizer.params={{"lr":1}}'),
+        "closure"),
+    "an output folder that is a file": (with_flags("--output-dir", "{toy}/config.json"), "config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_a_mistake_is_one_message_and_status_2(
+    name: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    flags, message = BAD_TRAINING[name]
+    assert train.main(flags(toy, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "error: " in error
+    assert "Traceback" not in error
+
+
+def break_run(toy: Path, tmp: Path, change: Callable[[Path], Any]) -> Path:
+    shutil.copytree(toy / "run", tmp / "run")
+    change(tmp / "run")
+    return tmp / "run"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+BAD_RUNS = {
+    "no such run": (lambda run: shutil.rmtree(run), "not the folder of a run"),
+    "weights cut short": (lambda run: cut(run / "best/model.safetensors"), "model.safetensors"),
+    "a schema that is gone": (lambda run: (run / "best/schema.json").unlink(), "schema.json"),
+    "a configuration of another model": (
+        lambda run: rewrite(run / "best/config.json", '"nano"', '"tiny"'), "has shape|lacks|holds"),
+    "a configuration that is not JSON": (lambda run: (run / "best/config.json").write_text("{"), "config.json: line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+@pytest.mark.parametrize("launcher", [evaluate, predict])
+def test_a_broken_run_is_one_message_and_status_2(
+    name: str, launcher: Any, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    change, message = BAD_RUNS[name]
+    run = break_run(toy, tmp_path, change)
+    flags = ["--run", str(run), "--out", str(tmp_path / "out")]
+    if launcher is predict:
+        flags += ["--case", str(toy / "store")]
+    assert launcher.main(flags) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_up(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = break_run(toy, tmp_path, lambda run: cut(next((run / "checkpoints/step-00000006").rglob("*optim_states.pt"))))
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(run), "--resume", "auto"]
+    assert train.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "step-00000006" in said
+    assert "optim_states.pt has" in said
+    assert "resumed from" in said
+    assert "step-00000003" in said
+    for folder in (run / "checkpoints").glob("step-*"):
+        cut(next(folder.rglob("trainer.json")))
+    assert train.main(flags) == 2
+    assert "no checkpoint can be loaded" in capsys.readouterr().err
+
+
+def test_another_project_s_kernels_package_is_named_not_imported(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "site/kernels").mkdir(parents=True)
+    (tmp_path / "site/kernels/__init__.py").write_text("raise SystemExit('imported the wrong package')")
+    done = subprocess.run(
+        [sys.executable, "launchers/train.py", "--config", toy / "config.json", "--plan"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "kernels" in done.stderr
+    assert "Traceback" not in done.stderr
