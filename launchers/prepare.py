@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="workload", required=True, metavar="|".join(workloads))
     for name in workloads:
-        importlib.import_module(f"models.{name}.prepare").add_arguments(commands.add_parser(name))
+        command = commands.add_parser(name)
+        if name in argv[:1]:  # importing all of them would take seconds
+            importlib.import_module(f"models.{name}.prepare").add_arguments(command)
     arguments = parser.parse_args(argv)
     try:
         importlib.import_module(f"models.{arguments.workload}.prepare").run(arguments)

@@ -24,6 +24,7 @@ from engine.errors import ConfigError, DataError
 from models.fluid.csv_cases import Case, read_case, read_columns, schema_of
 from models.fluid.schema import BOUNDARY, GROUPS, MINUTES, Schema, parse_column, unit
 
+_LEAST_RATIO = 5
 _SIX = tuple(f"{quantity}_{end}" for quantity in "pqt" for end in ("in", "out"))
 _DEVICES = {"B": (343, _SIX), "C": (23, (*_SIX, "pwr")), "H": (32, _SIX), "N": (572, ("p", "q", "t"))} | {
     "P": (230, (*_SIX, "inv")),
@@ -38,16 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each reader reads the case (7)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure and print each round's times and the median ratios. Raises DataError if the readers disagree."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print each round's times and the median ratios; 1 if our default is below 5 times pandas, else 0.
+
+    Raises DataError if the two disagree about a value.
+    """
     if arguments.rounds < 1:
         raise ConfigError(f"--rounds {arguments.rounds}: use 1 or more")
     if arguments.case is not None:
-        _compare(arguments.case, arguments.rounds)
-        return
+        return _compare(arguments.case, arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
         write_random_case(Path(folder), seed=0)
-        _compare(Path(folder), arguments.rounds)
+        return _compare(Path(folder), arguments.rounds)
 
 
 def write_random_case(folder: Path, seed: int) -> None:
@@ -80,7 +83,7 @@ def _reference_schema() -> Schema:
     return Schema(tuple(boundary), groups)
 
 
-def _compare(folder: Path, rounds: int) -> None:
+def _compare(folder: Path, rounds: int) -> int:
     try:
         import pandas
     except ImportError as error:
@@ -112,6 +115,7 @@ def _compare(folder: Path, rounds: int) -> None:
         ratio = np.median(seconds[:, 0] / seconds[:, column])
         rate = size / 1e6 / np.median(seconds[:, column])
         print(f"median, {name}: {ratio:.2f} times the speed of pandas, {rate:.0f} MB/s")
+    return int(ratio < _LEAST_RATIO)
 
 
 def _check_equal(case: Case, tables: list[np.ndarray]) -> None:

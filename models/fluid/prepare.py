@@ -3,9 +3,9 @@
     add_arguments(parser), run(arguments)   `python launchers/prepare.py fluid ...`
     prepare(source, out, ...)               read, check, align and store every case of a source
 
-Cases are read by several processes, one case each at a time, so memory does not depend on how many there are. A case is
+Several workers read one case each at a time, so memory does not depend on how many cases there are. A case is
 written whole or not at all; run again, the same command keeps the finished cases whose source files have not changed.
-What is written depends on the source and the settings only, not on the number of processes or on interruptions.
+What is written depends on the source and the settings only, not on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--simulate", choices=["demo", "reference"], help="write CSV cases of a simulated network")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seed", type=int, default=42, help="chooses the validation cases, or the simulated days")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="cases read at a time (default: one for each core)")
     source = parser.add_argument_group("with --source")
     source.add_argument("--val-fraction", type=float, default=0.1, help="share of train/ that becomes val (0.1)")
     source.add_argument("--skip-bad-cases", action="store_true", help="leave out cases with errors and list them")
@@ -100,7 +100,7 @@ def prepare(
 
     source: ROOT/{train,test}/<case>/*.csv. Training cases need outputs; test cases have them or not.
     val_fraction: share of the training cases that becomes the split "val", chosen by `seed` and the cases' names
-    workers: processes; the default is one for each core
+    workers: cases read at a time; the default is one for each core
 
     Raises DataError for the first bad case found, unless `skip_bad_cases`, and if no training case is left.
     """

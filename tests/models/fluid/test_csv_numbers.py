@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.fluid import csv_numbers
@@ -74,6 +74,7 @@ def test_a_number_beyond_float32_is_a_fault(cell: str) -> None:
 @pytest.mark.parametrize(
     "form", ["{!r}", "{:.6g}", "{:.9g}", "{:.3f}", "{:.8f}", "{:.15f}", "{:e}", "{:.20E}", "{:+.2f}"]
 )
+@settings(max_examples=40)
 @given(value=st.floats(-1e30, 1e30))
 def test_formatted_floats_read_back(form: str, value: float) -> None:
     cell = form.format(value)

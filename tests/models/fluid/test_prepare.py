@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import ConfigError, DataError
+from models.fluid.prepare import prepare
+from models.fluid.store import Store
+from tests.models.fluid.csv_tree import STATES, output, write_case, write_source
+
+ROOT = Path(__file__).parents[3]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_source(tmp_path_factory.mktemp("source"), train=5, test=1)
+    (root / "network.json").write_text('{"nodes": []}\n')
+    return root
+
+
+def test_a_source_becomes_a_store(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    assert prepare(source, out, val_fraction=0.4, workers=1) == {}
+    store = Store.open(out)
+    assert [len(store.cases(split)) for split in ("train", "val", "test")] == [3, 2, 1]
+    assert sorted(store.cases("train") + store.cases("val")) == [f"case_{k:04d}" for k in range(1, 6)]
+    for split in ("train", "val"):
+        for name in store.cases(split):
+            state = store.state(split, name)
+            assert state is not None
+            number = int(name[-1])
+            assert state[:, 3].tolist() == [output(3, minute, number) for minute in range(1, 1441)]
+            assert store.entry(split, name).day == "2025-01-01"
+    assert store.state("test", "case_0001") is None
+    assert json.loads((out / "network.json").read_text()) == {"nodes": []}
+    assert json.loads((out / "store.json").read_text())["skipped"] == {}
+    # Statistics know the training split only.
+    numbers = [int(name[-1]) for name in store.cases("train")]
+    expected = np.mean([output(3, minute, number) for number in numbers for minute in range(1, 1441)])
+    assert store.statistics["mean"][2 + 3] == pytest.approx(expected, rel=1e-12)
+    store.verify()
+
+
+def test_the_number_of_workers_changes_nothing(source: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "one", workers=1)
+    prepare(source, tmp_path / "two", workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_a_second_run_does_nothing_until_the_source_changes(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", train=3), tmp_path / "store"
+    prepare(source, out, workers=1)
+    before = {path: path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    first = Store.open(out).fingerprint
+    prepare(source, out, workers=1)
+    assert {path: path.stat().st_ino for path in out.rglob("*") if path.is_file()} == before
+    assert Store.open(out).fingerprint == first
+
+    write_case(source / "train/case_0002", 9)
+    prepare(source, out, workers=1)
+    changed = {p.parent.name for p, inode in before.items() if p.name == "state.npy" and p.stat().st_ino != inode}
+    assert changed == {"case_0002"}
+    store = Store.open(out)
+    assert store.fingerprint != first
+    split = next(split for split in ("train", "val") if "case_0002" in store.cases(split))
+    assert store.state_rows(split, "case_0002", 0, 1)[0, 0] == output(0, 1, 9)
+
+
+def test_cases_that_left_the_source_leave_the_store(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", train=3), tmp_path / "store"
+    prepare(source, out, workers=1)
+    for file in (source / "train/case_0003").iterdir():
+        file.unlink()
+    (source / "train/case_0003").rmdir()
+    prepare(source, out, workers=1)
+    prepare(source, tmp_path / "fresh", workers=1)
+    assert content(out) == content(tmp_path / "fresh")
+
+
+def test_a_damaged_case_is_written_again(source: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "whole", workers=1)
+    prepare(source, tmp_path / "store", workers=1)
+    for path in sorted((tmp_path / "store/train").iterdir())[:2]:
+        (path / "state.npy").write_bytes(b"cut")
+    prepare(source, tmp_path / "store", workers=1)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_store(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", train=16, test=1)
+    out = tmp_path / "store"
+    command = [sys.executable, str(ROOT / "launchers/prepare.py"), "fluid", "--source", str(source), "--out", str(out)]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(out.glob("*/case_*/case.json")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 0 < len(list(out.glob("*/case_*/case.json"))) < 17, "the kill did not come in the middle"
+    with pytest.raises(DataError, match="was not finished"):
+        Store.open(out)
+
+    half = out / "train/.case_0001.partial"
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "state.npy").write_bytes(b"\0" * 100)
+    kept = {path: path.stat().st_ino for path in out.glob("*/case_*/case.json")}
+    prepare(source, out, workers=1)
+    assert {path: path.stat().st_ino for path in kept} == kept, "finished cases were written again"
+    prepare(source, tmp_path / "unbroken", workers=1)
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+def test_bad_cases_stop_it_or_are_left_out_and_listed(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", train=6), tmp_path / "store"
+    write_case(source / "train/case_0002", 2, {"N": lambda text: [*text[:-1], text[-1] + "x"]})
+    write_case(source / "train/case_0005", 5, {"R": lambda text: ["TIME,R_009_q", *text[1:]]})
+    (source / "test/case_0001/Boundary.csv").unlink()
+    with pytest.raises(DataError, match=r"Boundary\.csv: missing.* \(--skip-bad-cases goes on without such cases\)"):
+        prepare(source, out, workers=1)
+    skipped = prepare(source, out, workers=1, skip_bad_cases=True)
+    assert list(skipped) == ["test/case_0001", "train/case_0002", "train/case_0005"]
+    assert "N.csv: line 1441, column 'N_001_t'" in skipped["train/case_0002"]
+    assert "R.csv: line 1: column 'R_001_q' is missing" in skipped["train/case_0005"]
+    store = Store.open(out)
+    assert json.loads((out / "store.json").read_text())["skipped"] == skipped
+    assert not {"case_0002", "case_0005"} & {*store.cases("train"), *store.cases("val")}
+    assert store.cases("test") == []
+    assert not (out / "train/case_0002").exists()
+
+    before = content(out)
+    assert prepare(source, out, workers=1, skip_bad_cases=True) == skipped
+    assert content(out) == before
+    write_case(source / "train/case_0002", 2)
+    write_case(source / "train/case_0005", 5)
+    write_case(source / "test/case_0001", 1)
+    assert prepare(source, out, workers=2) == {}
+    assert len(Store.open(out).cases("train") + Store.open(out).cases("val")) == 6
+
+
+def test_the_columns_of_most_cases_count(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", train=5)
+    rename = {"C": lambda text: [text[0].replace("C_001_pwr", "C_777_pwr"), *text[1:]]}
+    write_case(source / "train/case_0001", 1, rename)  # the first is the odd one
+    skipped = prepare(source, tmp_path / "store", workers=1, skip_bad_cases=True)
+    assert list(skipped) == ["train/case_0001"]
+    assert Store.open(tmp_path / "store").schema.states == tuple(STATES)
+
+
+def test_training_cases_need_outputs(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    write_case(source / "train/case_0009", outputs=False)
+    with pytest.raises(
+        DataError, match=r"train/case_0009/B\.csv: missing \(and C\.csv, .*\): a case with outputs needs"
+    ):
+        prepare(source, tmp_path / "store", workers=1)
+
+
+def test_with_no_good_case_there_is_no_store(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", train=2)
+    for number in (1, 2):
+        write_case(source / f"train/case_{number:04d}", number, {"P": lambda text: text[:-5]})
+    with pytest.raises(DataError, match=r"no training case is left: .*P\.csv: line 1436"):
+        prepare(source, tmp_path / "store", workers=1, skip_bad_cases=True)
+    with pytest.raises(DataError, match="was not finished"):
+        Store.open(tmp_path / "store")
+
+
+def test_only_one_preparation_writes_a_folder(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    out.mkdir()
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another preparation is writing this folder"):
+        prepare(source, out, workers=1)
+    os.close(held)
+    prepare(source, out, workers=1)
+
+
+def test_an_out_that_is_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").write_bytes(b"jpg")
+    with pytest.raises(DataError, match=r"photos: not empty and not a prepared data set: choose another --out"):
+        prepare(source, tmp_path / "photos", workers=1)
+    assert content(tmp_path / "photos") == {"one.jpg": b"jpg"}
+    with pytest.raises(DataError, match="not a folder"):
+        prepare(source, tmp_path / "photos/one.jpg", workers=1)
+    for out in (source, source / "train", source.parent):
+        with pytest.raises(DataError, match="contain one another"):
+            prepare(source, out, workers=1)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_outside_its_range_is_refused(source: Path, tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(ConfigError, match="--val-fraction"):
+        prepare(source, tmp_path / "store", val_fraction=fraction)
