@@ -1,0 +1,38 @@
+"""Measure: `python launchers/bench.py <benchmark>`. `python launchers/bench.py <benchmark> --help` lists its flags."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from engine.errors import TrunklineError
+
+BENCHMARKS = {
+    "engine": ("engine.overhead", "the engine's step against a bare DeepSpeed loop"),
+    "prepare": ("models.fluid.bench_prepare", "reading CSV cases, against pandas"),
+    "memory": ("models.fluid.bench_memory", "memory of preparing and reading, by number of cases"),
+    "fluid_step": ("models.fluid.bench_step", "one training step of a configuration, time and memory"),
+}
+"""Name -> module with `add_arguments(parser)` and `run(arguments)`, and what it measures."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and call the benchmark. Returns the exit status: 0 done, 1 a limit was missed, 2 a user's error."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    for name, (module, summary) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:  # importing all of them would take seconds
+            importlib.import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    try:
+        return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments) or 0
+    except TrunklineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
