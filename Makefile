@@ -18,14 +18,37 @@ endif
 python := $(VENV)/bin/python
 # DeepSpeed compiles nothing at installation; its build finds setuptools in .venv, so nothing unpinned is fetched
 install := DS_BUILD_OPS=0 $(python) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation
-csv := data/$(WORKLOAD)-demo/csv
-store := data/$(WORKLOAD)-demo/store
 run := runs/$(WORKLOAD)-demo
 
 .PHONY: train test lint install clean
 .DELETE_ON_ERROR:
 
 train: train-$(WORKLOAD)
+
+# fluid: days of a simulated gas network, a surrogate of it, and a day that the surrogate has not seen
+csv := data/fluid-demo/csv
+store := data/fluid-demo/store
+cases := 48
+test_cases := 4
+simulated := $(csv)/.simulated-$(cases)-$(test_cases)
+unseen := $(csv)/test/case_0001
+
+.PHONY: train-fluid
+train-fluid: $(store)/store.json
+	$(VENV)/bin/deepspeed launchers/train.py --config configs/fluid/demo.json --output-dir $(run) --resume auto
+	$(python) launchers/evaluate.py --run $(run)
+	$(python) launchers/predict.py --run $(run) --case $(unseen) --out $(run)/prediction
+	@echo; echo "Training: $(run)/report/summary.md   evaluation: $(run)/evaluation/"
+	@echo "A day that was not trained on, predicted from its first minutes and its boundary conditions:"
+	@ls $(run)/prediction/*.png
+
+$(simulated): | $(VENV)/.installed
+	$(python) launchers/prepare.py fluid --simulate demo --cases $(cases) --test-cases $(test_cases) --out $(csv)
+	@touch $@
+
+$(store)/store.json: $(simulated)
+	$(python) launchers/prepare.py fluid --source $(csv) --out $(store)
+	@touch $@
 
 test: lint
 	$(python) -m pytest -n 2
