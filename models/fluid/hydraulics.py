@@ -39,6 +39,14 @@ FLOW_SCALE = 0.02  # MPa per m3/s, makes a flow and a pressure comparable in the
 SQUARE_SCALE = 0.1  # MPa per MPa2, the same for squares of pressures, exact at 5 MPa
 TOLERANCE = 2e-9  # MPa, the largest scaled residual: 1e-7 m3/s in a node's balance
 
+EQUATIONS = {
+    "set_pressure_droop_mpa_s_per_m3": DROOP,
+    "by_pass_drop_mpa_s_per_m3": OPEN_DROP,
+    "flow_smoothing_m3_s": FLOW_EPS,
+    "pressure_smoothing_mpa": SMOOTHING,
+}
+"""For network.json, which is to say all that the equations need."""
+
 
 @dataclass(eq=False)
 class Controls:

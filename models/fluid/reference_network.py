@@ -212,7 +212,7 @@ class _Plan:
             a, b = self._near(inlet), self._near(outlet)
             self._valve(inlet, a, diameter, unit=unit)
             self._valve(b, outlet, diameter, unit=unit)
-            self.rows.compressors.append((a, b, round(1.7 * flow / (section.units - 1), 1), station))
+            self.rows.compressors.append((a, b, round(1.5 * (flow + 80.0) / (section.units - 1), 1), station))
         self._valve(inlet, outlet, diameter, by_pass=station)
         return outlet
 

@@ -96,6 +96,10 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
     compressors, regulators = network.compressors, network.regulators
     compressor_on = _switched(rng, np.ones(len(compressors)), compressors.events, 4)
     opening = _switched(rng, network.valve_open, network.valve_events, 8)
+    regulator_on = _switched(rng, np.ones(len(regulators)), regulators.events, 4)
+    if not any(np.diff(switch[BEFORE:], axis=0).any() for switch in (compressor_on, opening, regulator_on)):
+        start = BEFORE + SLOT_ROWS * int(rng.integers(1, 7))
+        compressor_on[start : start + 4, 0] = 1.0 - compressor_on[start, 0]
     return Day(
         source_flow=np.round(supply, 4),
         source_pressure=np.round(pressure, 4),
@@ -103,7 +107,7 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
         opening=_interlocked(network, opening, compressor_on),
         compressor_on=compressor_on,
         compressor_set=_set_pressures(rng, compressors),
-        regulator_on=_one_on(regulators, _switched(rng, np.ones(len(regulators)), regulators.events, 4)),
+        regulator_on=_one_on(regulators, regulator_on),
         regulator_set=_set_pressures(rng, regulators),
     )
 

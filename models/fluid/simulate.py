@@ -31,6 +31,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError, DataError
 from models.fluid import scenario
 from models.fluid.gas import Array
+from models.fluid.hydraulics import EQUATIONS
 from models.fluid.reference_network import reference
 from models.fluid.scenario import Day, random_day
 from models.fluid.topology import Network, demo
@@ -100,9 +101,15 @@ def _start_worker() -> None:
         os.environ[name] = "1"
 
 
+def describe(network: str, seed: int) -> str:
+    """The text of network.json: what made the folder, the network, and the constants of its equations."""
+    made_by = {"format": FORMAT, "seed": seed}
+    return json.dumps({"simulation": made_by, **NETWORKS[network]().to_json(), "equations": EQUATIONS}, indent=1) + "\n"
+
+
 def _claim(out: Path, name: str, seed: int) -> None:
     """Makes `out` a simulation of this network and seed, or finds that it is one."""
-    text = json.dumps({"simulation": {"format": FORMAT, "seed": seed}, **NETWORKS[name]().to_json()}, indent=1) + "\n"
+    text = describe(name, seed)
     marker = out / "network.json"
     if marker.is_file():
         if marker.read_text(encoding="utf-8") != text:

@@ -149,6 +149,9 @@ class Network:
         compressors = ends("C", self.compressors)
         for compressor, ratio, flow in zip(compressors, self.compressors.max_ratio, self.compressors.max_flow):
             compressor |= {"max_ratio": float(ratio), "max_flow_m3_s": float(flow)}
+        regulators = ends("R", self.regulators)
+        for regulator, flow in zip(regulators, self.regulators.max_flow):
+            regulator |= {"flow_at_1_mpa_m3_s": float(flow)}
         return {
             "name": self.name,
             "gas": self.gas.to_json(),
@@ -161,7 +164,7 @@ class Network:
                 "H": lines("H", self.shorts),
                 "B": lines("B", self.valves),
                 "C": compressors,
-                "R": ends("R", self.regulators),
+                "R": regulators,
                 "T": sources,
                 "E": at("E", self.delivery_node),
             },

@@ -57,16 +57,18 @@ class Record:
 
 
 def run_day(network: Network, day: Day, case: str) -> Record:
-    """The 1,440 minutes of a day. `case` names it in errors.
+    """The 1,440 minutes of a day. `case` names it in errors."""
+    return run(network, day, day_steps(), case).tail(MINUTES)
 
-    It starts from the steady state of the day's first row, led to midnight by the rows before it.
-    """
+
+def day_steps() -> list[Step]:
+    """The steady state of a day's first row, the rows that lead from there to midnight, and the day's minutes."""
     steps = settling(0)
     for minute in range(5 - BEFORE * ROW_MINUTES, 5, 5):
         steps.append(Step(BEFORE + (minute - 5) // ROW_MINUTES, 300.0, minute))
     for minute in range(1, MINUTES + 1):
         steps.append(Step(BEFORE + min(minute // ROW_MINUTES, ROWS - 1), 60.0, minute))
-    return run(network, day, steps, case).tail(MINUTES)
+    return steps
 
 
 def settling(row: int) -> list[Step]:
@@ -96,8 +98,8 @@ def run(network: Network, day: Day, steps: Sequence[Step], case: str) -> Record:
             new, mean, supplied = _advance(hydraulics, state, length, controls[row], guess, smallest)
         except NotConvergedError as error:
             raise DataError(
-                f"{case}, minute {minute}: the network's equations could not be solved, down to steps of {smallest:.3g} "
-                f"s; worst: {error}. This day asks for more than the network can carry: try another seed"
+                f"{case}, minute {minute}: the equations of the network have no solution, by steps of {smallest:.3g} s "
+                f"either; worst: {error}. The day asks for more than the network can carry: try another seed"
             ) from error
         trend, state = new - state, new
         states[i], flows[i] = new[:n], mean
