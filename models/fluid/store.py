@@ -32,7 +32,7 @@ from models.fluid.statistics import STATISTICS
 SPLITS = ("train", "val", "test")
 VERSION = 1
 MAX_OPEN_MAPS = 8
-MAX_OPEN_FILES = 64
+MAX_OPEN_FILES = 256
 
 _MAX_JSON_BYTES = 256 << 20
 _PREPARE = "python launchers/prepare.py fluid --source ROOT --out"
