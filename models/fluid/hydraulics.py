@@ -13,7 +13,7 @@ half of every pipe that ends in node i and of the node's own piping:
               valve off       m = 0
 
 min, max and |m| are smoothed by small constants and the droops r, d are positive, so every edge equation rises strictly
-in m and falls in p1: the step has one solution also where compressors stand in parallel or a valve shuts a loop.
+in m: the Jacobian stays regular also where compressors stand in parallel or valves shut off a part of the network.
 """
 
 from __future__ import annotations
@@ -119,17 +119,17 @@ class Hydraulics:
     def step(self, old: Array, dt: float, controls: Controls, guess: Array | None = None) -> Array:
         """The state dt seconds after `old`. Raises NotConvergedError when no strategy solves the equations."""
         self._set(controls)
-        mass = self.linepack(old)
+        self._start_step(old, dt)
         failure: NotConvergedError | None = None
         plans: tuple[tuple[Array | None, tuple[float, ...]], ...]
         plans = ((guess, (SMOOTHING,)), (old, (SMOOTHING,)), (old, (0.3, 0.03, 3e-3, SMOOTHING)))
         for start, smoothings in plans:
-            if start is None:
+            if start is None or start[: self.num_nodes].min() <= 0.0:
                 continue
             try:
                 x = start
                 for smoothing in smoothings:
-                    x = self._newton(x, mass, dt, smoothing)
+                    x = self._newton(x, smoothing)
                 return x
             except NotConvergedError as error:
                 failure = error
@@ -143,9 +143,11 @@ class Hydraulics:
         self._controls = controls
         network = self.network
         self._fixed = controls.supply * FLOW_SCALE
+        self._source_pressure = controls.source_pressure
         open_part = np.ones(self.num_lines)
         open_part[self.num_lines - len(network.valves) :] = controls.opening**2
         self._open = SQUARE_SCALE * open_part
+        self._open_twice = 2.0 * self._open
         self._shut = FLOW_SCALE * (1.0 - open_part)
         c, r = network.compressors, network.regulators
         on = [value > 0.5 for value in controls.compressor_on]
@@ -155,8 +157,14 @@ class Hydraulics:
         on = [value > 0.5 for value in controls.regulator_on]
         self._regulators = list(zip(on, controls.regulator_set.tolist(), (1.0 / r.max_flow).tolist()))
 
-    def _newton(self, x: Array, mass: Array, dt: float, smoothing: float) -> Array:
-        f = self._residual(x, mass, dt, smoothing)
+    def _start_step(self, old: Array, dt: float) -> None:
+        """Prepares the node balances: linepack / dt = linear p + squared p^2, known = linepack(old) / dt + supply."""
+        self._linear = (FLOW_SCALE / dt) * self.capacity
+        self._squared = self._linear * self.beta
+        self._known = (FLOW_SCALE / dt) * self.linepack(old) + self._fixed
+
+    def _newton(self, x: Array, smoothing: float) -> Array:
+        f = self._residual(x, smoothing)
         for _ in range(40):
             worst = float(np.abs(f).max())
             if worst < TOLERANCE:
@@ -170,7 +178,7 @@ class Hydraulics:
             merit = float(f @ f)
             for _ in range(10):
                 trial = x - fraction * direction
-                f_trial = self._residual(trial, mass, dt, smoothing)
+                f_trial = self._residual(trial, smoothing)
                 if float(f_trial @ f_trial) <= (1.0 - 1e-4 * fraction) * merit:
                     break
                 fraction *= 0.5
@@ -185,18 +193,16 @@ class Hydraulics:
             return f"balance of {self.network.names('N')[i]}, off by {f[i] / FLOW_SCALE:.3g} m3/s"
         return f"equation of {self.network.edge_names[i - self.num_nodes]}, off by {f[i]:.3g} MPa"
 
-    def _residual(self, x: Array, mass: Array, dt: float, smoothing: float) -> Array:
+    def _residual(self, x: Array, smoothing: float) -> Array:
         """[N + K] residuals in MPa; leaves their derivatives in self._values."""
         n, lines = self.num_nodes, self.num_lines
         p, m = x[:n], x[n:]
         f = np.empty(self.size)
 
-        assert self._controls is not None
-        scaled = (FLOW_SCALE / dt) * self.capacity
-        expansion = scaled * (self.beta * p)
-        f[:n] = (scaled + expansion) * p - (FLOW_SCALE / dt) * mass + self._outflow @ m - self._fixed
-        self._values[:n] = scaled + 2.0 * expansion
-        f[self.slack] = p[self.slack] - self._controls.source_pressure
+        expansion = self._squared * p
+        f[:n] = (self._linear + expansion) * p + self._outflow @ m - self._known
+        self._values[:n] = self._linear + 2.0 * expansion
+        f[self.slack] = p[self.slack] - self._source_pressure
         self._values[self.slack] = 1.0
 
         ends = p[self._ends]
@@ -204,23 +210,23 @@ class Hydraulics:
         a, b = ends[:, :lines]
         q = m[:lines]
         half_beta = 0.5 * self.beta
-        rest = 1.0 + half_beta * (a + b)
+        total = a + b
+        rest = 1.0 + half_beta * total
         size = np.sqrt(q * q + FLOW_EPS * FLOW_EPS)
         drag = self.drag / rest
         drop = drag * q * size
         bend = drop * half_beta / rest
-        f[n : n + lines] = drop - self._open * (a * a - b * b) + self._shut * q
+        f[n : n + lines] = drop - self._open * (total * (a - b)) + self._shut * q
         self._by_m[:lines] = drag * (size + q * q / size) + self._shut
-        doubled = 2.0 * self._open
-        self._by_p1[:lines] = -doubled * a - bend
-        self._by_p2[:lines] = doubled * b - bend
+        self._by_p1[:lines] = -self._open_twice * a - bend
+        self._by_p2[:lines] = self._open_twice * b - bend
 
         stations = zip(p1[lines:].tolist(), p2[lines:].tolist(), m[lines:].tolist())
         rows = [
             _compressor(*next(stations), on, setpoint, rise, max_flow, smoothing)
             for on, setpoint, rise, max_flow in self._compressors
         ]
-        rows += [_regulator(*next(stations), on, setpoint, drop, smoothing) for on, setpoint, drop in self._regulators]
+        rows += [_regulator(*next(stations), on, setpoint, loss, smoothing) for on, setpoint, loss in self._regulators]
         f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = zip(*rows)
         return f
 
@@ -277,11 +283,11 @@ def _compressor(
     return _check_valve(p2, m, target, by_p1, by_m, smoothing)
 
 
-def _regulator(p1: float, p2: float, m: float, on: bool, setpoint: float, drop: float, smoothing: float) -> Row:
+def _regulator(p1: float, p2: float, m: float, on: bool, setpoint: float, loss: float, smoothing: float) -> Row:
     if not on:
         return FLOW_SCALE * m, 0.0, 0.0, FLOW_SCALE
-    target, share = _smooth_min(setpoint - DROOP * m, p1 - drop * m, smoothing)
-    return _check_valve(p2, m, target, 1.0 - share, -share * DROOP - (1.0 - share) * drop, smoothing)
+    target, share = _smooth_min(setpoint - DROOP * m, p1 - loss * m, smoothing)
+    return _check_valve(p2, m, target, 1.0 - share, -share * DROOP - (1.0 - share) * loss, smoothing)
 
 
 def _check_valve(p2: float, m: float, target: float, by_p1: float, by_m: float, smoothing: float) -> Row:

@@ -53,14 +53,14 @@ def test_jacobian_is_the_derivative_of_the_residual(network: Network, change: di
     hydraulics._set(replace(_controls(network), **change))
     rng = np.random.default_rng(0)
     x = _rest(network) + rng.normal(size=hydraulics.size)
-    mass = hydraulics.linepack(_rest(network))
-    hydraulics._residual(x, mass, 60.0, 0.3)
+    hydraulics._start_step(_rest(network), 60.0)
+    hydraulics._residual(x, 0.3)
     jacobian = np.zeros((hydraulics.size, hydraulics.size))
     np.add.at(jacobian, (hydraulics._rows, hydraulics._columns), hydraulics._values)
     for i in range(hydraulics.size):
         step = np.zeros(hydraulics.size)
         step[i] = 1e-6
-        ahead, behind = (hydraulics._residual(x + s, mass, 60.0, 0.3) for s in (step, -step))
+        ahead, behind = (hydraulics._residual(x + s, 0.3) for s in (step, -step))
         np.testing.assert_allclose(jacobian[:, i], (ahead - behind) / 2e-6, atol=2e-7)
 
 
