@@ -20,6 +20,7 @@ import shutil
 import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, TrunklineError
 from models.fluid import scenario
 from models.fluid.gas import Array
 from models.fluid.hydraulics import EQUATIONS
@@ -39,6 +40,7 @@ from models.fluid.transient import MINUTES, Record, run_day
 
 NETWORKS = {"demo": demo, "reference": reference}
 FORMAT = 1
+DRAFT = "network.json.partial"
 DECIMALS = {"p": 6, "q": 5, "t": 4, "pwr": 3, "inv": 2}
 
 
@@ -83,14 +85,17 @@ def simulate(
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-                futures = [pool.submit(make, job) for job in todo]
                 try:
-                    for future in as_completed(futures):
+                    for future in as_completed([pool.submit(make, job) for job in todo]):
                         future.result()
                         bar.update()
-                except BaseException:
+                except BrokenProcessPool as error:
+                    raise TrunklineError(
+                        f"{out}: a worker was ended from outside (out of memory?). Finished days are kept: call again, "
+                        f"with fewer than {workers} workers"
+                    ) from error
+                finally:
                     pool.shutdown(cancel_futures=True)
-                    raise
     shutil.rmtree(out / ".partial", ignore_errors=True)
 
 
@@ -116,11 +121,11 @@ def _claim(out: Path, name: str, seed: int) -> None:
             raise DataError(
                 f"{marker}: is of another network, seed or version than {name}, seed {seed}; give another folder"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != DRAFT for path in out.iterdir())):
         raise DataError(f"{out}: is not empty and has no network.json of a simulation; give a new or an empty folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        draft = out / "network.json.partial"
+        draft = out / DRAFT
         draft.write_text(text, encoding="utf-8")
         draft.rename(marker)
     shutil.rmtree(out / ".partial", ignore_errors=True)
@@ -156,7 +161,10 @@ def _make_case(network_name: str, seed: int, out: Path, job: tuple[str, int, boo
 
 
 def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
-    """The columns of each output file, [1440] each, in file order: {"B": {"B_001_p_in": ...}, ...}."""
+    """The columns of each output file, [S] each, in file order: {"B": {"B_001_p_in": ...}, ...}.
+
+    The flow of a node is what runs through it: all that comes in from edges and from its source.
+    """
     start, end = network.start, network.end
     slices = network.edge_slices
     p1, p2, m = record.p[:, start], record.p[:, end], record.m
@@ -193,7 +201,7 @@ def outputs(network: Network, record: Record) -> dict[str, dict[str, Array]]:
                 table[f"{name}_q_in"], table[f"{name}_q_out"] = q_in[:, j], q_out[:, j]
             table[f"{name}_t_in"], table[f"{name}_t_out"] = t_in[:, j], t_out[:, j]
             if kind == "C":
-                ratio = np.where(record.compressor_on[:, j - slices["C"].start] > 0.5, p2[:, j] / p1[:, j], 1.0)
+                ratio = np.where(record.compressor_on[:, j - slices["C"].start] > 0, p2[:, j] / p1[:, j], 1.0)
                 table[f"{name}_pwr"] = network.gas.compressor_power(m[:, j], p1[:, j], ratio, t_in[:, j])
             if kind == "P":
                 table[f"{name}_inv"] = network.gas.linepack(half[j], p1[:, j]) + network.gas.linepack(half[j], p2[:, j])

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, TrunklineError
 from models.fluid.scenario import random_day
 from models.fluid.simulate import NETWORKS, outputs, simulate
 from models.fluid.topology import Network
@@ -197,6 +199,48 @@ def test_foreign_folders_are_refused_and_left_alone(made: Path, tmp_path: Path) 
     with pytest.raises(DataError, match=r"network\.json.*another"):
         simulate("reference", 1, made, seed=3)
     assert _hashes(made) == before
+
+
+def test_an_interrupted_first_moment_is_taken_up(tmp_path: Path) -> None:
+    (tmp_path / "network.json.partial").write_text("{", encoding="utf-8")
+    simulate("demo", 0, tmp_path, seed=0, test_cases=1, boundary_only_tests=True, workers=1)
+    assert (tmp_path / "test/case_0001/Boundary.csv").is_file()
+    assert json.loads((tmp_path / "network.json").read_text(encoding="utf-8"))["name"] == "demo"
+
+
+def test_a_broken_pool_is_told_in_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", broken)
+    with pytest.raises(TrunklineError, match="with fewer than 2 workers"):
+        simulate("demo", 2, tmp_path / "out", seed=0, workers=2)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told_in_one_message(tmp_path: Path) -> None:
+    program = (
+        "import multiprocessing, threading, time\n"
+        "from pathlib import Path\n"
+        "from engine.errors import TrunklineError\n"
+        "from models.fluid.simulate import simulate\n"
+        "def strike():\n"
+        "    while not list(Path('out').glob('train/*')):\n"
+        "        time.sleep(0.05)\n"
+        "    multiprocessing.active_children()[0].kill()\n"
+        "if __name__ == '__main__':\n"
+        "    threading.Thread(target=strike, daemon=True).start()\n"
+        "    try:\n"
+        "        simulate('demo', 60, Path('out'), seed=0, workers=2)\n"
+        "    except TrunklineError as error:\n"
+        "        print(error)\n"
+    )
+    script = tmp_path / "strike.py"
+    script.write_text(program, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert b"with fewer than 2 workers" in done.stdout
+    assert all(len(list(case.iterdir())) == 8 for case in (tmp_path / "out/train").iterdir())
 
 
 @pytest.mark.parametrize(
