@@ -9,6 +9,7 @@ Nothing that is examined is imported at the top, so that a missing package is a 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -40,7 +41,7 @@ def examine(quick: bool = False) -> list[Finding]:
     """All findings, in order. A `quick` look leaves out what starts other processes, some ten seconds."""
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _versions, _packages, _apex, _devices, _disk, _memory]
     if not quick:
-        checks += [_deepspeed, _tensorboard, _collectives]
+        checks += [_imports, _collectives]
     findings = []
     for check in checks:
         try:
@@ -112,33 +113,48 @@ def _apex() -> Iterator[Finding]:
         yield Finding("apex", "warning", detail, "pip uninstall apex; NVIDIA's is built from its own sources")
 
 
-def _deepspeed() -> Iterator[Finding]:
+_IMPORTS = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    try:
+        module = importlib.import_module(name)
+        print(json.dumps([True, getattr(module, "__version__", "")]))
+    except Exception as error:
+        print(json.dumps([False, f"{type(error).__name__}: {error}"]))
+"""
+
+
+def _imports() -> Iterator[Finding]:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     has = f"a C++ compiler is at {compiler}" if compiler else "there is no C++ compiler, and none is needed"
-    # only this Python's own folder is on the path: no compiler, no nvcc
-    outcome = _python_says("import deepspeed; print(deepspeed.__version__)", {"PATH": str(Path(sys.executable).parent)})
-    if outcome.returncode == 0:
+    here = Path(sys.executable).parent
+    outcome = subprocess.run(
+        [sys.executable, "-c", _IMPORTS, "deepspeed", "torch.utils.tensorboard"],
+        capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "PATH": str(here)},  # no compiler, no nvcc
+    )  # fmt: skip
+    answers = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith(("[true", "[false"))]
+    died = [False, f"Python ended with status {outcome.returncode}: {outcome.stderr[-500:]}"]
+    (deepspeed, said), (tensorboard, complaint) = [*answers, died, died][:2]
+    if deepspeed:
         yield Finding("deepspeed import", "ok", f"works without a compiler; {has}")
     else:
-        yield Finding("deepspeed import", "problem", _last_line(outcome.stderr), INSTALL)
-    launcher = Path(sys.executable).with_name("deepspeed")
-    if launcher.exists():
-        yield Finding("deepspeed launcher", "ok", str(launcher))
+        apex = find_apex()
+        blamed = apex is not None and apex.owner == "other"  # DeepSpeed imports whatever is named apex
+        yield Finding("deepspeed import", "problem", said, "pip uninstall apex" if blamed else INSTALL)
+    if tensorboard:
+        yield Finding("tensorboard", "ok", importlib.metadata.version("tensorboard"))
+    else:
+        choice = f"{INSTALL}, or train with --set training.trackers=[]"
+        yield Finding("tensorboard", "problem", complaint, choice)
+    if (here / "deepspeed").exists():
+        yield Finding("deepspeed launcher", "ok", str(here / "deepspeed"))
     else:
         found = shutil.which("deepspeed") or "none"
         yield Finding(
             "deepspeed launcher", "warning", f"none beside {sys.executable}; on the path: {found}",
             f"{INSTALL}, or start single processes with python launchers/train.py",
         )  # fmt: skip
-
-
-def _tensorboard() -> Iterator[Finding]:
-    outcome = _python_says("from torch.utils.tensorboard import SummaryWriter")
-    if outcome.returncode == 0:
-        yield Finding("tensorboard", "ok", importlib.metadata.version("tensorboard"))
-    else:
-        choice = f"{INSTALL}, or train with --set training.trackers=[]"
-        yield Finding("tensorboard", "problem", _last_line(outcome.stderr), choice)
 
 
 def _devices() -> Iterator[Finding]:
@@ -248,15 +264,3 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", "warning", detail, "expect only small models to fit")
     else:
         yield Finding("memory", "ok", detail)
-
-
-def _python_says(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False,
-        env={**os.environ, **(environment or {})},
-    )  # fmt: skip
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "failed without a word"

@@ -9,11 +9,16 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["POLARS_MAX_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
 
 from tests.distributed import find_free_port
+
+# the same examples in every run, however busy the machine
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:

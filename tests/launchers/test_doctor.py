@@ -66,6 +66,18 @@ def test_the_web_toolkit_named_apex_is_a_warning(tmp_path: Path) -> None:
     assert "pip uninstall apex" in apex["remedy"]
 
 
+def test_an_apex_that_keeps_deepspeed_from_being_imported_is_blamed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "apex", "0.9.10.dev0", ["apex/__init__.py", "apex/views.py"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    findings = {finding.name: finding for finding in doctor._imports()}
+    assert findings["deepspeed import"] == Finding(
+        "deepspeed import", "problem", "RuntimeError: imported", "pip uninstall apex"
+    )
+
+
 def test_an_empty_python_is_told_what_to_install(tmp_path: Path) -> None:
     venv.create(tmp_path / "empty", with_pip=False)
     python = str(tmp_path / "empty" / "bin" / "python")
