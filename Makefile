@@ -28,14 +28,14 @@ train: train-$(WORKLOAD)
 # fluid: days of a simulated gas network, a surrogate of it, and a day that the surrogate has not seen
 csv := data/fluid-demo/csv
 store := data/fluid-demo/store
-cases := 48
-test_cases := 4
+cases := 60
+test_cases := 8
 simulated := $(csv)/.simulated-$(cases)-$(test_cases)
 unseen := $(csv)/test/case_0001
 
 .PHONY: train-fluid
 train-fluid: $(store)/store.json
-	$(VENV)/bin/deepspeed launchers/train.py --config configs/fluid/demo.json --output-dir $(run) --resume auto
+	$(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --config configs/fluid/demo.json --output-dir $(run) --resume auto
 	$(python) launchers/evaluate.py --run $(run)
 	$(python) launchers/predict.py --run $(run) --case $(unseen) --out $(run)/prediction
 	@echo; echo "Training: $(run)/report/summary.md   evaluation: $(run)/evaluation/"

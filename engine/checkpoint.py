@@ -134,7 +134,7 @@ class Checkpoints:
             try:
                 work()
             except OSError as error:
-                problem = f"{path}: cannot {verb} it: {error.strerror} ({error.filename}); choose another --output-dir or make room"
+                problem = f"{path}: cannot {verb} it: {error.strerror} ({error.filename}); make room or choose another"
         problem = from_main(problem, self.ranks)
         if problem:
             raise CheckpointError(problem)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.deepspeed_section import BatchSizes
 from engine.order import FILLER, GlobalBatches
-from engine.randomness import mix
+from engine.randomness import mix_last
 from engine.task import Batch, Task
 
 Draw = tuple[int, int]
@@ -28,7 +28,7 @@ def training_loader(
         for step in range(first_step, last_step):
             samples, epoch = batches.samples(step), batches.epoch(step)
             for micro in samples.reshape(sizes.grad_accum_steps, sizes.world_size, sizes.micro_batch_size)[:, rank]:
-                yield [(index, mix(batches.seed, epoch, index)) for index in micro.tolist()]
+                yield list(zip(micro.tolist(), mix_last(micro, batches.seed, epoch).tolist(), strict=True))
 
     loader = iter(_loader(task, dataset, draws, num_workers, pin_memory))
     for _ in range(first_step, last_step):
@@ -52,7 +52,7 @@ def evaluation_loader(
     mine = places.reshape(steps, world_size, micro_batch_size)[:, rank]
 
     def draws() -> Iterator[list[Draw]]:
-        yield from ([(index, mix(index)) for index in batch] for batch in mine.tolist())
+        yield from (list(zip(batch.tolist(), mix_last(batch).tolist(), strict=True)) for batch in mine)
 
     return _loader(task, dataset, draws, num_workers, pin_memory)
 
@@ -82,9 +82,8 @@ class _Keyed(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, draw: Draw) -> tuple[Any, bool, int]:
-        index, key = draw
-        return self.dataset[max(index, 0)], index != FILLER, key
+    def __getitems__(self, draws: list[Draw]) -> list[tuple[Any, bool, int]]:
+        return [(self.dataset[max(index, 0)], index != FILLER, key) for index, key in draws]
 
 
 class _Collate:

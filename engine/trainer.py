@@ -31,7 +31,7 @@ from engine.loading import training_loader
 from engine.model_options import apply_options
 from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
-from engine.randomness import mix
+from engine.randomness import seed_torch
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
@@ -91,7 +91,7 @@ class Trainer:
         self.checkpoints.open_for_writing()
         found = self._find_checkpoint(resume)
 
-        torch.manual_seed(mix(settings.seed, 0))
+        seed_torch(settings.seed, 0)
         model = task.build_model()
         self.plan = make_plan(task, config, ranks.world_size, model)
         model = apply_options(model, settings)
@@ -177,7 +177,7 @@ class Trainer:
         Returns this rank's sums, the global weight, and whether any rank was asked to stop.
         """
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
-        torch.manual_seed(mix(self.config.training.seed, 1, self.progress.step, self.ranks.rank))
+        seed_torch(self.config.training.seed, 1, self.progress.step, self.ranks.rank)
         micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
         agreed = sum_over_ranks(
             {
@@ -187,7 +187,7 @@ class Trainer:
             self.ranks,
         )
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
-        scale = (1.0 / torch.where(agreed["weight"] > 0, agreed["weight"], 1.0)).to(torch.float32)
+        scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
         for batch in micro_batches:
             part = self.task.loss(self.backend.model, batch)
@@ -210,7 +210,7 @@ class Trainer:
         if scale > 1:
             where = f"the fp16 loss scale is now {scale:g}"
         else:
-            torch.manual_seed(mix(self.config.training.seed, 1, progress.step - 1, self.ranks.rank))
+            seed_torch(self.config.training.seed, 1, progress.step - 1, self.ranks.rank)
             where = nonfinite.locate(self.task, self.backend.module, micro_batches, self.ranks)
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"

@@ -55,11 +55,17 @@ class FluidModel(Strict):
         0.0,
         ge=0.0,
         le=1.0,
-        description="deviation, in normalised units, of noise on the input states in training; the target leads back "
-        "to the true next state, which keeps long rollouts on course",
+        description="deviation, in normalised units, of noise on the input states in training, most of it common to "
+        "the minutes of a window, as the error of a rollout is; the target leads back to the true next state",
     )
     linear_skip: bool = Field(
         default=False, description="add to a ridge autoregression, fitted before training; needs data.history >= 2"
+    )
+    dense_skip: int = Field(
+        0,
+        ge=0,
+        description="hidden width of a small network beside the decoder that sees all values of two minutes at once, "
+        "0 for none: for small gas networks and short trainings, in which tokens of one value learn slowly",
     )
 
     @property

@@ -9,6 +9,7 @@ prediction in normalised units as  base + unit * u:
     target "level"    base = 0                        unit = 1
     target "change"   base = the state at minute s    unit = the size of a minute's change and of the input noise
     linear skip       base = what the ridge autoregression of models.fluid.ridge predicts
+    dense skip        u    = the decoder's output + that of a small network over all values of two minutes
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import flash_attention, linear_masked_mse
+from kernels import flash_attention, linear_masked_mse, masked_mse
 from models.fluid.config import DecoderShape
 from models.fluid.normalization import Normalization
-from models.fluid.ridge import RidgeAutoregression
+from models.fluid.ridge import RidgeAutoregression, two_minutes
 
 
 class FluidDecoder(nn.Module):
@@ -40,6 +41,7 @@ class FluidDecoder(nn.Module):
         target: str = "level",
         input_noise: float = 0.0,
         linear_skip: bool = False,
+        dense_skip: int = 0,
     ) -> None:
         super().__init__()
         self.shape, self.history, self.target, self.input_noise = shape, history, target, input_noise
@@ -47,6 +49,7 @@ class FluidDecoder(nn.Module):
         num_variables = num_boundary + num_states
         self.normalization = Normalization(num_boundary, num_states)
         self.skip = RidgeAutoregression(num_boundary, num_states) if linear_skip else None
+        self.dense = DenseSkip(num_boundary, num_states, dense_skip) if dense_skip else None
         self.embedding = TokenEmbedding(shape, history, num_variables)
         self.blocks = nn.ModuleList(DecoderBlock(shape, num_variables) for _ in range(shape.num_layers))
         self.norm = nn.LayerNorm(shape.d_model)
@@ -68,10 +71,15 @@ class FluidDecoder(nn.Module):
         normalised = self.normalization.normalize(x)
         base, unit = self._base(normalised)
         hidden = self._decode(normalised)
-        if target is None:
-            return self.normalization.restore_states(base + unit * self.projection(hidden).float())
-        wanted = (self.normalization.normalize_states(target) - base) / unit
-        return self.projection(hidden, wanted, mask)
+        if target is not None:
+            wanted = (self.normalization.normalize_states(target) - base) / unit
+            if self.dense is None:
+                return self.projection(hidden, wanted, mask)
+            return masked_mse(self.projection(hidden).float() + self.dense(normalised), wanted, mask)
+        output = self.projection(hidden).float()
+        if self.dense is not None:
+            output = output + self.dense(normalised)
+        return self.normalization.restore_states(base + unit * output)
 
     def _decode(self, normalised: Tensor) -> Tensor:
         """[B, T, V] -> [B, T, Vs, d_token], what the projection turns into one number a state."""
@@ -91,6 +99,24 @@ class FluidDecoder(nn.Module):
         if self.skip is not None:
             base = self.skip(normalised)
         return base, unit
+
+
+class DenseSkip(nn.Module):
+    """Linear, GELU, Linear, GELU, Linear over boundary(s+1), state(s) and state(s-1). Starts as zero."""
+
+    def __init__(self, num_boundary: int, num_states: int, width: int) -> None:
+        super().__init__()
+        self.num_boundary = num_boundary
+        self.enter = nn.Linear(num_boundary + 2 * num_states, width)
+        self.middle = nn.Linear(width, width)
+        self.leave = nn.Linear(width, num_states)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """[B, T, V] -> [B, T, Vs] fp32."""
+        features = two_minutes(normalised, self.num_boundary).to(self.enter.weight.dtype)
+        return self.leave(F.gelu(self.middle(F.gelu(self.enter(features))))).float()
 
 
 class TokenEmbedding(nn.Module):
@@ -129,7 +155,8 @@ class Encodings(nn.Module):
     def __init__(self, history: int, num_variables: int, d_model: int) -> None:
         super().__init__()
         self.register_buffer("minute", sinusoids(history, d_model, 100.0), persistent=False)
-        self.register_buffer("variable", sinusoids(num_variables, d_model, 10000.0), persistent=False)
+        # the longest wavelength spans the variables: with longer ones, most channels would tell no two of them apart
+        self.register_buffer("variable", sinusoids(num_variables, d_model, float(num_variables)), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T, V, d]."""

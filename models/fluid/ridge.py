@@ -23,6 +23,8 @@ from models.fluid.store import Store
 
 _ROWS_PER_FEATURE = 4  # a network of thousands of variables is fitted on evenly spaced minutes, not on all of them
 _LEAST_ROWS = 200_000
+JITTER = 1 / 3
+"""Noise on the input states is a drift common to a window's minutes plus this share of it on each minute alone."""
 
 
 class RidgeAutoregression(Fp32Buffers):
@@ -42,10 +44,16 @@ class RidgeAutoregression(Fp32Buffers):
 
         The first minute of a window has no minute before it; its state stands in for that, as if nothing had moved.
         """
-        states = normalised[..., self.num_boundary :]
-        before = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        features = two_minutes(normalised, self.num_boundary)
         with torch.autocast(normalised.device.type, enabled=False):
-            return states + torch.cat([normalised, before], dim=-1) @ self.weight.T + self.bias
+            return normalised[..., self.num_boundary :] + features @ self.weight.T + self.bias
+
+
+def two_minutes(normalised: Tensor, num_boundary: int) -> Tensor:
+    """Windows [B, T, V] -> [B, T, V + Vs]: each minute's values, then the states of the minute before it."""
+    states = normalised[..., num_boundary:]
+    before = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+    return torch.cat([normalised, before], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,9 @@ class NormalEquations:
     def solve(self, penalty: float, noise: float = 0.0) -> RidgeAutoregression:
         """The minimiser of (squared error + penalty |W|^2) per minute.
 
-        noise: fit as if normal noise of this standard deviation (normalised units) stood on the input states and the
-        target led back to the truth; its expectation is added in closed form.
+        noise: fit as if normal noise of this standard deviation (normalised units) stood on the input states, the
+        same on both minutes, and a third of it on each alone, and the target led back to the truth; its expectation is
+        added in closed form.
         """
         num_states = len(self.change_mean)
         num_boundary = len(self.feature_mean) - 2 * num_states
@@ -104,10 +113,14 @@ class NormalEquations:
         diagonal = gram.ravel()[:: len(gram) + 1]
         diagonal += penalty * self.rows
         if noise:
-            diagonal[num_boundary:] += noise**2 * self.rows
+            shared, alone = noise**2 * self.rows, (JITTER * noise) ** 2 * self.rows
+            diagonal[num_boundary:] += shared + alone
             cross = cross.copy()
             now = np.arange(num_boundary, num_boundary + num_states)
-            cross[now, now - num_boundary] -= noise**2 * self.rows
+            gram[now, now + num_states] += shared
+            gram[now + num_states, now] += shared
+            cross[now, now - num_boundary] -= shared + alone
+            cross[now + num_states, now - num_boundary] -= shared
         factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
         weight = scipy.linalg.cho_solve(factor, cross, check_finite=False)
         fitted = RidgeAutoregression(num_boundary, num_states)

@@ -18,7 +18,7 @@ from models.fluid.data import FluidWindows, Sample, collate
 from models.fluid.metrics import Errors, flat_scores
 from models.fluid.network import FluidDecoder
 from models.fluid.normalization import Normalization
-from models.fluid.ridge import NormalEquations
+from models.fluid.ridge import JITTER, NormalEquations
 from models.fluid.schema import Schema
 from models.fluid.store import Store
 
@@ -60,7 +60,8 @@ class FluidTask:
         x = batch["x"]
         if self.model.input_noise:
             num_boundary = self.schema.num_boundary
-            noise = normal(batch["draw"], (x.shape[1], self.schema.num_states))
+            drift = normal(batch["draw"], (1, self.schema.num_states))
+            noise = drift + JITTER * normal(batch["draw"], (x.shape[1], self.schema.num_states), stream=1)
             scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
             x = torch.cat([x[..., :num_boundary], x[..., num_boundary:] + scale * noise], dim=-1)
         total, _ = model(x, batch["target"], _mask(batch))
@@ -121,6 +122,7 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
         target=model.target,
         input_noise=model.input_noise,
         linear_skip=model.linear_skip,
+        dense_skip=model.dense_skip,
     )
 
 

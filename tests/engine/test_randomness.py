@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import torch
 
-from engine.randomness import mix, normal, uniform
+from engine.randomness import mix, mix_last, normal, seed_torch, uniform
 
 
 def test_draws_depend_on_their_key_alone() -> None:
@@ -33,6 +34,19 @@ def test_normal_numbers_have_the_moments_of_the_normal_distribution() -> None:
     assert abs(x.var() - 1) < 0.02
     assert abs((x**3).mean()) < 0.05
     assert abs((x**4).mean() - 3) < 0.1
+
+
+def test_mixing_many_keys_is_mixing_each() -> None:
+    keys = np.array([0, 1, -1, 2**40, -(2**62)])
+    assert mix_last(keys, 3, -4).tolist() == [mix(3, -4, key) for key in keys]
+    assert mix_last(keys).tolist() == [mix(key) for key in keys]
+
+
+def test_seeding_torch_is_torch_s_own_seeding() -> None:
+    seed_torch(5, 6)
+    ours = torch.randn(4)
+    torch.manual_seed(mix(5, 6))
+    assert torch.equal(ours, torch.randn(4))
 
 
 def test_mix_depends_on_every_key_and_their_order() -> None:

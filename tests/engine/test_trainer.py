@@ -21,7 +21,7 @@ from engine.deepspeed_section import batch_sizes
 from engine.distributed import start
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.order import FILLER, GlobalBatches
-from engine.randomness import mix
+from engine.randomness import seed_torch
 from engine.schedules import learning_rates
 from engine.trainer import InterruptedRunError, Trainer
 from engine.weights import load_weights
@@ -49,7 +49,7 @@ def losses(folder: Path) -> list[float]:
 def reference_losses(config: RunConfig) -> list[float]:
     """The same run as a plain loop over whole global batches: torch alone, no engine, no DeepSpeed."""
     task = TinyTask(config.data, config.model)
-    torch.manual_seed(mix(config.training.seed, 0))
+    seed_torch(config.training.seed, 0)
     model = task.build_model()
     params = config.deepspeed.optimizer.params
     optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
