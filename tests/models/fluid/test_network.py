@@ -28,6 +28,8 @@ def decoder(seed=0, **options):
     if model.skip is not None:
         model.skip.weight.copy_(torch.randn_like(model.skip.weight) * 0.1)
         model.skip.bias.copy_(torch.randn_like(model.skip.bias) * 0.1)
+    if model.dense is not None:
+        torch.nn.init.normal_(model.dense.leave.weight)
     return model
 
 
@@ -42,6 +44,7 @@ OPTIONS = [
     {"target": "change", "input_noise": 0.02},
     {"linear_skip": True},
     {"target": "change", "linear_skip": True},
+    {"target": "change", "linear_skip": True, "dense_skip": 8},
 ]
 
 

@@ -64,7 +64,8 @@ def test_noise_in_closed_form_is_the_fit_to_noisy_samples(store):
     gram, cross = np.zeros((18, 18)), np.zeros((18, 8))
     for _ in range(200):
         noisy, led_back = features.copy(), changes.copy()
-        draw = noise * rng.normal(size=(len(features), 16))
+        shared = np.tile(rng.normal(size=(len(features), 8)), 2)
+        draw = noise * (shared + rng.normal(size=(len(features), 16)) / 3)
         noisy[:, 2:] += draw
         led_back -= draw[:, :8]
         centred = noisy - noisy.mean(0)

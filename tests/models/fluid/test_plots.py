@@ -1,0 +1,75 @@
+"""Which variables are chosen for a picture, and that pictures come out for odd networks too."""
+
+import numpy as np
+import pytest
+
+from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
+from tests.models.fluid.toy_network import SCALE, SCHEMA, day
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def predicted(truth=True):
+    _, state = day(3, 200)
+    return PredictedDay(
+        state + 0.01 * SCALE.astype(np.float32), np.repeat(state[:1], 200, axis=0), state if truth else None, 3
+    )
+
+
+def test_most_moving_are_the_largest_moves_without_repeats():
+    out = predicted()
+    moves = out.truth.std(0) / SCALE
+    order = [SCHEMA.states[k] for k in np.argsort(-moves)]
+    assert most_moving(out, SCHEMA, SCALE, 1) == order[:1]
+    assert len(most_moving(out, SCHEMA, SCALE, 4)) == 4
+    pressures = [name for name in most_moving(out, SCHEMA, SCALE, 8) if name.endswith(("_p", "_p_in"))]
+    assert len(pressures) == 2, "at most two of a quantity"
+    twin = SCHEMA.states.index("N_002_p")
+    out.truth[:, twin] = 3 * out.truth[:, SCHEMA.states.index("N_001_p")]
+    chosen = most_moving(out, SCHEMA, SCALE, 8)
+    assert not {"N_001_p", "N_002_p"} <= set(chosen), "the same signal twice"
+
+
+def test_a_variable_that_stands_still_is_not_chosen():
+    out = predicted()
+    out.truth[:] = out.truth[0]
+    assert most_moving(out, SCHEMA, SCALE, 3) == []
+
+
+@pytest.mark.parametrize("truth", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_variables_are_drawn(tmp_path, truth, count):
+    plot_variables(predicted(truth), list(SCHEMA.states[:count]), SCHEMA, tmp_path / "x.png", "a day")
+    assert (tmp_path / "x.png").read_bytes()[:8] == PNG
+
+
+NODES = [{"name": f"N_{k:03d}", "x_km": 10.0 * k, "y_km": float(k % 3)} for k in range(1, 5)]
+MAPS = {
+    "whole": {
+        "nodes": NODES,
+        "pipes": [{"name": "P_001", "from": "N_001", "to": "N_002"}],
+        "devices": {
+            "C": [{"name": "C_001", "from": "N_002", "to": "N_003"}],
+            "E": [{"name": "E_001", "node": "N_004"}],
+        },
+    },
+    "no devices": {"nodes": NODES, "pipes": []},
+    "one node": {"nodes": NODES[:1]},
+    "an edge to nowhere": {"nodes": NODES, "pipes": [{"name": "P_001", "from": "N_001", "to": "N_009"}]},
+    "hundreds of nodes": {
+        "nodes": [{"name": f"N_{k:03d}", "x_km": k % 20, "y_km": k // 20} for k in range(1, 300)],
+        "pipes": [{"from": f"N_{k:03d}", "to": f"N_{k + 1:03d}"} for k in range(1, 299)],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_maps_are_drawn(tmp_path, kind):
+    values = {node["name"]: float(k) for k, node in enumerate(MAPS[kind]["nodes"])}
+    assert plot_map(MAPS[kind], values, "error (kPa)", tmp_path / "map.png", "title")
+    assert (tmp_path / "map.png").read_bytes()[:8] == PNG
+
+
+def test_a_network_without_places_has_no_map(tmp_path):
+    assert not plot_map({"nodes": [{"name": "N_001"}]}, {"N_001": 1.0}, "", tmp_path / "map.png", "")
+    assert not (tmp_path / "map.png").exists()
