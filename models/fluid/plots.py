@@ -48,6 +48,7 @@ _QUANTITIES = {
 }
 _SIGNALS_PER_QUANTITY = 2
 _SAME_SIGNAL = 0.98
+_STILL = 1e-4  # normalised: moves below are those of the files' decimals
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def _quantity(name: str) -> str:
 def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int) -> list[str]:
     """The variables that move most over the day, in normalised units: at most two of a quantity, no signal twice."""
     values = day.prediction if day.truth is None else np.where(np.isnan(day.truth), day.prediction, day.truth)
-    moves = np.nan_to_num(np.std(values, axis=0) / scale)
+    moves = np.nan_to_num(np.std(values, axis=0, dtype=np.float64) / scale)
     chosen: list[int] = []
     of_quantity: dict[str, int] = {}
     for column in np.argsort(-moves):
-        if len(chosen) == count or moves[column] == 0:
+        if len(chosen) == count or moves[column] < _STILL:
             break
         quantity = parse_column(schema.states[column])[1].split("_")[0]
         if of_quantity.get(quantity, 0) == _SIGNALS_PER_QUANTITY:
