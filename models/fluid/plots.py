@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from models.fluid.schema import Schema, parse_column, unit
 
@@ -194,10 +195,9 @@ def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path
             x, y, c=[values[name] for name in places], cmap="viridis_r", norm=norm, s=14 if crowd else 60,
             edgecolors="#333333", linewidths=0.4 if crowd else 0.8, zorder=3,
         )  # fmt: skip
-        _draw_devices(axes, devices, places, crowd)
+        _draw_devices(figure, axes, devices, places, crowd)
         if not crowd:
-            for name, place in places.items():
-                axes.annotate(name, place, (0, 9), textcoords="offset points", ha="center", fontsize=7.5)
+            _name_nodes(axes, places, span)
         axes.margins(0.06, 0.18)
         axes.set_title(title)
         axes.set_xlabel("km")
@@ -210,7 +210,7 @@ def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path
     return True
 
 
-def _draw_devices(axes: Axes, devices: dict[str, Any], places: dict[str, Any], crowd: bool) -> None:
+def _draw_devices(figure: Figure, axes: Axes, devices: dict[str, Any], places: dict[str, Any], crowd: bool) -> None:
     kinds = {
         "C": ("compressor", "^", "#c1432b"),
         "R": ("control valve", "D", "#edae49"),
@@ -227,14 +227,27 @@ def _draw_devices(axes: Axes, devices: dict[str, Any], places: dict[str, Any], c
             elif device.get("from") in places and device.get("to") in places:
                 (x1, y1), (x2, y2) = places[device["from"]], places[device["to"]]
                 spots.append(((x1 + x2) / 2, (y1 + y2) / 2))
-        if not spots or (crowd and kind == "B"):
+        if not spots or (crowd and kind in "BE"):
             continue
         x, y = np.array(spots).T
-        at_node = kind in "TE"
+        # beside the node, which would hide it
+        aside = {"T": -9, "E": 9}.get(kind, 0)
+        shift = offset_copy(axes.transData, figure, aside, -abs(aside), "points")
         axes.scatter(
             x, y, marker=marker, s=22 if crowd else 70, c=colour, edgecolors="#222222", linewidths=0.6, label=title,
-            zorder=2.5 if at_node else 4,
+            zorder=4, transform=axes.transData if crowd else shift,
         )  # fmt: skip
+
+
+def _name_nodes(axes: Axes, places: dict[str, tuple[float, float]], span: tuple[float, float]) -> None:
+    """Names above the nodes; to the right of that where another node's name stands close by."""
+    above: list[tuple[float, float]] = []
+    for name, (x, y) in places.items():
+        crowded = any(abs(x - u) < 0.07 * span[0] and abs(y - v) < 0.1 * span[1] for u, v in above)
+        shift, side = ((5, 9), "left") if crowded else ((0, 9), "center")
+        axes.annotate(name, (x, y), shift, textcoords="offset points", ha=side, fontsize=7.5)
+        if not crowded:
+            above.append((x, y))
 
 
 def _colour_range(values: np.ndarray) -> tuple[float, float]:

@@ -158,7 +158,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     scale = normalization.state_scale.cpu().numpy()
     names = arguments.variables or most_moving(day, schema, scale, _VARIABLES)
-    title = f"{arguments.case.name}: a day from {_clock(start.minute)} on, predicted from its boundary alone"
+    title = (
+        f"{arguments.case.name}: a day from {_clock(start.minute)} on, predicted from its start and its boundary alone"
+    )
     plot_variables(day, names, schema, arguments.out / "variables.png", title)
     drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png") else "")
     print(f"wrote {', '.join(GROUPS)}.csv, {drawn} to {arguments.out}")
