@@ -112,14 +112,16 @@ def test_written_files_read_back_as_they_were(tmp_path, root):
 
 
 @pytest.mark.parametrize("case", ["case_0007", "bare"])
-def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, case):
+def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, monkeypatch, case):
     from launchers.predict import main
 
+    if case == "bare":
+        monkeypatch.setattr(predict, "MINUTES", 100)
     arguments = ["--run", str(root / "run"), "--case", str(root / case), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--device", "cpu"]) == 0
     out = tmp_path / "out"
     for group in GROUPS:
-        assert pl.read_csv(out / f"{group}.csv").shape == (1440, 1 + len(SCHEMA.groups[group]))
+        assert pl.read_csv(out / f"{group}.csv").shape == (predict.MINUTES, 1 + len(SCHEMA.groups[group]))
     for picture in ("variables.png", "map.png"):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     record = json.loads((out / "prediction.json").read_text())
