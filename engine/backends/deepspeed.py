@@ -30,7 +30,6 @@ from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.schedules import build_scheduler
 
 _TAG = "deepspeed"
-SHM_OP = "deepspeed_shm_comm"
 
 
 def quiet() -> None:
@@ -72,8 +71,9 @@ class DeepSpeedBackend:
 
         quiet()
         if ranks.device.type == "cpu":
-            # DeepSpeed would compile a collective of its own at a user's first step, for minutes; gloo's serves
-            deepspeed.ops.__compatible_ops__[SHM_OP] = False
+            # left to itself, DeepSpeed probes its operators with the machine's compiler and then builds a collective of
+            # its own at a user's first step, for minutes; gloo's serves
+            deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         section = config.deepspeed
         optimizer = (
