@@ -21,7 +21,7 @@ _LEAST_CHANGE = 1e-3  # normalised: the least that a minute's change is scaled b
 class Fp32Buffers(nn.Module):
     """A module whose buffers are never narrowed: `module.to(bfloat16)` moves them, but does not round them.
 
-    DeepSpeed casts a whole module, buffers included. Eight bits cannot hold a pressure to the part that a minute moves.
+    An engine may cast a whole module, buffers included, and eight bits cannot hold what a pressure moves in a minute.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
