@@ -1,0 +1,37 @@
+"""Where the Triton kernels run: on CUDA tensors, and on CPU tensors where Triton interprets (TRITON_INTERPRET=1).
+
+    from kernels.triton_path import available, jit, tl
+
+Everything imports without Triton too. It is read once, at import, whether Triton interprets, as `triton.jit` does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a machine without a GPU needs none
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available(tensor: Tensor) -> bool:
+    """Whether a kernel can run on this tensor."""
+    return triton is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+
+
+def jit(function: Any) -> Any:
+    """triton.jit, or the function as it is where there is no Triton to run it."""
+    return function if triton is None else triton.jit(function)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 for the interpreter, so that its programs loop and meet."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
