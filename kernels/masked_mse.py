@@ -1,17 +1,240 @@
-"""masked_mse, linear_masked_mse: a squared error summed over the values that count, with the number of them.
+"""masked_mse: a squared error summed over the values that count, with the number of them.
 
     sum = sum_i m_i (y'_i - y_i)^2      count = sum_i m_i      d sum / d y'_i = 2 m_i (y'_i - y_i)
 
 Two scalars, not their ratio: the mean over any number of batches and ranks is (sum of sums) / (sum of counts), exactly.
-Where m is 0, neither the prediction nor the target is read, so a missing target may be NaN.
-Dtype: differences and sums in fp32 (fp64 for fp64 inputs), whatever the inputs are.
+Where m is 0, neither the prediction nor the target matters, so a missing target may be NaN.
+
+Bytes: forward one read of prediction, target and mask; backward the same and one write of each gradient. Some 4 FLOPs a
+value: memory is the limit. A mask that broadcasts is read through its strides. Programs stride over the values, keep
+their sums in registers and write each a row of its own, which a second, tiny kernel adds up: no atomics, so the same
+bits in every run. Dtype: differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the
+dtypes of the inputs. On CPUs, and for fp64, torch's operators do it, in fp64 for fp64 predictions.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.column_sums import column_sums
+from kernels.triton_path import available, jit, num_multiprocessors, tl, triton
+
+TILE, NUM_WARPS, PROGRAMS_PER_SM = 4096, 8, 8
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@jit
+def _locate(tile, R, C, tiles_a_row, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """row [BLOCK_R, 1] int32 and column [1, BLOCK_C] int64 of a tile's values, and which of them exist."""
+    if FLAT:  # one row: divisions would take longer than the memory does
+        row = tl.zeros([BLOCK_R, 1], tl.int32)
+        column = tl.cast(tile, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    else:
+        row = (tile // tiles_a_row) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        column = tl.cast(tile % tiles_a_row, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return row, column, (row < R) & (column < C)
+
+
+@jit
+def _weights(mask, row, column, inside, inner, stride0, stride1, STRIDE2: tl.constexpr, HAS_MASK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """m of a tile's values, fp32; 0 outside."""
+    if HAS_MASK:
+        start = (row // inner).to(tl.int64) * stride0 + (row % inner).to(tl.int64) * stride1
+        return tl.load(mask + (start + column * STRIDE2), mask=inside, other=0).to(tl.float32)
+    else:
+        return inside.to(tl.float32)
+
+
+@jit
+def _masked_mse_fwd_kernel(  # type: ignore[no-untyped-def]
+    pred,
+    target,
+    mask,
+    partials,
+    R,
+    C_over_align,
+    tiles,
+    tiles_a_row,
+    inner,
+    stride0,
+    stride1,
+    STRIDE2: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = tl.cast(C_over_align, tl.int64) * ALIGN
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, column, inside = _locate(tile, R, C, tiles_a_row, BLOCK_R, BLOCK_C, FLAT)
+        weight = _weights(mask, row, column, inside, inner, stride0, stride1, STRIDE2, HAS_MASK)
+        value = row.to(tl.int64) * C + column
+        p = tl.load(pred + value, mask=inside, other=0).to(tl.float32)
+        t = tl.load(target + value, mask=inside, other=0).to(tl.float32)
+        difference = tl.where(weight != 0, p - t, 0.0)
+        total += weight * difference * difference
+        count += weight
+    tl.store(partials + tl.program_id(0) * 2, tl.sum(total))
+    tl.store(partials + tl.program_id(0) * 2 + 1, tl.sum(count))
+
+
+@jit
+def _masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
+    pred,
+    target,
+    mask,
+    grad_sum,
+    grad_pred,
+    grad_target,
+    R,
+    C_over_align,
+    tiles,
+    tiles_a_row,
+    inner,
+    stride0,
+    stride1,
+    STRIDE2: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NEED_PRED: tl.constexpr,
+    NEED_TARGET: tl.constexpr,
+):
+    C = tl.cast(C_over_align, tl.int64) * ALIGN
+    scale = 2.0 * tl.load(grad_sum)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, column, inside = _locate(tile, R, C, tiles_a_row, BLOCK_R, BLOCK_C, FLAT)
+        weight = _weights(mask, row, column, inside, inner, stride0, stride1, STRIDE2, HAS_MASK)
+        value = row.to(tl.int64) * C + column
+        p = tl.load(pred + value, mask=inside, other=0).to(tl.float32)
+        t = tl.load(target + value, mask=inside, other=0).to(tl.float32)
+        gradient = tl.where(weight != 0, scale * weight * (p - t), 0.0)
+        if NEED_PRED:
+            tl.store(grad_pred + value, gradient.to(grad_pred.dtype.element_ty), mask=inside)
+        if NEED_TARGET:
+            tl.store(grad_target + value, (-gradient).to(grad_target.dtype.element_ty), mask=inside)
+
+
+def _tiling(pred: Tensor, mask: Tensor | None) -> tuple[int, dict[str, Any]]:
+    """The number of programs, and the kernels' arguments that say how they share the values, seen as [R, C]."""
+    mask, outer, inner, C, strides = _mask_layout(mask, pred.shape)
+    R = outer * inner
+    block_c = min(TILE, triton.next_power_of_2(max(C, 1)))
+    block_r = 1 if R == 1 else TILE // block_c
+    tiles_a_row = triton.cdiv(C, block_c)
+    tiles = triton.cdiv(R, block_r) * tiles_a_row
+    # the power of 2 in C: it shows the compiler which loads are aligned to 16 bytes, also where 16 does not divide C
+    align = min(16, C & -C) or 1
+    return max(1, min(tiles, PROGRAMS_PER_SM * num_multiprocessors(pred.device))), {
+        "mask": pred if mask is None else mask,
+        "R": R,
+        "C_over_align": C // align,
+        "tiles": tiles,
+        "tiles_a_row": tiles_a_row,
+        "inner": inner,
+        "stride0": strides[0],
+        "stride1": strides[1],
+        "STRIDE2": strides[2],
+        "HAS_MASK": mask is not None,
+        "FLAT": R == 1,
+        "ALIGN": align,
+        "BLOCK_R": block_r,
+        "BLOCK_C": block_c,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def _mask_layout(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int, int, int, tuple[int, int, int]]:
+    """(mask, outer, inner, C, strides): the values as [outer, inner, C], and what the mask steps by in each of them.
+
+    Dimensions over which the mask runs on, or stands still, become one. A mask that needs more than three, or steps by
+    more than 1 in the innermost, is copied to full size.
+    """
+    if mask is None:
+        return None, 1, 1, shape.numel(), (0, 0, 0)
+    mask = mask.expand(shape)
+    runs: list[tuple[int, int]] = []
+    for size, stride in zip(mask.shape, mask.stride(), strict=True):
+        if size == 1:
+            continue
+        if runs and runs[-1][1] == stride * size:
+            size *= runs.pop()[0]
+        runs.append((size, stride))
+    runs = [(1, 0)] * (3 - len(runs)) + runs
+    (outer, stride0), (inner, stride1), (C, stride2) = runs[-3:]
+    if len(runs) > 3 or stride2 not in (0, 1) or outer * inner >= 2**31:
+        return mask.contiguous(), 1, 1, shape.numel(), (0, 0, 1)
+    return mask, outer, inner, C, (stride0, stride1, stride2)
+
+
+@torch.library.custom_op("trunkline::masked_mse", mutates_args=())
+def _forward(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """[2] fp32: sum, count."""
+    programs, arguments = _tiling(pred, mask)
+    partials = torch.empty(programs, 2, dtype=torch.float32, device=pred.device)
+    with torch.cuda.device_of(pred):
+        _masked_mse_fwd_kernel[(programs,)](
+            pred=pred.contiguous(), target=target.contiguous(), partials=partials, **arguments
+        )
+        return column_sums(partials)
+
+
+@_forward.register_fake
+def _(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    return pred.new_empty(2, dtype=torch.float32)
+
+
+@torch.library.custom_op("trunkline::masked_mse_backward", mutates_args=())
+def _backward(
+    grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, need_pred: bool, need_target: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of pred and target, empty where not needed; grad [2], of which the count's part is unused."""
+    programs, arguments = _tiling(pred, mask)
+    grad_pred, grad_target = _gradients(pred, target, need_pred, need_target)
+    with torch.cuda.device_of(pred):
+        _masked_mse_bwd_kernel[(programs,)](
+            pred=pred.contiguous(),
+            target=target.contiguous(),
+            grad_sum=grad.contiguous(),
+            grad_pred=grad_pred,
+            grad_target=grad_target,
+            NEED_PRED=need_pred,
+            NEED_TARGET=need_target,
+            **arguments,
+        )
+    return grad_pred, grad_target
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, need_pred: bool, need_target: bool
+) -> tuple[Tensor, Tensor]:
+    return _gradients(pred, target, need_pred, need_target)
+
+
+def _gradients(pred: Tensor, target: Tensor, need_pred: bool, need_target: bool) -> tuple[Tensor, Tensor]:
+    return pred.new_empty(pred.shape if need_pred else 0), target.new_empty(target.shape if need_target else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    need_pred, need_target, _ = ctx.needs_input_grad
+    grad_pred, grad_target = _backward(grad, *ctx.saved_tensors, need_pred, need_target)
+    return grad_pred if need_pred else None, grad_target if need_target else None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -22,7 +245,10 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tupl
 
     Raises ValueError for arguments that do not fit together.
     """
-    _check(pred, target, mask)
+    check(pred, target, mask)
+    if runs_on_triton(pred, target, mask):
+        total, count = _forward(pred, target, mask).unbind()
+        return total, count.detach()
     accumulator = torch.float64 if pred.dtype == torch.float64 else torch.float32
     if mask is None:
         difference = pred.to(accumulator) - target.to(accumulator)
@@ -35,35 +261,25 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tupl
     return (weights * difference.square()).sum(), weights.sum()
 
 
-def linear_masked_mse(
-    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """masked_mse of the prediction hidden @ weight + bias.
-
-    hidden [..., d], weight [d], bias [] or [1], target [...], `mask` broadcastable to target. Differentiable in all but
-    the mask.
-
-    Raises ValueError for arguments that do not fit together.
-    """
-    if hidden.dim() < 1 or weight.shape != hidden.shape[-1:]:
-        raise ValueError(
-            f"weight must be [{hidden.shape[-1] if hidden.dim() else 'd'}], the last dimension of hidden "
-            f"{list(hidden.shape)}; got {list(weight.shape)}"
-        )
-    if bias.numel() != 1 or bias.dim() > 1:
-        raise ValueError(f"bias must be one number, of shape [] or [1]; got {list(bias.shape)}")
-    return masked_mse(F.linear(hidden, weight[None], bias.reshape(1)).squeeze(-1), target, mask)
+def runs_on_triton(*tensors: Tensor | None) -> bool:
+    """Whether the kernels of squared errors take these: all on a device that they run on, in dtypes that they know."""
+    return all(x is None or (available(x) and x.dtype in (*DTYPES, torch.bool)) for x in tensors)
 
 
-def _check(pred: Tensor, target: Tensor, mask: Tensor | None) -> None:
+def check(pred: Tensor, target: Tensor, mask: Tensor | None) -> None:
+    """ValueError, naming the argument, where a prediction, a target and a mask do not go together."""
     if not pred.is_floating_point() or not target.is_floating_point():
         raise ValueError(f"pred and target must be floating; got {pred.dtype} and {target.dtype}")
     if pred.shape != target.shape:
         raise ValueError(f"target must have the shape of pred, {list(pred.shape)}; got {list(target.shape)}")
+    if target.device != pred.device:
+        raise ValueError(f"target is on {target.device}, pred on {pred.device}; they must be on one device")
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask must be bool or floating; got {mask.dtype}")
+    if mask.device != pred.device:
+        raise ValueError(f"mask is on {mask.device}, pred on {pred.device}; they must be on one device")
     fits = mask.dim() <= pred.dim() and all(
         m in (1, p) for m, p in zip(reversed(mask.shape), reversed(pred.shape), strict=False)
     )

@@ -34,6 +34,7 @@ def interpreter() -> Iterator[None]:
 
 def _reload_kernels() -> None:
     importlib.reload(triton_path)
-    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
-        if module.name in sys.modules and module.name != triton_path.__name__:
-            importlib.reload(sys.modules[module.name])
+    for _ in range(2):  # twice, since a kernel may call one that a later module defines
+        for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+            if module.name in sys.modules and module.name != triton_path.__name__:
+                importlib.reload(sys.modules[module.name])

@@ -1,0 +1,271 @@
+"""linear_masked_mse: masked_mse of a prediction that is one linear layer's output, which is never written.
+
+    y'_i = h_i.w + b      sum = sum_i e_i (y'_i - y_i)      e_i = m_i (y'_i - y_i)      count = sum_i m_i
+    d sum / d h_i = 2 e_i w      d w = sum_i 2 e_i h_i      d b = sum_i 2 e_i      d y_i = -2 e_i
+
+Forward and backward each pass once over the hidden rows [N, d]; rows with m = 0 are not read. Between them stand the
+e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target;
+4 N d FLOPs each way: memory is the limit. Programs stride over the rows and write each a row of partial sums, which a
+second, tiny kernel adds up: no atomics, so the same bits in every run.
+Dtype: products, differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the dtypes of
+the inputs. On CPUs, and for fp64, the prediction is torch's F.linear, in the dtype of hidden or autocast's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.column_sums import column_sums
+from kernels.masked_mse import check, masked_mse, runs_on_triton
+from kernels.triton_path import jit, num_multiprocessors, tl, triton
+
+TILE, MAX_BLOCK_D, NUM_WARPS, PROGRAMS_PER_SM = 4096, 128, 4, 8
+
+
+@jit
+def _linear_masked_mse_fwd_kernel(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    bias,
+    target,
+    mask,
+    error,
+    partials,
+    N,
+    d,
+    stride,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.load(bias).to(tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    count = tl.zeros([BLOCK_N], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < N
+        if HAS_MASK:
+            m = tl.load(mask + row, mask=inside, other=0).to(tl.float32)
+        else:
+            m = inside.to(tl.float32)
+        counts = m != 0
+        products = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for start in range(0, d, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            some = counts[:, None] & (column < d)[None, :]
+            h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
+            w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
+            products += h * w[None, :]
+        t = tl.load(target + row, mask=counts, other=0).to(tl.float32)
+        difference = tl.where(counts, tl.sum(products, 1) + b - t, 0.0)
+        e = m * difference
+        tl.store(error + row, e, mask=inside)
+        total += e * difference
+        count += m
+    tl.store(partials + tl.program_id(0) * 2, tl.sum(total))
+    tl.store(partials + tl.program_id(0) * 2 + 1, tl.sum(count))
+
+
+@jit
+def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
+    grad_sum,
+    hidden,
+    weight,
+    error,
+    grad_hidden,
+    grad_target,
+    partials,
+    N,
+    d,
+    stride,
+    NEED_HIDDEN: tl.constexpr,
+    NEED_LINEAR: tl.constexpr,
+    NEED_TARGET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program, part = tl.program_id(0), tl.program_id(1)
+    scale = 2.0 * tl.load(grad_sum)
+    column = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
+    weight_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    bias_sum = tl.zeros([BLOCK_N], tl.float32)
+    for tile in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = row < N
+        e = tl.load(error + row, mask=inside, other=0)
+        counts = e != 0
+        e = tl.where(counts, scale * e, 0.0)
+        some = counts[:, None] & (column < d)[None, :]
+        if NEED_HIDDEN:
+            gradient = (e[:, None] * w[None, :]).to(grad_hidden.dtype.element_ty)
+            place = inside[:, None] & (column < d)[None, :]
+            tl.store(grad_hidden + row[:, None] * d + column[None, :], gradient, mask=place)
+        if NEED_LINEAR:
+            h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
+            weight_sum += e[:, None] * h
+            bias_sum += e
+        if NEED_TARGET and part == 0:
+            tl.store(grad_target + row, (-e).to(grad_target.dtype.element_ty), mask=inside)
+    if NEED_LINEAR:
+        out = partials + tl.cast(program, tl.int64) * (d + 1)
+        tl.store(out + column, tl.sum(weight_sum, 0), mask=column < d)
+        if part == 0:
+            tl.store(out + d, tl.sum(bias_sum))
+
+
+def _tiling(hidden: Tensor) -> tuple[Tensor, int, dict[str, int]]:
+    """hidden as rows [N, d] of any stride, the number of programs, and the kernels' arguments that say the sizes."""
+    d = hidden.shape[-1]
+    rows = hidden.reshape(hidden.shape[:-1].numel(), d)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    N = rows.shape[0]
+    block_d = min(MAX_BLOCK_D, triton.next_power_of_2(d))
+    block_n = TILE // block_d
+    programs = max(1, min(triton.cdiv(N, block_n), PROGRAMS_PER_SM * num_multiprocessors(hidden.device)))
+    numbers = {"N": N, "d": d, "stride": rows.stride(0), "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": NUM_WARPS}
+    return rows, programs, numbers
+
+
+@torch.library.custom_op("trunkline::linear_masked_mse", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[2] fp32, sum and count; and e like target, fp32."""
+    rows, programs, numbers = _tiling(hidden)
+    partials = torch.empty(programs, 2, dtype=torch.float32, device=hidden.device)
+    error = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
+    with torch.cuda.device_of(hidden):
+        _linear_masked_mse_fwd_kernel[(programs,)](
+            rows,
+            weight.contiguous(),
+            bias,
+            target.contiguous(),
+            target if mask is None else mask.expand(target.shape).contiguous(),
+            error,
+            partials,
+            HAS_MASK=mask is not None,
+            **numbers,
+        )
+        return column_sums(partials), error
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(2, dtype=torch.float32), target.new_empty(target.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("trunkline::linear_masked_mse_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    error: Tensor,
+    target_dtype: torch.dtype,
+    need_hidden: bool,
+    need_linear: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, of weight and bias in a row [d + 1] fp32, and of target; empty where not needed."""
+    rows, programs, numbers = _tiling(hidden)
+    parts = triton.cdiv(numbers["d"], numbers["BLOCK_D"])
+    programs = triton.cdiv(programs, parts)
+    partials = torch.empty(programs, numbers["d"] + 1, dtype=torch.float32, device=hidden.device)
+    grad_hidden, grad_linear, grad_target = _gradients(
+        grad, hidden, weight, error, target_dtype, need_hidden, need_linear, need_target
+    )
+    with torch.cuda.device_of(hidden):
+        _linear_masked_mse_bwd_kernel[(programs, parts)](
+            grad.contiguous(),
+            rows,
+            weight.contiguous(),
+            error,
+            grad_hidden,
+            grad_target,
+            partials,
+            NEED_HIDDEN=need_hidden,
+            NEED_LINEAR=need_linear,
+            NEED_TARGET=need_target,
+            **numbers,
+        )
+        if need_linear:
+            grad_linear = column_sums(partials)
+    return grad_hidden, grad_linear, grad_target
+
+
+@_backward.register_fake
+def _gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    error: Tensor,
+    target_dtype: torch.dtype,
+    need_hidden: bool,
+    need_linear: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        error.new_empty(len(weight) + 1 if need_linear else 0),
+        error.new_empty(error.shape if need_target else 0, dtype=target_dtype),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, bias, target, _ = inputs
+    ctx.save_for_backward(hidden, weight, output[1])
+    ctx.bias_shape, ctx.bias_dtype, ctx.target_dtype = bias.shape, bias.dtype, target.dtype
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, error = ctx.saved_tensors
+    need_hidden, need_weight, need_bias, need_target, _ = ctx.needs_input_grad
+    need_linear = need_weight or need_bias
+    grad_hidden, grad_linear, grad_target = _backward(
+        grad, hidden, weight, error, ctx.target_dtype, need_hidden, need_linear, need_target
+    )
+    return (
+        grad_hidden if need_hidden else None,
+        grad_linear[:-1].to(weight.dtype) if need_weight else None,
+        grad_linear[-1].to(ctx.bias_dtype).view(ctx.bias_shape) if need_bias else None,
+        grad_target if need_target else None,
+        None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum, count) of masked_mse for the prediction hidden @ weight + bias, two fp32 scalars.
+
+    hidden [..., d], weight [d], bias [] or [1], target [...], `mask` broadcastable to target; any floating dtypes, of
+    which weight and bias may differ from hidden. Differentiable in all but the mask.
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    if hidden.dim() < 1 or hidden.shape[-1] < 1 or weight.shape != hidden.shape[-1:]:
+        raise ValueError(
+            f"weight must be [{hidden.shape[-1] if hidden.dim() else 'd'}], the last dimension of hidden "
+            f"{list(hidden.shape)}, of at least 1; got {list(weight.shape)}"
+        )
+    if bias.numel() != 1 or bias.dim() > 1:
+        raise ValueError(f"bias must be one number, of shape [] or [1]; got {list(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be floating; got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
+    check(hidden[..., 0], target, mask)
+    if runs_on_triton(hidden, weight, bias, target, mask):
+        sums, _ = _forward(hidden, weight, bias, target, mask)
+        total, count = sums.unbind()
+        return total, count.detach()
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
+    return masked_mse(F.linear(hidden, weight[None], bias.reshape(1)).squeeze(-1), target, mask)
