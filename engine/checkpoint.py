@@ -1,12 +1,12 @@
 """Checkpoints: whole or none.
 
     <run>/checkpoints/step-00000400/
-        backend/...       what the backend writes, sharded over the ranks
+        backend/...       parameters and optimizer state, sharded over the ranks: see engine.sharded_state
         trainer.json      step, best metric, early stopping, skipped steps, and what the run must have in common
-        MANIFEST.json     every file with its size and SHA-256, written last
+        MANIFEST.json     every file with its size and SHA-256, and the proof of what was saved; written last
 
 A checkpoint is staged in a hidden folder, every file is fsynced and hashed, the manifest is written, and one rename
-makes it visible. Nothing in it is unpickled before its manifest verifies.
+makes it visible. Training goes on meanwhile: only the copy to the CPU holds it up. There is no pickle in it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,31 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.distributed import Ranks, barrier, from_main, gather
+from engine.distributed import Ranks, from_main, gather, with_own_group
 from engine.errors import CheckpointError
+from engine.sharded_state import Digests, Snapshot, add_digests, file_names
 
 MANIFEST = "MANIFEST.json"
 TRAINER = "trainer.json"
 BACKEND = "backend"
-_FORMAT = 1
+_FORMAT = 2
 _TAG = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been verified. `state` is the trainer's."""
+
+    path: Path
+    state: dict[str, Any]
+    digests: Digests
+    probe_loss: float
 
 
 class Checkpoints:
@@ -35,6 +48,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, keep_last: int) -> None:
         self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
+        self._saving: threading.Thread | None = None
+        self._problem: Exception | None = None
 
     def open_for_writing(self) -> None:
         """Make the folder and clear what a killed save left in it. Raises CheckpointError."""
@@ -45,26 +60,56 @@ class Checkpoints:
                 shutil.rmtree(leftover)
 
         self._on_main(clear, "use", self.folder)
+        # a save talks to the other ranks while training does
+        self.ranks = with_own_group(self.ranks)
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Write a checkpoint of `step`, then drop those past `keep_last`.
+    def save(self, snapshot: Snapshot, state: dict[str, Any], probe_loss: float, in_background: bool = True) -> Path:
+        """Write a checkpoint of step `state["step"]`, then drop those past `keep_last`.
 
-        `write(folder)` is called on all ranks and writes the backend's files; `state` is the trainer's, as JSON.
+        The files of a snapshot are written by a thread of their own unless `in_background` is false. A save that is
+        still under way is waited for first.
 
         Raises:
-            CheckpointError: on all ranks, if a file could not be written on any; earlier checkpoints are untouched.
+            CheckpointError: on all ranks, if a file could not be written on any, now or by the save before; earlier
+                checkpoints are untouched.
         """
+        self.wait()
+        step = state["step"]
         staging, final = self.folder / f".staging-step-{step:08d}", self.folder / f"step-{step:08d}"
-        self._on_main(lambda: self._stage(staging, state), "prepare", staging)
-        write(staging / BACKEND)
-        barrier(self.ranks)
-        entries = self._hash_and_sync(staging)
-        self._on_main(lambda: self._publish(staging, final, entries, state), "write", final)
-        self._on_main(self._prune, "prune", self.folder)
+
+        def write() -> None:
+            try:
+                self._on_main(lambda: self._stage(staging, state), "prepare", staging)
+                entries, digests = self._write_and_hash(staging, snapshot)
+                manifest = {"format": _FORMAT, "step": step, "files": entries}
+                proof = {"probe_loss": repr(probe_loss), "digests": {key: f"{n:016x}" for key, n in digests.items()}}
+                self._on_main(lambda: self._publish(staging, final, manifest | proof), "write", final)
+                self._on_main(self._prune, "prune", self.folder)
+            except Exception as problem:
+                self._problem = problem
+
+        self._saving = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._saving.start()
+        if not in_background:
+            self.wait()
         return final
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that verifies, with its trainer state; None if the run never saved one.
+    def wait(self) -> None:
+        """Until the save that is under way, if any, has ended. Raises CheckpointError if it failed."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed, which `wait` raises; not at the same moment on all ranks."""
+        return self._problem is not None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None if the run never saved one.
 
         Damaged ones are named on the way.
 
@@ -72,28 +117,26 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but every one is damaged.
         """
 
-        def choose() -> tuple[Path, dict[str, Any]] | str | None:
+        def choose() -> Checkpoint | str | None:
             problems = []
             for path in sorted(self._tags(), reverse=True):
                 try:
-                    found = path, verify(path)
+                    return verify(path)
                 except CheckpointError as error:
                     problems.append(str(error))
                     print(f"warning: {error}; trying the one before it", flush=True)
-                    continue
-                return found
             if not problems:
                 return None
             return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"
 
         return self._agreed(choose)
 
-    def load(self, path: Path) -> tuple[Path, dict[str, Any]]:
-        """This one checkpoint, verified, with its trainer state. Raises CheckpointError."""
+    def load(self, path: Path) -> Checkpoint:
+        """This one checkpoint, verified. Raises CheckpointError."""
 
-        def choose() -> tuple[Path, dict[str, Any]] | str:
+        def choose() -> Checkpoint | str:
             try:
-                return path, verify(path)
+                return verify(path)
             except CheckpointError as error:
                 return str(error)
 
@@ -117,9 +160,7 @@ class Checkpoints:
 
         self._on_main(rename, "set aside", self.folder)
 
-    def _agreed(
-        self, choose: Callable[[], tuple[Path, dict[str, Any]] | str | None]
-    ) -> tuple[Path, dict[str, Any]] | None:
+    def _agreed(self, choose: Callable[[], Checkpoint | str | None]) -> Checkpoint | None:
         found = from_main(choose() if self.ranks.is_main else None, self.ranks)
         if isinstance(found, str):
             raise CheckpointError(found)
@@ -144,24 +185,27 @@ class Checkpoints:
         (staging / BACKEND).mkdir(parents=True)
         (staging / TRAINER).write_text(json.dumps(state, indent=1))
 
-    def _hash_and_sync(self, staging: Path) -> dict[str, dict[str, Any]]:
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
+    def _write_and_hash(self, staging: Path, snapshot: Snapshot) -> tuple[dict[str, dict[str, Any]], Digests]:
+        """Write each rank's files; the entries of all files, and the digests added up over the ranks."""
         mine: dict[str, dict[str, Any]] = {}
+        digests: Digests = {}
         problem = None
         try:
-            for path in files[self.ranks.rank :: self.ranks.world_size]:
+            digests = snapshot.write(staging / BACKEND, self.ranks.rank, self.ranks.world_size)
+            written = [staging / BACKEND / name for name in file_names(self.ranks.rank, self.ranks.world_size)]
+            for path in [*written, staging / TRAINER] if self.ranks.is_main else written:
                 mine[path.relative_to(staging).as_posix()] = _entry(path, sync=True)
         except OSError as error:
-            problem = f"{staging}: cannot write this checkpoint: {error.strerror} ({error.filename})"
-        parts = gather((mine, problem), self.ranks)
-        problems = [problem for _, problem in parts if problem]
-        if problems:
+            problem = f"{staging}: cannot write this checkpoint: {error.strerror} ({error.filename}); make room"
+        parts = gather((mine, digests, problem), self.ranks)
+        if problems := [problem for _, _, problem in parts if problem]:
             raise CheckpointError("; ".join(problems))
-        return dict(sorted(item for entries, _ in parts for item in entries.items()))
+        entries = dict(sorted(item for entries, _, _ in parts for item in entries.items()))
+        return entries, add_digests([digests for _, digests, _ in parts])
 
-    def _publish(self, staging: Path, final: Path, entries: dict[str, Any], state: dict[str, Any]) -> None:
+    def _publish(self, staging: Path, final: Path, manifest: dict[str, Any]) -> None:
         with (staging / MANIFEST).open("w") as file:
-            file.write(_manifest_text({"format": _FORMAT, "step": state["step"], "files": entries}))
+            file.write(_manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
         for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
@@ -179,8 +223,8 @@ class Checkpoints:
             shutil.rmtree(trash)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest and return the trainer's state.
+def verify(path: Path) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest.
 
     Raises:
         CheckpointError: names the checkpoint, the file and the reason.
@@ -188,8 +232,13 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = _read_json(path, MANIFEST)
     if _manifest_text(manifest) != (path / MANIFEST).read_text():
         raise CheckpointError(f"{path}: {MANIFEST} is damaged: its own checksum does not fit")
-    files = manifest.get("files")
-    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or TRAINER not in files:
+    try:
+        files, probe_loss = dict(manifest["files"]), float(manifest["probe_loss"])
+        digests = {str(key): int(value, 16) for key, value in manifest["digests"].items()}
+        readable = manifest["format"] == _FORMAT and TRAINER in files
+    except (KeyError, TypeError, ValueError, AttributeError):
+        readable = False
+    if not readable:
         raise CheckpointError(f"{path}: {MANIFEST} is not one that this version can read")
     for name, entry in files.items():
         relative = PurePosixPath(name)
@@ -209,7 +258,7 @@ def verify(path: Path) -> dict[str, Any]:
     extra = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - set(files) - {MANIFEST}
     if extra:
         raise CheckpointError(f"{path}: {min(extra)} is not in the manifest; remove it or use another checkpoint")
-    return _read_json(path, TRAINER)
+    return Checkpoint(path, _read_json(path, TRAINER), digests, probe_loss)
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ class Training(Strict):
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
     save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
+    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
     log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
     best: Best = Best()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process among all. `group` is the process group that the collectives below use; None is the default one."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -78,9 +79,24 @@ def sum_over_ranks(sums: Sums, ranks: Ranks) -> Sums:
     if ranks.world_size == 1 or not sums:
         return sums
     flat = torch.cat([value.reshape(-1).to(torch.float64) for value in sums.values()])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=ranks.group)
     parts = flat.split([value.numel() for value in sums.values()])
     return {key: part.reshape(value.shape) for (key, value), part in zip(sums.items(), parts, strict=True)}
+
+
+def sum_int64(values: list[int], ranks: Ranks) -> list[int]:
+    """64-bit integers added over all ranks, place by place, modulo 2^64; as signed ones."""
+    signed = [value - (1 << 64) if value >= 1 << 63 else value for value in values]
+    if ranks.world_size == 1 or not values:
+        return signed
+    total = torch.tensor(signed, dtype=torch.int64, device=ranks.device)
+    dist.all_reduce(total, group=ranks.group)
+    return total.tolist()
+
+
+def with_own_group(ranks: Ranks) -> Ranks:
+    """The same ranks with a process group of their own on the CPU, for collectives beside those of training."""
+    return replace(ranks, group=dist.new_group(backend="gloo")) if ranks.world_size > 1 else ranks
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
@@ -88,7 +104,7 @@ def gather(value: T, ranks: Ranks) -> list[T]:
     if ranks.world_size == 1:
         return [value]
     values: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=ranks.group)
     return values
 
 
@@ -97,11 +113,11 @@ def from_main(value: T, ranks: Ranks) -> T:
     if ranks.world_size == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=ranks.group)
     return box[0]
 
 
 def barrier(ranks: Ranks) -> None:
     """Wait for all ranks."""
     if ranks.world_size > 1:
-        dist.barrier()
+        dist.barrier(group=ranks.group)

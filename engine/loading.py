@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,13 @@ class _Collate:
         self.task = task
 
     def __call__(self, items: list[tuple[Any, bool, int]]) -> Batch:
-        samples, valid, keys = zip(*items, strict=True)
-        batch = self.task.collate(samples)
-        batch["valid"] = torch.tensor(valid, dtype=torch.bool)
-        batch["draw"] = torch.tensor(keys, dtype=torch.int64)
-        return batch
+        return collate(self.task, items)
+
+
+def collate(task: Task, items: Sequence[tuple[Any, bool, int]]) -> Batch:
+    """The batch of these samples, each with whether it counts and the key of its draw."""
+    samples, valid, keys = zip(*items, strict=True)
+    batch = task.collate(samples)
+    batch["valid"] = torch.tensor(valid, dtype=torch.bool)
+    batch["draw"] = torch.tensor(keys, dtype=torch.int64)
+    return batch

@@ -141,11 +141,9 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
 
 
 def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:
-    """All files of one checkpoint over all ranks."""
-    width, stage = _parameter_bytes(config), config.deepspeed.zero_optimization.stage
-    master = 4 * trainable if width == 2 or stage else 0
-    module = 0 if stage == 3 else width * parameters
-    return round(module + master + _optimizer_bytes_a_parameter(config) * trainable)
+    """All files of one checkpoint over all ranks: every value once, in fp32, with what the optimizer keeps for it."""
+    frozen = _parameter_bytes(config) * (parameters - trainable)
+    return round(frozen + (4 + _optimizer_bytes_a_parameter(config)) * trainable)
 
 
 def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:

@@ -33,9 +33,14 @@ def mix(*keys: int) -> int:
 def mix_last(keys: np.ndarray, *first: int) -> np.ndarray:
     """[mix(*first, key) for key in keys], int64 [N], at numpy's speed."""
     z = keys.astype(np.int64).astype(np.uint64) + np.uint64((mix(*first) + _GOLDEN) & _MASK)
+    return finalise_array(z).astype(np.int64)
+
+
+def finalise_array(z: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser on each element of uint64 [N]: every bit of the result depends on every bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).astype(np.int64)
+    return z ^ (z >> np.uint64(31))
 
 
 def seed_torch(*keys: int) -> None:

@@ -20,18 +20,20 @@ from tqdm import tqdm
 
 from engine import nonfinite
 from engine.backends import prepare_backend
-from engine.checkpoint import BACKEND, Checkpoints
+from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes
 from engine.distributed import Ranks, sum_over_ranks
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
 from engine.hardware import memory_in_use, peak_flops
-from engine.loading import training_loader
+from engine.loading import collate, training_loader
 from engine.model_options import apply_options
 from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
 from engine.randomness import seed_torch
+from engine.resume import LAYOUT, find_checkpoint, load_checkpoint
+from engine.sharded_state import capture
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
@@ -64,6 +66,7 @@ class Trainer:
         folder: the run's folder; created if needed.
         backend: which engine shards the model.
         resume: "none", "auto", or the path of a run or a checkpoint.
+        accept_new_data: go on from a checkpoint although the data set has changed.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Trainer:
         folder: Path,
         backend: str = "deepspeed",
         resume: str = "none",
+        accept_new_data: bool = False,
     ) -> None:
         self.task, self.config, self.ranks, self.folder, self.backend_name = task, config, ranks, folder, backend
         settings = config.training
@@ -89,7 +93,9 @@ class Trainer:
         self.progress = Progress()
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
         self.checkpoints.open_for_writing()
-        found = self._find_checkpoint(resume)
+        found = find_checkpoint(resume, self.checkpoints, self._identity(), self.total_steps, accept_new_data)
+        if resume == "auto" and found is None:
+            self._say(f"{folder} holds no checkpoint yet: starting at step 0")
 
         seed_torch(settings.seed, 0)
         model = task.build_model()
@@ -98,7 +104,7 @@ class Trainer:
         self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
 
         if found is not None:
-            self._take_up(*found)
+            self._take_up(found)
 
         if ranks.is_main:
             write_json(folder / "config.json", config.as_dict())
@@ -117,6 +123,7 @@ class Trainer:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._train()
+            self.checkpoints.wait()
         finally:
             self.trackers.close()
             for number, handler in previous.items():
@@ -156,6 +163,7 @@ class Trainer:
                     self.save()
                     meter.pause()
                 if stop and not finished:
+                    self.checkpoints.wait()
                     raise InterruptedRunError(
                         f"by a signal after step {progress.step}, which is saved; go on with --resume auto "
                         f"--output-dir {self.folder}"
@@ -183,9 +191,12 @@ class Trainer:
             {
                 "weight": torch.stack([self.task.weight(batch).to(torch.float64) for batch in micro_batches]).sum(),
                 "stop": torch.tensor(float(self._stop_signal is not None), device=self.ranks.device),
+                "save_failed": torch.tensor(float(self.checkpoints.failed), device=self.ranks.device),
             },
             self.ranks,
         )
+        if agreed["save_failed"]:
+            self.checkpoints.wait()  # raises it, on all ranks in the same step
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
@@ -262,7 +273,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
-        return self.checkpoints.save(self.progress.step, self.backend.save, asdict(self.progress) | self._identity())
+        state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
+        return self.checkpoints.save(
+            capture(self.backend), state, self._probe_loss(), in_background=self.config.training.async_save
+        )
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
         save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
@@ -272,8 +286,8 @@ class Trainer:
         section = self.config.deepspeed
         precision = "bf16" if section.bf16.enabled else "fp16" if section.fp16.enabled else "fp32"
         return {
-            "backend": self.backend_name,
-            "layout": f"ZeRO {section.zero_optimization.stage}, {precision}, {self.ranks.world_size} ranks",
+            LAYOUT: f"{self.backend_name} ZeRO {section.zero_optimization.stage}, {precision}, "
+            f"{self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)}",
             "workload": self.config.workload,
             "model": self.config.model.model_dump(mode="json"),
             "optimizer": section.optimizer.type,
@@ -283,47 +297,34 @@ class Trainer:
             "seed": self.config.training.seed,
         }
 
-    def _find_checkpoint(self, resume: str) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, verified and fitting this run; None to start at step 0."""
-        if resume == "none":
-            if any(self.folder.glob("checkpoints/step-*")):
-                raise ConfigError(
-                    f"{self.folder}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
-                    "--output-dir"
-                )
-            return None
-        if resume == "auto":
-            found = self.checkpoints.newest()
-            if found is None:
-                self._say(f"{self.folder} holds no checkpoint yet: starting at step 0")
-                return None
-        else:
-            path = Path(resume)
-            found = None
-            if (path / "checkpoints").is_dir():
-                found = Checkpoints(path / "checkpoints", self.ranks, self.config.training.keep_last).newest()
-            elif path.is_dir():
-                found = self.checkpoints.load(path)
-            if found is None:
-                raise CheckpointError(
-                    f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
-                )
-        path, state = found
-        for key, mine in self._identity().items():
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"{path}: was written with {key} {state.get(key)!r}, but this run has {mine!r}; make them equal, "
-                    "or start afresh in another --output-dir"
-                )
-        if state["step"] > self.total_steps:
-            raise CheckpointError(f"{path}: is at step {state['step']}, past this run's last step {self.total_steps}")
-        return found
-
-    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
-        self.backend.load(path / BACKEND)
-        self.progress = Progress(**{name: state[name] for name in asdict(self.progress)})
+    def _take_up(self, found: Checkpoint) -> None:
+        load_checkpoint(found, self.backend, self.ranks)
+        self.progress = Progress(**{name: found.state[name] for name in asdict(self.progress)})
+        self._check_probe(found)
         self.checkpoints.set_aside_after(self.progress.step)
-        self._say(f"resumed from {path} at step {self.progress.step}")
+        mine, theirs = self._identity()[LAYOUT], found.state[LAYOUT]
+        resharded = "" if mine == theirs else f", from {theirs} to {mine}"
+        self._say(f"resumed from {found.path} at step {self.progress.step}{resharded}")
+
+    def _probe_loss(self) -> float:
+        """The loss of one fixed sample: the same before a checkpoint is saved and after it is loaded."""
+        sample = self.task.datasets()["val"][0]
+        batch = to_device(collate(self.task, [(sample, True, 0)]), self.ranks.device)
+        was_training = self.backend.model.training
+        self.backend.model.eval()
+        with torch.no_grad():
+            loss, weight = self.task.loss(self.backend.model, batch)["loss"], self.task.weight(batch)
+        self.backend.model.train(was_training)
+        return float(loss / weight)
+
+    def _check_probe(self, found: Checkpoint) -> None:
+        loss, saved = self._probe_loss(), found.probe_loss
+        exact = "fp32" in self._identity()[LAYOUT] and "fp32" in found.state[LAYOUT]
+        if not math.isclose(loss, saved, rel_tol=1e-3 if exact else 0.05) and math.isfinite(saved):
+            raise CheckpointError(
+                f"{found.path}: the loss of the probe sample was {saved:g} when it was saved and is {loss:g} now, "
+                "although every parameter is as it was: the model's code, its configuration or the sample has changed"
+            )
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._stop_signal = number  # acted on at the end of the step, by all ranks together

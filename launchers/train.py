@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
     parser.add_argument("--backend", default="auto", help="deepspeed, or auto (default)")
     parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="auto: the newest good checkpoint")
+    parser.add_argument("--accept-new-data", action="store_true", help="resume although the data set has changed")
     parser.add_argument(
         "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
     )
@@ -67,7 +68,10 @@ def _train(arguments: argparse.Namespace) -> int:
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
     ranks = start()
-    trainer = Trainer(make_task(config), config, ranks, folder, backend=backend, resume=arguments.resume)
+    trainer = Trainer(
+        make_task(config), config, ranks, folder,
+        backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,
+    )  # fmt: skip
     trainer.run()
     if ranks.is_main:
         print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")

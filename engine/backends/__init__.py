@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.deepspeed_section import BatchSizes
 from engine.distributed import Ranks
 from engine.errors import ConfigError
+from engine.sharded_state import Fragment
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Backend(Protocol):
     module: nn.Module
     """The bare model inside: for reading its structure, and for gradients that the engine must not see."""
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside, whose state is keyed by the owners of `fragments`."""
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to that of the step. Summed over the ranks and micro-batches of the step, these
         gradients are the step's: the backend neither averages nor divides."""
@@ -49,11 +55,21 @@ class Backend(Protocol):
     def loss_scale(self) -> float:
         """The factor of fp16 loss scaling in force; 1 without it."""
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and loss scale into `folder`. Called on all ranks."""
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of each parameter, trainable or not, in an order that is the same on all ranks.
 
-    def load(self, folder: Path) -> None:
-        """Take up what `save` wrote. Called on all ranks, before the first step."""
+        Over all ranks they cover every element. `engine.sharded_state` saves and loads a run through them.
+        """
+
+    def loss_scaler(self) -> dict[str, float]:
+        """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
+
+    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        """Go on from a loaded state. Called on all ranks, before the first step.
+
+        The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such
+        as half-precision copies), the schedule to where it is after `applied_steps`, and the loss scaler to its state.
+        """
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors, parameters in master precision, then buffers; one at a time, on the CPU. Called
@@ -61,13 +77,21 @@ class Backend(Protocol):
 
 
 def choose_backend(name: str) -> str:
-    """The backend that `--backend` names: "deepspeed", or "auto" for what is installed. Raises ConfigError."""
-    if name not in ("auto", "deepspeed"):
-        raise ConfigError(f"--backend {name}: unknown backend; use deepspeed or auto")
+    """What `--backend` names; "auto" is DeepSpeed where it can be imported, else FSDP. Raises ConfigError."""
+    if name not in ("auto", "deepspeed", "fsdp"):
+        raise ConfigError(f"--backend {name}: unknown backend; use deepspeed, fsdp or auto")
+    if name == "fsdp":
+        return name
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"--backend {name}: deepspeed cannot be imported ({error}); pip install deepspeed") from error
+        if name == "deepspeed":
+            raise ConfigError(
+                f"--backend {name}: deepspeed cannot be imported ({error}); pip install deepspeed, or use fsdp"
+            ) from error
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})", flush=True)
+        return "fsdp"
     return "deepspeed"
 
 
@@ -75,6 +99,10 @@ def prepare_backend(
     name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int
 ) -> Backend:
     """The model under the named engine, ready for its first step."""
+    if name == "fsdp":
+        from engine.backends.fsdp import FSDPBackend
+
+        return FSDPBackend(model, config, sizes, ranks, total_steps)
     assert name == "deepspeed"
     from engine.backends.deepspeed import DeepSpeedBackend
 

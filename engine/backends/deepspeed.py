@@ -14,7 +14,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,10 @@ from engine.backends import Stepped
 from engine.config import RunConfig
 from engine.deepspeed_section import BatchSizes, DeepSpeedSection
 from engine.distributed import Ranks
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.optimizers import build_optimizer, is_deepspeed_only
-from engine.schedules import build_scheduler
-
-_TAG = "deepspeed"
+from engine.schedules import build_scheduler, fast_forward
+from engine.sharded_state import Fragment, persistent_buffers
 
 
 def quiet() -> None:
@@ -76,11 +74,17 @@ class DeepSpeedBackend:
             deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         section = config.deepspeed
+        for part in (section.zero_optimization.offload_optimizer, section.zero_optimization.offload_param):
+            if part and part.get("device") == "nvme":
+                raise ConfigError(
+                    f"{config.source}: deepspeed.zero_optimization: offload to nvme is not supported, its state could "
+                    "not be checkpointed; use the device cpu"
+                )
         optimizer = (
             None if is_deepspeed_only(section.optimizer) else partial(build_optimizer, section=section.optimizer)
         )
         try:
-            self.engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            self.engine, _, _, self.scheduler = deepspeed.initialize(
                 model=model,
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer,
@@ -92,7 +96,7 @@ class DeepSpeedBackend:
             raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
-        self._world_size = ranks.world_size
+        self._ranks = ranks
         self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -102,7 +106,7 @@ class DeepSpeedBackend:
         if self._micro_step:
             self.engine.step()
         self._micro_step += 1
-        self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
 
     def step(self) -> Stepped:
         self._micro_step = 0
@@ -131,41 +135,109 @@ class DeepSpeedBackend:
     def loss_scale(self) -> float:
         return float(self.engine._get_optimizer_loss_scale() or 1.0) if self.engine.fp16_enabled() else 1.0
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's wrapper."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
-    def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it")
+    def fragments(self) -> list[Fragment]:
+        world = (self._ranks.world_size, self._ranks.rank)
+        masters = self._unsharded_masters()
+        found = []
+        for name, parameter in self.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if hasattr(parameter, "ds_id"):
+                found.append(self._zero3_fragment(name, shape, parameter))
+            elif hasattr(parameter, "_hp_mapping"):
+                found.append(self._zero12_fragment(name, shape, parameter))
+            else:
+                owner, offset = masters.get(parameter, (parameter, 0))
+                found.append(Fragment(name, shape, owner, offset, 0, parameter.numel(), *world))
+        return found
+
+    def _zero3_fragment(self, name: str, shape: tuple[int, ...], parameter: Any) -> Fragment:
+        """ZeRO 3 splits each parameter into equal parts, the last of them filled up."""
+        zero = self.engine.optimizer
+        part = parameter.partition_numel()
+        start = min(part * self._ranks.rank, parameter.ds_numel)
+        length = min(part, parameter.ds_numel - start)
+        if not parameter.requires_grad:
+            return Fragment(name, shape, parameter.ds_tensor, 0, start, length)
+        group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        return Fragment(name, shape, zero.fp32_partitioned_groups_flat[group], offset, start, length)
+
+    def _zero12_fragment(self, name: str, shape: tuple[int, ...], parameter: Any) -> Fragment:
+        """ZeRO 1 and 2 lay the parameters of a group end to end and split the whole; a part may lie elsewhere."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Fragment(name, shape, parameter, 0, 0, 0)
+        owner = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(name, shape, owner, here.start, there.start, here.numel)
+
+    def loss_scaler(self) -> dict[str, float]:
+        scaler = self._dynamic_scaler()
+        if scaler is None:
+            return {}
+        return {ours: getattr(scaler, theirs) for ours, theirs in _SCALER.items() if hasattr(scaler, theirs)}
+
+    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        wrapper = self.engine.optimizer
+        if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
+            for group in range(len(wrapper.fp32_partitioned_groups_flat)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(group)
+            wrapper.checkpoint_event_epilogue()
+        elif hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2
+            wrapper._hp_optimizer_states_linked = False
+            wrapper.update_lp_params()
+        for parameter, (master, offset) in self._unsharded_masters().items():
+            parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
+        fast_forward(self.scheduler, applied_steps)
+        self.engine.global_steps = applied_steps
+        scaler = self._dynamic_scaler()
+        if scaler is not None:
+            for ours, value in loss_scaler.items():
+                if hasattr(scaler, _SCALER[ours]):
+                    setattr(scaler, _SCALER[ours], value)
+
+    def _dynamic_scaler(self) -> Any:
+        wrapper = self.engine.optimizer
+        scaler = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
+        return scaler if self.engine.fp16_enabled() and hasattr(scaler, "last_overflow_iter") else None
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = self._unsharded_masters()
         for name, parameter in self.module.named_parameters():
-            master = masters.get(parameter)
-            if master is None:
-                master = safe_get_full_fp32_param(parameter)
-            yield name, (parameter if master is None else master).detach().to("cpu", copy=True)
-        for name, buffer in _persistent_buffers(self.module):
+            if parameter in masters:
+                owner, offset = masters[parameter]
+                whole = owner.view(-1)[offset : offset + parameter.numel()].view(parameter.shape)
+            else:
+                whole = safe_get_full_fp32_param(parameter)
+            with GatheredParameters([parameter], enabled=whole is None and hasattr(parameter, "ds_id")):  # frozen
+                yield name, (parameter if whole is None else whole).detach().to("cpu", copy=True)
+        for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
 
-    def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
-        """The fp32 copies that ZeRO 0 keeps of half-precision parameters, which DeepSpeed's own access leaves out."""
-        low = getattr(self.engine.optimizer, "fp16_groups", [])
-        high = getattr(self.engine.optimizer, "fp32_groups", [])
-        if self.engine.zero_optimization() or not high:
+    def _unsharded_masters(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
+        """Where ZeRO 0 keeps the fp32 copy of a half-precision parameter: a tensor, and the offset in it."""
+        wrapper = self.engine.optimizer
+        if self.engine.zero_optimization() or not hasattr(wrapper, "fp16_groups"):
             return {}
-        return {
-            p: master
-            for group, masters in zip(low, high, strict=True)
-            for p, master in zip(group, masters, strict=True)
-        }
+        found = {}
+        for index, group in enumerate(wrapper.fp16_groups):
+            offset = 0
+            for place, parameter in enumerate(group):
+                if hasattr(wrapper, "fp32_groups_flat"):
+                    found[parameter] = wrapper.fp32_groups_flat[index], offset
+                    offset += parameter.numel()
+                else:
+                    found[parameter] = wrapper.fp32_groups[index][place], 0
+        return found
 
 
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+_SCALER = {
+    "scale": "cur_scale", "iteration": "cur_iter", "last_overflow": "last_overflow_iter", "hysteresis": "cur_hysteresis"
+}  # fmt: skip

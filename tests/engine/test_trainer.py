@@ -231,7 +231,6 @@ def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path
         ({"model": {"hidden": 16}}, "model"),
         ({"data": {"samples": 39}}, "data"),
         ({"deepspeed": {"train_batch_size": 4}}, "global_batch_size"),
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "layout"),
     ],
 )
 def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any], named: str) -> None:

@@ -64,7 +64,7 @@ def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[s
     assert plan["learning_rate"]["step 0"] == pytest.approx(rates[0])
     assert plan["learning_rate"]["step 1"] == pytest.approx(rates[1])
     assert plan["learning_rate"]["last (step 5)"] == pytest.approx(rates[5])
-    files = (toy / "run/checkpoints/step-00000006/backend/deepspeed").glob("*.pt")
+    files = (toy / "run/checkpoints/step-00000006/backend").glob("*.safetensors")
     assert plan["checkpoint_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.15)
     assert plan == json.loads((toy / "run/plan.json").read_text())
 
@@ -248,12 +248,12 @@ def test_a_broken_run_is_one_message_and_status_2(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_up(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = break_run(toy, tmp_path, lambda run: cut(next((run / "checkpoints/step-00000006").rglob("*optim_states.pt"))))
+    run = break_run(toy, tmp_path, lambda run: cut(next((run / "checkpoints/step-00000006").rglob("*.safetensors"))))
     flags = ["--config", str(toy / "config.json"), "--output-dir", str(run), "--resume", "auto"]
     assert train.main(flags) == 0
     said = capsys.readouterr().out
     assert "step-00000006" in said
-    assert "optim_states.pt has" in said
+    assert ".safetensors has" in said
     assert "resumed from" in said
     assert "step-00000003" in said
     for folder in (run / "checkpoints").glob("step-*"):

@@ -1,0 +1,82 @@
+"""Which checkpoint a run goes on from, and whether it may.
+
+    none       start at step 0; refused where an earlier run's checkpoints lie
+    auto       the newest good checkpoint of the run's own folder; step 0 if it never saved one
+    PATH       a run's folder or one checkpoint
+
+A checkpoint does not depend on the backend, the ZeRO stage, the precision or the number of ranks: those may differ. The
+model, the optimizer, the order of samples and the data set must not. Optimizer and schedule settings, such as the
+learning rate, are the new configuration's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.backends import Backend
+from engine.checkpoint import BACKEND, Checkpoint, Checkpoints
+from engine.distributed import Ranks
+from engine.errors import CheckpointError, ConfigError
+from engine.sharded_state import restore
+
+DATA = ("data", "num_samples")
+LAYOUT = "layout"
+
+
+def find_checkpoint(
+    resume: str, checkpoints: Checkpoints, identity: dict[str, Any], total_steps: int, accept_new_data: bool
+) -> Checkpoint | None:
+    """The checkpoint to go on from, verified and fitting this run; None to start at step 0. Called on all ranks.
+
+    Raises:
+        ConfigError: `resume` is none, but the folder holds checkpoints.
+        CheckpointError: nothing can be loaded, or it is of a run that differs in what `identity` tells.
+    """
+    own = checkpoints.folder
+    if resume == "none":
+        if any(own.glob("step-*")):
+            raise ConfigError(
+                f"{own.parent}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
+                "--output-dir"
+            )
+        return None
+    if resume == "auto":
+        found = checkpoints.newest()
+        if found is None:
+            return None
+    else:
+        path = Path(resume)
+        found = None
+        if (path / "checkpoints").is_dir():
+            found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
+        elif path.is_dir():
+            found = checkpoints.load(path)
+        if found is None:
+            raise CheckpointError(
+                f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
+            )
+    _check_identity(found, identity, accept_new_data)
+    if found.state["step"] > total_steps:
+        raise CheckpointError(
+            f"{found.path}: is at step {found.state['step']}, past this run's last step {total_steps}"
+        )
+    return found
+
+
+def _check_identity(found: Checkpoint, identity: dict[str, Any], accept_new_data: bool) -> None:
+    for key, mine in identity.items():
+        theirs = found.state.get(key)
+        if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
+            continue
+        remedy = "--accept-new-data goes on with the data set as it is now" if key in DATA else "make them equal"
+        raise CheckpointError(
+            f"{found.path}: was written with {key} {theirs!r}, but this run has {mine!r}; {remedy}, or start afresh "
+            "in another --output-dir"
+        )
+
+
+def load_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks) -> None:
+    """Put a checkpoint's state into the backend. Called on all ranks, before the first step. Raises CheckpointError."""
+    restore(backend, found.path / BACKEND, found.digests, ranks)
+    backend.resume(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])

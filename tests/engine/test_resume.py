@@ -1,0 +1,103 @@
+"""A checkpoint of any backend, ZeRO stage and number of ranks goes on under any other, with the losses of a whole run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+
+from engine.distributed import start
+from engine.trainer import Trainer
+from tests.distributed import run_distributed_test
+from tests.engine.test_trainer import losses
+from tests.engine.tiny import TinyTask, tiny_config
+
+SAVED, STEPS = 4, 9
+
+
+class Layout(NamedTuple):
+    backend: str
+    stage: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.stage}x{self.ranks}"
+
+
+LAYOUTS = [
+    Layout(backend, stage, ranks)
+    for ranks in (1, 2, 4)
+    for backend, stage in [*(("deepspeed", stage) for stage in range(4))]
+]
+
+
+def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: int = 0) -> None:
+    section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": layout.stage}}
+    if layout.backend == "deepspeed":  # its default buckets are hundreds of megabytes
+        section["zero_optimization"] |= {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
+    # the schedule is that of the whole run, so a run that saves early is one that is stopped
+    training = {"steps": steps, "save_every": SAVED, "eval_every": 3}
+    config = tiny_config(folder.parent / f"config-{folder.name}-{rank}", data={"noise": 0.1}, training=training,
+                         deepspeed=section | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}})  # fmt: skip
+    task = TinyTask(config.data, config.model)
+    Trainer(task, config, start(), folder, backend=layout.backend, resume=resume).run()
+
+
+def save_all(rank: int, world_size: int, folder: Path, layouts: Sequence[Layout]) -> None:
+    for layout in layouts:
+        train(folder / f"from-{layout}", layout, SAVED, rank=rank)
+
+
+def resume_all(rank: int, world_size: int, folder: Path, pairs: Sequence[tuple[Layout, Layout]]) -> None:
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        for source, target in pairs:
+            train(folder / f"{source}-to-{target}", target, STEPS, str(folder / f"from-{source}"), rank)
+
+
+def cycle(layouts: Sequence[Layout]) -> list[tuple[Layout, Layout]]:
+    """Each layout as a source and as a target of a few others, each backend and stage against each other."""
+    return sorted(
+        {(one, layouts[(place * 2 + shift) % len(layouts)]) for place, one in enumerate(layouts) for shift in (1, 7)}
+        | {(one, one) for one in layouts}
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_any_layout_goes_on_from_any_other(tmp_path: Path, every: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = list(itertools.product(LAYOUTS, LAYOUTS)) if every else cycle(LAYOUTS)
+    whole = LAYOUTS[0]
+    train(tmp_path / "whole", whole, STEPS)
+    for ranks in (1, 2, 4):
+        run_distributed_test(save_all, ranks, tmp_path, [x for x in LAYOUTS if x.ranks == ranks], backend=None)
+    for ranks in (1, 2, 4):
+        some = [(source, target) for source, target in pairs if target.ranks == ranks]
+        run_distributed_test(resume_all, ranks, tmp_path, some, backend=None, timeout_s=600)
+    expected = losses(tmp_path / "whole")[SAVED:]
+    worst: dict[tuple[Layout, Layout], float] = {}
+    for source, target in pairs:
+        found = losses(tmp_path / f"{source}-to-{target}")
+        assert len(found) == STEPS - SAVED
+        worst[source, target] = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    with capsys.disabled():
+        print("\n" + table(worst))
+    assert {pair: error for pair, error in worst.items() if error > 1e-5} == {}
+    reference = load_file(tmp_path / "whole/final/model.safetensors")
+    for source, target in pairs:
+        final = load_file(tmp_path / f"{source}-to-{target}/final/model.safetensors")
+        assert all(final[name].allclose(reference[name], rtol=1e-4, atol=1e-6) for name in reference)
+
+
+def table(worst: dict[tuple[Layout, Layout], float]) -> str:
+    """Rows: written by; columns: read by; the largest relative difference of a loss from those of the whole run."""
+    lines = [f"{'written by / read by':>20}" + "".join(f"{str(target):>15}" for target in LAYOUTS)]
+    for source in LAYOUTS:
+        cells = [f"{worst[source, target]:.0e}" if (source, target) in worst else "." for target in LAYOUTS]
+        lines.append(f"{str(source):>20}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
