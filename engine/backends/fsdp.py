@@ -1,0 +1,239 @@
+"""FSDP2 (`torch.distributed.fsdp.fully_shard`) as a backend: no DeepSpeed, one process or many.
+
+The section "deepspeed" means here what it means there (engine/fsdp_section.py says key by key):
+- ZeRO 3 frees a block's parameters after its forward and gathers them again for its backward.
+- ZeRO 2 keeps them gathered from the first forward of a step to its last backward. The gradients of each micro-batch
+  are reduce-scattered, so that a rank keeps its shard of the sum.
+- ZeRO 1 is ZeRO 2 with whole gradients: they add up on each rank and are reduced once a step.
+- ZeRO 0 is ZeRO 1 with everything replicated, on a mesh whose shards have one rank each.
+- `zero_hpz_partition_size` is the number of ranks that share one copy of the state; the copies are replicas (HSDP).
+
+Parameters are fp32 shards, which the optimizer steps; bf16 and fp16 are what they are gathered in. Buffers keep their
+dtype. What is put right here: FSDP averages gradients over the ranks, but the protocol wants their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from engine.backends import Stepped
+from engine.config import RunConfig
+from engine.deepspeed_section import BatchSizes, DeepSpeedSection
+from engine.distributed import Ranks
+from engine.errors import ConfigError
+from engine.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
+from engine.loss_scaling import LossScaler
+from engine.model_options import blocks
+from engine.optimizers import build_optimizer
+from engine.schedules import build_scheduler, fast_forward
+from engine.sharded_state import Fragment, persistent_buffers
+
+
+class FSDPBackend:
+    """engine.backends.Backend on fully_shard."""
+
+    name = "fsdp"
+
+    def __init__(self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int) -> None:
+        section = config.deepspeed
+        check_fsdp_section(section, config.source, ranks.world_size)
+        self._stage = section.zero_optimization.stage
+        mesh = _mesh(section, ranks)
+        self._shards = mesh["shard"]
+        self._replicas = mesh["replica"] if mesh.ndim == 2 else None
+        self._units = _shard(model, section, mesh, config.source)
+        self.model = self.module = model
+        # the shards, kept because the modules themselves hold gathered copies at times
+        self._parameters = list(model.named_parameters())
+        self._trainable = [parameter for _, parameter in self._parameters if parameter.requires_grad]
+        self.optimizer = build_optimizer(self._trainable, section.optimizer)
+        self._scheduler = build_scheduler(self.optimizer, section.scheduler, total_steps)
+        self._scaler = LossScaler.of(section.fp16)
+        self._max_norm = section.gradient_clipping
+        self._device = ranks.device
+        self._grad_accum_steps, self._micro_batch = sizes.grad_accum_steps, 0
+
+    def backward(self, loss: Tensor) -> None:
+        self._micro_batch += 1
+        if self._grad_accum_steps > 1 and self._micro_batch in (1, self._grad_accum_steps):
+            self._set_last(self._micro_batch == self._grad_accum_steps)
+        (loss * self._scaler.scale if self._scaler.scale != 1 else loss).backward()
+
+    def _set_last(self, is_last: bool) -> None:
+        """Say whether the backward that comes is the step's last: what can wait for it, waits."""
+        root = self._units[-1]
+        if self._stage < 2:
+            root.set_requires_gradient_sync(is_last)
+        if self._stage < 3:
+            root.set_reshard_after_backward(is_last)
+        root.set_requires_all_reduce(is_last)
+
+    def step(self) -> Stepped:
+        self._micro_batch = 0
+        gradients = [cast(DTensor, p.grad).to_local() for p in self._trainable if p.grad is not None]
+        norm = self._global_norm(gradients) / self._scaler.scale
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            factor = 1 / self._scaler.scale
+            if self._max_norm > 0:
+                factor *= min(1.0, self._max_norm / (norm + 1e-6))
+            if factor != 1:
+                torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
+            self._scheduler.step()
+        self.optimizer.zero_grad()
+        self._reshard()
+        self._scaler.update(skipped)
+        return Stepped(float("inf") if skipped else norm, skipped)
+
+    def _global_norm(self, gradients: list[Tensor]) -> float:
+        """The norm over all shards; each element counts once, replicas do not."""
+        squares = torch.zeros((), dtype=torch.float64, device=self._device)
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
+            squares += norms.to(self._device, torch.float64).square().sum()
+        if self._shards.size() > 1:
+            dist.all_reduce(squares, group=self._shards.get_group())
+        return math.sqrt(squares.item())
+
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def loss_scale(self) -> float:
+        return self._scaler.scale
+
+    def fragments(self) -> list[Fragment]:
+        return [self._fragment(name, parameter) for name, parameter in self._parameters]
+
+    def _fragment(self, name: str, owner: nn.Parameter) -> Fragment:
+        """FSDP cuts the rows like torch.chunk: as many to each rank as to the first, until there are none left."""
+        rows, row_size = owner.shape[0], math.prod(owner.shape[1:])
+        first_row = min(rows, self._shards.get_local_rank() * -(-rows // self._shards.size()))
+        return Fragment(
+            name, tuple(owner.shape), owner, offset=0, start=first_row * row_size,
+            length=cast(DTensor, owner).to_local().numel(),
+            replicas=self._replicas.size() if self._replicas else 1,
+            replica=self._replicas.get_local_rank() if self._replicas else 0,
+        )  # fmt: skip
+
+    def loss_scaler(self) -> dict[str, float]:
+        return self._scaler.state()
+
+    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        self._reshard()
+        fast_forward(self._scheduler, applied_steps)
+        self._scaler.load(loss_scaler)
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters:
+            yield name, cast(DTensor, parameter.detach()).full_tensor().to("cpu", copy=True)
+        for name, buffer in persistent_buffers(self.module):
+            yield name, buffer.detach().to("cpu", copy=True)
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The model with whole parameters. Within, it runs without a collective, so ranks may go different ways."""
+        root = self._units[-1]
+        for unit in self._units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        root.set_reshard_after_backward(False)
+        try:
+            yield self.module
+        finally:
+            root.set_reshard_after_backward(True)
+            for unit in self._units:
+                unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Drop gathered copies, which do not follow what is written into the shards."""
+        for unit in self._units:
+            unit.reshard()
+
+
+def _mesh(section: DeepSpeedSection, ranks: Ranks) -> DeviceMesh:
+    """The ranks as ("shard",), or as ("replica", "shard") where several of them hold the same elements."""
+    together = shard_group_size(section, ranks.world_size)
+    sizes: tuple[int, ...] = (together,)
+    names: tuple[str, ...] = ("shard",)
+    if together < ranks.world_size:
+        sizes, names = (ranks.world_size // together, together), ("replica", "shard")
+    return init_device_mesh(ranks.device.type, sizes, mesh_dim_names=names)
+
+
+def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source: str) -> list[FSDPModule]:
+    """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
+    units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
+    _check_parameters(model, units, source)
+    dtype = torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else None
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=reduce_dtype(section), cast_forward_inputs=section.fp16.auto_cast
+    )
+    offload = _offload_policy(section, mesh.device_type)
+    for unit in units:
+        fully_shard(
+            unit, mesh=mesh, mp_policy=precision, offload_policy=offload,
+            # the parameters outside the blocks stay: the backward begins with them
+            reshard_after_forward=section.zero_optimization.stage == 3 and unit is not model,
+        )  # fmt: skip
+        shard = cast(FSDPModule, unit)
+        # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
+        shard.set_gradient_divide_factor(1.0)
+        shard.set_force_sum_reduction_for_comms(True)
+        # a parameter that only some ranks use must not leave the others waiting
+        shard.set_reduce_scatter_unused_params(True, recurse=False)
+    return [cast(FSDPModule, unit) for unit in units]
+
+
+def _check_parameters(model: nn.Module, units: list[nn.Module], source: str) -> None:
+    """Raise ConfigError for what fully_shard cannot shard, by the parameter's name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        if parameter.ndim == 0:
+            raise ConfigError(
+                f"{source}: FSDP shards rows, and the model's parameter {name} is a scalar: give it the shape [1], or "
+                "use --backend deepspeed"
+            )
+        if not parameter.is_contiguous():
+            raise ConfigError(
+                f"{source}: FSDP shards rows, and those of the model's parameter {name} are not contiguous (strides "
+                f"{list(parameter.stride())}): make it from tensor.contiguous(), or use --backend deepspeed"
+            )
+    unit_of: dict[nn.Parameter, nn.Module] = {}
+    taken: set[nn.Module] = set()
+    for unit in units:
+        for module in set(unit.modules()) - taken:
+            for parameter in module.parameters(recurse=False):
+                if unit_of.setdefault(parameter, unit) is not unit:
+                    raise ConfigError(
+                        f"{source}: FSDP gathers block by block, and the model's parameter {names[parameter]} belongs "
+                        "to two blocks: keep it outside them (see _no_split_modules), or use --backend deepspeed"
+                    )
+            taken.add(module)
+
+
+def _offload_policy(section: DeepSpeedSection, device_type: str) -> OffloadPolicy:
+    """Where shards, gradients and optimizer states live between their uses."""
+    zero = section.zero_optimization
+    for options in (zero.offload_optimizer, zero.offload_param):
+        if options and options.get("device") == "cpu":
+            # on the CPU nothing moves, and there is nothing to pin memory for
+            return CPUOffloadPolicy(pin_memory=device_type != "cpu" and options.get("pin_memory", True))
+    return OffloadPolicy()
