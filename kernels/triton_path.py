@@ -33,5 +33,5 @@ def jit(function: Any) -> Any:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 2 for the interpreter, so that its programs loop and meet."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Streaming multiprocessors of a GPU; 1 for the interpreter, whose programs run one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch and polars read these when they are imported
@@ -22,9 +23,17 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from a run without `-m gpu`, so that it does the same on every machine."""
+    """Hide GPUs from a run without `-m gpu`, so that it does the same on every machine, and have Triton interpret.
+
+    Triton looks for TRITON_INTERPRET when it is imported and where a kernel is decorated, so both happen here. Kernels
+    take CPU tensors only under the fixtures of tests/kernels; processes that tests start know nothing of it.
+    """
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            triton_path = importlib.import_module("kernels.triton_path")
+        triton_path.INTERPRETED = False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,40 +1,35 @@
-"""What the kernels' tests share: `interpreter`, for a module that runs Triton kernels on the CPU."""
+"""What the kernels' tests share: `interpreter` and `device`, under which Triton kernels run."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import sys
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import kernels
-from kernels import triton_path
-
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
-    """Run the kernels through Triton's interpreter on CPU tensors while this module's tests run.
+    """While this module's tests run, the kernels run on CPU tensors, through Triton's interpreter."""
+    with _interpreted():
+        yield
 
-    Triton decides at a kernel's decoration whether it interprets, so the modules are loaded again with
-    TRITON_INTERPRET=1, and once more without it at the end. A module loaded again keeps its dictionary: functions that a
-    test has imported before see the new kernels.
-    """
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device on which the kernels run: the CPU, through Triton's interpreter, and with `-m gpu` the GPU."""
+    with _interpreted() if request.param == "cpu" else contextlib.nullcontext():
+        yield torch.device(request.param)
+
+
+@contextlib.contextmanager
+def _interpreted() -> Iterator[None]:
+    from kernels import triton_path  # not before tests/conftest.py has chosen how
+
     if triton_path.triton is None:
         pytest.skip("needs Triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        _reload_kernels()
+        patch.setenv("TRITON_INTERPRET", "1")  # for kernels in modules that are imported when first needed
+        patch.setattr(triton_path, "INTERPRETED", True)
         yield
-    _reload_kernels()
-    torch.compiler.reset()
-
-
-def _reload_kernels() -> None:
-    importlib.reload(triton_path)
-    for _ in range(2):  # twice, since a kernel may call one that a later module defines
-        for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
-            if module.name in sys.modules and module.name != triton_path.__name__:
-                importlib.reload(sys.modules[module.name])
