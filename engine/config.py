@@ -58,6 +58,9 @@ class Training(Strict):
     compile: bool | str = Field(default=False, description="true, or the name of a torch.compile backend")
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
+    hang_timeout_s: float = Field(
+        default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
+    )
     deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
 
     @model_validator(mode="after")

@@ -117,6 +117,11 @@ def from_main(value: T, ranks: Ranks) -> T:
     return box[0]
 
 
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait for all ranks."""
     if ranks.world_size > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -20,7 +22,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 @torch.no_grad()
 def evaluate(
     task: Task, model: nn.Module, ranks: Ranks, *, split: str = "val", num_samples: int | None, micro_batch_size: int,
-    num_workers: int = 0, progress: bool = True,
+    num_workers: int = 0, progress: bool = True, before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """The metrics of a split. Called on all ranks, which all get the same.
 
@@ -34,6 +36,7 @@ def evaluate(
     model.eval()
     sums: Sums | None = None
     for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
+        before_batch()
         sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
     model.train(was_training)
     if sums is None:

@@ -40,8 +40,8 @@ class Fragment:
     """Elements `start` to `start + length` of a flattened parameter, as one rank holds them.
 
     `owner` is the tensor that the optimizer steps and under which it keeps its state; the elements begin at `offset` of
-    its (local, flattened) storage; `length` may be 0. Where several ranks hold the same elements, each writes its share of them:
-    `replicas` says how many do, `replica` which this one is.
+    its (local, flattened) storage; `length` may be 0. Where several ranks hold the same elements, each writes its share
+    of them: `replicas` says how many do, `replica` which this one is.
     """
 
     name: str

@@ -23,7 +23,7 @@ from engine.backends import prepare_backend
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes
-from engine.distributed import Ranks, sum_over_ranks
+from engine.distributed import Ranks, lost_a_rank, sum_over_ranks
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
 from engine.hardware import memory_in_use, peak_flops
@@ -37,6 +37,7 @@ from engine.sharded_state import capture
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
+from engine.watchdog import Watchdog
 from engine.weights import save_weights
 
 
@@ -112,19 +113,30 @@ class Trainer:
             self._say(render_summary(self.plan))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._stop_signal: int | None = None
+        self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
 
     def run(self) -> Progress:
         """Train to the last step, to an early stop or to a signal; leave best/ and final/ behind.
 
         Raises:
             InterruptedRunError: a signal came; a checkpoint of the last finished step is saved.
-            TrunklineError: too many steps in a row had to be skipped.
+            TrunklineError: too many steps in a row had to be skipped, a checkpoint could not be written, or another
+                rank has ended.
         """
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.watchdog.start()
         try:
             self._train()
             self.checkpoints.wait()
+        except RuntimeError as error:
+            if not lost_a_rank(error):
+                raise
+            raise TrunklineError(
+                f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
+                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
+            ) from error
         finally:
+            self.watchdog.stop()
             self.trackers.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -132,6 +144,7 @@ class Trainer:
 
     def _train(self) -> None:
         settings, progress = self.config.training, self.progress
+        self.watchdog.note(progress.step, "evaluating")
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
         meter = Meter(self)
         with self._bar() as bar:
@@ -140,6 +153,7 @@ class Trainer:
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
                 lr = self.backend.learning_rate()
                 sums, weight, stop = self._accumulate(micro_batches)
+                self.watchdog.note(progress.step, "optimizer step")
                 stepped = self.backend.step()
                 progress.step += 1
 
@@ -160,6 +174,7 @@ class Trainer:
                     finished |= self._evaluate()
                     meter.pause()
                 if progress.step % settings.save_every == 0 or finished or stop:
+                    self.watchdog.note(progress.step, "saving a checkpoint")
                     self.save()
                     meter.pause()
                 if stop and not finished:
@@ -170,6 +185,7 @@ class Trainer:
                     )
                 if finished:
                     break
+                self.watchdog.note(progress.step, "reading the next batch")
         self._save_weights("final", {"step": progress.step})
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
@@ -187,6 +203,7 @@ class Trainer:
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self.config.training.seed, 1, self.progress.step, self.ranks.rank)
         micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
+        self.watchdog.note(self.progress.step, "all-reduce of the batch's weight")
         agreed = sum_over_ranks(
             {
                 "weight": torch.stack([self.task.weight(batch).to(torch.float64) for batch in micro_batches]).sum(),
@@ -201,6 +218,7 @@ class Trainer:
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
         for batch in micro_batches:
+            self.watchdog.note(self.progress.step, "forward, backward and reduction of the gradients")
             part = self.task.loss(self.backend.model, batch)
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
@@ -265,6 +283,7 @@ class Trainer:
         metrics = evaluate(
             self.task, self.backend.model, self.ranks, num_samples=num_samples,
             micro_batch_size=self.sizes.micro_batch_size, num_workers=self.config.training.num_workers,
+            before_batch=lambda: self.watchdog.note(self.progress.step, "evaluating"),
         )  # fmt: skip
         name = self.config.training.best.metric
         if name not in metrics:

@@ -1,5 +1,6 @@
 """Train a run: `deepspeed --num_gpus N launchers/train.py --config configs/<workload>/<name>.json`.
 
+Without DeepSpeed: `torchrun --nproc_per_node N launchers/train.py --config ... --backend fsdp`.
 One GPU or none: `python launchers/train.py --config ...` does the same on a single process.
 """
 
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over the file")
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
-    parser.add_argument("--backend", default="auto", help="deepspeed, or auto (default)")
+    parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
     parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="auto: the newest good checkpoint")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although the data set has changed")
     parser.add_argument(
@@ -67,7 +68,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
-    ranks = start()
+    ranks = start(timeout_s=2 * config.training.hang_timeout_s)  # the watchdog, which names the rank, comes first
     trainer = Trainer(
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,

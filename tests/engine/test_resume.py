@@ -1,4 +1,4 @@
-"""A checkpoint of any backend, ZeRO stage and number of ranks goes on under any other, with the losses of a whole run."""
+"""A checkpoint of any backend, ZeRO stage and number of ranks goes on under any other, with a whole run's losses."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: 
     section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": layout.stage}}
     if layout.backend == "deepspeed":  # its default buckets are hundreds of megabytes
         section["zero_optimization"] |= {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
-    # the schedule is that of the whole run, so a run that saves early is one that is stopped
     training = {"steps": steps, "save_every": SAVED, "eval_every": 3}
-    config = tiny_config(folder.parent / f"config-{folder.name}-{rank}", data={"noise": 0.1}, training=training,
-                         deepspeed=section | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}})  # fmt: skip
+    section["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}
+    own = folder.parent / f"config-{folder.name}-{rank}"
+    config = tiny_config(own, data={"noise": 0.1}, training=training, deepspeed=section)
     task = TinyTask(config.data, config.model)
     Trainer(task, config, start(), folder, backend=layout.backend, resume=resume).run()
 
@@ -96,8 +96,8 @@ def test_any_layout_goes_on_from_any_other(tmp_path: Path, every: bool, capsys: 
 
 def table(worst: dict[tuple[Layout, Layout], float]) -> str:
     """Rows: written by; columns: read by; the largest relative difference of a loss from those of the whole run."""
-    lines = [f"{'written by / read by':>20}" + "".join(f"{str(target):>15}" for target in LAYOUTS)]
+    lines = [f"{'written by / read by':>20}" + "".join(f"{target!s:>15}" for target in LAYOUTS)]
     for source in LAYOUTS:
         cells = [f"{worst[source, target]:.0e}" if (source, target) in worst else "." for target in LAYOUTS]
-        lines.append(f"{str(source):>20}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{source!s:>20}" + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
