@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from engine.errors import ConfigError
@@ -201,6 +202,11 @@ class DeepSpeedSection(Strict):
         if "lr" not in self.optimizer.params:
             raise ValueError("optimizer.params.lr is missing; this key is required")
         return self
+
+
+def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
+    """The dtype that the model computes in."""
+    return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import RunConfig
-from engine.deepspeed_section import batch_sizes
+from engine.deepspeed_section import batch_sizes, parameter_dtype
 from engine.errors import TrunklineError
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.order import GlobalBatches
@@ -102,13 +102,8 @@ def _size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _parameter_dtype(config: RunConfig) -> torch.dtype:
-    section = config.deepspeed
-    return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
-
-
 def _parameter_bytes(config: RunConfig) -> int:
-    return _parameter_dtype(config).itemsize
+    return parameter_dtype(config.deepspeed).itemsize
 
 
 def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
@@ -160,7 +155,7 @@ def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_bat
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a task may hold tensors too
-            faked = _Faked(model, mode, _parameter_dtype(config))
+            faked = _Faked(model, mode, parameter_dtype(config.deepspeed))
             own = {tensor.untyped_storage()._cdata for tensor in faked.tensors.values()}
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = task.loss(faked, {key: mode.from_tensor(value) for key, value in batch.items()})["loss"]

@@ -22,7 +22,7 @@ from engine import nonfinite
 from engine.backends import prepare_backend
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
-from engine.deepspeed_section import batch_sizes
+from engine.deepspeed_section import batch_sizes, parameter_dtype
 from engine.distributed import Ranks, lost_a_rank, sum_over_ranks
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
@@ -33,6 +33,7 @@ from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
 from engine.randomness import seed_torch
 from engine.resume import LAYOUT, find_checkpoint, load_checkpoint
+from engine.selftest import collective_self_test
 from engine.sharded_state import capture
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
@@ -86,6 +87,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         require_trackers(settings.trackers)
+        if ranks.world_size > 1:
+            collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         self.sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.dataset = task.datasets()["train"]
         self.batches = GlobalBatches(len(self.dataset), self.sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
@@ -303,7 +306,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that takes it up must have in common."""
         section = self.config.deepspeed
-        precision = "bf16" if section.bf16.enabled else "fp16" if section.fp16.enabled else "fp32"
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(parameter_dtype(section), "fp32")
         return {
             LAYOUT: f"{self.backend_name} ZeRO {section.zero_optimization.stage}, {precision}, "
             f"{self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)}",

@@ -14,9 +14,12 @@ from engine.backends import Backend
 from engine.config import RunConfig
 from engine.distributed import Ranks, barrier
 from engine.errors import CheckpointError
+from engine.strict import read_json_object
 from engine.task import Task
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Beside weights in several files: which file holds which tensor, as Hugging Face writes it."""
 
 
 def save_weights(
@@ -48,6 +51,17 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in once}
 
 
+def _files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that the index beside them names."""
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
+    if not names or any(name != Path(name).name or not name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"{index}: weight_map must name .safetensors files of this folder; found {names[:3]}")
+    return [folder / name for name in names]
+
+
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Load `folder`'s weights into `model` and return the facts saved with them (step, metric).
 
@@ -55,12 +69,15 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         CheckpointError: names the file and the tensor that is missing, unknown or of another shape.
     """
     path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
+    found: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                facts |= {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
     for name, tensor in found.items():
         if name not in wanted:

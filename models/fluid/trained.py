@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.strict import read_json_object, validated
-from engine.weights import WEIGHTS, load_weights
+from engine.weights import INDEX, WEIGHTS, load_weights
 from models.fluid.config import FluidData, FluidModel
 from models.fluid.network import FluidDecoder
 from models.fluid.schema import Schema
@@ -35,7 +35,7 @@ class Trained:
 def find_weights(run: Path) -> Path:
     """The folder with a run's weights: best/, else final/, else `run` itself. Raises CheckpointError."""
     for folder in (run / "best", run / "final", run):
-        if (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
             return folder
     raise CheckpointError(
         f"{run}: no {WEIGHTS} here, nor in best/ or final/ of it: give the folder of a run that has evaluated or ended"

@@ -1,0 +1,79 @@
+"""launchers/export.py: the weights of any checkpoint, whole, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.checkpoint import verify
+from engine.export import export_weights
+from launchers.export import main
+from models.fluid.trained import load_trained
+from tests.distributed import run_distributed_test
+from tests.engine.test_resume import SAVED, Layout, save_all
+
+
+def test_the_newest_checkpoint_gives_the_final_weights(toy: Path, tmp_path: Path) -> None:
+    assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out")]) == 0
+    exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", toy / "run/final"))
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in final)
+    assert json.loads((tmp_path / "out/config.json").read_text())["workload"] == "fluid"
+
+
+def test_shards_have_an_index_and_can_be_loaded(toy: Path, tmp_path: Path) -> None:
+    assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out"), "--max-shard-gib", "1e-4"]) == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert [file.name for file in files] == [
+        f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))
+    ]
+    whole = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert {key: index["weight_map"][key] for key in whole} == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert max(file.stat().st_size for file in files) < 2e-4 * 2**30
+    folders = tmp_path / "out", toy / "run/final"
+    one, two = (load_trained(folder, torch.device("cpu")).model.state_dict() for folder in folders)
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_weights_are_cast_where_asked(toy: Path, tmp_path: Path) -> None:
+    assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    final = load_file(toy / "run/final/model.safetensors")
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(tensor, final[name].to(torch.bfloat16))
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_in_parts_is_put_together(tmp_path: Path) -> None:
+    layout = Layout("deepspeed", 3, 2)
+    run_distributed_test(save_all, 2, tmp_path, [layout], backend=None)
+    run = tmp_path / f"from-{layout}"
+    export_weights(verify(run / f"checkpoints/step-{SAVED:08d}"), tmp_path / "out", 2**30)
+    exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "final"))
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in final)
+
+
+def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy / "run", run)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").touch()
+    damaged = next((run / "checkpoints/step-00000003").rglob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for flags, message in (
+        (["--run", str(run), "--out", str(tmp_path / "full")], "is not an empty folder"),
+        (["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")], "holds no checkpoint"),
+        (["--run", str(run), "--out", str(tmp_path / "new"), "--step", "5"], "MANIFEST.json cannot be read"),
+        (["--run", str(run), "--out", str(tmp_path / "new"), "--step", "3"], "bytes; its manifest says"),
+    ):
+        assert main(flags) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
