@@ -5,10 +5,20 @@
 With causal_block c, query i sees key j if and only if j // c <= i // c: whole blocks of the sequence follow one
 another, and within its own block a query sees everything. A key that `key_mask` calls padding is seen by nobody.
 
-The path below is composed of torch's own fused attention and runs on any device. Block-causal attention needs no mask
-there: the queries of block t attend, unmasked, to the first (t+1)c keys. 4D useful FLOPs per visible pair forward, 10D
-backward; memory beyond the inputs and the output is O(N + M). Dtype: softmax in fp32 inside torch's kernels.
-Dao et al., "FlashAttention" (2022).
+On GPUs the Triton kernels of flash_attention_forward.py and flash_attention_backward.py do it, which say how. The path
+below is composed of torch's own fused attention and runs on any device, and in fp64. Block-causal attention needs no mask
+there: the queries of block t attend, unmasked, to the first (t+1)c keys.
+
+FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D and S = B M Hkv D the
+forward pass reads or writes each value of q, k, v and out once from or to memory, e (2R + 2S) bytes at e bytes a value,
+if the keys of the heads at work fit in the L2 cache. Both passes together hold
+    e (4R + 4S)     q, k, v, out and their gradients
+    8 B N Hq        the log-sum-exp of each row and rowsum(dO * O), fp32
+    4 R             dQ while it is summed, fp32 (not in deterministic mode)
+and nothing of size N x M: for 67,120 tokens, 8 heads of 64 (key heads too) in bf16 2 x 4 x 65.5 + 4.1 + 131.1 MiB = 660 MiB,
+and twice that for twice the length. Dtype: inputs and outputs in one dtype, softmax and sums in fp32; under autocast q, k
+and v are cast to its dtype first, as torch's own attention does.
+Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023).
 """
 
 from __future__ import annotations
@@ -18,6 +28,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.flash_attention_op import flash_attention_op
+from kernels.triton_path import available
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -41,6 +54,7 @@ def flash_attention(
 
     Raises ValueError for arguments that do not fit together.
     """
+    q, k, v = (_autocast(x) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _check(q, k, v, causal_block, key_mask, scale)
     N, M = q.shape[1], k.shape[1]
@@ -48,6 +62,8 @@ def flash_attention(
         # Nothing is visible. The empty slices tie k and v into the graph, so that their gradients are zeros.
         nothing = k[:, :0].sum() + v[:, :0].sum()
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + nothing
+    if available(q) and q.dtype != torch.float64:
+        return flash_attention_op(q, k, v, key_mask, causal_block, scale)[0]
     dtype, sees = q.dtype, None
     if key_mask is not None:
         sees = _sees_any_key(key_mask, N, causal_block)[:, :, None, None]
@@ -58,6 +74,14 @@ def flash_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # or torch's kernel falls to a dense one
     out = _attend(q, k, v, causal_block, scale)
     return out if sees is None else out[..., :-_EXTRA].masked_fill(~sees, 0).to(dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, where that is on and x takes part in it."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: float) -> Tensor:

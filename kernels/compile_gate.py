@@ -1,0 +1,165 @@
+"""python -m kernels.compile_gate: what every shipped tile of flash_attention needs in registers and shared memory.
+
+Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. `limits_broken` says
+what would make a tile slow or unusable: registers spilled to memory, more shared memory than a multiprocessor lends to
+one program (CUDA C++ Programming Guide, "Compute capabilities"), or, on sm_90, products of 16-bit tiles that do not run
+as warp-group instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kernels import flash_attention_backward as backward
+from kernels import flash_attention_forward as forward
+from kernels.flash_attention_tiles import TILES, Tile
+from kernels.triton_path import triton
+
+SHARED_MEMORY_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
+
+
+class Configuration(NamedTuple):
+    architecture: int  # 90 for sm_90
+    name: str  # the pass: "forward", "backward" in one pass, "backward_dkdv" and "backward_dq" where deterministic
+    dtype: str  # as Triton spells it
+    head_dim: int
+    causal: bool
+    masked: bool
+
+    @property
+    def tile(self) -> Tile:
+        bits = 32 if self.dtype == "fp32" else 16
+        name = "backward" if self.name == "backward_dkdv" else self.name
+        return TILES[self.architecture, bits, name][triton.next_power_of_2(self.head_dim)]
+
+    def __str__(self) -> str:
+        pattern = ("causal" if self.causal else "full") + ("+mask" if self.masked else "")
+        return f"sm_{self.architecture} {self.name} {self.dtype} D={self.head_dim} {pattern}"
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    wgmma: bool
+
+
+PASSES = ("forward", "backward", "backward_dkdv", "backward_dq")
+
+
+def configurations(every: bool) -> Iterator[Configuration]:
+    """All of them, or one a tile of the 16-bit table: bf16, block-causal with a key mask, which holds the most code."""
+    for architecture in (90, 80):
+        for name in PASSES if every else ("forward", "backward", "backward_dq"):
+            for head_dim in (16, 32, 64, 80, 128, 256) if every else (16, 32, 64, 128, 256):
+                for dtype in ("bf16", "fp16", "fp32") if every else ("bf16",):
+                    for causal, masked in ((True, True), (True, False), (False, False)) if every else ((True, True),):
+                        yield Configuration(architecture, name, dtype, head_dim, causal, masked)
+
+
+def measure(configuration: Configuration) -> Usage:
+    """Compile one configuration and read what it needs off the machine code."""
+    compiled = _compile(configuration)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma)
+
+
+def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
+    broken = []
+    if usage.stack_bytes or usage.local_bytes:
+        broken.append(f"spills {max(usage.stack_bytes, usage.local_bytes)} bytes")
+    if usage.shared_bytes > SHARED_MEMORY_LIMIT[configuration.architecture]:
+        broken.append(f"needs {usage.shared_bytes} bytes of shared memory")
+    if configuration.architecture == 90 and configuration.dtype != "fp32" and not usage.wgmma:
+        broken.append("no wgmma")
+    return broken
+
+
+def table_row(configuration: Configuration, usage: Usage) -> str:
+    tile = configuration.tile
+    return (
+        f"{configuration!s:44} {tile.block_m:3} x {tile.block_n:3}, {tile.num_warps} warps, {tile.num_stages} stages: "
+        f"{usage.registers:3} registers, {usage.shared_bytes / 1024:5.1f} KiB shared"
+    )
+
+
+def _compile(configuration: Configuration) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    architecture, name, dtype, head_dim, causal, masked = configuration
+    tile = configuration.tile
+    if name == "forward":
+        kernel = forward._flash_fwd_kernel
+    elif name == "backward_dq":
+        kernel = backward._flash_bwd_dq_kernel
+    else:
+        kernel = backward._flash_bwd_kernel
+    constants: dict[str, object] = {
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "HAS_MASK": masked,
+    }
+    if "ADD_DQ" in kernel.arg_names:
+        constants["ADD_DQ"] = name == "backward"
+    signature = {
+        argument: "constexpr" if argument in constants else _type(argument, dtype) for argument in kernel.arg_names
+    }
+    aligned = [
+        i for i, argument in enumerate(kernel.arg_names) if signature[argument][0] == "*" or "_stride_" in argument
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _type(argument: str, dtype: str) -> str:
+    if argument in ("q", "k", "v", "out", "d_out", "dq", "dk", "dv"):
+        return f"*{dtype}"
+    if argument in ("lse", "delta", "dq_sum"):
+        return "*fp32"
+    if argument == "key_mask":
+        return "*u8"
+    if argument == "key_tiles":
+        return "*i32"
+    return "fp32" if argument.startswith("scale") else "i32"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", action="store_true", help="every dtype and pattern too, not one of each tile")
+    parser.add_argument("--only", default="", help="a regular expression for the names in the first column")
+    arguments = parser.parse_args()
+    failures = 0
+    for configuration in configurations(arguments.every):
+        if re.search(arguments.only, str(configuration)):
+            usage = measure(configuration)
+            broken = limits_broken(configuration, usage)
+            print(table_row(configuration, usage) + "".join(f"  [{reason}]" for reason in broken), flush=True)
+            failures += bool(broken)
+    raise SystemExit(f"{failures} configurations break a limit" if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton's functions are pointers, tiles and integers, which have no Python types)
+"""launch_backward: the Triton kernels of flash_attention's backward pass.
+
+    P = exp(S - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = s dS K,  dK = s dS^T Q,  delta = rowsum(dO * O)
+
+One pass by default: a program holds a key tile with its dK and dV in registers, walks over the query tiles that see it,
+and adds its share of dQ into an fp32 accumulator by atomics: 5 products of tiles and one exponential a pair, in an order
+of additions that varies from run to run. With `torch.use_deterministic_algorithms(True)` a second kernel, which holds a
+query tile and walks over keys as the forward pass does, makes dQ instead: the same bits in every run for 7 products and
+2 exponentials. dK and dV are summed over the query heads that share a key head within one program either way.
+
+S and P are held transposed, [keys, queries], so that dV and dK take their left operand from registers. Dtype: as in the
+forward pass; P and dS are rounded to the input dtype, sums stay fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.flash_attention_forward import (
+    addressable,
+    binding_causal_block,
+    dot,
+    heads_in_l2,
+    load_rows,
+    mask_and_tiles,
+    nth_tile,
+    on_device_of,
+    real_keys,
+    store_rows,
+    tile_and_head,
+    tiles_to_visit,
+    visible_keys,
+)
+from kernels.flash_attention_tiles import Tile, choose_tile
+from kernels.triton_path import jit, tl, triton
+
+
+@jit
+def _flash_bwd_delta_kernel(
+    out, d_out, lse, delta, o_stride_b, o_stride_n, o_stride_h, do_stride_b, do_stride_n, do_stride_h, N, Hq,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(N, BLOCK_M)
+    tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    first_row = tile * BLOCK_M
+    in_tile = tl.arange(0, BLOCK_M)
+    rows = first_row + in_tile
+    of_row = head.to(tl.int64) * N + rows
+    sees_any = tl.load(lse + of_row, mask=rows < N, other=float("inf")) < float("inf")
+    o = load_rows(out + b * o_stride_b + h * o_stride_h, first_row, in_tile, o_stride_n, sees_any, D, BLOCK_D, True)
+    do = load_rows(
+        d_out + b * do_stride_b + h * do_stride_h, first_row, in_tile, do_stride_n, sees_any, D, BLOCK_D, True
+    )
+    tl.store(delta + of_row, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=rows < N)
+
+
+@jit
+def _flash_bwd_kernel(
+    q, k, v, d_out, lse, delta, dq_sum, dk, dv, key_mask,
+    q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
+    do_stride_b, do_stride_n, do_stride_h,
+    B, N, M, Hkv, group, causal_block, scale, scale_log2, heads_at_once,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ADD_DQ: tl.constexpr,
+):  # fmt: skip
+    # the first keys are seen by the most queries: they start first
+    tile, head = tile_and_head(tl.cdiv(M, BLOCK_N), B * Hkv, heads_at_once)
+    b, h = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
+    first_key = tile * BLOCK_N
+    in_tile = tl.arange(0, BLOCK_N)
+    keys = first_key + in_tile
+    real = real_keys(key_mask + b * M, keys, M, HAS_MASK, True)
+    k_tile = load_rows(k + b * k_stride_b + h * k_stride_h, first_key, in_tile, k_stride_m, real, D, BLOCK_D, True)
+    v_tile = load_rows(v + b * v_stride_b + h * v_stride_h, first_key, in_tile, v_stride_m, real, D, BLOCK_D, True)
+
+    # Each key is seen from some row on. Rows that see none of these keys are neither visited nor read; from query tile
+    # `whole` on every row sees every key, and no mask is needed.
+    num_tiles = tl.cdiv(N, BLOCK_M)
+    seen_from = keys // causal_block * causal_block if CAUSAL else tl.zeros_like(keys)
+    seen_from = tl.where(real, seen_from, num_tiles * BLOCK_M)
+    first_row = tl.minimum(tl.min(seen_from), num_tiles * BLOCK_M)
+    first_tile = first_row // BLOCK_M
+    whole = tl.cdiv(tl.max(seen_from), BLOCK_M)
+
+    dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    in_query_tile = tl.arange(0, BLOCK_M)
+    tiles_to_visit = num_tiles - first_tile
+    for i in range(group * tiles_to_visit):
+        query_tile = first_tile + i % tiles_to_visit
+        hq = h * group + i // tiles_to_visit
+        of_head = (b * Hkv * group + hq) * N
+        rows = query_tile * BLOCK_M + in_query_tile
+        inside = (rows >= first_row) & (rows < N)
+        row_lse = tl.load(lse + of_head + rows, mask=inside, other=0.0)
+        row_delta = tl.load(delta + of_head + rows, mask=inside, other=0.0)
+        q_head, do_head = q + b * q_stride_b + hq * q_stride_h, d_out + b * do_stride_b + hq * do_stride_h
+        q_tile = load_rows(q_head, query_tile * BLOCK_M, in_query_tile, q_stride_n, inside, D, BLOCK_D, True)
+        do_tile = load_rows(do_head, query_tile * BLOCK_M, in_query_tile, do_stride_n, inside, D, BLOCK_D, True)
+        s = dot(k_tile, tl.trans(q_tile), None)
+        p = tl.exp2(s * scale_log2 - row_lse[None, :])
+        if query_tile < whole:
+            p = tl.where(seen_from[:, None] <= rows[None, :], p, 0.0)
+        dv_sum = dot(p.to(do_tile.dtype), do_tile, dv_sum)
+        dp = dot(v_tile, tl.trans(do_tile), None)
+        ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
+        dk_sum = dot(ds, q_tile, dk_sum)
+        if ADD_DQ:
+            dq = dot(tl.trans(ds), k_tile, None)
+            columns = tl.arange(0, BLOCK_D)
+            pointers = dq_sum + (of_head + query_tile * BLOCK_M) * D + (in_query_tile[:, None] * D + columns[None, :])
+            tl.atomic_add(pointers, dq, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed")
+
+    offset = (b * M * Hkv + h) * D
+    store_rows(dk + offset, first_key, in_tile, Hkv * D, dk_sum * scale, keys < M, D, BLOCK_D)
+    store_rows(dv + offset, first_key, in_tile, Hkv * D, dv_sum, keys < M, D, BLOCK_D)
+
+
+@jit
+def _flash_bwd_dq_kernel(
+    q, k, v, d_out, lse, delta, dq, key_mask, key_tiles,
+    q_stride_b, q_stride_n, q_stride_h, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
+    do_stride_b, do_stride_n, do_stride_h,
+    B, N, M, Hq, group, causal_block, scale, scale_log2, heads_at_once,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    tile, head = tile_and_head(tl.cdiv(N, BLOCK_M), B * Hq, heads_at_once)
+    tile = tl.cdiv(N, BLOCK_M) - 1 - tile
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    k += b * k_stride_b + h // group * k_stride_h
+    v += b * v_stride_b + h // group * v_stride_h
+    first_row = tile * BLOCK_M
+    in_tile = tl.arange(0, BLOCK_M)
+    rows = first_row + in_tile
+    of_row = head.to(tl.int64) * N + rows
+    row_lse = tl.load(lse + of_row, mask=rows < N, other=float("inf"))
+    row_delta = tl.load(delta + of_row, mask=rows < N, other=0.0)
+    sees_any = row_lse < float("inf")
+    q_tile = load_rows(q + b * q_stride_b + h * q_stride_h, first_row, in_tile, q_stride_n, sees_any, D, BLOCK_D, True)
+    do_tile = load_rows(
+        d_out + b * do_stride_b + h * do_stride_h, first_row, in_tile, do_stride_n, sees_any, D, BLOCK_D, True
+    )
+    row_end, seen_by_all, seen_by_any = visible_keys(first_row, rows, N, M, causal_block, CAUSAL)
+    key_mask += b * M
+    key_tiles += b * 3 * (tl.cdiv(M, BLOCK_N) + 1)
+    whole, total, gap_at, gap = tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N, HAS_MASK)
+
+    dq_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq_sum = _sum_over_keys(
+        dq_sum, q_tile, do_tile, row_lse, row_delta, k, v, k_stride_m, v_stride_m, key_mask, key_tiles, 0, whole,
+        gap_at, gap, row_end, M, scale_log2, D, BLOCK_D, BLOCK_N, HAS_MASK, False,
+    )  # fmt: skip
+    dq_sum = _sum_over_keys(
+        dq_sum, q_tile, do_tile, row_lse, row_delta, k, v, k_stride_m, v_stride_m, key_mask, key_tiles, whole, total,
+        gap_at, gap, row_end, M, scale_log2, D, BLOCK_D, BLOCK_N, HAS_MASK, True,
+    )  # fmt: skip
+    store_rows(dq + (b * N * Hq + h) * D, first_row, in_tile, Hq * D, dq_sum * scale, rows < N, D, BLOCK_D)
+
+
+@jit
+def _sum_over_keys(
+    dq_sum, q_tile, do_tile, row_lse, row_delta, k, v, k_stride_m, v_stride_m, key_mask, key_tiles, first, last,
+    gap_at, gap, row_end, M, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for i in range(first, last):
+        first_key = nth_tile(key_tiles, i, gap_at, gap, HAS_MASK) * BLOCK_N
+        in_tile = tl.arange(0, BLOCK_N)
+        keys = first_key + in_tile
+        real = real_keys(key_mask, keys, M, HAS_MASK, MASKED)
+        k_tile = load_rows(k, first_key, in_tile, k_stride_m, real, D, BLOCK_D, MASKED)
+        v_tile = load_rows(v, first_key, in_tile, v_stride_m, real, D, BLOCK_D, MASKED)
+        s = dot(q_tile, tl.trans(k_tile), None)
+        p = tl.exp2(s * scale_log2 - row_lse[:, None])
+        if MASKED:
+            p = tl.where(tl.where(real, keys, M)[None, :] < row_end[:, None], p, 0.0)
+        dp = dot(do_tile, tl.trans(v_tile), None)
+        ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
+        dq_sum = dot(ds, k_tile, dq_sum)
+    return dq_sum
+
+
+def launch_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    causal_block: int | None,
+    softmax_scale: float,
+    deterministic: bool,
+    tile: Tile | None = None,
+    dq_tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from what launch_forward took and gave; `tile` and `dq_tile` stand in for the table's."""
+    B, N, Hq, D = q.shape
+    M, Hkv = k.shape[1:3]
+    block_d = triton.next_power_of_2(D)
+    tile = tile or choose_tile("backward", q, block_d)
+    dq_tile = dq_tile or choose_tile("backward_dq", q, block_d)
+    q, k, v, d_out = (addressable(x) for x in (q, k, v, d_out))
+    mask, key_tiles = mask_and_tiles(key_mask, dq_tile.block_n if deterministic else None, q)
+    causal_block = binding_causal_block(causal_block, N, M)
+    group = Hq // Hkv
+    scales = (softmax_scale, softmax_scale * math.log2(math.e))
+    pattern = dict(D=D, BLOCK_D=block_d, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
+
+    delta = torch.empty_like(lse)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq_sum = lse if deterministic else lse.new_zeros(B, Hq, N, D)
+    with on_device_of(q):
+        rows = 64
+        _flash_bwd_delta_kernel[(triton.cdiv(N, rows) * B * Hq,)](
+            out, d_out, lse, delta, *out.stride()[:3], *d_out.stride()[:3], N, Hq,
+            D=D, BLOCK_D=block_d, BLOCK_M=rows,
+        )  # fmt: skip
+        _flash_bwd_kernel[(triton.cdiv(M, tile.block_n) * B * Hkv,)](
+            q, k, v, d_out, lse, delta, dq_sum, dk, dv, mask, *strides,
+            B, N, M, Hkv, group, causal_block or 0, *scales, heads_in_l2(group * N * D * (2 * q.element_size() + 4)),
+            **pattern, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ADD_DQ=not deterministic,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if deterministic:
+            _flash_bwd_dq_kernel[(triton.cdiv(N, dq_tile.block_m) * B * Hq,)](
+                q, k, v, d_out, lse, delta, dq, mask, key_tiles, *strides,
+                B, N, M, Hq, group, causal_block or 0, *scales, group * heads_in_l2(2 * M * D * k.element_size()),
+                **pattern, BLOCK_M=dq_tile.block_m, BLOCK_N=dq_tile.block_n,
+                num_warps=dq_tile.num_warps, num_stages=dq_tile.num_stages,
+            )  # fmt: skip
+        else:
+            torch.mul(dq_sum.transpose(1, 2), softmax_scale, out=dq)
+    return dq, dk, dv
