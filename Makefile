@@ -1,5 +1,6 @@
 # make train   set up .venv, make the demo data set, train, evaluate, predict a held-out day and draw it
 # make test    set up .venv and run the linter, the type checker and the tests
+# make chaos   kill, cut, fill and hang everything that can be, and print what survived; some minutes
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
 #   WORKLOAD=fluid      what `make train` trains: its configuration is configs/$(WORKLOAD)/demo.json
@@ -20,7 +21,7 @@ python := $(VENV)/bin/python
 install := DS_BUILD_OPS=0 $(python) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation
 run := runs/$(WORKLOAD)-demo
 
-.PHONY: train test lint install clean
+.PHONY: train test chaos lint install clean
 .DELETE_ON_ERROR:
 
 train: train-$(WORKLOAD)
@@ -52,6 +53,9 @@ $(store)/store.json: $(simulated)
 
 test: lint
 	$(python) -m pytest -n 2
+
+chaos: $(VENV)/.installed-test
+	$(python) -m pytest -n 2 -m fault
 
 lint: $(VENV)/.installed-test
 	$(python) -m ruff check

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.distributed import Ranks, from_main, gather, with_own_group
+from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
 from engine.sharded_state import Digests, Snapshot, add_digests, file_names
 
@@ -170,15 +170,7 @@ class Checkpoints:
         return [path for path in self.folder.glob("step-*") if _TAG.fullmatch(path.name)]
 
     def _on_main(self, work: Callable[[], None], verb: str, path: Path) -> None:
-        problem = None
-        if self.ranks.is_main:
-            try:
-                work()
-            except OSError as error:
-                problem = f"{path}: cannot {verb} it: {error.strerror} ({error.filename}); make room or choose another"
-        problem = from_main(problem, self.ranks)
-        if problem:
-            raise CheckpointError(problem)
+        on_main(work, self.ranks, f"{path}: cannot {verb} it")
 
     def _stage(self, staging: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(staging, ignore_errors=True)

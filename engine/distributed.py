@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from engine.errors import CheckpointError
 from engine.task import Sums
 
 T = TypeVar("T")
@@ -117,12 +119,19 @@ def from_main(value: T, ranks: Ranks) -> T:
     return box[0]
 
 
+def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
+    """Do `work` on rank 0 while the others wait. If the system refuses it, a CheckpointError on all ranks."""
+    problem = None
+    if ranks.is_main:
+        try:
+            work()
+        except OSError as error:
+            problem = f"{cannot}: {error.strerror} ({error.filename}); make room or choose another folder"
+    problem = from_main(problem, ranks)
+    if problem:
+        raise CheckpointError(problem)
+
+
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def barrier(ranks: Ranks) -> None:
-    """Wait for all ranks."""
-    if ranks.world_size > 1:
-        dist.barrier(group=ranks.group)

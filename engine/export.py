@@ -5,19 +5,18 @@ No model is built and no device is used; at most one output file is held in memo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.checkpoint import BACKEND, Checkpoint
 from engine.errors import CheckpointError, ConfigError
+from engine.files import save_tensors, write_json
 from engine.sharded_state import VALUE, Digests, ShardedFiles, digest
 from engine.weights import INDEX, WEIGHTS
 
@@ -49,12 +48,12 @@ def export_weights(found: Checkpoint, out: Path, max_shard_bytes: int, dtype: to
                 tensors[key] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
                 sizes += tensors[key].nbytes
                 bar.update()
-            save_file(tensors, out / name, metadata={"format": "pt"})
+            save_tensors(tensors, out / name, {"format": "pt"})
             _compare(out / name, tensors)
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": sizes}, "weight_map": places}
-        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        write_json(out / INDEX, index)
         names.append(INDEX)
     return [out / name for name in names]
 

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.distributed import Ranks, sum_int64
 from engine.errors import CheckpointError
+from engine.files import save_tensors
 from engine.randomness import finalise_array
 
 VALUE = "value"
@@ -81,10 +81,7 @@ class Snapshot:
     def write(self, folder: Path, rank: int, world_size: int) -> Digests:
         """Write this rank's two files into `folder` and return the digests of what is in them. Raises OSError."""
         tensors, index = (folder / name for name in file_names(rank, world_size))
-        try:
-            save_file(self.tensors, tensors)
-        except SafetensorError as error:  # it wraps what the system said
-            raise OSError(None, str(error), str(tensors)) from error
+        save_tensors(self.tensors, tensors)
         index.write_text(json.dumps(self.index))
         starts = {name: entry["start"] for name, entry in self.index["fragments"].items()}
         return {

@@ -5,7 +5,6 @@ Read `Trainer.__init__` for how a run is put together and `Trainer.run` for what
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -23,9 +22,10 @@ from engine.backends import prepare_backend
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes, parameter_dtype
-from engine.distributed import Ranks, lost_a_rank, sum_over_ranks
+from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
+from engine.files import write_json
 from engine.hardware import memory_in_use, peak_flops
 from engine.loading import collate, training_loader
 from engine.model_options import apply_options
@@ -110,10 +110,9 @@ class Trainer:
         if found is not None:
             self._take_up(found)
 
-        if ranks.is_main:
-            write_json(folder / "config.json", config.as_dict())
-            write_json(folder / "plan.json", self.plan)
-            self._say(render_summary(self.plan))
+        on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
+        on_main(lambda: write_json(folder / "plan.json", self.plan), ranks, f"{folder}: cannot be used")
+        self._say(render_summary(self.plan))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._stop_signal: int | None = None
         self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
@@ -393,11 +392,3 @@ def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
         raise ConfigError(f"{config.source}: data: the training split has no samples")
     settings = config.training
     return settings.steps if settings.steps is not None else settings.epochs * batches.per_epoch  # type: ignore[operator]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(value, indent=2) + "\n")
-    draft.replace(path)

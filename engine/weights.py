@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.backends import Backend
 from engine.config import RunConfig
-from engine.distributed import Ranks, barrier
+from engine.distributed import Ranks, on_main
 from engine.errors import CheckpointError
+from engine.files import replace_whole, save_tensors, write_json
 from engine.strict import read_json_object
 from engine.task import Task
 
@@ -28,22 +27,23 @@ def save_weights(
     """Write the model's whole weights. Called on all ranks.
 
     Every file is replaced in one rename, the weights last, so that the folder is whole at any moment.
+
+    Raises:
+        CheckpointError: on all ranks, if a file could not be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in backend.full_state():
         if ranks.is_main:
             tensors[name] = tensor.contiguous()
-    if ranks.is_main:
+
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         task.save_assets(folder)
-        for path, write in (
-            (folder / "config.json", lambda p: p.write_text(json.dumps(config.as_dict(), indent=2) + "\n")),
-            (folder / WEIGHTS, lambda p: save_file(tensors, p, metadata={k: repr(v) for k, v in facts.items()})),
-        ):
-            draft = path.with_name(f".{path.name}.draft")
-            write(draft)
-            draft.replace(path)
-    barrier(ranks)
+        write_json(folder / "config.json", config.as_dict())
+        metadata = {key: repr(value) for key, value in facts.items()}
+        replace_whole(folder / WEIGHTS, lambda draft: save_tensors(tensors, draft, metadata))
+
+    on_main(write, ranks, f"{folder}: cannot write these weights")
 
 
 def _tied(model: nn.Module) -> set[str]:

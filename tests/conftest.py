@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # torch and polars read these when they are imported
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -70,3 +73,27 @@ def uninitialised_memory_is_nan(request: pytest.FixtureRequest, monkeypatch: pyt
         (Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _record_the_fault(request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]) -> None:
+    """Note what a test marked `fault("...")` breaks; the parameters of the test fill the text's braces."""
+    if marker := request.node.get_closest_marker("fault"):
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        record_property("fault", marker.args[0].format(**parameters))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After `-m fault`: what was broken, how often, and how often the run survived it."""
+    tries: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for key, name in report.user_properties:
+                if key == "fault" and report.when == "call":
+                    tries[name] += 1
+                    survived[name] += outcome == "passed"
+    if tries and config.option.markexpr.startswith("fault"):
+        terminalreporter.section("faults: tried, survived")
+        for name, count in sorted(tries.items()):
+            terminalreporter.write_line(f"{name:<70} {count:>5} {survived[name]:>8}")

@@ -60,12 +60,12 @@ def run_distributed_test(
         for process in ranks:
             process.start()
         try:
-            _wait(ranks, timeout_s)
+            running = _wait(ranks, timeout_s)
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
-        return _results(ranks, Path(folder), timeout_s)
+        return _results(ranks, running, Path(folder), timeout_s)
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
@@ -83,23 +83,27 @@ def find_free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> None:
-    """Until all ranks are done, one has failed (and the others had two seconds to fail as well), or time is up."""
+def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> set[int]:
+    """Until all ranks are done, one has failed (and the others had two seconds to fail as well), or time is up.
+
+    Returns the ranks that are running still.
+    """
     deadline = time.monotonic() + timeout_s
     failed = False
     while time.monotonic() < deadline and any(process.is_alive() for process in ranks):
         if not failed and any(process.exitcode not in (None, 0) for process in ranks):
             failed, deadline = True, min(deadline, time.monotonic() + 2.0)
         time.sleep(0.01)
+    return {rank for rank, process in enumerate(ranks) if process.is_alive()}
 
 
-def _results(ranks: list[ForkServerProcess], folder: Path, timeout_s: float) -> list[Any]:
+def _results(ranks: list[ForkServerProcess], running: set[int], folder: Path, timeout_s: float) -> list[Any]:
     results: list[Any] = []
     failures: list[tuple[float, str]] = []
     for rank, process in enumerate(ranks):
         outcome = folder / f"{rank}.pickle"
         if not outcome.exists():
-            ended = f"was still running after {timeout_s:g} s" if process.exitcode == -9 else "died"
+            ended = f"was still running after {timeout_s:g} s" if rank in running else "died"
             failures.append((math.inf, f"rank {rank} {ended} (exit code {process.exitcode})"))
             continue
         failed_at, value = pickle.loads(outcome.read_bytes())

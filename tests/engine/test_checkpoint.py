@@ -36,6 +36,7 @@ TENSORS, INDEX = (f"{BACKEND}/{name}" for name in file_names(0, 1))
 FILES = [MANIFEST, TRAINER, TENSORS, INDEX]
 
 
+@pytest.mark.fault("{damage} of a file of the newest checkpoint")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove", "empty"])
 def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(
@@ -60,6 +61,7 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(
         checkpoints.newest()
 
 
+@pytest.mark.fault("single bits of the manifest and the states")
 def test_any_single_flipped_bit_is_seen(tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = tmp_path / "step-00000001"
@@ -83,6 +85,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> No
         verify(tmp_path / "step-00000001")
 
 
+@pytest.mark.fault("symbolic link in a checkpoint")
 def test_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     file = tmp_path / "step-00000001" / INDEX
@@ -92,6 +95,7 @@ def test_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
         verify(tmp_path / "step-00000001")
 
 
+@pytest.mark.fault("manifest that names {name}")
 @pytest.mark.parametrize("name", ["../outside.pt", "/etc/hostname"])
 def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path, name: str) -> None:
     from engine.checkpoint import _entry, _manifest_text
@@ -110,6 +114,7 @@ def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000030", "step-00000400"]
 
 
+@pytest.mark.fault("a write that fails in the background")
 def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 1)
     before = sorted(tmp_path.rglob("*"))

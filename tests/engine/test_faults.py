@@ -69,6 +69,7 @@ def config_source(folder: Path, steps: int, save_every: int) -> str:
     ).source  # fmt: skip
 
 
+@pytest.mark.fault("kill -9 at {kills_wanted} random steps of one run")
 @often
 def test_killed_at_random_steps_and_resumed_it_gives_the_losses_of_an_unbroken_run(
     tmp_path: Path, kills_wanted: int
@@ -92,6 +93,7 @@ def test_killed_at_random_steps_and_resumed_it_gives_the_losses_of_an_unbroken_r
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.fault("kill -9 in {kills_wanted} random moments of saves of one run")
 @often
 def test_killed_during_saves_and_resumed_it_gives_the_losses_of_an_unbroken_run(
     tmp_path: Path, kills_wanted: int

@@ -23,6 +23,7 @@ from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.order import FILLER, GlobalBatches
 from engine.randomness import seed_torch
 from engine.schedules import learning_rates
+from engine.task import Batch, Sums
 from engine.trainer import InterruptedRunError, Trainer
 from engine.weights import load_weights
 from tests.distributed import run_distributed_test
@@ -224,6 +225,7 @@ def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path
         train(tmp_path / "run", config)
 
 
+@pytest.mark.fault("another {named}")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -237,6 +239,39 @@ def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any
     train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
     with pytest.raises(CheckpointError, match=f"was written with {named}"):
         train(tmp_path / "run", tiny_config(tmp_path, **change), resume="auto")
+
+
+@pytest.mark.fault("another data set, accepted")
+def test_a_run_goes_on_with_a_changed_data_set_where_that_is_wanted(tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
+    config = tiny_config(tmp_path, data={"samples": 39})
+    with pytest.raises(CheckpointError, match="--accept-new-data goes on with the data set as it is now"):
+        train(tmp_path / "run", config, resume="auto")
+    task = TinyTask(config.data, config.model)
+    trainer = Trainer(task, config, start(), tmp_path / "run", resume="auto", accept_new_data=True)
+    assert trainer.run().step == 12
+
+
+def test_a_run_whose_code_gives_another_loss_is_not_resumed(tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
+    config = tiny_config(tmp_path)
+
+    class Changed(TinyTask):
+        def loss(self, model: torch.nn.Module, batch: Batch) -> Sums:
+            return {key: 2 * value for key, value in super().loss(model, batch).items()}
+
+    with pytest.raises(CheckpointError, match=r"the loss of the probe sample was .* when it was saved and is"):
+        Trainer(Changed(config.data, config.model), config, start(), tmp_path / "run", resume="auto")
+
+
+def test_a_resumed_run_follows_its_own_learning_rate(tmp_path: Path) -> None:
+    train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
+    slower = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001, "weight_decay": 0.01}}}
+    config = tiny_config(tmp_path, deepspeed=slower)
+    train(tmp_path / "run", config, resume="auto")
+    rates = learning_rates(config.deepspeed.scheduler, 0.001, 12, list(range(12)))
+    found = {row["step"]: row["lr"] for row in lines(tmp_path / "run")}
+    assert [found[step + 1] for step in range(4, 12)] == pytest.approx([rates[step] for step in range(4, 12)])
 
 
 def test_a_longer_run_goes_on_from_a_path(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def train(rank: int, world_size: int, folder: Path, fault: str) -> None:
     Trainer(Failing(config, fault if rank == 1 else ""), config, start(), folder / "run").run()
 
 
+@pytest.mark.fault("a rank that hangs in its data, or is stopped: {fault}")
 @pytest.mark.distributed
 @pytest.mark.parametrize("fault", ["hang", "stop"])
 def test_a_rank_that_hangs_is_named_with_its_step_and_place(tmp_path: Path, fault: str) -> None:
@@ -60,6 +61,7 @@ def test_a_rank_that_hangs_is_named_with_its_step_and_place(tmp_path: Path, faul
     assert "--resume auto" in said
 
 
+@pytest.mark.fault("kill -9 of one rank between saves")
 @pytest.mark.distributed
 def test_the_rank_that_is_left_says_that_another_has_ended(tmp_path: Path) -> None:
     with pytest.raises(
