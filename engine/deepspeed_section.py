@@ -126,7 +126,7 @@ class Zero(Strict):
     overlap_comm: bool | None = None
     override_module_apply: bool | None = None
     stage3_param_persistence_threshold: int | None = None
-    parameter_alignment: int | None = None
+    parameter_alignment: bool | None = None
     stage3_prefetch_bucket_size: int | None = None
     reduce_bucket_size: int | None = None
     reduce_scatter: bool | None = None

@@ -2,7 +2,9 @@
 
 A key that is refused passes where it holds the value that DeepSpeed has anyway, or one that asks for nothing: then
 nothing is lost. Everything else is an error rather than a warning, also the sizes of DeepSpeed's buffers, which change
-no result: somebody who tunes them should know that they are not what runs. `markdown_table` makes docs/fsdp.md.
+no result: somebody who tunes them should know that they are not what runs.
+
+    python -m engine.fsdp_section > docs/fsdp.md
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Refused:
 
 Rule = Obeyed | Refused
 
+_NOT_ON_SHARDS = ("Adafactor", "Rprop")
 _OFF: tuple[Any, ...] = ({}, {"enabled": False})
 _BY_BLOCK = "FSDP communicates block by block, as the model names its blocks"
 _PREFETCHES = "FSDP gathers the next block while one is computed"
@@ -46,8 +49,9 @@ RULES: dict[str, Rule] = {
     "train_batch_size": Obeyed("the global batch"),
     "train_micro_batch_size_per_gpu": Obeyed("samples a rank computes at once"),
     "gradient_accumulation_steps": Obeyed("derived and checked"),
-    "optimizer.type": Obeyed("torch.optim's classes, Adam and AdamW with DeepSpeed's meaning, apex.*; not Lamb, Lion, "
-                             "Muon and MuAdam, which only DeepSpeed builds: use AdamW"),
+    "optimizer.type": Obeyed("torch.optim's classes, Adam and AdamW with DeepSpeed's meaning. Not Lamb, Lion, Muon and "
+                             "MuAdam, which only DeepSpeed builds, nor those that cannot step shards (Adafactor, "
+                             "Rprop, apex.*): use AdamW"),
     "optimizer.params": Obeyed("arguments of the class"),
     "optimizer.legacy_fusion": Refused("it chooses between DeepSpeed's own kernels", (False,)),
     "scheduler.type": Obeyed("all: DeepSpeed's five, torch's and the engine's, with the same rates step by step"),
@@ -112,7 +116,7 @@ RULES: dict[str, Rule] = {
     "zero_optimization.zero_quantized_nontrainable_weights": Refused("use bf16", (False,)),
     "zero_optimization.zero_quantized_weights": Refused("use bf16", (False,)),
     "communication_data_type": Obeyed("in which gradients are reduced; default fp32", ("fp32", "bf16", "fp16")),
-    "zero_allow_untested_optimizer": Refused("every optimizer that is built is used", (True, False)),
+    "zero_allow_untested_optimizer": Obeyed("no optimizer that is built here is untested"),
     "zero_force_ds_cpu_optimizer": Refused("it names DeepSpeed's own Adam; use AdamW", (False,)),
     "activation_checkpointing": Refused("use training.activation_checkpointing", ({},)),
     "aio": Refused("nothing is offloaded to files; use offload_optimizer.device cpu", ({},)),
@@ -154,8 +158,11 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
             yield key, f"{shown} has no effect here: {rule.instead}. Remove the key, or use --backend deepspeed"
         elif isinstance(rule, Obeyed) and rule.only is not None and value not in rule.only:
             yield key, f"{shown} cannot be had: use {_values(rule.only)}, or --backend deepspeed"
+    optimizer = section.optimizer.type
     if is_deepspeed_only(section.optimizer):
-        yield "optimizer.type", f"only DeepSpeed builds {section.optimizer.type}: use AdamW, or --backend deepspeed"
+        yield "optimizer.type", f"only DeepSpeed builds {optimizer}: use AdamW, or --backend deepspeed"
+    elif optimizer in _NOT_ON_SHARDS or optimizer.startswith("apex."):
+        yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): use AdamW, or --backend deepspeed"
     zero = section.zero_optimization
     if zero.stage < 3 and (zero.offload_param or {}).get("device") == "cpu":
         yield "zero_optimization.offload_param", f"needs stage 3, not {zero.stage}: use offload_optimizer"
@@ -199,9 +206,28 @@ def reduce_dtype(section: DeepSpeedSection) -> torch.dtype:
     return names[section.communication_data_type or "fp32"]
 
 
-def markdown_table() -> str:
-    """Every key, what FSDP makes of it, and the values that pass nevertheless."""
-    lines = ["| key | with FSDP | values |", "|---|---|---|"]
+_DOCUMENT = """# The section "deepspeed" on FSDP
+
+    torchrun --nproc_per_node 8 launchers/train.py --config configs/fluid/large.json --backend fsdp
+    python launchers/train.py --config configs/fluid/nano.json --backend fsdp         # one process
+
+`--backend fsdp` trains with `fully_shard` of PyTorch; DeepSpeed need not be installed. `--backend auto`, the default,
+takes DeepSpeed where it can be imported, else FSDP, and says so. The same configuration drives both, and a checkpoint
+of one is taken up by the other.
+
+Each key is obeyed or refused. A refused key passes where it holds one of the values shown, which ask for nothing: most
+are those that DeepSpeed has anyway. Any other value is an error before training begins.
+
+Model code has to keep to two rules: parameters are used inside the forward of the model, or of the block that they
+belong to; and a parameter has at least one dimension. Buffers keep their dtype in bf16 and fp16 runs.
+
+This page is made by `python -m engine.fsdp_section > docs/fsdp.md`.
+"""
+
+
+def document() -> str:
+    """The page docs/fsdp.md: every key, what FSDP makes of it, and the values that can be had or that pass."""
+    lines = [_DOCUMENT, "| key | with FSDP | values |", "|---|---|---|"]
     for key, rule in RULES.items():
         if isinstance(rule, Obeyed):
             values = _values(rule.only) if rule.only else "all"
@@ -217,3 +243,7 @@ def markdown_table() -> str:
 
 def _values(values: tuple[Any, ...]) -> str:
     return ", ".join(json.dumps(value) for value in values)
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -70,4 +70,4 @@ class LossScaler:
         if self.dynamic and state:
             self.scale = float(state["scale"])
             self.iteration, self.last_overflow = int(state["iteration"]), int(state["last_overflow"])
-            self.hysteresis = int(state["hysteresis"])
+            self.hysteresis = int(state.get("hysteresis", self.hysteresis))  # not all of DeepSpeed's scalers have one

@@ -142,7 +142,7 @@ class FSDPBackend:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters:
-            yield name, cast(DTensor, parameter.detach()).full_tensor().to("cpu", copy=True)
+            yield name, cast(DTensor, parameter.detach().to(self._device)).full_tensor().to("cpu", copy=True)
         for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
 
@@ -154,9 +154,11 @@ class FSDPBackend:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
         root.set_reshard_after_backward(False)
+        root.set_requires_gradient_sync(False)
         try:
             yield self.module
         finally:
+            root.set_requires_gradient_sync(True)
             root.set_reshard_after_backward(True)
             for unit in self._units:
                 unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)

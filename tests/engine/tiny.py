@@ -147,7 +147,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01}},
             "scheduler": {"type": "WarmupCosine", "params": {"warmup": 3}},
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 0, "reduce_bucket_size": 10000, "allgather_bucket_size": 10000},
+            "zero_optimization": {"stage": 0},
         },
     }
     for name, section in sections.items():
