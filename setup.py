@@ -24,7 +24,15 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "hypothesis>=6", "pandas>=2.2"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "hypothesis>=6",
+            "pandas>=2.2",
+            'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU
+        ],
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow>=2.18"],
     },

@@ -1,0 +1,216 @@
+"""Rates of masked_mse and linear_masked_mse against the device's own copy, beside eager torch and torch.compile.
+
+    add_arguments(parser), run(arguments)   `python launchers/bench.py masked_mse`
+
+A rate counts the bytes that have to move: every input read once, every gradient written once. It is shown only beside a
+right result of the same call. The copy is of one large tensor, its bytes counted read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import linear_masked_mse, masked_mse
+from kernels.bench_report import (
+    OK,
+    Report,
+    Row,
+    add_common_arguments,
+    as_accurate,
+    device_name,
+    first_line,
+    integers,
+    median_seconds,
+    the_device,
+)
+
+Call = Callable[..., tuple[Tensor, Tensor]]
+D_TOKEN = 384
+AIM, STRETCH = 0.90, 0.95  # of the copy
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py masked_mse`."""
+    add_common_arguments(parser)
+    parser.add_argument("--values", type=integers, metavar="N,...", help="numbers of predictions of masked_mse")
+    parser.add_argument(
+        "--rows", type=integers, metavar="N,...", help=f"numbers of rows of {D_TOKEN} for the linear one"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="time tiles, warps and programs of the kernels instead (GPU)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, time, print and write. Returns 1 if a result was wrong."""
+    device = the_device()
+    gpu = device.type == "cuda"
+    # the fluid "large" head at micro-batch 8 first: 8 x 3 minutes x 6,174 states
+    values = arguments.values or ([148_176, 2**26, 2**28, 2**30] if gpu else [148_176, 2**21])
+    rows = arguments.rows or ([148_176, 2**20, 2**22] if gpu else [2**12, 2**14])
+    if arguments.quick:
+        values, rows = values[:2], rows[:2]
+    budget_s = 0.05 if arguments.quick else 0.3
+    report = Report("masked_mse", "masked_mse and linear_masked_mse", device, arguments.out)
+    copy = copy_bytes_per_second(device, budget_s)
+    report.notes.append(
+        f"Copy of this device in this run: {copy / 1e12:.3g} TB/s. A rate counts the bytes that have to move."
+    )
+    if device_name(device) == "NVIDIA H200":
+        report.notes.append(f"Aim: {AIM:.0%} of the copy, forward and backward; stretch: {STRETCH:.0%}.")
+    if arguments.sweep:
+        return _sweep(2**28, 2**21, device, copy, budget_s=0.05)
+    cases = [("masked_mse", n) for n in values] + [("linear_masked_mse", n) for n in rows]
+    with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass can be timed only once
+        for name, size in tqdm(cases, desc="masked_mse", leave=False):
+            _measure(report, name, size, device, copy, budget_s)
+    return report.write(_draw)
+
+
+def copy_bytes_per_second(device: torch.device, budget_s: float) -> float:
+    """Of a tensor far larger than any cache, bytes read plus bytes written."""
+    source = torch.randn(2**29 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), device, budget_s)
+
+
+def _measure(report: Report, name: str, size: int, device: torch.device, copy: float, budget_s: float) -> None:
+    ours, eager, inputs, mask = problem(name, size, device)
+    plain, truth = _results(eager, inputs, mask), _truth(inputs, mask)
+    for contender, call in (("ours", ours), ("eager", eager), ("torch.compile", torch.compile(eager, dynamic=False))):
+        seconds: tuple[float, float] | None = None
+        try:
+            status = as_accurate(_results(call, inputs, mask), plain, truth)
+            if status == OK:
+                seconds = _seconds(call, inputs, mask, device, budget_s)
+        except Exception as error:  # a compiler that is missing, say: the row names it
+            status = f"not run: {first_line(error)}"
+        for index, (which, moved) in enumerate(bytes_to_move(inputs, mask).items()):
+            rate = moved / seconds[index] if seconds else None
+            report.add(
+                kernel=name,
+                values=size,
+                contender=contender,
+                direction=which,
+                gigabytes=moved / 1e9,
+                median_ms=seconds[index] * 1e3 if seconds else None,
+                gb_per_s=rate / 1e9 if rate else None,
+                of_copy=rate / copy if rate else None,
+                status=status,
+            )
+    torch.compiler.reset()
+
+
+def bytes_to_move(inputs: list[Tensor], mask: Tensor) -> dict[str, int]:
+    """Forward every input once; backward the same and every gradient once."""
+    forward = sum(x.numel() * x.element_size() for x in (*inputs, mask))
+    return {"forward": forward, "backward": forward + sum(x.numel() * x.element_size() for x in _leaves(inputs))}
+
+
+def _seconds(
+    call: Call, inputs: list[Tensor], mask: Tensor, device: torch.device, budget_s: float
+) -> tuple[float, float]:
+    """Median times of the forward and of the backward pass."""
+    fixed, leaves = [x.detach() for x in inputs], _leaves(inputs)
+    forward = median_seconds(lambda: call(*fixed, mask), device, budget_s)
+    total, _ = call(*inputs, mask)
+    return forward, median_seconds(lambda: torch.autograd.grad(total, leaves, retain_graph=True), device, budget_s)
+
+
+def _leaves(inputs: list[Tensor]) -> list[Tensor]:
+    return [x for x in inputs if x.requires_grad]
+
+
+def problem(name: str, size: int, device: torch.device) -> tuple[Call, Call, list[Tensor], Tensor]:
+    """(ours, eager, inputs, mask): bf16 predictions or hidden rows, fp32 targets, one value in ten masked."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    mask = torch.rand(size, device=device, generator=generator) > 0.1
+    if name == "masked_mse":
+        return masked_mse, _eager_masked_mse, [draw(size).bfloat16().requires_grad_(), draw(size)], mask
+    linear = [draw(*shape).bfloat16().requires_grad_() for shape in ((size, D_TOKEN), (D_TOKEN,), (1,))]
+    return linear_masked_mse, _eager_linear_masked_mse, [*linear, draw(size)], mask
+
+
+def _eager_masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return (pred.float() - target).masked_fill(~mask, 0).square().sum(), mask.sum().float()
+
+
+def _eager_linear_masked_mse(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _eager_masked_mse(F.linear(hidden, weight[None], bias).squeeze(-1), target, mask)
+
+
+def _results(call: Call, inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """sum, count and the gradients."""
+    total, count = call(*inputs, mask)
+    return [total.detach(), count, *torch.autograd.grad(total, _leaves(inputs))]
+
+
+def _truth(inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """What _results should be, in closed form and fp32, its sums in fp64 where they are long."""
+    *linear, target = (x.detach().float() for x in inputs)
+    pred = linear[0] if len(linear) == 1 else linear[0] @ linear[1] + linear[2]
+    error = (pred - target).masked_fill(~mask, 0)
+    sums = [error.double().square().sum().float(), mask.sum().float()]
+    if len(linear) == 1:
+        return [*sums, 2 * error]
+    hidden, weight, _ = linear
+    return [*sums, 2 * error[:, None] * weight, 2 * error @ hidden, 2 * error.double().sum().float()[None]]
+
+
+def _sweep(values: int, rows: int, device: torch.device, copy: float, budget_s: float) -> int:
+    """Time every choice of the kernels' constants, and print the best."""
+    if device.type != "cuda":
+        print("a sweep needs a GPU")
+        return 1
+    choices = list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (2, 4, 8, 16, 32)))
+    for name, size in (("masked_mse", values), ("linear_masked_mse", rows)):
+        module: Any = importlib.import_module(f"kernels.{name}")
+        call, _, inputs, mask = problem(name, size, device)
+        moved = bytes_to_move(inputs, mask).values()
+        figures = []
+        for choice in tqdm(choices, desc=name, leave=False):
+            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = choice
+            seconds = _seconds(call, inputs, mask, device, budget_s)
+            figures.append((*(count / time / copy for count, time in zip(moved, seconds)), *choice))
+        print(f"\n{name}, {size:,}: share of the copy forward and backward, TILE, NUM_WARPS, PROGRAMS_PER_SM")
+        for figure in sorted(figures, key=lambda figure: -min(figure[:2]))[:12]:
+            print("  {:.3f} {:.3f}  {:5d} {:3d} {:3d}".format(*figure))
+    return 0
+
+
+def _draw(rows: list[Row], device: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    panels = [(kernel, which) for kernel in ("masked_mse", "linear_masked_mse") for which in ("forward", "backward")]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (kernel, which) in zip(axes.flat, panels, strict=True):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
+            points = [
+                (row["values"], row["of_copy"])
+                for row in rows
+                if (row["kernel"], row["direction"], row["contender"]) == (kernel, which, contender)
+            ]
+            axis.plot(*zip(*points), marker="o", label=contender)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(title=f"{kernel}, {which}", xscale="log", xlabel="values", ylabel="rate / copy", ylim=(0, None))
+    axes[0, 0].legend()
+    figure.suptitle(device)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,59 @@
+"""What the benchmarks share: the check before any rate, the files, the timing."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from kernels.bench_report import OK, Report, as_accurate, integers, median_seconds
+
+
+def test_a_result_may_be_twice_as_far_off_as_plain_torch_and_no_further():
+    truth = [torch.ones(4), torch.ones(4)]
+    plain = [x + 0.01 for x in truth]
+    assert as_accurate([x + 0.0199 for x in truth], plain, truth) == OK
+    assert as_accurate([truth[0], truth[1] + 0.0202], plain, truth).startswith("wrong: result 1 is off by 0.04")
+    assert as_accurate([truth[0] * float("nan"), truth[1]], plain, truth).startswith("wrong: result 0")
+
+
+def test_numbers_are_read_and_other_text_is_refused():
+    assert integers("32,64") == [32, 64]
+    for text in ("", "0", "32,", "a", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="32,64"):
+            integers(text)
+
+
+def test_a_call_is_timed_at_least_three_times():
+    calls = []
+    assert 0 <= median_seconds(lambda: calls.append(0), torch.device("cpu"), budget_s=0) < 0.1
+    assert len(calls) >= 4
+
+
+def test_a_wrong_result_makes_the_status_1_and_is_not_drawn(tmp_path, capsys):
+    report = Report("toy", "A toy", torch.device("cpu"), tmp_path)
+    report.add(contender="ours", tokens=20136, rate=1.23456, status=OK)
+    report.add(contender="theirs", tokens=20136, rate=None, status="not run: absent")
+    drawn = []
+    draw = lambda rows, device, path: drawn.append((rows, path))  # noqa: E731
+    assert report.write(draw) == 0
+    report.add(contender="mine", tokens=1, rate=None, status="wrong: result 0")
+    assert report.write(draw) == 1
+    (rows, path) = drawn[1]
+    assert [row["contender"] for row in rows] == ["ours"]
+    folder = path.parent
+    assert folder.parent == tmp_path
+    assert folder.name.startswith("cpu")
+    written = json.loads((folder / "toy.json").read_text())
+    assert written["rows"] == report.rows
+    assert {"device", "versions", "date", "command", "commit"} <= written.keys()
+    assert (folder / "toy.csv").read_text().splitlines() == [
+        "contender,tokens,rate,status",
+        "ours,20136,1.23456,ok",
+        "theirs,20136,,not run: absent",
+        "mine,1,,wrong: result 0",
+    ]
+    text = (folder / "toy.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| ours | 20,136 | 1.23 | ok |" in text
+    assert "rates of a CPU" in text
