@@ -188,7 +188,8 @@ class Checkpoints:
             for path in [*written, staging / TRAINER] if self.ranks.is_main else written:
                 mine[path.relative_to(staging).as_posix()] = _entry(path, sync=True)
         except OSError as error:
-            problem = f"{staging}: cannot write this checkpoint: {error.strerror} ({error.filename}); make room"
+            reason = f"{error.strerror} ({error.filename})"
+            problem = f"{staging}: cannot write this checkpoint: {reason}; make room or choose another folder"
         parts = gather((mine, digests, problem), self.ranks)
         if problems := [problem for _, _, problem in parts if problem]:
             raise CheckpointError("; ".join(problems))

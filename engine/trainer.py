@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +293,12 @@ class Trainer:
             raise ConfigError(f"training.best.metric: '{name}' is not measured{nearest(name, list(metrics))}")
         return metrics
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self, in_background: bool | None = None) -> Path:
+        """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
+        in_background = self.config.training.async_save if in_background is None else in_background
         state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
         return self.checkpoints.save(
-            capture(self.backend), state, self._probe_loss(), in_background=self.config.training.async_save
+            capture(self.backend), state, self._probe_loss(), in_background
         )
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
@@ -327,16 +329,20 @@ class Trainer:
         resharded = "" if mine == theirs else f", from {theirs} to {mine}"
         self._say(f"resumed from {found.path} at step {self.progress.step}{resharded}")
 
+    @cached_property
+    def _probe(self) -> Batch:
+        """The first validation sample: its loss is the same before a checkpoint is saved and after it is loaded."""
+        batch = collate(self.task, [(self.task.datasets()["val"][0], True, 0)])
+        return to_device(batch, self.ranks.device)
+
+    @torch.no_grad()
     def _probe_loss(self) -> float:
-        """The loss of one fixed sample: the same before a checkpoint is saved and after it is loaded."""
-        sample = self.task.datasets()["val"][0]
-        batch = to_device(collate(self.task, [(sample, True, 0)]), self.ranks.device)
-        was_training = self.backend.model.training
-        self.backend.model.eval()
-        with torch.no_grad():
-            loss, weight = self.task.loss(self.backend.model, batch)["loss"], self.task.weight(batch)
-        self.backend.model.train(was_training)
-        return float(loss / weight)
+        model = self.backend.model
+        was_training = model.training
+        model.eval()
+        loss = self.task.loss(model, self._probe)["loss"] / self.task.weight(self._probe)
+        model.train(was_training)
+        return float(loss)
 
     def _check_probe(self, found: Checkpoint) -> None:
         loss, saved = self._probe_loss(), found.probe_loss

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from engine.distributed import Ranks
 from engine.errors import CheckpointError
 from engine.sharded_state import Fragment, ShardedFiles, add_digests, capture, digest, file_names, restore
+from tests.distributed import run_distributed_test
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -35,14 +37,15 @@ class Alone:
 class Flat:
     """Rank `rank` of `world_size`: all parameters end to end, filled up, cut into equal parts, as ZeRO does."""
 
-    def __init__(self, module: nn.Module, rank: int, world_size: int) -> None:
+    def __init__(self, module: nn.Module, rank: int, world_size: int, momentum: bool = False) -> None:
         self.module = module
         whole = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
         part = -(-len(whole) // world_size)
         whole = nn.functional.pad(whole, (0, part * world_size - len(whole)))
         self.mine = nn.Parameter(whole[rank * part : (rank + 1) * part].clone())
         self.first, self.stop = rank * part, (rank + 1) * part
-        self.optimizer = torch.optim.AdamW([self.mine])
+        sgd = torch.optim.SGD([self.mine], lr=0.1, momentum=0.9) if momentum else None
+        self.optimizer = sgd or torch.optim.AdamW([self.mine])
 
     def fragments(self) -> list[Fragment]:
         found, begin = [], 0
@@ -205,6 +208,44 @@ def test_elements_in_the_wrong_place_are_noticed(tmp_path: Path) -> None:
     target = Overlapping(network(2), torch.optim.SGD(network(2).parameters(), lr=0.1))
     with pytest.raises(CheckpointError, match=r"2\.weight, value: after loading, its elements are not those"):
         restore(target, tmp_path, digests, ALONE)
+
+
+def anonymous_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
+
+
+def load_and_watch_memory(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
+    """Peak of the memory taken while loading, and what was in use for good afterwards."""
+    model = nn.ParameterDict({str(i): nn.Parameter(torch.ones(1024, 2048)) for i in range(8)})  # 8 MiB each
+    target = Alone(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    digests = json.loads((folder / "digests").read_text())
+    before, peak, done = anonymous_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    restore(target, folder, digests, ALONE)
+    done.set()
+    watcher.join()
+    return peak - before, anonymous_memory() - before
+
+
+@pytest.mark.distributed
+def test_loading_needs_no_more_than_a_few_times_the_largest_parameter_beside_the_state(tmp_path: Path) -> None:
+    model = nn.ParameterDict({str(i): nn.Parameter(torch.ones(1024, 2048)) for i in range(8)})
+    parts = [Flat(model, rank, 3, momentum=True) for rank in range(3)]
+    for part in parts:
+        step_once(part, 1.0)
+    (tmp_path / "digests").write_text(json.dumps(write(tmp_path, list(parts))))
+    [(peak, kept)] = run_distributed_test(load_and_watch_memory, 1, tmp_path)
+    largest = 1024 * 2048 * 4
+    assert kept > 7 * largest  # the momentum of eight parameters
+    assert peak - kept < 4 * largest, f"{(peak - kept) / largest:.1f} times the largest parameter"
 
 
 @pytest.mark.fault("hostile pickle in place of a file")
