@@ -1,9 +1,9 @@
 """python -m kernels.compile_gate: what every shipped tile of flash_attention needs in registers and shared memory.
 
-Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. `limits_broken` says
-what would make a tile slow or unusable: registers spilled to memory, more shared memory than a multiprocessor lends to
-one program (CUDA C++ Programming Guide, "Compute capabilities"), or, on sm_90, products of 16-bit tiles that do not run
-as warp-group instructions.
+Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. What would make
+a tile slow or unusable fails it: registers spilled to memory; more shared memory than a multiprocessor lends to one
+program (CUDA C++ Programming Guide, "Compute capabilities"); on sm_90, products of 16-bit tiles that are no warp-group
+instructions, or that the assembler had to put one after the other for want of registers.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Usage(NamedTuple):
     local_bytes: int
     shared_bytes: int
     wgmma: bool
+    wgmma_serialized: bool
 
 
 PASSES = ("forward", "backward", "backward_dkdv", "backward_dq")
@@ -67,14 +68,23 @@ def configurations(every: bool) -> Iterator[Configuration]:
 def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the machine code."""
     compiled = _compile(configuration)
+    ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
-    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma)
+        Path(folder, "cubin").write_bytes(compiled.asm["cubin"])
+        resources = _run("cuobjdump", "-res-usage", Path(folder, "cubin"))
+        remarks = ""
+        if wgmma := "wgmma.mma_async" in ptx:
+            Path(folder, "ptx").write_text(ptx)
+            remarks = _run("ptxas", f"-arch=sm_{configuration.architecture}a", Path(folder, "ptx"), "-o", "/dev/null")
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    serialized = "wgmma.mma_async instructions are serialized" in remarks
+    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized)
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    done = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
@@ -85,6 +95,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append(f"needs {usage.shared_bytes} bytes of shared memory")
     if configuration.architecture == 90 and configuration.dtype != "fp32" and not usage.wgmma:
         broken.append("no wgmma")
+    if usage.wgmma_serialized:
+        broken.append("wgmma serialized")
     return broken
 
 
@@ -100,11 +112,11 @@ def _compile(configuration: Configuration) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    architecture, name, dtype, head_dim, causal, masked = configuration
+    architecture, pass_, dtype, head_dim, causal, masked = configuration
     tile = configuration.tile
-    if name == "forward":
+    if pass_ == "forward":
         kernel = forward._flash_fwd_kernel
-    elif name == "backward_dq":
+    elif pass_ == "backward_dq":
         kernel = backward._flash_bwd_dq_kernel
     else:
         kernel = backward._flash_bwd_kernel
@@ -117,21 +129,17 @@ def _compile(configuration: Configuration) -> Any:
         "HAS_MASK": masked,
     }
     if "ADD_DQ" in kernel.arg_names:
-        constants["ADD_DQ"] = name == "backward"
-    signature = {
-        argument: "constexpr" if argument in constants else _type(argument, dtype) for argument in kernel.arg_names
-    }
-    aligned = [
-        i for i, argument in enumerate(kernel.arg_names) if signature[argument][0] == "*" or "_stride_" in argument
-    ]
+        constants["ADD_DQ"] = pass_ == "backward"
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or "_stride_" in name]
     source = ASTSource(
         kernel,
         signature,
-        {(kernel.arg_names.index(argument),): value for argument, value in constants.items()},
+        {(names.index(name),): value for name, value in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=tile.options())
 
 
 def _type(argument: str, dtype: str) -> str:

@@ -5,19 +5,19 @@
 With causal_block c, query i sees key j if and only if j // c <= i // c: whole blocks of the sequence follow one
 another, and within its own block a query sees everything. A key that `key_mask` calls padding is seen by nobody.
 
-On GPUs the Triton kernels of flash_attention_forward.py and flash_attention_backward.py do it, which say how. The path
-below is composed of torch's own fused attention and runs on any device, and in fp64. Block-causal attention needs no mask
-there: the queries of block t attend, unmasked, to the first (t+1)c keys.
+On GPUs the Triton kernels of flash_attention_forward.py and flash_attention_backward.py do it; how is said there. The
+path below is composed of torch's own fused attention and runs on any device, and in fp64. Block-causal attention needs
+no mask there: the queries of block t attend, unmasked, to the first (t+1)c keys.
 
-FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D and S = B M Hkv D the
-forward pass reads or writes each value of q, k, v and out once from or to memory, e (2R + 2S) bytes at e bytes a value,
-if the keys of the heads at work fit in the L2 cache. Both passes together hold
+FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D, S = B M Hkv D and e
+bytes a value the forward pass moves e (2R + 2S) bytes from and to memory, as long as the keys of the heads at work fit
+in the L2 cache. Both passes together hold
     e (4R + 4S)     q, k, v, out and their gradients
     8 B N Hq        the log-sum-exp of each row and rowsum(dO * O), fp32
     4 R             dQ while it is summed, fp32 (not in deterministic mode)
-and nothing of size N x M: for 67,120 tokens, 8 heads of 64 (key heads too) in bf16 2 x 4 x 65.5 + 4.1 + 131.1 MiB = 660 MiB,
-and twice that for twice the length. Dtype: inputs and outputs in one dtype, softmax and sums in fp32; under autocast q, k
-and v are cast to its dtype first, as torch's own attention does.
+and nothing of size N x M: 67,120 tokens with 8 heads of 64 in bf16 take 524.4 + 4.1 + 131.1 = 659.6 MiB, and twice the
+length takes twice that. Dtype: inputs and outputs in one dtype, softmax and sums in fp32; under autocast q, k and v are
+cast to its dtype first, as torch's own attention does.
 Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023).
 """
 

@@ -4,11 +4,12 @@
 
     P = exp(S - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = s dS K,  dK = s dS^T Q,  delta = rowsum(dO * O)
 
-One pass by default: a program holds a key tile with its dK and dV in registers, walks over the query tiles that see it,
-and adds its share of dQ into an fp32 accumulator by atomics: 5 products of tiles and one exponential a pair, in an order
-of additions that varies from run to run. With `torch.use_deterministic_algorithms(True)` a second kernel, which holds a
-query tile and walks over keys as the forward pass does, makes dQ instead: the same bits in every run for 7 products and
-2 exponentials. dK and dV are summed over the query heads that share a key head within one program either way.
+One pass by default: a program holds a key tile with its dK and dV in registers, walks over the query tiles that see
+it, and adds its share of dQ into an fp32 accumulator by atomics: 5 products of tiles and one exponential a pair, in an
+order of additions that varies from run to run. With `torch.use_deterministic_algorithms(True)` a second kernel, which
+holds a query tile and walks over keys as the forward pass does, makes dQ instead: the same bits in every run for 7
+products and 2 exponentials. dK and dV are summed over the query heads that share a key head within one program either
+way.
 
 S and P are held transposed, [keys, queries], so that dV and dK take their left operand from registers. Dtype: as in the
 forward pass; P and dS are rounded to the input dtype, sums stay fp32.
@@ -212,7 +213,7 @@ def launch_backward(
     causal_block = binding_causal_block(causal_block, N, M)
     group = Hq // Hkv
     scales = (softmax_scale, softmax_scale * math.log2(math.e))
-    pattern = dict(D=D, BLOCK_D=block_d, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None)
+    pattern = {"D": D, "BLOCK_D": block_d, "CAUSAL": causal_block is not None, "HAS_MASK": key_mask is not None}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
 
     delta = torch.empty_like(lse)
@@ -228,14 +229,14 @@ def launch_backward(
             q, k, v, d_out, lse, delta, dq_sum, dk, dv, mask, *strides,
             B, N, M, Hkv, group, causal_block or 0, *scales, heads_in_l2(group * N * D * (2 * q.element_size() + 4)),
             **pattern, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ADD_DQ=not deterministic,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options(),
         )  # fmt: skip
         if deterministic:
             _flash_bwd_dq_kernel[(triton.cdiv(N, dq_tile.block_m) * B * Hq,)](
                 q, k, v, d_out, lse, delta, dq, mask, key_tiles, *strides,
                 B, N, M, Hq, group, causal_block or 0, *scales, group * heads_in_l2(2 * M * D * k.element_size()),
                 **pattern, BLOCK_M=dq_tile.block_m, BLOCK_N=dq_tile.block_n,
-                num_warps=dq_tile.num_warps, num_stages=dq_tile.num_stages,
+                **dq_tile.options(),
             )  # fmt: skip
         else:
             torch.mul(dq_sum.transpose(1, 2), softmax_scale, out=dq)

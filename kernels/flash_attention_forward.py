@@ -8,8 +8,8 @@ sum l of each row (Milakov and Gimelshein, "Online normalizer calculation for so
 the boundary of a causal block, at the end of the keys or with some padding come after; tiles of nothing but padding are
 not visited. Scores are in units of log2, so that exponentials are exp2 with the softmax scale folded into one
 multiply-add, and so is the log-sum-exp of each row that the backward pass reads: fp32 [B, Hq, N], +inf for a row that
-sees no key. Dtype: products of tiles in the input dtype with fp32 accumulators (fp32 inputs: IEEE fp32), P rounded to the
-dtype of V, the rest fp32.
+sees no key. Dtype: products of tiles in the input dtype with fp32 accumulators (fp32 inputs: IEEE fp32), P rounded to
+the dtype of V, the rest fp32.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def dot(a, b, acc):
 
 @jit
 def tile_and_head(num_tiles, num_heads, heads_at_once):
-    """Which tile of which head a program works on: few heads at a time, so that what they share stays in the L2 cache."""
+    """Which tile of which head a program works on: few heads at a time, so that what they share stays in the cache."""
     pid = tl.program_id(0)
     first_head = pid // (num_tiles * heads_at_once) * heads_at_once
     among = tl.minimum(heads_at_once, num_heads - first_head)
@@ -162,7 +162,7 @@ def real_keys(key_mask, keys, M, HAS_MASK: tl.constexpr, MASKED: tl.constexpr):
 
 @jit
 def load_rows(base, first, rows, stride, real, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
-    """[rows, BLOCK_D] from row `first` on; 0 past column D and, if CHECKED, in rows that are not real, whatever is there."""
+    """[rows, BLOCK_D] from row `first` on; 0 past column D and, if CHECKED, wherever a row is not real."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + first.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if D < BLOCK_D:
@@ -210,7 +210,7 @@ def launch_forward(
             group * heads_in_l2(2 * M * D * k.element_size()),
             D=D, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options(),
         )  # fmt: skip
     return out, lse
 
@@ -247,7 +247,7 @@ def heads_in_l2(bytes_per_head: int) -> int:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x as the kernels want it: its last dimension contiguous, and the elements of a tile within reach of 32-bit offsets."""
+    """x as the kernels want it: its last dimension contiguous, its rows so near that 32-bit offsets span a tile."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**22 else x.contiguous()
 
 

@@ -1,7 +1,7 @@
 """choose_tile: how many queries and keys a program of flash_attention works on at once, and with how many warps.
 
-A static table, so that a user's first step tunes nothing. `python -m kernels.compile_gate` prints what each entry needs in
-registers and shared memory; a launch function's `tile` overrides its entry, which is what a sweep on a device uses.
+A static table, so that a user's first step tunes nothing. `python -m kernels.compile_gate` prints what each entry needs
+in registers and shared memory; a launch function's `tile` overrides its entry, for a sweep on a device.
 """
 
 from __future__ import annotations
@@ -17,57 +17,83 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    max_registers: int = 255  # a thread; with 128, two programs of 8 warps run side by side on a multiprocessor
+
+    def options(self) -> dict[str, int]:
+        """As Triton's launches and its compiler take them."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 # (architecture, bits of an element, pass) -> head dimension, as a power of two -> tile
 TILES = {
     (90, 16, "forward"): {
-        16: Tile(128, 128, 4, 3),
-        32: Tile(128, 128, 4, 3),
-        64: Tile(128, 128, 8, 3),
-        128: Tile(128, 128, 8, 2),
-        256: Tile(128, 64, 8, 2),
+        16: Tile(128, 64, 8, 3, 128),
+        32: Tile(128, 64, 8, 3, 128),
+        64: Tile(128, 64, 8, 3, 128),
+        128: Tile(128, 64, 8, 3),
+        256: Tile(128, 32, 8, 2),
     },
     (90, 16, "backward"): {
         16: Tile(64, 128, 8, 2),
         32: Tile(64, 128, 8, 2),
         64: Tile(64, 128, 8, 2),
-        128: Tile(64, 128, 8, 2),
-        256: Tile(64, 64, 8, 1),
+        128: Tile(64, 64, 8, 1),
+        256: Tile(16, 64, 8, 1),
     },
     (90, 16, "backward_dq"): {
-        16: Tile(128, 64, 4, 3),
-        32: Tile(128, 64, 4, 3),
-        64: Tile(128, 64, 4, 3),
+        16: Tile(128, 64, 8, 3),
+        32: Tile(128, 64, 8, 3),
+        64: Tile(128, 64, 8, 2),
         128: Tile(128, 64, 8, 2),
-        256: Tile(64, 64, 8, 1),
+        256: Tile(64, 32, 8, 2),
     },
     (80, 16, "forward"): {
         16: Tile(128, 64, 4, 3),
         32: Tile(128, 64, 4, 3),
-        64: Tile(128, 64, 4, 3),
-        128: Tile(128, 64, 8, 3),
-        256: Tile(64, 32, 4, 2),
+        64: Tile(128, 32, 4, 3),
+        128: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2),
     },
     (80, 16, "backward"): {
         16: Tile(64, 128, 8, 2),
         32: Tile(64, 128, 8, 2),
-        64: Tile(64, 128, 8, 2),
+        64: Tile(32, 128, 8, 2),
         128: Tile(64, 64, 8, 1),
         256: Tile(32, 32, 8, 1),
     },
     (80, 16, "backward_dq"): {
-        16: Tile(64, 64, 4, 3),
-        32: Tile(64, 64, 4, 3),
-        64: Tile(64, 64, 4, 3),
-        128: Tile(64, 64, 8, 2),
+        16: Tile(128, 64, 8, 2),
+        32: Tile(64, 64, 4, 2),
+        64: Tile(128, 64, 8, 2),
+        128: Tile(64, 64, 8, 1),
         256: Tile(32, 32, 4, 1),
     },
-    (90, 32, "forward"): {d: Tile(32, 32, 4, 2) for d in (16, 32, 64, 128, 256)},
-    (90, 32, "backward"): {d: Tile(32, 32, 8, 1) for d in (16, 32, 64, 128, 256)},
-    (90, 32, "backward_dq"): {d: Tile(32, 32, 8, 1) for d in (16, 32, 64, 128, 256)},
 }
-TILES |= {(80, 32, name): TILES[90, 32, name] for name in ("forward", "backward", "backward_dq")}
+_FLOAT32 = {
+    "forward": {
+        16: Tile(32, 32, 4, 2),
+        32: Tile(32, 32, 4, 2),
+        64: Tile(32, 16, 4, 2),
+        128: Tile(32, 16, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    "backward": {
+        16: Tile(32, 32, 4, 1),
+        32: Tile(32, 32, 4, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    "backward_dq": {
+        16: Tile(32, 32, 4, 1),
+        32: Tile(32, 32, 4, 1),
+        64: Tile(32, 32, 8, 1),
+        128: Tile(16, 16, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+}
+# no tensor cores there: one tile for both
+TILES |= {(architecture, 32, name): tiles for architecture in (90, 80) for name, tiles in _FLOAT32.items()}
 
 
 def choose_tile(name: str, q: Tensor, block_d: int) -> Tile:

@@ -1,4 +1,4 @@
-"""The Triton kernels of flash_attention, interpreted on the CPU in small tiles and, with `-m gpu`, on the GPU as shipped."""
+"""The Triton kernels of flash_attention: on the CPU interpreted, in small tiles, and with `-m gpu` as shipped."""
 
 import contextlib
 import mmap
@@ -81,7 +81,7 @@ def dense_in_the_same_dtype(q, k, v, causal_block=None, key_mask=None, softmax_s
 
 
 def assert_as_accurate_as_dense_torch(leaves, **arguments):
-    """The error against fp32, of the output and of every gradient, is at most twice that of dense torch in the dtype."""
+    """The error of the output and of every gradient is at most twice that of dense torch in the same dtype."""
     out = flash_attention(*leaves, **arguments)
     plain = dense_in_the_same_dtype(*leaves, **arguments)
     wide = [x.detach().float().requires_grad_() for x in leaves]
