@@ -1,19 +1,18 @@
-"""What the engine costs: its step against the same DeepSpeed engine driven by a bare loop, on the same model and data.
+"""What the engine costs: its step against the same backend driven by a bare loop, on the same model and data.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py engine`
-    measure(tensors=150, pairs=200)         the seconds of every pair of steps
+    add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
+    measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
 
-Two DeepSpeed engines are made from one model. One is driven by Trainer, whole: order of samples, weights, gradient
-norm, clipping, logging every tenth step, progress bar. The other is driven by the loop of DeepSpeed's own tutorial
-over a plain DataLoader, with clipping as the same section of the configuration asks for it. Their steps take turns,
-so both of a pair are of the same moment of the same machine.
+Two models are made alike. One is driven by Trainer, whole: order of samples, weights, gradient norm, clipping, logging
+every tenth step, progress bar. The other is driven over a plain DataLoader by the loop of DeepSpeed's own tutorial, or
+by the one that PyTorch's documents write for fully_shard, with clipping as the same section of the configuration asks
+for it. Their steps take turns, so both of a pair are of the same moment of the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
 import json
 import os
@@ -27,11 +26,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import RunConfig, load_config
 from engine.distributed import Ranks, start, stop
 from engine.errors import ConfigError
+from engine.model_options import blocks
 from engine.strict import Strict
 from engine.task import Batch, Sums
 from engine.trainer import Trainer
@@ -67,18 +69,32 @@ class Rows(Dataset[Any]):
         return self.x[index], self.y[index]
 
 
-class Chain(nn.Module):
-    """Linear layers, added up: x + linear(x) / depth."""
+class Links(nn.Module):
+    """Linear layers, added up: x + scale * linear(x)."""
 
-    def __init__(self, depth: int, width: int) -> None:
+    def __init__(self, depth: int, width: int, scale: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.layers, self.scale = nn.ModuleList(nn.Linear(width, width) for _ in range(depth)), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width] -> [B, width]."""
         for layer in self.layers:
-            x = x + layer(x) / len(self.layers)
+            x = x + layer(x) * self.scale
         return x
+
+
+class Chain(nn.Module):
+    """Links of five layers, ten tensors: the blocks of a small transformer have as many."""
+
+    _no_split_modules = ("Links",)
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.links = nn.Sequential(*(Links(min(5, depth - first), width, 1 / depth) for first in range(0, depth, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width] -> [B, width]."""
+        return self.links(x)
 
 
 class OverheadTask:
@@ -151,7 +167,13 @@ class _Interleaved(Trainer):
 
 
 def measure(
-    *, tensors: int, pairs: int, stage: int, batch_size: int = 32, clock: Callable[[], float] = time.perf_counter
+    *,
+    tensors: int,
+    pairs: int,
+    stage: int,
+    backend: str = "deepspeed",
+    batch_size: int = 32,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[float, float]]:
     """Seconds of a step of ours and of the bare loop, `pairs` of them, after a warm-up.
 
@@ -162,9 +184,10 @@ def measure(
         ranks = start()
         nowhere = open(os.devnull, "w")  # noqa: SIM115  # the progress bar and the lines are made, for nobody to read
         with nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            trainer = _Interleaved(OverheadTask(config.data, config.model), config, ranks, Path(folder, "run"))
+            task = OverheadTask(config.data, config.model)
+            trainer = _Interleaved(task, config, ranks, Path(folder, "run"), backend=backend)
             trainer.clock = clock
-            trainer.bare_step = _bare_step(trainer, config, ranks)
+            trainer.bare_step = (_bare_fsdp_step if backend == "fsdp" else _bare_deepspeed_step)(task, config, ranks)
             gc.disable()  # a collection would fall into one step of a pair
             try:
                 trainer.run()
@@ -173,12 +196,11 @@ def measure(
         return trainer.pairs[_WARM_UP:]
 
 
-def _bare_step(trainer: Trainer, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
-    """The tutorial's loop over a copy of the trainer's model, one step a call."""
+def _bare_deepspeed_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
+    """The tutorial's loop, one step a call."""
     import deepspeed
 
-    task, section = trainer.task, config.deepspeed
-    model = copy.deepcopy(trainer.backend.module)
+    section, model = config.deepspeed, task.build_model()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(model.parameters()),
@@ -192,20 +214,41 @@ def _bare_step(trainer: Trainer, config: RunConfig, ranks: Ranks) -> Callable[[]
         dist_init_required=False,
     )
 
-    def batches() -> Iterator[Batch]:
-        while True:
-            yield from DataLoader(
-                task.datasets()["train"], section.train_batch_size, shuffle=True, collate_fn=task.collate
-            )
-
-    source = batches()
+    source = _bare_batches(task, config, ranks)
 
     def step() -> None:
-        batch = {key: value.to(ranks.device) for key, value in next(source).items()}
-        engine.backward(squared_errors(engine, batch).mean())
+        engine.backward(squared_errors(engine, next(source)).mean())
         engine.step()
 
     return step
+
+
+def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
+    """The loop of PyTorch's documents for fully_shard, one step a call."""
+    section, model = config.deepspeed, task.build_model()
+    reshard = section.zero_optimization.stage == 3
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    cuda = ranks.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=cuda or None)
+    source = _bare_batches(task, config, ranks)
+
+    def step() -> None:
+        squared_errors(model, next(source)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _bare_batches(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
+    size = config.deepspeed.train_batch_size
+    while True:
+        for batch in DataLoader(task.datasets()["train"], size, shuffle=True, collate_fn=task.collate):
+            yield {key: value.to(ranks.device) for key, value in batch.items()}
 
 
 def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int) -> RunConfig:
@@ -263,6 +306,7 @@ def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py engine`."""
     parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
     parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
@@ -273,13 +317,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pairs < 10 or min(arguments.tensors) < 2:
         raise ConfigError("use at least --pairs 10 and --tensors 2")
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {arguments.pairs} pairs of steps")
+    print(
+        f"{arguments.backend}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of "
+        f"{arguments.pairs} pairs of steps"
+    )
     print(f"{'tensors':>7} {'ZeRO':>4} {'bare ms':>9} {'ours ms':>9} {'ratio':>7} {'95 % interval':>15} {'more us':>9}")
     verdicts = []
     try:
         for tensors in arguments.tensors:
             for stage in arguments.stages:
-                verdict = judge(measure(tensors=tensors, pairs=arguments.pairs, stage=stage, clock=clock))
+                pairs = measure(
+                    tensors=tensors, pairs=arguments.pairs, stage=stage, backend=arguments.backend, clock=clock
+                )
+                verdict = judge(pairs)
                 verdicts.append(verdict)
                 print(
                     f"{tensors:>7} {stage:>4} {verdict.bare_s * 1e3:>9.3f} {verdict.ours_s * 1e3:>9.3f} "

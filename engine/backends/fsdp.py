@@ -84,6 +84,7 @@ class FSDPBackend:
             root.set_reshard_after_backward(is_last)
         root.set_requires_all_reduce(is_last)
 
+    @torch.no_grad()
     def step(self) -> Stepped:
         self._micro_batch = 0
         gradients = [cast(DTensor, p.grad).to_local() for p in self._trainable if p.grad is not None]
@@ -97,20 +98,20 @@ class FSDPBackend:
                 torch._foreach_mul_(gradients, factor)
             self.optimizer.step()
             self._scheduler.step()
-        self.optimizer.zero_grad()
-        self._reshard()
+        for parameter in self._trainable:
+            parameter.grad = None
         self._scaler.update(skipped)
         return Stepped(float("inf") if skipped else norm, skipped)
 
     def _global_norm(self, gradients: list[Tensor]) -> float:
-        """The norm over all shards; each element counts once, replicas do not."""
-        squares = torch.zeros((), dtype=torch.float64, device=self._device)
-        if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients))
-            squares += norms.to(self._device, torch.float64).square().sum()
+        """The norm over all shards: each element counts once, replicas do not."""
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
+        norm = torch.linalg.vector_norm(norms, dtype=torch.float64)
         if self._shards.size() > 1:
-            dist.all_reduce(squares, group=self._shards.get_group())
-        return math.sqrt(squares.item())
+            square = norm.to(self._device).square()
+            dist.all_reduce(square, group=self._shards.get_group())
+            norm = square.sqrt()
+        return norm.item()
 
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -196,9 +197,10 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
             reshard_after_forward=section.zero_optimization.stage == 3 and unit is not model,
         )  # fmt: skip
         shard = cast(FSDPModule, unit)
-        # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
-        shard.set_gradient_divide_factor(1.0)
-        shard.set_force_sum_reduction_for_comms(True)
+        if mesh.size() > 1:
+            # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
+            shard.set_gradient_divide_factor(1.0)
+            shard.set_force_sum_reduction_for_comms(True)
         # a parameter that only some ranks use must not leave the others waiting
         shard.set_reduce_scatter_unused_params(True, recurse=False)
     return [cast(FSDPModule, unit) for unit in units]

@@ -6,14 +6,14 @@ from engine.overhead import judge, measure
 from tests.distributed import run_distributed_test
 
 
-def _measure(rank: int, world_size: int, stage: int) -> list[tuple[float, float]]:
-    return measure(tensors=4, pairs=12, stage=stage, batch_size=4)
+def _measure(rank: int, world_size: int, backend: str, stage: int) -> list[tuple[float, float]]:
+    return measure(tensors=12, pairs=12, stage=stage, backend=backend, batch_size=4)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 2])
-def test_every_step_of_ours_is_paired_with_a_bare_one(stage: int) -> None:
-    (pairs,) = run_distributed_test(_measure, 1, stage, backend=None)
+@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 0), ("deepspeed", 2), ("fsdp", 1), ("fsdp", 3)])
+def test_every_step_of_ours_is_paired_with_a_bare_one(backend: str, stage: int) -> None:
+    (pairs,) = run_distributed_test(_measure, 1, backend, stage, backend=None)
     assert len(pairs) == 12
     assert all(0 < seconds < 10 for pair in pairs for seconds in pair)
 
