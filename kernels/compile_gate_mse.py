@@ -1,7 +1,7 @@
 """python -m kernels.compile_gate_mse: what the kernels of squared errors need, compiled without a GPU.
 
-They live by memory, so two things fail the gate: registers spilled to memory, and values that are not loaded 16 bytes at
-a time. (Where rows have an odd length they cannot be; the rows below are of 8 x something values, as V = 6,712.)
+They live by memory, so two things fail the gate: registers spilled to memory, and values that are not loaded 16 bytes
+at a time. (Where rows have an odd length they cannot be; the rows below are of 8 x something values, as V = 6,712.)
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _compile(configuration: Configuration) -> Any:
 
     names, constants = configuration.kernel.arg_names, configuration.constants
     signature = {name: "constexpr" if name in constants else _type(name, configuration.dtype) for name in names}
-    # at a launch Triton sees which arguments are multiples of 16: pointers, 384 channels, a standing mask's strides of 0
+    # at a launch Triton sees which arguments are multiples of 16: pointers, 384 channels, strides of 0
     aligned = [
         i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("d", "stride", "stride0", "stride1")
     ]

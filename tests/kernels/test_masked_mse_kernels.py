@@ -104,8 +104,8 @@ def test_random_configurations(device):
     for _ in range(100):
         shape = [rng.choice((1, 2, 3, 5, 8, 17, 63)) for _ in range(rng.randint(1, 4))]
         shape[-1] = rng.choice((1, 7, 16, 123, 250))
-        if torch.Size(shape).numel() > 30_000:
-            shape[0] = 1
+        while torch.Size(shape).numel() > 10_000:
+            shape[shape.index(max(shape))] = 1
         kept = rng.randint(0, len(shape))
         mask_shape = [rng.choice((1, size)) for size in shape[kept:]]
         mask = rng.choice((None, some(mask_shape, device), draw(mask_shape, 7, device=device).clamp(min=0)))
@@ -115,7 +115,7 @@ def test_random_configurations(device):
         if rng.random() < 0.5:
             leaves = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in leaves]
         assert_as_accurate(masked_mse, plain_masked_mse, masked_mse_reference, leaves, mask)
-        if torch.Size(shape).numel() * d < 300_000:
+        if torch.Size(shape).numel() * d < 100_000:
             leaves = linear_inputs(shape, d, dtype, device)
             assert_as_accurate(linear_masked_mse, plain_linear_masked_mse, linear_masked_mse_reference, leaves, mask)
 
@@ -143,6 +143,7 @@ def test_a_broadcast_mask_is_not_copied(device, sizes):
     assert layout(mask, torch.Size((3, 5, 7)))[0].data_ptr() == mask.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of inf - inf in the interpreter
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", ["bool", "float", "row", "nothing"])
 def test_what_is_masked_touches_no_result(device, garbage, kind):
