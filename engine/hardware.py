@@ -6,7 +6,9 @@ memory_in_use(device)       GiB in use by this process, by name
 
 from __future__ import annotations
 
+import os
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import psutil
@@ -90,9 +92,14 @@ def peak_by_name(name: str, dtype: torch.dtype, tf32: bool = False) -> float | N
     return None
 
 
+@lru_cache(maxsize=1)
+def _process(number: int) -> psutil.Process:
+    return psutil.Process(number)
+
+
 def memory_in_use(device: torch.device) -> dict[str, float]:
     """GiB by name: resident memory of this process, and on a GPU the most that tensors have held since the start."""
-    values = {"host_memory_gib": psutil.Process().memory_info().rss / GIB}
+    values = {"host_memory_gib": _process(os.getpid()).memory_info().rss / GIB}
     if device.type == "cuda":
         values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return values

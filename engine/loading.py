@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from engine.order import FILLER, GlobalBatches
 from engine.randomness import mix_last
 from engine.task import Batch, Task
 
-Draw = tuple[int, int]
-"""(index of the sample or FILLER, key of this draw of it)."""
+Draws = list[np.ndarray]
+"""Two: the samples of a micro-batch, int64 [B] with FILLER where there is none, and the keys of their draws."""
 
 
 def training_loader(
@@ -24,21 +25,22 @@ def training_loader(
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each step of range(first_step, last_step): this rank's micro-batches, `grad_accum_steps` of them."""
 
-    def draws() -> Iterator[list[Draw]]:
+    def draws() -> Iterator[Draws]:
         for step in range(first_step, last_step):
             samples, epoch = batches.samples(step), batches.epoch(step)
             for micro in samples.reshape(sizes.grad_accum_steps, sizes.world_size, sizes.micro_batch_size)[:, rank]:
-                yield list(zip(micro.tolist(), mix_last(micro, batches.seed, epoch).tolist(), strict=True))
+                yield [micro, mix_last(micro, batches.seed, epoch)]
 
-    loader = iter(_loader(task, dataset, draws, num_workers, pin_memory))
-    for _ in range(first_step, last_step):
+    steps = range(first_step, last_step)
+    loader = iter(_loader(task, dataset, draws, len(steps) * sizes.grad_accum_steps, num_workers, pin_memory))
+    for _ in steps:
         yield [next(loader) for _ in range(sizes.grad_accum_steps)]
 
 
 def evaluation_loader(
     task: Task, dataset: Dataset[Any], *, num_samples: int | None, micro_batch_size: int, world_size: int, rank: int,
     num_workers: int = 0, pin_memory: bool = False,
-) -> DataLoader[Batch]:  # fmt: skip
+) -> DataLoader[Batch] | _InThisProcess:  # fmt: skip
     """Every chosen sample once over all ranks, the same number of batches on each, filled up where short.
 
     `num_samples` evenly spaced samples are chosen; all of them if None.
@@ -51,17 +53,24 @@ def evaluation_loader(
     places[:count] = chosen
     mine = places.reshape(steps, world_size, micro_batch_size)[:, rank]
 
-    def draws() -> Iterator[list[Draw]]:
-        yield from (list(zip(batch.tolist(), mix_last(batch).tolist(), strict=True)) for batch in mine)
+    def draws() -> Iterator[Draws]:
+        yield from ([batch, mix_last(batch)] for batch in mine)
 
-    return _loader(task, dataset, draws, num_workers, pin_memory)
+    return _loader(task, dataset, draws, steps, num_workers, pin_memory)
 
 
-def _loader(task: Task, dataset: Dataset[Any], draws: Any, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def _loader(
+    task: Task, dataset: Dataset[Any], draws: Callable[[], Iterator[Draws]], count: int, num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Batch] | _InThisProcess:  # fmt: skip
+    """`count` batches, made by `num_workers` processes ahead of time, or here when they are asked for."""
+    keyed, sampler, collate_fn = _Keyed(dataset), _Sampler(draws, count), _Collate(task)
+    if num_workers == 0:
+        return _InThisProcess(keyed, sampler, collate_fn, pin_memory)
     return DataLoader(
-        _Keyed(dataset),
-        batch_sampler=_Draws(draws),
-        collate_fn=_Collate(task),
+        keyed,
+        batch_sampler=sampler,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
@@ -70,34 +79,57 @@ def _loader(task: Task, dataset: Dataset[Any], draws: Any, num_workers: int, pin
     )
 
 
-class _Draws:
-    def __init__(self, draws: Any) -> None:
-        self.draws = draws
+@dataclass(frozen=True)
+class _Sampler:
+    """What torch takes for a sampler of batches: any iterable of what `_Keyed` understands."""
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return iter(self.draws())
+    draws: Callable[[], Iterator[Draws]]
+    count: int
+
+    def __iter__(self) -> Iterator[Draws]:
+        return self.draws()
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class _InThisProcess:
+    """A DataLoader without workers, at a third of its cost a batch."""
+
+    dataset: _Keyed
+    sampler: _Sampler
+    collate_fn: _Collate
+    pin_memory: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        for draws in self.sampler:
+            batch = self.collate_fn(self.dataset.__getitems__(draws))
+            yield {key: value.pin_memory() for key, value in batch.items()} if self.pin_memory else batch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class _Keyed(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, draws: list[Draw]) -> list[tuple[Any, bool, int]]:
-        return [(self.dataset[max(index, 0)], index != FILLER, key) for index, key in draws]
+    def __getitems__(self, draws: Draws) -> list[Any]:
+        return [[self.dataset[index] for index in draws[0].clip(0).tolist()], draws]
 
 
 class _Collate:
     def __init__(self, task: Task) -> None:
         self.task = task
 
-    def __call__(self, items: list[tuple[Any, bool, int]]) -> Batch:
-        return collate(self.task, items)
+    def __call__(self, items: list[Any]) -> Batch:
+        return collate(self.task, *items)
 
 
-def collate(task: Task, items: Sequence[tuple[Any, bool, int]]) -> Batch:
-    """The batch of these samples, each with whether it counts and the key of its draw."""
-    samples, valid, keys = zip(*items, strict=True)
+def collate(task: Task, samples: Sequence[Any], draws: Draws) -> Batch:
+    """The batch of these samples, with what the engine adds to it."""
     batch = task.collate(samples)
-    batch["valid"] = torch.tensor(valid, dtype=torch.bool)
-    batch["draw"] = torch.tensor(keys, dtype=torch.int64)
+    batch["valid"] = torch.from_numpy(draws[0] != FILLER)
+    batch["draw"] = torch.from_numpy(draws[1])
     return batch

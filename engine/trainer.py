@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -116,6 +117,11 @@ class Trainer:
         self._say(render_summary(self.plan))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._stop_signal: int | None = None
+        self._flags = {
+            (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=ranks.device)
+            for stop in (False, True)
+            for failed in (False, True)
+        }
         self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
 
     def run(self) -> Progress:
@@ -154,17 +160,20 @@ class Trainer:
             # a run that had stopped early is over, also when it is resumed
             for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
-                lr = self.backend.learning_rate()
-                sums, weight, stop = self._accumulate(micro_batches)
+                lr = self.backend.learning_rate() if logged else math.nan
+                sums, weight, flags = self._accumulate(micro_batches, with_sums=logged)
                 self.watchdog.note(progress.step, "optimizer step")
                 stepped = self.backend.step()
                 progress.step += 1
+                stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
+                if save_failed:
+                    self.checkpoints.wait()  # raises it, on all ranks in the same step
 
                 if stepped.skipped:
                     self._skipped(micro_batches)
                 else:
                     progress.skipped_in_a_row = 0
-                if logged:
+                if sums is not None:
                     values = (
                         self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)} | meter.read()
                     )
@@ -198,25 +207,21 @@ class Trainer:
             pin_memory=self.ranks.device.type == "cuda",
         )  # fmt: skip
 
-    def _accumulate(self, micro_batches: list[Batch]) -> tuple[Sums, Tensor, bool]:
+    def _accumulate(self, micro_batches: list[Batch], with_sums: bool) -> tuple[Sums | None, Tensor, Tensor]:
         """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch).
 
-        Returns this rank's sums, the global weight, and whether any rank was asked to stop.
+        Returns this rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed.
         """
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self.config.training.seed, 1, self.progress.step, self.ranks.rank)
         micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
         self.watchdog.note(self.progress.step, "all-reduce of the batch's weight")
-        agreed = sum_over_ranks(
-            {
-                "weight": torch.stack([self.task.weight(batch).to(torch.float64) for batch in micro_batches]).sum(),
-                "stop": torch.tensor(float(self._stop_signal is not None), device=self.ranks.device),
-                "save_failed": torch.tensor(float(self.checkpoints.failed), device=self.ranks.device),
-            },
-            self.ranks,
-        )
-        if agreed["save_failed"]:
-            self.checkpoints.wait()  # raises it, on all ranks in the same step
+        weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
+        mine = {
+            "weight": torch.stack(weights).sum() if weights[1:] else weights[0],
+            "flags": self._flags[self._stop_signal is not None, self.checkpoints.failed],
+        }
+        agreed = sum_over_ranks(mine, self.ranks)
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
@@ -226,9 +231,9 @@ class Trainer:
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             self.backend.backward(part["loss"] * (scale + (loss - loss)))
-            sums = add_sums(sums, part)
-        assert sums is not None
-        return sums, agreed["weight"], bool(agreed["stop"] > 0)
+            if with_sums:
+                sums = add_sums(sums, part)
+        return sums, agreed["weight"], agreed["flags"]
 
     def _means(self, sums: Sums, weight: Tensor) -> dict[str, float]:
         total = sum_over_ranks(sums, self.ranks)
@@ -297,9 +302,7 @@ class Trainer:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
         state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
-        return self.checkpoints.save(
-            capture(self.backend), state, self._probe_loss(), in_background
-        )
+        return self.checkpoints.save(capture(self.backend), state, self._probe_loss(), in_background)
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
         save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
@@ -332,7 +335,8 @@ class Trainer:
     @cached_property
     def _probe(self) -> Batch:
         """The first validation sample: its loss is the same before a checkpoint is saved and after it is loaded."""
-        batch = collate(self.task, [(self.task.datasets()["val"][0], True, 0)])
+        first = np.zeros(1, dtype=np.int64)
+        batch = collate(self.task, [self.task.datasets()["val"][0]], [first, first])
         return to_device(batch, self.ranks.device)
 
     @torch.no_grad()

@@ -106,7 +106,9 @@ class DeepSpeedBackend:
         if self._micro_step:
             self.engine.step()
         self._micro_step += 1
-        self.engine.backward(loss * self._ranks.world_size, scale_wrt_gas=False)
+        if self._ranks.world_size > 1:
+            loss = loss * self._ranks.world_size
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> Stepped:
         self._micro_step = 0
