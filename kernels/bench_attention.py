@@ -11,6 +11,7 @@ it runs as T unmasked slices, q of block t against the keys up to block t.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,7 @@ from kernels.bench_report import (
 )
 from kernels.flash_attention_tiles import TILES, Tile
 from kernels.reference import visible_pairs
+from kernels.triton_path import triton
 
 V = 6712
 PADDING = 0.05  # of a block's variables, its last ones
@@ -266,9 +268,8 @@ def _results(attend: Attention, problem: Problem, upstream: Tensor) -> list[Tens
 
 
 def _seconds(attend: Attention, problem: Problem, upstream: Tensor, budget_s: float) -> tuple[float, float]:
-    """Median times of the forward and of the backward pass."""
-    fixed = [x.detach() for x in problem.leaves]
-    forward = median_seconds(lambda: attend(*fixed), problem.q.device, budget_s)
+    """Median times of the forward pass, as in training, and of the backward pass."""
+    forward = median_seconds(lambda: attend(*problem.leaves), problem.q.device, budget_s)
     out = attend(*problem.leaves)
     again = lambda: torch.autograd.grad(out, problem.leaves, upstream, retain_graph=True)  # noqa: E731
     return forward, median_seconds(again, problem.q.device, budget_s)
@@ -313,10 +314,10 @@ def _aims(rows: list[Row]) -> list[str]:
 
 
 def _sweep(name: str, head_dims: list[int], tokens: int, heads: int, device: torch.device) -> int:
-    """Time tiles of one pass, right ones only, and print them by rate."""
+    """Time tiles of one pass, right ones only, and print them by rate. Returns the exit status."""
     if device.type != "cuda":
-        print("a sweep needs a GPU")
-        return 1
+        print("error: --sweep needs a GPU", file=sys.stderr)
+        return 2
     architecture = 90 if torch.cuda.get_device_capability()[0] in (9, 10) else 80
     which = "forward" if name == "forward" else "backward"
     for head_dim in head_dims:
@@ -324,11 +325,11 @@ def _sweep(name: str, head_dims: list[int], tokens: int, heads: int, device: tor
         upstream = torch.randn_like(problem.q)
         plain, flops = _results(_slices(problem), problem, upstream), (4 if which == "forward" else 10) * head_dim
         truth = _results(_slices(problem.wide), problem.wide, upstream.float())
-        table, figures = TILES[architecture, 16, name], []
+        table, entry, figures = TILES[architecture, 16, name], triton.next_power_of_2(head_dim), []
         for tile in tqdm(_tiles(), desc=f"{name}, D = {head_dim}", leave=False):
-            shipped = table[head_dim]
+            shipped = table[entry]
             try:
-                table[head_dim] = tile
+                table[entry] = tile
                 with _deterministic(name == "backward_dq"):
                     status = as_accurate(_results(_ours(problem), problem, upstream), plain, truth)
                     seconds = _seconds(_ours(problem), problem, upstream, budget_s=0.05)[which == "backward"]
@@ -336,16 +337,16 @@ def _sweep(name: str, head_dims: list[int], tokens: int, heads: int, device: tor
             except Exception as error:  # too much shared memory, say
                 figures.append((0.0, tile, first_line(error)))
             finally:
-                table[head_dim] = shipped
-        print(f"\n{name}, D = {head_dim}, {tokens:,} tokens; shipped: {table[head_dim]}")
+                table[entry] = shipped
+        print(f"\n{name}, D = {head_dim}, {tokens:,} tokens; shipped: {table[entry]}")
         for rate, tile, status in sorted(figures, key=lambda figure: -figure[0])[:16]:
             print(f"  {rate:6.1f} TFLOP/s  {tuple(tile)}  {status}")
     return 0
 
 
 def _tiles() -> list[Tile]:
-    sizes = ((64, 64), (64, 128), (128, 64), (128, 128))
-    return [Tile(m, n, warps, stages) for m, n in sizes for warps in (4, 8) for stages in (2, 3)]
+    sizes, warps = ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128)), ((4, 255), (8, 255), (8, 128))
+    return [Tile(m, n, count, stages, most) for m, n in sizes for count, most in warps for stages in (2, 3)]
 
 
 def _draw(rows: list[Row], device: str, path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,9 @@ def bytes_to_move(inputs: list[Tensor], mask: Tensor) -> dict[str, int]:
 def _seconds(
     call: Call, inputs: list[Tensor], mask: Tensor, device: torch.device, budget_s: float
 ) -> tuple[float, float]:
-    """Median times of the forward and of the backward pass."""
-    fixed, leaves = [x.detach() for x in inputs], _leaves(inputs)
-    forward = median_seconds(lambda: call(*fixed, mask), device, budget_s)
+    """Median times of the forward pass, as in training, and of the backward pass."""
+    leaves = _leaves(inputs)
+    forward = median_seconds(lambda: call(*inputs, mask), device, budget_s)
     total, _ = call(*inputs, mask)
     return forward, median_seconds(lambda: torch.autograd.grad(total, leaves, retain_graph=True), device, budget_s)
 
@@ -175,10 +176,10 @@ def _truth(inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def _sweep(values: int, rows: int, device: torch.device, copy: float, budget_s: float) -> int:
-    """Time every choice of the kernels' constants, and print the best."""
+    """Time every choice of the kernels' constants, and print the best. Returns the exit status."""
     if device.type != "cuda":
-        print("a sweep needs a GPU")
-        return 1
+        print("error: --sweep needs a GPU", file=sys.stderr)
+        return 2
     choices = list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (2, 4, 8, 16, 32)))
     for name, size in (("masked_mse", values), ("linear_masked_mse", rows)):
         module: Any = importlib.import_module(f"kernels.{name}")

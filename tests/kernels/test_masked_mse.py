@@ -136,6 +136,13 @@ BAD = {
     "mask must be bool or floating": lambda p, t: masked_mse(p, t, torch.ones(7, dtype=torch.int32)),
     "mask must broadcast": lambda p, t: masked_mse(p, t, torch.ones(4)),
     "weight must be": lambda p, t: linear_masked_mse(p, torch.ones(3), torch.ones(1), t[..., 0]),
+    "target is on meta, pred on cpu": lambda p, t: masked_mse(p, t.to("meta")),
+    "mask is on meta, pred on cpu": lambda p, t: masked_mse(p, t, torch.ones(7, device="meta")),
+    "weight is on meta, hidden on cpu": lambda p, t: linear_masked_mse(
+        p, torch.ones(7, device="meta"), torch.ones(1), t[..., 0]
+    ),
+    "bias must be floating": lambda p, t: linear_masked_mse(p, torch.ones(7), torch.ones(1).int(), t[..., 0]),
+    "of at least 1": lambda p, t: linear_masked_mse(p[..., :0], torch.ones(0), torch.ones(1), t[..., 0]),
     "bias must be one number": lambda p, t: linear_masked_mse(p, torch.ones(7), torch.ones(7), t[..., 0]),
 }
 
