@@ -76,7 +76,7 @@ class FSDPBackend:
         (loss * self._scaler.scale if self._scaler.scale != 1 else loss).backward()
 
     def _set_last(self, is_last: bool) -> None:
-        """Say whether the backward that comes is the step's last: what can wait for it, waits."""
+        """Say whether the backward that comes is the step's last: what can wait for that one, waits."""
         root = self._units[-1]
         if self._stage < 2:
             root.set_requires_gradient_sync(is_last)
@@ -84,7 +84,7 @@ class FSDPBackend:
             root.set_reshard_after_backward(is_last)
         root.set_requires_all_reduce(is_last)
 
-    @torch.no_grad()
+    @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
         self._micro_batch = 0
         gradients = [cast(DTensor, p.grad).to_local() for p in self._trainable if p.grad is not None]
@@ -149,7 +149,8 @@ class FSDPBackend:
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
-        """The model with whole parameters. Within, it runs without a collective, so ranks may go different ways."""
+        """The model with whole parameters, entered on all ranks. Within, neither its forward nor its gradients take a
+        collective, so that ranks may go different ways."""
         root = self._units[-1]
         for unit in self._units:
             unit.unshard()
@@ -191,9 +192,12 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     )
     offload = _offload_policy(section, mesh.device_type)
     for unit in units:
+        for parameter in unit.parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
         fully_shard(
             unit, mesh=mesh, mp_policy=precision, offload_policy=offload,
-            # the parameters outside the blocks stay: the backward begins with them
+            # the parameters outside the blocks stay gathered: the backward begins with them
             reshard_after_forward=section.zero_optimization.stage == 3 and unit is not model,
         )  # fmt: skip
         shard = cast(FSDPModule, unit)

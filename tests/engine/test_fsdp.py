@@ -63,9 +63,9 @@ def runs_on_a_rank(rank: int, world_size: int, folder: Path, runs: Mapping[str, 
             train(folder / name, configuration(folder / f"{name}-{rank}", **keys), backend)
 
 
-def assert_same(folder: Path, name: str, other: str, *keys: str) -> None:
+def assert_same(folder: Path, name: str, other: str, *keys: str, split: str = "train") -> None:
     for key in keys:
-        mine, expected = ([row[key] for row in lines(folder / run)] for run in (name, other))
+        mine, expected = ([row[key] for row in lines(folder / run, split)] for run in (name, other))
         assert mine == pytest.approx(expected, rel=1e-5), (name, key)
 
 
@@ -87,6 +87,7 @@ def test_fsdp_and_zero_give_the_losses_of_a_plain_loop_at_every_stage(tmp_path: 
     for name in runs:
         assert losses(tmp_path / "two" / name) == pytest.approx(expected, rel=1e-5), name
         assert_same(tmp_path / "two", name, "zero-2", "grad_norm", "lr")
+        assert_same(tmp_path / "two", name, "zero-2", "loss", split="val")
     for stage in range(4):
         assert losses(tmp_path / "one" / f"fsdp-{stage}") == pytest.approx(expected, rel=1e-5)
     assert max(row["grad_norm"] for row in lines(tmp_path / "two/fsdp-3")) > 1  # the limit
@@ -387,6 +388,13 @@ def test_an_evaluation_sees_the_weights_of_the_last_step(tmp_path: Path, stage: 
     with torch.no_grad():
         assert task.summarize(task.evaluate(model.eval(), batch))["loss"] == pytest.approx(val[-1], rel=1e-5)
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
+
+
+def test_the_shards_of_a_model_that_was_built_in_bf16_are_fp32(tmp_path: Path) -> None:
+    backend = make_backend(tmp_path, start(), Linear().bfloat16())
+    backend.backward(backend.model(inputs(0, 0)))
+    assert not backend.step().skipped
+    assert {value.dtype for _, value in backend.full_state()} == {torch.float32}
 
 
 class Scalar(Linear):
