@@ -2,7 +2,7 @@
 # make test    set up .venv and run the linter, the type checker and the tests
 # make chaos   kill, cut, fill and hang everything that can be, and print what survived; some minutes
 # make gpu-bench   on a machine with a GPU: the rates of the kernels, into benchmarks/<device>/, and their tests there;
-#                  sets up nothing, PYTHON is any that has torch, Triton, pytest, hypothesis, matplotlib and tqdm
+#                  sets up nothing, PYTHON is any that has torch, Triton, pytest-xdist, hypothesis, matplotlib and tqdm
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
 #   WORKLOAD=fluid      what `make train` trains: its configuration is configs/$(WORKLOAD)/demo.json
@@ -70,7 +70,7 @@ gpu-bench:
 	@status=0; export PYTHONPATH=.; \
 	$(PYTHON) launchers/bench.py masked_mse --out benchmarks || status=1; \
 	$(PYTHON) launchers/bench.py attention --out benchmarks || status=1; \
-	$(PYTHON) -m pytest -m gpu tests/kernels || status=1; \
+	$(PYTHON) -m pytest -m gpu -n 4 tests/kernels || status=1; \
 	exit $$status
 
 install: $(VENV)/.installed

@@ -101,7 +101,7 @@ def test_random_configurations(device):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    for _ in range(100):
+    for _ in range(100 if device.type == "cpu" else 40):  # a GPU's kernels are compiled for most of them
         shape = [rng.choice((1, 2, 3, 5, 8, 17, 63)) for _ in range(rng.randint(1, 4))]
         shape[-1] = rng.choice((1, 7, 16, 123, 250))
         while torch.Size(shape).numel() > 10_000:
