@@ -125,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
                 problem = make_problem(count * block, head_dim, arguments.heads, block, masked, blocked, device)
                 ends = count in (counts[0], counts[-1])
                 _measure(report, problem, budget_s, compile_flex=ends and masked)
+        report.save(_draw)
     if device_name(device) == "NVIDIA H200":
         report.notes += _aims(report.rows)
     return report.write(_draw)

@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass can be timed only once
         for name, size in tqdm(cases, desc="masked_mse", leave=False):
             _measure(report, name, size, device, copy, budget_s)
+            report.save(_draw)
     return report.write(_draw)
 
 
@@ -199,8 +200,9 @@ def _sweep(values: int, rows: int, device: torch.device, copy: float, budget_s: 
 def _draw(rows: list[Row], device: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    panels = [(kernel, which) for kernel in ("masked_mse", "linear_masked_mse") for which in ("forward", "backward")]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    panels = list(itertools.product(kernels, ("forward", "backward")))
+    figure, axes = plt.subplots(len(kernels), 2, figsize=(11, 3.5 * len(kernels)), layout="constrained", squeeze=False)
     for axis, (kernel, which) in zip(axes.flat, panels, strict=True):
         for contender in dict.fromkeys(row["contender"] for row in rows):
             points = [

@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.triton_path import triton
 
 Row = dict[str, Any]
+Draw = Callable[[list[Row], str, Path], None]  # of the right rows, the device's name and the file
 OK = "ok"
 
 
@@ -113,23 +114,27 @@ class Report:
         """The rows whose result was wrong."""
         return [row for row in self.rows if row["status"].startswith("wrong")]
 
-    def write(self, draw: Callable[[list[Row], str, Path], None]) -> int:
+    def write(self, draw: Draw) -> int:
         """Print the table and write all files. Returns the exit status: 1 if a result was wrong."""
+        print(self._markdown())
+        print(f"written to {self.save(draw)}: {self.name}.csv, .md, .json, .png")
+        return 1 if self.red else 0
+
+    def save(self, draw: Draw) -> Path:
+        """Write all files, also of a part of the rows, in case the rest never comes. Returns their folder."""
         slug = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
         folder = self.out / slug
         folder.mkdir(parents=True, exist_ok=True)
-        text = self._markdown()
-        print(text)
-        (folder / f"{self.name}.md").write_text(text)
+        (folder / f"{self.name}.md").write_text(self._markdown())
         with (folder / f"{self.name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
         described = environment(self.device) | {"benchmark": self.name, "notes": self.notes, "rows": self.rows}
         (folder / f"{self.name}.json").write_text(json.dumps(described, indent=1) + "\n")
-        draw([row for row in self.rows if row["status"] == OK], device_name(self.device), folder / f"{self.name}.png")
-        print(f"written to {folder}: {self.name}.csv, .md, .json, .png")
-        return 1 if self.red else 0
+        if right := [row for row in self.rows if row["status"] == OK]:
+            draw(right, device_name(self.device), folder / f"{self.name}.png")
+        return folder
 
     def _markdown(self) -> str:
         about = environment(self.device)
