@@ -1,9 +1,9 @@
 """python -m kernels.compile_gate: what every shipped tile of flash_attention needs in registers and shared memory.
 
 Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. What would make
-a tile slow or unusable fails it: registers spilled to memory; more shared memory than a multiprocessor lends to one
-program (CUDA C++ Programming Guide, "Compute capabilities"); on sm_90, products of 16-bit tiles that are no warp-group
-instructions, or that the assembler had to put one after the other for want of registers.
+a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a multiprocessor
+lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); on sm_90, products of 16-bit tiles that are
+no warp-group instructions, or that the assembler had to put one after the other for want of registers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from kernels import flash_attention_forward as forward
 from kernels.flash_attention_tiles import TILES, Tile
 from kernels.triton_path import triton
 
+REGISTERS = 65_536  # of a multiprocessor
 SHARED_MEMORY_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
 
 
 class Configuration(NamedTuple):
     architecture: int  # 90 for sm_90
-    name: str  # the pass: "forward", "backward" in one pass, "backward_dkdv" and "backward_dq" where deterministic
+    name: str  # "forward", "backward_delta", "backward" in one pass; deterministic: "backward_dkdv" and "backward_dq"
     dtype: str  # as Triton spells it
     head_dim: int
     causal: bool
@@ -52,13 +53,13 @@ class Usage(NamedTuple):
     wgmma_serialized: bool
 
 
-PASSES = ("forward", "backward", "backward_dkdv", "backward_dq")
+PASSES = ("forward", "backward_delta", "backward", "backward_dkdv", "backward_dq")
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
     """All of them, or one a tile of the 16-bit table: bf16, block-causal with a key mask, which holds the most code."""
     for architecture in (90, 80):
-        for name in PASSES if every else ("forward", "backward", "backward_dq"):
+        for name in PASSES if every else ("forward", "backward_delta", "backward", "backward_dq"):
             for head_dim in (16, 32, 64, 80, 128, 256) if every else (16, 32, 64, 128, 256):
                 for dtype in ("bf16", "fp16", "fp32") if every else ("bf16",):
                     for causal, masked in ((True, True), (True, False), (False, False)) if every else ((True, True),):
@@ -67,33 +68,39 @@ def configurations(every: bool) -> Iterator[Configuration]:
 
 def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the machine code."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    architecture = configuration.architecture
     compiled = _compile(configuration)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cubin").write_bytes(compiled.asm["cubin"])
-        resources = _run("cuobjdump", "-res-usage", Path(folder, "cubin"))
+        resources = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", f"{folder}/cubin")
         remarks = ""
         if wgmma := "wgmma.mma_async" in ptx:
             Path(folder, "ptx").write_text(ptx)
-            remarks = _run("ptxas", f"-arch=sm_{configuration.architecture}a", Path(folder, "ptx"), "-o", "/dev/null")
+            remarks = _run(
+                get_ptxas(architecture).path, f"-arch=sm_{architecture}a", f"{folder}/ptx", "-o", "/dev/null"
+            )
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
     serialized = "wgmma.mma_async instructions are serialized" in remarks
     return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized)
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
-    done = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
-    return done.stdout
+def _run(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     broken = []
     if usage.stack_bytes or usage.local_bytes:
         broken.append(f"spills {max(usage.stack_bytes, usage.local_bytes)} bytes")
+    if usage.registers * 32 * configuration.tile.num_warps > REGISTERS:
+        broken.append("more registers than there are")
     if usage.shared_bytes > SHARED_MEMORY_LIMIT[configuration.architecture]:
         broken.append(f"needs {usage.shared_bytes} bytes of shared memory")
-    if configuration.architecture == 90 and configuration.dtype != "fp32" and not usage.wgmma:
+    multiplies_tiles = configuration.name != "backward_delta" and configuration.dtype != "fp32"
+    if configuration.architecture == 90 and multiplies_tiles and not usage.wgmma:
         broken.append("no wgmma")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
@@ -114,23 +121,24 @@ def _compile(configuration: Configuration) -> Any:
 
     architecture, pass_, dtype, head_dim, causal, masked = configuration
     tile = configuration.tile
-    if pass_ == "forward":
-        kernel = forward._flash_fwd_kernel
-    elif pass_ == "backward_dq":
-        kernel = backward._flash_bwd_dq_kernel
-    else:
-        kernel = backward._flash_bwd_kernel
-    constants: dict[str, object] = {
+    kernel = {
+        "forward": forward._flash_fwd_kernel,
+        "backward_delta": backward._flash_bwd_delta_kernel,
+        "backward": backward._flash_bwd_kernel,
+        "backward_dkdv": backward._flash_bwd_kernel,
+        "backward_dq": backward._flash_bwd_dq_kernel,
+    }[pass_]
+    names = kernel.arg_names
+    constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "CAUSAL": causal,
         "HAS_MASK": masked,
+        "ADD_DQ": pass_ == "backward",
     }
-    if "ADD_DQ" in kernel.arg_names:
-        constants["ADD_DQ"] = pass_ == "backward"
-    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or "_stride_" in name]
     source = ASTSource(

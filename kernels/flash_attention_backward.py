@@ -208,6 +208,7 @@ def launch_backward(
     block_d = triton.next_power_of_2(D)
     tile = tile or choose_tile("backward", q, block_d)
     dq_tile = dq_tile or choose_tile("backward_dq", q, block_d)
+    delta_tile = choose_tile("backward_delta", q, block_d)
     q, k, v, d_out = (addressable(x) for x in (q, k, v, d_out))
     mask, key_tiles = mask_and_tiles(key_mask, dq_tile.block_n if deterministic else None, q)
     causal_block = binding_causal_block(causal_block, N, M)
@@ -220,10 +221,9 @@ def launch_backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dq_sum = lse if deterministic else lse.new_zeros(B, Hq, N, D)
     with on_device_of(q):
-        rows = 64
-        _flash_bwd_delta_kernel[(triton.cdiv(N, rows) * B * Hq,)](
+        _flash_bwd_delta_kernel[(triton.cdiv(N, delta_tile.block_m) * B * Hq,)](
             out, d_out, lse, delta, *out.stride()[:3], *d_out.stride()[:3], N, Hq,
-            D=D, BLOCK_D=block_d, BLOCK_M=rows,
+            D=D, BLOCK_D=block_d, BLOCK_M=delta_tile.block_m, **delta_tile.options(),
         )  # fmt: skip
         _flash_bwd_kernel[(triton.cdiv(M, tile.block_n) * B * Hkv,)](
             q, k, v, d_out, lse, delta, dq_sum, dk, dv, mask, *strides,

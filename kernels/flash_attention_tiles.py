@@ -20,8 +20,13 @@ class Tile(NamedTuple):
     max_registers: int = 255  # a thread; with 128, two programs of 8 warps run side by side on a multiprocessor
 
     def options(self) -> dict[str, int]:
-        """As Triton's launches and its compiler take them."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        """For Triton's launches and its compiler; multiply-adds fused also where a later Triton does not by default."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }
 
 
 # (architecture, bits of an element, pass) -> head dimension, as a power of two -> tile
@@ -58,7 +63,7 @@ TILES = {
         16: Tile(64, 128, 8, 2),
         32: Tile(64, 128, 8, 2),
         64: Tile(32, 128, 8, 2),
-        128: Tile(64, 64, 8, 1),
+        128: Tile(32, 64, 8, 2),
         256: Tile(32, 32, 8, 1),
     },
     (80, 16, "backward_dq"): {
@@ -94,9 +99,14 @@ _FLOAT32 = {
 }
 # no tensor cores there: one tile for both
 TILES |= {(architecture, 32, name): tiles for architecture in (90, 80) for name, tiles in _FLOAT32.items()}
+TILES |= {
+    (architecture, bits, "backward_delta"): dict.fromkeys((16, 32, 64, 128, 256), Tile(64, 1, 4, 1))
+    for architecture in (90, 80)
+    for bits in (16, 32)
+}
 
 
 def choose_tile(name: str, q: Tensor, block_d: int) -> Tile:
-    """The tile of a pass, "forward", "backward" or "backward_dq", over q with the head dimension padded to block_d."""
+    """The tile of a pass over q with the head dimension padded to block_d."""
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     return TILES[90 if hopper else 80, 8 * q.element_size(), name][block_d]

@@ -25,11 +25,10 @@ def gate(*arguments):
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
-def test_a_tile_of_each_kind_fits_its_architecture(architecture, head_dim):
-    done = gate("--only", rf"{architecture} .* D={head_dim} ")
+def test_a_tile_of_each_kind_fits_its_architecture(architecture):
+    done = gate("--only", architecture)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" registers, ") == 3
+    assert done.stdout.count(" registers, ") == 4 * 5
 
 
 @pytest.mark.slow
@@ -38,7 +37,7 @@ def test_a_tile_of_each_kind_fits_its_architecture(architecture, head_dim):
 def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
     done = gate("--every", "--only", f"{architecture} .* {dtype} ")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" registers, ") == 4 * 6 * 3
+    assert done.stdout.count(" registers, ") == 5 * 6 * 3
 
 
 @pytest.mark.parametrize(

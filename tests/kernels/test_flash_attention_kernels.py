@@ -100,7 +100,7 @@ def assert_as_accurate_as_dense_torch(leaves, **arguments):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal_block", [None, 1, 7, 21])
-@pytest.mark.parametrize(("N", "M"), [(37, 37), (20, 53), (52, 20), (5, 40)])
+@pytest.mark.parametrize(("N", "M"), [(37, 37), (20, 45), (40, 20)])
 def test_every_pattern(device, causal_block, masked, N, M):
     dtype = DTYPES[(N + (causal_block or 0)) % 3]
     mask = some_keys(2, M, device) if masked else None
@@ -117,8 +117,9 @@ def test_every_head_dimension(device, dtype, D):
 
 def draw_configuration(draw, device):
     """Leaves and arguments of one random call."""
-    B, Hkv, group, D = draw.randint(1, 2), draw.randint(1, 2), draw.randint(1, 3), draw.choice([16, 16, 19, 32, 40])
-    N, M = draw.randint(1, 50), draw.randint(1, 50)
+    B, D = draw.randint(1, 2), draw.choice([16, 16, 19, 32, 40])
+    Hkv, group = draw.choice([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)])
+    N, M = draw.randint(1, 40), draw.randint(1, 40)
     leaves = inputs(device, B, N, M, Hkv * group, Hkv, D, draw.choice(DTYPES), seed=draw.randrange(2**31))
     layout = draw.choice(["plain", "heads first", "batch last"])
     if layout == "heads first":
@@ -131,7 +132,7 @@ def draw_configuration(draw, device):
     if draw.random() < 0.5:  # padding at the end
         mask = torch.arange(M) < torch.tensor([[draw.randint(0, M)] for _ in range(B)])
     arguments = {
-        "causal_block": draw.choice([None, 1, draw.randint(2, 60)]),
+        "causal_block": draw.choice([None, 1, draw.randint(2, 45)]),
         "key_mask": mask.to(device) if draw.random() < 0.6 else None,
         "softmax_scale": draw.choice([None, draw.uniform(0.05, 1.0)]),
     }
