@@ -5,6 +5,7 @@ What differs from the protocol, and is put right here:
   number of ranks, and the division is switched off.
 - ZeRO 0 in fp32 neither looks for non-finite gradients nor reports the norm; this adapter does both, with one norm
   that also clips. Every other mode skips a step by itself when the norm is not finite.
+- Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
 
@@ -14,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -94,6 +96,8 @@ class DeepSpeedBackend:
             )
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
+        self.engine.train = MethodType(nn.Module.train, self.engine)
+        self.engine.eval = MethodType(nn.Module.eval, self.engine)
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
         self._ranks = ranks

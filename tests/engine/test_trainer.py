@@ -100,6 +100,21 @@ def test_two_ranks_give_the_losses_of_one_at_every_zero_stage(tmp_path: Path) ->
         assert [row["loss"] for row in lines(tmp_path / str(stage), "val")] == pytest.approx(val, rel=1e-5)
 
 
+def test_a_task_can_tell_evaluation_from_training_by_the_model_that_it_is_given(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    class Watching(TinyTask):
+        def loss(self, model: torch.nn.Module, batch: Batch) -> Sums:
+            seen.append(model.training)
+            return super().loss(model, batch)
+
+    config = tiny_config(tmp_path, training={"steps": 2, "eval_every": 1, "save_every": 9})
+    Trainer(Watching(config.data, config.model), config, start(), tmp_path / "run").run()
+    step, evaluation, probe = [True] * 4, [False] * 6, [False]  # 8 samples by 2, 11 by 2
+    plan, first_look = [True], [False]
+    assert seen == plan + first_look + step + evaluation + step + evaluation + probe
+
+
 def test_every_validation_sample_counts_once(tmp_path: Path) -> None:
     train(tmp_path / "run", tiny_config(tmp_path))  # 11 samples in micro-batches of 2
     assert [row["samples"] for row in lines(tmp_path / "run", "val")] == [11, 11, 11]
