@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -182,21 +182,6 @@ def inputs(rank: int, micro_batch: int) -> Tensor:
     return torch.arange(21.0).reshape(7, 3) + 100 * rank + 1000 * micro_batch
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_gradients_are_summed_not_averaged_over_ranks_and_micro_batches(tmp_path: Path, world_size: int) -> None:
-    """Whole numbers, which fp32 adds up exactly: with gloo, a reduce-scatter that averages would show at once."""
-    total = sum(inputs(rank, micro_batch) for rank in range(world_size) for micro_batch in range(2))
-    norm = float(torch.linalg.vector_norm(torch.stack([total, 2 * total])))
-    for ranks in run_distributed_test(sum_gradients, world_size, tmp_path, backend=None):
-        assert len(ranks) == len(layouts(world_size))
-        for gradients in ranks:
-            assert torch.equal(gradients["outer"], total)
-            assert torch.equal(gradients["inner.weight"], 2 * total)
-            assert torch.equal(gradients["unused"], torch.zeros(5))
-            assert gradients["norm"].item() == pytest.approx(norm, rel=1e-6)
-
-
 def hold_fragments(rank: int, world_size: int, folder: Path) -> list[tuple[list[Any], dict[str, Tensor]]]:
     """For each layout: what this rank would write, as (name, shape, first element, values), and the whole state."""
     ranks, found = start(), []
@@ -218,24 +203,6 @@ def hold_fragments(rank: int, world_size: int, folder: Path) -> list[tuple[list[
     return found
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_fragments_of_all_ranks_hold_every_element_once(tmp_path: Path, world_size: int) -> None:
-    ranks = run_distributed_test(hold_fragments, world_size, tmp_path, backend=None)
-    for number in range(len(layouts(world_size))):
-        whole = ranks[0][number][1]
-        assert list(whole) == ["frozen", "unused", "outer", "inner.weight"]
-        built = {name: torch.full([value.numel()], torch.nan) for name, value in whole.items()}
-        for rank in ranks:
-            for name, shape, start_at, values in rank[number][0]:
-                assert shape == tuple(whole[name].shape)
-                place = built[name][start_at : start_at + len(values)]
-                assert place.isnan().all()  # nobody else wrote it
-                place.copy_(values)
-        for name, value in whole.items():
-            assert torch.equal(built[name].reshape(value.shape), value), (number, name)
-
-
 class Collectives(TorchDispatchMode):
     """Counts what the ranks say to each other."""
 
@@ -249,7 +216,7 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(rank: int, world_size: int, folder: Path) -> list[tuple[int, int, int]]:
+def count_collectives(rank: int, world_size: int, folder: Path) -> list[tuple[int, ...]]:
     """All-gathers, reduce-scatters and all-reduces of a step of four micro-batches."""
     ranks, found = start(), []
     for keys in layouts(world_size):
@@ -264,17 +231,68 @@ def count_collectives(rank: int, world_size: int, folder: Path) -> list[tuple[in
     return found
 
 
+class Examined(NamedTuple):
+    """What a rank found, layout by layout."""
+
+    gradients: list[dict[str, Tensor]]
+    fragments: list[tuple[list[Any], dict[str, Tensor]]]
+    collectives: list[tuple[int, ...]]
+
+
+def examine(*arguments: Any) -> Examined:
+    return Examined(sum_gradients(*arguments), hold_fragments(*arguments), count_collectives(*arguments))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def examined(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Examined]:
+    return run_distributed_test(examine, request.param, tmp_path_factory.mktemp("examined"), backend=None)
+
+
 @pytest.mark.distributed
-def test_a_step_has_no_needless_collective(tmp_path: Path) -> None:
+def test_gradients_are_summed_not_averaged_over_ranks_and_micro_batches(examined: list[Examined]) -> None:
+    """Whole numbers, which fp32 adds up exactly: with gloo, a reduce-scatter that averages would show at once."""
+    world_size = len(examined)
+    total = sum(inputs(rank, micro_batch) for rank in range(world_size) for micro_batch in range(2))
+    norm = float(torch.linalg.vector_norm(torch.stack([total, 2 * total])))
+    for rank in examined:
+        assert len(rank.gradients) == len(layouts(world_size))
+        for gradients in rank.gradients:
+            assert torch.equal(gradients["outer"], total)
+            assert torch.equal(gradients["inner.weight"], 2 * total)
+            assert torch.equal(gradients["unused"], torch.zeros(5))
+            assert gradients["norm"].item() == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_the_fragments_of_all_ranks_hold_every_element_once(examined: list[Examined]) -> None:
+    for number in range(len(layouts(len(examined)))):
+        whole = examined[0].fragments[number][1]
+        assert list(whole) == ["frozen", "unused", "outer", "inner.weight"]
+        built = {name: torch.full([value.numel()], torch.nan) for name, value in whole.items()}
+        for rank in examined:
+            for name, shape, start_at, values in rank.fragments[number][0]:
+                assert shape == tuple(whole[name].shape)
+                place = built[name][start_at : start_at + len(values)]
+                assert place.isnan().all()  # nobody else wrote it
+                place.copy_(values)
+        for name, value in whole.items():
+            assert torch.equal(built[name].reshape(value.shape), value), (number, name)
+
+
+@pytest.mark.distributed
+def test_a_step_has_no_needless_collective(examined: list[Examined]) -> None:
     """The tiny net is three groups: two blocks, and the rest. One all-reduce is that of the norm."""
-    assert run_distributed_test(count_collectives, 2, tmp_path, backend=None)[0] == [
+    if len(examined) == 1:
+        assert examined[0].collectives == [(0, 0, 0)] * 4
+        return
+    assert examined[0].collectives[:4] == [
         (0, 0, 3),  # stage 0: each group's gradients once; the norm is known to all
         (3, 3, 1),  # stage 1: parameters once, gradients once
         (3, 12, 1),  # stage 2: gradients after each micro-batch, so that they need not be kept whole
         (20, 12, 1),  # stage 3: each block for each forward and backward, the rest for each forward
     ]
-    hybrid = run_distributed_test(count_collectives, 4, tmp_path, backend=None)[0][4:]
-    assert hybrid == [(3, 3, 4), (3, 12, 4), (20, 12, 4)]  # between the copies, once a step at every stage
+    if len(examined) == 4:  # between the copies, once a step at every stage
+        assert examined[0].collectives[4:] == [(3, 3, 4), (3, 12, 4), (20, 12, 4)]
 
 
 @pytest.mark.distributed
