@@ -48,12 +48,6 @@ class FormulaScheduler:
         for group, at in self._shapes:
             group.update(at(applied_steps))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"applied_steps": self.applied_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.go_to(state["applied_steps"])
-
 
 def build_scheduler(optimizer: Optimizer, section: Scheduler | None, total_steps: int) -> Any:
     """The scheduler of a run, an object with step(). Raises ConfigError."""
