@@ -29,11 +29,11 @@ def test_a_program_that_fails_is_no_measurement() -> None:
         bench_memory.peak_of("raise SystemExit(3)")
 
 
-def test_preparing_and_reading_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--case", str(write_case(tmp_path)), "--counts", "2", "--windows", "50"]
+def test_preparing_reading_and_training_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--case", str(write_case(tmp_path)), "--counts", "2", "--windows", "50", "--steps", "2"]
     assert bench_memory.run(arguments(*flags)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r" +2 +\d+ MiB +[\d.]+ +\d+ MiB +[\d.]+", lines[1])
+    assert re.fullmatch(r" +2 +\d+ MiB +[\d.]+ +\d+ MiB +[\d.]+ +\d+ MiB +[\d.]+", lines[1])
     assert lines[2].startswith("largest growth from 2 cases on: 0 MiB")
 
 
