@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Triton looks for TRITON_INTERPRET when it is imported and where a kernel is decorated, so both happen here. Kernels
     take CPU tensors only under the fixtures of tests/kernels; processes that tests start know nothing of it.
     """
-    if "not gpu" in config.option.markexpr:
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
