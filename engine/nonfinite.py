@@ -21,13 +21,14 @@ def locate(task: Task, model: nn.Module, micro_batches: list[Batch], ranks: Rank
 
 
 def _locate_here(task: Task, model: nn.Module, micro_batches: list[Batch]) -> str:
-    names = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for number, batch in enumerate(micro_batches):
+    found = ""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for number, batch in enumerate(micro_batches):  # all of them, found or not: the model may be sharded over the ranks
         loss = task.loss(model, batch)["loss"]
-        if not torch.isfinite(loss):
-            return f"loss {loss.item()} in micro-batch {number}"
-        gradients = torch.autograd.grad(loss, [parameter for _, parameter in names], allow_unused=True)
-        for (name, _), gradient in zip(names, gradients, strict=True):
-            if gradient is not None and not torch.isfinite(gradient).all():
-                return f"gradient of {name} in micro-batch {number}"
-    return ""
+        gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+        if not found and not torch.isfinite(loss):
+            found = f"loss {loss.item()} in micro-batch {number}"
+        for (name, _), gradient in zip(named, gradients, strict=True):
+            if not found and gradient is not None and not torch.isfinite(gradient).all():
+                found = f"gradient of {name} in micro-batch {number}"
+    return found

@@ -248,7 +248,8 @@ class Trainer:
             where = f"the fp16 loss scale is now {scale:g}"
         else:
             seed_torch(self.config.training.seed, 1, progress.step - 1, self.ranks.rank)
-            where = nonfinite.locate(self.task, self.backend.module, micro_batches, self.ranks)
+            with self.backend.gathered() as model:
+                where = nonfinite.locate(self.task, model, micro_batches, self.ranks)
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )
@@ -376,7 +377,7 @@ class Meter:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.peak = peak_flops(trainer.ranks.device, next(trainer.backend.model.parameters()).dtype)
+        self.peak = peak_flops(trainer.ranks.device, parameter_dtype(trainer.config.deepspeed))
         self.flops = trainer.task.flops_per_sample()
         self.step, self.since, self.busy = trainer.progress.step, time.perf_counter(), 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class Backend(Protocol):
     model: nn.Module
     """What a task calls. Its parameters may be sharded."""
     module: nn.Module
-    """The bare model inside: for reading its structure, and for gradients that the engine must not see."""
+    """The bare model inside, for reading its structure."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -54,6 +55,9 @@ class Backend(Protocol):
 
     def loss_scale(self) -> float:
         """The factor of fp16 loss scaling in force; 1 without it."""
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """The bare model, for gradients that the engine must not see. Entered and used on all ranks alike."""
 
     def fragments(self) -> list[Fragment]:
         """What this rank holds of each parameter, trainable or not, in an order that is the same on all ranks.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -40,7 +41,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
-def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes) -> dict[str, Any]:
+def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameters: int) -> dict[str, Any]:
     """The dictionary that DeepSpeed is given: the section, with what the engine resolves written out."""
     config = section.model_dump(mode="json", exclude_none=True, by_alias=False, exclude={"optimizer", "scheduler"})
     config |= {
@@ -49,6 +50,8 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes) -> dict[str, 
         "gradient_accumulation_steps": sizes.grad_accum_steps,
     }
     config.setdefault("steps_per_print", None)
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # by default a gigabyte, for the smallest model too
+        config["zero_optimization"].setdefault(bucket, min(_LARGEST_BUCKET, -(-num_parameters // 1024) * 1024))
     if is_deepspeed_only(section.optimizer):
         config["optimizer"] = section.optimizer.model_dump(mode="json")
     if _engine_clips(section):
@@ -91,7 +94,7 @@ class DeepSpeedBackend:
                 model_parameters=[p for p in model.parameters() if p.requires_grad],
                 optimizer=optimizer,
                 lr_scheduler=partial(build_scheduler, section=section.scheduler, total_steps=total_steps),
-                config=deepspeed_config(section, sizes),
+                config=deepspeed_config(section, sizes, sum(p.numel() for p in model.parameters())),
                 dist_init_required=False,
             )
         except (ValueError, AssertionError, NotImplementedError) as error:
@@ -145,6 +148,9 @@ class DeepSpeedBackend:
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer inside DeepSpeed's wrapper."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
 
     def fragments(self) -> list[Fragment]:
         world = (self._ranks.world_size, self._ranks.rank)
@@ -244,6 +250,7 @@ class DeepSpeedBackend:
         return found
 
 
+_LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 _SCALER = {
     "scale": "cur_scale", "iteration": "cur_iter", "last_overflow": "last_overflow_iter", "hysteresis": "cur_hysteresis"
 }  # fmt: skip

@@ -29,8 +29,7 @@ STEPS, SAVE_EVERY = 12, 3
 
 
 def config_of(folder: Path, rank: int = 0) -> Any:
-    zero = {"stage": 2, "reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
-    section = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+    section = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
     training = {"steps": STEPS, "save_every": SAVE_EVERY, "keep_last": 2, "eval_every": 5}
     return tiny_config(folder / f"config-{rank}", data={"noise": 0.1}, training=training, deepspeed=section)
 

@@ -111,3 +111,9 @@ def test_a_configuration_of_record_says_no_more_than_what_it_was_made_from(tmp_p
 def test_the_page_is_what_the_code_says() -> None:
     assert (ROOT / "docs/fsdp.md").read_text() == document()
     assert all(isinstance(rule, (Obeyed, Refused)) for rule in RULES.values())
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.json")), ids=str)
+def test_every_configuration_that_ships_runs_on_fsdp(path: Path) -> None:
+    raw = json.loads(path.read_text())["deepspeed"]
+    check_fsdp_section(DeepSpeedSection.model_validate(raw), str(path), world_size=8)

@@ -39,8 +39,6 @@ LAYOUTS = [
 
 def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: int = 0) -> None:
     section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": layout.stage}}
-    if layout.backend == "deepspeed":  # its default buckets are hundreds of megabytes
-        section["zero_optimization"] |= {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
     training = {"steps": steps, "save_every": SAVED, "eval_every": 3}
     section["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}
     own = folder.parent / f"config-{folder.name}-{rank}"

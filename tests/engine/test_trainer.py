@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -28,8 +30,6 @@ from engine.trainer import InterruptedRunError, Trainer
 from engine.weights import load_weights
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import Net, TinyTask, tiny_config
-
-ZERO = {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000}
 
 
 def train(folder: Path, config: RunConfig, resume: str = "none") -> Trainer:
@@ -75,7 +75,7 @@ def reference_losses(config: RunConfig) -> list[float]:
 
 @pytest.mark.parametrize(("stage", "micro"), [(0, 8), (0, 1), (1, 2), (2, 8), (2, 1), (3, 2)])
 def test_any_zero_stage_and_split_follows_a_plain_torch_loop(tmp_path: Path, stage: int, micro: int) -> None:
-    section = {"zero_optimization": {"stage": stage, **ZERO}, "train_micro_batch_size_per_gpu": micro}
+    section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": micro}
     config = tiny_config(tmp_path, deepspeed=section)
     train(tmp_path / "run", config)
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
@@ -83,7 +83,7 @@ def test_any_zero_stage_and_split_follows_a_plain_torch_loop(tmp_path: Path, sta
 
 def train_stages_on_a_rank(rank: int, world_size: int, folder: Path) -> None:
     for stage in range(4):
-        section = {"zero_optimization": {"stage": stage, **ZERO}, "train_micro_batch_size_per_gpu": 1}
+        section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
         config = tiny_config(folder / f"{stage}-{rank}", data={"noise": 0.1}, deepspeed=section)
         train(folder / str(stage), config)
 
@@ -151,7 +151,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage
         data={"noise": 0.2},
         model={"dropout": 0.3},
         training={"eval_every": 2, "early_stopping": {"patience": 9}},
-        deepspeed={"zero_optimization": {"stage": stage, **ZERO}},
+        deepspeed={"zero_optimization": {"stage": stage}},
     )
     whole = train(tmp_path / "whole", config)
     resumed = interrupted_then_resumed(tmp_path / "resumed", config, at=6)
@@ -200,7 +200,7 @@ def test_a_step_without_finite_gradient_is_skipped_counted_and_named(
     tmp_path: Path, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(
-        tmp_path, data={"poison": [3]}, training={"steps": 5}, deepspeed={"zero_optimization": {"stage": stage, **ZERO}}
+        tmp_path, data={"poison": [3]}, training={"steps": 5}, deepspeed={"zero_optimization": {"stage": stage}}
     )
     batches = GlobalBatches(40, 8, config.training.seed)
     bad = next(step for step in range(5) if 3 in batches.samples(step))
@@ -213,6 +213,32 @@ def test_a_step_without_finite_gradient_is_skipped_counted_and_named(
     model = Net(config.data.width, config.model)
     load_weights(model, tmp_path / "run/final")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def train_poisoned(rank: int, world_size: int, folder: Path) -> list[str]:
+    said = []
+    for backend, stage in [*(("deepspeed", stage) for stage in range(4)), *(("fsdp", stage) for stage in (0, 3))]:
+        config = tiny_config(
+            folder / f"{backend}{stage}-{rank}", data={"poison": [3]}, training={"steps": 5},
+            deepspeed={"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1},
+        )  # fmt: skip
+        task, lines = TinyTask(config.data, config.model), io.StringIO()
+        trainer = Trainer(task, config, start(), folder / f"{backend}{stage}", backend=backend)
+        with contextlib.redirect_stdout(lines):
+            assert trainer.run().skipped_steps == 1
+        said.append(lines.getvalue())
+    return said
+
+
+@pytest.mark.distributed
+def test_on_two_ranks_the_rank_of_a_broken_gradient_is_named(tmp_path: Path) -> None:
+    said, _ = run_distributed_test(train_poisoned, 2, tmp_path, backend=None)
+    order = GlobalBatches(40, 8, 42)
+    place = next(list(order.samples(step)).index(3) for step in range(5) if 3 in order.samples(step))
+    micro_batch, rank = divmod(place, 2)
+    assert len(said) == 6
+    for lines in said:
+        assert f"(rank {rank}: loss nan in micro-batch {micro_batch})" in lines
 
 
 class SquareRootTask(TinyTask):
@@ -312,7 +338,7 @@ def test_options_that_cost_or_save_time_leave_the_losses_alone(tmp_path: Path, o
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> None:
-    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage, **ZERO}}
+    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
     config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)
     train(tmp_path / "bf16", config)
     assert losses(tmp_path / "bf16") == pytest.approx(reference_losses(config), rel=0.05)
@@ -324,7 +350,7 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> Non
 
 
 def test_offloaded_optimizer_states_give_the_same_losses(tmp_path: Path) -> None:
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, **ZERO}}
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     config = tiny_config(tmp_path, deepspeed=offload)
     train(tmp_path / "run", config)
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
@@ -346,7 +372,7 @@ def test_batch_sizes_that_do_not_multiply_are_named(
 
 
 def test_the_deepspeed_launcher_drives_two_ranks_to_the_same_losses(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, deepspeed={"zero_optimization": {"stage": 2, **ZERO}})
+    config = tiny_config(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
     train(tmp_path / "one", config)
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", "2", "--master_port", str(29500 + os.getpid() % 1000)]

@@ -31,7 +31,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["training"] |= {"num_workers": 0, "trackers": []}
     config["training"].pop("epochs")
     config["deepspeed"] |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": False}}
-    config["deepspeed"]["zero_optimization"] = {"stage": 1, "reduce_bucket_size": 100000}
+    config["deepspeed"]["zero_optimization"] = {"stage": 1}
     (folder / "config.json").write_text(json.dumps(config))
     assert train.main(["--config", str(folder / "config.json"), "--output-dir", str(folder / "run")]) == 0
     return folder
