@@ -71,7 +71,10 @@ def _versions() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "problem", "not installed", INSTALL)
+            if name == "deepspeed":
+                yield Finding(name, "warning", "not installed: runs train with --backend fsdp", INSTALL)
+            else:
+                yield Finding(name, "problem", "not installed", INSTALL)
             continue
         release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         if name == "torch" and release < LEAST_TORCH:
@@ -136,7 +139,9 @@ def _imports() -> Iterator[Finding]:
     answers = [json.loads(line) for line in outcome.stdout.splitlines() if line.startswith(("[true", "[false"))]
     died = [False, f"Python ended with status {outcome.returncode}: {outcome.stderr[-500:]}"]
     (deepspeed, said), (tensorboard, complaint) = [*answers, died, died][:2]
-    if deepspeed:
+    if not any(True for _ in importlib.metadata.distributions(name="deepspeed")):
+        pass  # that it is not there has been said
+    elif deepspeed:
         yield Finding("deepspeed import", "ok", f"works without a compiler; {has}")
     else:
         apex = find_apex()

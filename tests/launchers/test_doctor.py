@@ -86,7 +86,9 @@ def test_an_empty_python_is_told_what_to_install(tmp_path: Path) -> None:
     assert "Trunkline is not installed" in alone.stderr
     assert "pip install -c constraints.txt -e ." in alone.stderr
     findings = _findings(_doctor("--quick", "--json", python=python, path=str(ROOT)))
-    for name in ("torch", "deepspeed", "numpy"):
+    assert findings["deepspeed"]["status"] == "warning"
+    assert "--backend fsdp" in findings["deepspeed"]["detail"]
+    for name in ("torch", "numpy"):
         assert findings[name]["status"] == "problem"
         assert findings[name]["remedy"] == "pip install -c constraints.txt -e ."
 
