@@ -16,6 +16,8 @@ from engine.task import Batch, Sums, Task, add_sums
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, copied asynchronously where it was pinned."""
+    if device.type == "cpu":
+        return batch
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 

@@ -27,9 +27,8 @@ def training_loader(
 
     def draws() -> Iterator[Draws]:
         for step in range(first_step, last_step):
-            samples, epoch = batches.samples(step), batches.epoch(step)
-            for micro in samples.reshape(sizes.grad_accum_steps, sizes.world_size, sizes.micro_batch_size)[:, rank]:
-                yield [micro, mix_last(micro, batches.seed, epoch)]
+            drawn = batches.draws(step).reshape(2, sizes.grad_accum_steps, sizes.world_size, sizes.micro_batch_size)
+            yield from ([drawn[0, micro, rank], drawn[1, micro, rank]] for micro in range(sizes.grad_accum_steps))
 
     steps = range(first_step, last_step)
     loader = iter(_loader(task, dataset, draws, len(steps) * sizes.grad_accum_steps, num_workers, pin_memory))

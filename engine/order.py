@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from engine.randomness import mix
+from engine.randomness import mix, mix_last
 
 FILLER = -1
 """Stands in a short last batch where there is no sample: the engine gives such places weight zero."""
@@ -64,13 +64,19 @@ class GlobalBatches:
 
     def samples(self, step: int) -> np.ndarray:
         """The samples of step `step` (from 0): int64 [global_batch_size], with FILLER at the end of a short batch."""
+        return self.draws(step)[0]
+
+    def draws(self, step: int) -> np.ndarray:
+        """The samples of a step, and the key of each one's draw in this epoch: int64 [2, global_batch_size]."""
         epoch, batch = divmod(step, self.per_epoch)
         first = batch * self.global_batch_size
         last = min(first + self.global_batch_size, self.num_samples)
-        blocks = range(first // _BLOCK, -(-last // _BLOCK))
-        order = np.concatenate([_block(self.num_samples, mix(self.seed, epoch), block) for block in blocks])
-        out = np.full(self.global_batch_size, FILLER, dtype=np.int64)
-        out[: last - first] = order[first - blocks.start * _BLOCK :][: last - first]
+        blocks = [
+            _block(self.num_samples, self.seed, epoch, block) for block in range(first // _BLOCK, -(-last // _BLOCK))
+        ]
+        drawn = (blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))[:, first % _BLOCK :]
+        out = np.full((2, self.global_batch_size), FILLER, dtype=np.int64)
+        out[:, : last - first] = drawn[:, : last - first]
         return out
 
 
@@ -78,6 +84,7 @@ _BLOCK = 8192
 
 
 @lru_cache(maxsize=8)
-def _block(size: int, key: int, block: int) -> np.ndarray:
+def _block(size: int, seed: int, epoch: int, block: int) -> np.ndarray:
     # a block at a time, because numpy's cost a call would outweigh that of a small batch
-    return permuted(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size)), size, key)
+    order = permuted(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size)), size, mix(seed, epoch))
+    return np.stack([order, mix_last(order, seed, epoch)])

@@ -5,8 +5,8 @@
 
 Two models are made alike. One is driven by Trainer, whole: order of samples, weights, gradient norm, clipping, logging
 every tenth step, progress bar. The other is driven over a plain DataLoader by the loop of DeepSpeed's own tutorial, or
-by the one that PyTorch's documents write for fully_shard, with clipping as the same section of the configuration asks
-for it. Their steps take turns, so both of a pair are of the same moment of the same machine.
+by the one that PyTorch's documents write for fully_shard, with clipping and warm-up as the same section of the
+configuration asks for them. Their steps take turns, so both of a pair are of the same moment of the same machine.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def _bare_deepspeed_step(task: OverheadTask, config: RunConfig, ranks: Ranks) ->
             "gradient_clipping": section.gradient_clipping,
             "zero_optimization": {"stage": section.zero_optimization.stage},
             "zero_allow_untested_optimizer": True,
+            "scheduler": section.scheduler.model_dump() if section.scheduler else None,
         },
         dist_init_required=False,
     )
@@ -233,12 +234,14 @@ def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Call
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     cuda = ranks.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=cuda or None)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=_WARM_UP)
     source = _bare_batches(task, config, ranks)
 
     def step() -> None:
         squared_errors(model, next(source)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping)
         optimizer.step()
+        warm_up.step()
         optimizer.zero_grad()
 
     return step
@@ -261,6 +264,7 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
         "deepspeed": {
             "train_batch_size": batch_size,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": _WARM_UP}},
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": stage},
         },

@@ -33,7 +33,7 @@ from engine.loading import collate, training_loader
 from engine.model_options import apply_options
 from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
-from engine.randomness import seed_torch
+from engine.randomness import mix, seed_torch
 from engine.resume import LAYOUT, find_checkpoint, load_checkpoint
 from engine.selftest import collective_self_test
 from engine.sharded_state import capture
@@ -116,6 +116,7 @@ class Trainer:
         on_main(lambda: write_json(folder / "plan.json", self.plan), ranks, f"{folder}: cannot be used")
         self._say(render_summary(self.plan))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
+        self._draws = mix(settings.seed, 1, ranks.rank)
         self._stop_signal: int | None = None
         self._flags = {
             (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=ranks.device)
@@ -213,7 +214,7 @@ class Trainer:
         Returns this rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed.
         """
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
-        seed_torch(self.config.training.seed, 1, self.progress.step, self.ranks.rank)
+        seed_torch(self._draws, self.progress.step)
         micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
         self.watchdog.note(self.progress.step, "all-reduce of the batch's weight")
         weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
@@ -247,7 +248,7 @@ class Trainer:
         if scale > 1:
             where = f"the fp16 loss scale is now {scale:g}"
         else:
-            seed_torch(self.config.training.seed, 1, progress.step - 1, self.ranks.rank)
+            seed_torch(self._draws, progress.step - 1)
             with self.backend.gathered() as model:
                 where = nonfinite.locate(self.task, model, micro_batches, self.ranks)
         line = (

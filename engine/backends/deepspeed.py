@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from engine.backends import Stepped
 from engine.config import RunConfig
@@ -122,7 +121,7 @@ class DeepSpeedBackend:
         norm = None
         if self._clip is not None:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
-            norm = get_total_norm(gradients)
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             if not torch.isfinite(norm):
                 for parameter in self._parameters:
                     parameter.grad = None
@@ -132,7 +131,7 @@ class DeepSpeedBackend:
                 self.engine.skipped_steps += 1
                 return Stepped(float("inf"), skipped=True)
             if self._clip > 0:
-                clip_grads_with_norm_(self._parameters, self._clip, norm)
+                torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
