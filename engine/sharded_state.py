@@ -91,6 +91,7 @@ class Snapshot:
         }
 
 
+@torch.no_grad()  # without it, taking the local part of a DTensor goes through autograd
 def capture(backend: Sharded) -> Snapshot:
     """Copy this rank's part of parameters, optimizer state and persistent buffers."""
     tensors: dict[str, Tensor] = {}
@@ -112,6 +113,7 @@ def capture(backend: Sharded) -> Snapshot:
     return Snapshot(tensors, {"fragments": index})
 
 
+@torch.no_grad()
 def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks) -> None:
     """Overwrite parameters, optimizer state and buffers with what `folder` holds, written on any layout.
 
@@ -264,7 +266,7 @@ _MASK = (1 << 64) - 1
 
 def _local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is on this rank; a plain tensor is all here."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _flat(tensor: Tensor) -> Tensor:
