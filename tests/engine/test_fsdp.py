@@ -33,7 +33,7 @@ from engine.trainer import Trainer
 from engine.weights import load_weights
 from launchers.train import main
 from tests.distributed import run_distributed_test
-from tests.engine.test_trainer import ZERO, lines, losses, reference_losses
+from tests.engine.test_trainer import lines, losses, reference_losses
 from tests.engine.tiny import Net, TinyTask, tiny_config
 from tests.models.fluid.toy_network import write_toy_store
 
@@ -76,7 +76,7 @@ def test_fsdp_and_zero_give_the_losses_of_a_plain_loop_at_every_stage(tmp_path: 
     for stage in range(4):
         keys = {"stage": stage, "steps": 50, "micro": (4, 8)[stage // 2]}
         runs[f"fsdp-{stage}"] = ("fsdp", keys)
-        runs[f"zero-{stage}"] = ("deepspeed", keys | {"zero_optimization": ZERO})
+        runs[f"zero-{stage}"] = ("deepspeed", keys)
     run_distributed_test(runs_on_a_rank, 2, tmp_path / "two", runs, backend=None)
     run_distributed_test(
         runs_on_a_rank, 1, tmp_path / "one",
@@ -103,7 +103,7 @@ def test_options_leave_the_losses_alone(tmp_path: Path) -> None:
         "offload": ("fsdp", {"stage": 2, "zero_optimization": offload}),
         "offload-param": ("fsdp", {"zero_optimization": offload | {"offload_param": {"device": "cpu"}}}),
         "uneven": ("fsdp", {"model": {"hidden": 7}}),
-        "uneven-zero": ("deepspeed", {"model": {"hidden": 7}, "stage": 2, "zero_optimization": ZERO}),
+        "uneven-zero": ("deepspeed", {"model": {"hidden": 7}, "stage": 2}),
     }
     run_distributed_test(runs_on_a_rank, 2, tmp_path, runs, backend=None)
     expected = reference_losses(configuration(tmp_path))

@@ -66,7 +66,10 @@ def test_batches_change_nothing(result, trained, store):
     again = evaluate(trained, store, "test", batch_size=7, with_ridge=False)
     for horizon in HORIZONS:
         assert "ridge" not in again.errors[horizon]
-        assert rmse(again, horizon, "surrogate") == pytest.approx(rmse(result, horizon, "surrogate"), rel=1e-3)
+        # within the rounding of fp32, which is all that is left of the error in the smallest of them
+        assert rmse(again, horizon, "surrogate") == pytest.approx(
+            rmse(result, horizon, "surrogate"), rel=1e-3, abs=1e-7
+        )
 
 
 def test_a_history_of_one_starts_from_the_same_minutes_as_ridge(tmp_path, store):
