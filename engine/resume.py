@@ -11,14 +11,23 @@ learning rate, are the new configuration's.
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
 
 from engine.backends import Backend
 from engine.checkpoint import BACKEND, Checkpoint, Checkpoints
 from engine.distributed import Ranks
 from engine.errors import CheckpointError, ConfigError
+from engine.evaluation import to_device
+from engine.loading import collate
 from engine.sharded_state import restore
+from engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
 LAYOUT = "layout"
@@ -80,3 +89,38 @@ def load_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks) -> None:
     """Put a checkpoint's state into the backend. Called on all ranks, before the first step. Raises CheckpointError."""
     restore(backend, found.path / BACKEND, found.digests, ranks)
     backend.resume(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
+
+
+class Probe:
+    """The loss of one fixed sample, the first of the validation split: the same before a save and after a load.
+
+    Digests prove that every element has come back to its place; this proves that the model makes the same of them.
+    Every method is called on all ranks, which all compute the same.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, device: torch.device) -> None:
+        self.task, self.model, self.device = task, model, device
+
+    @cached_property
+    def _batch(self) -> Batch:
+        first = np.zeros(1, dtype=np.int64)
+        return to_device(collate(self.task, [self.task.datasets()["val"][0]], [first, first]), self.device)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss of the sample, with the model in eval mode."""
+        was_training = self.model.training
+        self.model.eval()
+        loss = self.task.loss(self.model, self._batch)["loss"] / self.task.weight(self._batch)
+        self.model.train(was_training)
+        return float(loss)
+
+    def check(self, found: Checkpoint, layout: str) -> None:
+        """Compare with what the checkpoint noted. Raises CheckpointError if it is not the same to rounding."""
+        loss, saved = self.loss(), found.probe_loss
+        tolerance = 1e-3 if "fp32" in layout and "fp32" in found.state[LAYOUT] else 0.05
+        if math.isfinite(saved) and not math.isclose(loss, saved, rel_tol=tolerance):
+            raise CheckpointError(
+                f"{found.path}: the loss of the probe sample was {saved:g} when it was saved and is {loss:g} now, "
+                "although every parameter is as it was: the model's code, its configuration or the sample has changed"
+            )

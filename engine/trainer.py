@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,16 +22,17 @@ from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes, parameter_dtype
 from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
-from engine.errors import CheckpointError, ConfigError, TrunklineError
+from engine.errors import ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
 from engine.files import write_json
-from engine.hardware import memory_in_use, peak_flops
-from engine.loading import collate, training_loader
+from engine.hardware import peak_flops
+from engine.loading import training_loader
+from engine.meter import Meter
 from engine.model_options import apply_options
 from engine.order import GlobalBatches
 from engine.plan import make_plan, render_summary
 from engine.randomness import mix, seed_torch
-from engine.resume import LAYOUT, find_checkpoint, load_checkpoint
+from engine.resume import LAYOUT, Probe, find_checkpoint, load_checkpoint
 from engine.selftest import collective_self_test
 from engine.sharded_state import capture
 from engine.strict import nearest
@@ -109,6 +107,7 @@ class Trainer:
         model = apply_options(model, settings)
         self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
 
+        self.probe = Probe(task, self.backend.model, ranks.device)
         if found is not None:
             self._take_up(found)
 
@@ -156,7 +155,8 @@ class Trainer:
         settings, progress = self.config.training, self.progress
         self.watchdog.note(progress.step, "evaluating")
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
-        meter = Meter(self)
+        peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
+        meter = Meter(self.sizes, self.ranks.device, progress.step, self.task.flops_per_sample(), peak)
         with self._bar() as bar:
             # a run that had stopped early is over, also when it is resumed
             for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
@@ -175,21 +175,18 @@ class Trainer:
                 else:
                     progress.skipped_in_a_row = 0
                 if sums is not None:
-                    values = (
-                        self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)} | meter.read()
-                    )
-                    self.trackers.log(progress.step, "train", values)
+                    values = self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)}
+                    self.trackers.log(progress.step, "train", values | meter.read(progress.step))
                     bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{lr:.2e}", refresh=False)
                 bar.update()
 
                 finished = progress.step == self.total_steps
-                if progress.step % settings.eval_every == 0 or finished:
-                    finished |= self._evaluate()
-                    meter.pause()
-                if progress.step % settings.save_every == 0 or finished or stop:
-                    self.watchdog.note(progress.step, "saving a checkpoint")
-                    self.save()
-                    meter.pause()
+                with meter.paused():
+                    if progress.step % settings.eval_every == 0 or finished:
+                        finished |= self._evaluate()
+                    if progress.step % settings.save_every == 0 or finished or stop:
+                        self.watchdog.note(progress.step, "saving a checkpoint")
+                        self.save()
                 if stop and not finished:
                     self.checkpoints.wait()
                     raise InterruptedRunError(
@@ -304,7 +301,7 @@ class Trainer:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
         state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
-        return self.checkpoints.save(capture(self.backend), state, self._probe_loss(), in_background)
+        return self.checkpoints.save(capture(self.backend), state, self.probe.loss(), in_background)
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
         save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
@@ -326,38 +323,13 @@ class Trainer:
         }
 
     def _take_up(self, found: Checkpoint) -> None:
-        load_checkpoint(found, self.backend, self.ranks)
-        self.progress = Progress(**{name: found.state[name] for name in asdict(self.progress)})
-        self._check_probe(found)
-        self.checkpoints.set_aside_after(self.progress.step)
         mine, theirs = self._identity()[LAYOUT], found.state[LAYOUT]
+        load_checkpoint(found, self.backend, self.ranks)
+        self.probe.check(found, mine)
+        self.progress = Progress(**{name: found.state[name] for name in asdict(self.progress)})
+        self.checkpoints.set_aside_after(self.progress.step)
         resharded = "" if mine == theirs else f", from {theirs} to {mine}"
         self._say(f"resumed from {found.path} at step {self.progress.step}{resharded}")
-
-    @cached_property
-    def _probe(self) -> Batch:
-        """The first validation sample: its loss is the same before a checkpoint is saved and after it is loaded."""
-        first = np.zeros(1, dtype=np.int64)
-        batch = collate(self.task, [self.task.datasets()["val"][0]], [first, first])
-        return to_device(batch, self.ranks.device)
-
-    @torch.no_grad()
-    def _probe_loss(self) -> float:
-        model = self.backend.model
-        was_training = model.training
-        model.eval()
-        loss = self.task.loss(model, self._probe)["loss"] / self.task.weight(self._probe)
-        model.train(was_training)
-        return float(loss)
-
-    def _check_probe(self, found: Checkpoint) -> None:
-        loss, saved = self._probe_loss(), found.probe_loss
-        exact = "fp32" in self._identity()[LAYOUT] and "fp32" in found.state[LAYOUT]
-        if not math.isclose(loss, saved, rel_tol=1e-3 if exact else 0.05) and math.isfinite(saved):
-            raise CheckpointError(
-                f"{found.path}: the loss of the probe sample was {saved:g} when it was saved and is {loss:g} now, "
-                "although every parameter is as it was: the model's code, its configuration or the sample has changed"
-            )
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._stop_signal = number  # acted on at the end of the step, by all ranks together
@@ -371,31 +343,6 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.ranks.is_main:
             tqdm.write(line)
-
-
-class Meter:
-    """Throughput since the last reading, leaving out evaluations and saves."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.peak = peak_flops(trainer.ranks.device, parameter_dtype(trainer.config.deepspeed))
-        self.flops = trainer.task.flops_per_sample()
-        self.step, self.since, self.busy = trainer.progress.step, time.perf_counter(), 0.0
-
-    def pause(self) -> None:
-        """Leave out the time since the end of the last step."""
-        self.since = time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known."""
-        now, step = time.perf_counter(), self.trainer.progress.step
-        seconds = (now - self.since) / max(1, step - self.step)
-        self.since, self.step = now, step
-        rate = self.trainer.sizes.global_batch_size / seconds
-        values = {"step_time_s": seconds, "samples_per_s": rate, **memory_in_use(self.trainer.ranks.device)}
-        if self.peak:
-            values["mfu"] = rate * self.flops / (self.peak * self.trainer.ranks.world_size)
-        return values
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:

@@ -1,0 +1,46 @@
+"""Throughput of a run: time a step, samples a second, and the share of the device's peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from engine.deepspeed_section import BatchSizes
+from engine.hardware import memory_in_use
+
+
+class Meter:
+    """Throughput since the last reading, leaving out evaluations and saves.
+
+    Args:
+        sizes: of the batches, with the number of ranks.
+        device: this rank's.
+        step: the number of steps made so far.
+        flops: useful floating-point operations of one sample, forward and backward.
+        peak: the device's peak in FLOP/s, None if it is not known.
+    """
+
+    def __init__(self, sizes: BatchSizes, device: torch.device, step: int, flops: float, peak: float | None) -> None:
+        self.sizes, self.device, self.flops, self.peak = sizes, device, flops, peak
+        self.step, self.since = step, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done within."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known."""
+        now = time.perf_counter()
+        seconds = (now - self.since) / max(1, step - self.step)
+        self.since, self.step = now, step
+        rate = self.sizes.global_batch_size / seconds
+        values = {"step_time_s": seconds, "samples_per_s": rate, **memory_in_use(self.device)}
+        if self.peak:
+            values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
+        return values
