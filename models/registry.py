@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from engine.config import RunConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, TrunklineError
+from engine.impostors import refuse_shadowed
 from engine.strict import nearest, read_json_object
 from engine.task import Task
 
@@ -69,6 +72,27 @@ def workload_of_run(run: Path) -> Workload:
                 raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), list(WORKLOADS))}")
             return WORKLOADS[name]
     raise CheckpointError(f"{run}: not the folder of a run: there is no config.json in it, nor in best/ or final/")
+
+
+def enter(room: str, description: str | None, argv: list[str] | None) -> int:
+    """Be launchers/evaluate.py or launchers/predict.py: find the run's workload, parse its flags, call its module.
+
+    Returns the exit status: 0 done, 2 a user's error.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
+    known, _ = parser.parse_known_args(argv)
+    try:
+        refuse_shadowed()
+        module = workload_of_run(known.run).open(room)
+        parser.add_argument("-h", "--help", action="help", help="show this and exit")
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(argv))
+    except TrunklineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _load(place: str) -> Any:
