@@ -300,6 +300,7 @@ class Trainer:
     def save(self, in_background: bool | None = None) -> Path:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
+        self.backend.prefetch()  # for the probe and the step after it, while the state is copied
         state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
         return self.checkpoints.save(capture(self.backend), state, self.probe.loss(), in_background)
 

@@ -59,6 +59,9 @@ class Backend(Protocol):
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The bare model, for gradients that the engine must not see. Entered and used on all ranks alike."""
 
+    def prefetch(self) -> None:
+        """Begin to gather what the next forward needs and what stays gathered until then, if that is anything."""
+
     def fragments(self) -> list[Fragment]:
         """What this rank holds of each parameter, trainable or not, in an order that is the same on all ranks.
 

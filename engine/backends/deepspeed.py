@@ -151,6 +151,9 @@ class DeepSpeedBackend:
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
 
+    def prefetch(self) -> None:
+        """Nothing: ZeRO 0 to 2 keep parameters whole, ZeRO 3 prefetches by itself."""
+
     def fragments(self) -> list[Fragment]:
         world = (self._ranks.world_size, self._ranks.rank)
         masters = self._unsharded_masters()

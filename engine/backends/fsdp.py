@@ -119,6 +119,11 @@ class FSDPBackend:
     def loss_scale(self) -> float:
         return self._scaler.scale
 
+    def prefetch(self) -> None:
+        if self._stage < 3:  # else a block is gathered when its turn comes, so that few are at a time
+            for unit in self._units:
+                unit.unshard(async_op=True)
+
     def fragments(self) -> list[Fragment]:
         return [self._fragment(name, parameter) for name, parameter in self._parameters]
 
