@@ -103,6 +103,11 @@ class Checkpoints:
         if problem is not None:
             raise problem
 
+    def settle(self, timeout_s: float = 60.0) -> None:
+        """Let a save that is under way come to its end, before an error of another kind ends the run."""
+        if self._saving is not None:
+            self._saving.join(timeout_s)
+
     @property
     def failed(self) -> bool:
         """Whether a save has failed, which `wait` raises; not at the same moment on all ranks."""
@@ -187,8 +192,10 @@ class Checkpoints:
             written = [staging / BACKEND / name for name in file_names(self.ranks.rank, self.ranks.world_size)]
             for path in [*written, staging / TRAINER] if self.ranks.is_main else written:
                 mine[path.relative_to(staging).as_posix()] = _entry(path, sync=True)
-        except OSError as error:
-            reason = f"{error.strerror} ({error.filename})"
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{error.strerror} ({error.filename})"
             problem = f"{staging}: cannot write this checkpoint: {reason}; make room or choose another folder"
         parts = gather((mine, digests, problem), self.ranks)
         if problems := [problem for _, _, problem in parts if problem]:

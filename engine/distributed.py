@@ -97,8 +97,13 @@ def sum_int64(values: list[int], ranks: Ranks) -> list[int]:
 
 
 def with_own_group(ranks: Ranks) -> Ranks:
-    """The same ranks with a process group of their own on the CPU, for collectives beside those of training."""
-    return replace(ranks, group=dist.new_group(backend="gloo")) if ranks.world_size > 1 else ranks
+    """The same ranks with a process group of their own on the CPU, for collectives beside those of training.
+
+    It waits as long as the slowest disk takes.
+    """
+    if ranks.world_size == 1:
+        return ranks
+    return replace(ranks, group=dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)))
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
@@ -127,11 +132,13 @@ def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
             work()
         except OSError as error:
             problem = f"{cannot}: {error.strerror} ({error.filename}); make room or choose another folder"
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = f"{cannot}: {type(error).__name__}: {error}"
     problem = from_main(problem, ranks)
     if problem:
         raise CheckpointError(problem)
 
 
-def lost_a_rank(error: RuntimeError) -> bool:
+def lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed because another process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -92,8 +92,12 @@ def _read(files: ShardedFiles, key: str, digests: Digests) -> Tensor:
 def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
     with safe_open(path, framework="pt") as file:
         for key, tensor in tensors.items():
-            if not torch.equal(file.get_tensor(key).view(torch.uint8), tensor.view(torch.uint8)):
+            if not torch.equal(_bytes(file.get_tensor(key)), _bytes(tensor)):
                 raise CheckpointError(f"{path}: {key}: what was read back is not what was written; check the disk")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 
 from engine.backends import Backend
 from engine.checkpoint import BACKEND, Checkpoint, Checkpoints
-from engine.distributed import Ranks
+from engine.distributed import Ranks, from_main
 from engine.errors import CheckpointError, ConfigError
 from engine.evaluation import to_device
 from engine.loading import collate
@@ -44,7 +44,7 @@ def find_checkpoint(
     """
     own = checkpoints.folder
     if resume == "none":
-        if any(own.glob("step-*")):
+        if from_main(any(own.glob("step-*")), checkpoints.ranks):
             raise ConfigError(
                 f"{own.parent}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
                 "--output-dir"
@@ -57,9 +57,10 @@ def find_checkpoint(
     else:
         path = Path(resume)
         found = None
-        if (path / "checkpoints").is_dir():
+        is_run, is_folder = from_main(((path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks)
+        if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
-        elif path.is_dir():
+        elif is_folder:
             found = checkpoints.load(path)
         if found is None:
             raise CheckpointError(

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.distributed import Ranks, sum_int64
+from engine.distributed import Ranks, gather, sum_int64
 from engine.errors import CheckpointError
 from engine.files import save_tensors
 from engine.randomness import finalise_array
@@ -126,6 +126,17 @@ def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks) -> N
     files = ShardedFiles(folder)
     fragments = backend.fragments()
     files.check_parameters({fragment.name: fragment.shape for fragment in fragments})
+    problem = None
+    try:
+        _overwrite(backend, fragments, files, ranks.rank)
+    except CheckpointError as error:
+        problem = str(error)
+    if problems := [problem for problem in gather(problem, ranks) if problem]:
+        raise CheckpointError(problems[0])
+    _prove(backend, fragments, files, digests, ranks)
+
+
+def _overwrite(backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, rank: int) -> None:
     of_owner: dict[int, list[Fragment]] = {}
     for fragment in fragments:
         of_owner.setdefault(id(fragment.owner), []).append(fragment)
@@ -134,12 +145,11 @@ def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks) -> N
         if not any(fragment.length for fragment in mine) and _local(mine[0].owner).numel():
             continue  # this rank has no part in these parameters
         _restore_optimizer(backend.optimizer, mine, files)
-    saved = files.buffers(ranks.rank)
+    saved = files.buffers(rank)
     for name, buffer in persistent_buffers(backend.module):
         if name not in saved or saved[name].shape != buffer.shape:
-            raise CheckpointError(f"{folder}: holds no buffer {name} of shape {list(buffer.shape)}")
+            raise CheckpointError(f"{files.folder}: holds no buffer {name} of shape {list(buffer.shape)}")
         buffer.copy_(saved[name])
-    _prove(backend, fragments, files, digests, ranks)
 
 
 class ShardedFiles:
@@ -288,7 +298,7 @@ def _state_of(optimizer: torch.optim.Optimizer, fragment: Fragment) -> tuple[dic
     for key, value in optimizer.state.get(fragment.owner, {}).items():
         if value is None:
             continue
-        if isinstance(value, Tensor) and value.dim() == 0:
+        if isinstance(value, Tensor) and value.dim() == 0 and (fragment.owner.dim() or key == "step"):
             scalars[key] = {"tensor": value.item()}
         elif not isinstance(value, Tensor):
             scalars[key] = value
@@ -328,20 +338,24 @@ def _prove(
 ) -> None:
     """Compare what is in place now, over all ranks, with the digests of what was saved."""
     found = dict.fromkeys(digests, 0)
-    exact = {f"{name}:{key}": files.dtype(name, key) for name, keys in files.keys.items() for key in keys}
+    saved_as = {f"{name}:{key}": files.dtype(name, key) for name, keys in files.keys.items() for key in keys}
+    otherwise: set[str] = set()  # what this run keeps in another precision
     for fragment in fragments:
         first, stop = fragment.share()
+        if first == stop:
+            continue
         elementwise, _ = _state_of(backend.optimizer, fragment)
         for key, tensor in {VALUE: fragment.owner, **elementwise}.items():
             entry = f"{fragment.name}:{key}"
-            if tensor.dtype != exact.get(entry):
-                exact.pop(entry, None)  # this run keeps it in another precision
-            elif entry in found and first < stop:
+            if tensor.dtype != saved_as.get(entry):
+                otherwise.add(entry)
+            elif entry in found:
                 part = _flat(tensor)[fragment.offset + first : fragment.offset + stop]
                 found[entry] += digest(part, fragment.start + first)
     totals = sum_int64([total & _MASK for total in found.values()], ranks)
+    otherwise = set().union(*gather(otherwise, ranks))
     for (entry, expected), total in zip(digests.items(), totals, strict=True):
-        if entry in exact and total & _MASK != expected:
+        if entry not in otherwise and total & _MASK != expected:
             raise CheckpointError(
                 f"{files.folder}: {entry.replace(':', ', ')}: after loading, its elements are not those that were "
                 "saved (their digests differ); the checkpoint cannot be taken up on this layout"

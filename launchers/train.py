@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         from engine.trainer import InterruptedRunError
 
         stopped = isinstance(error, InterruptedRunError)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
+        print(f"{where}{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
         return 75 if stopped else 2
 
 

@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.config, sections=config_sections, settings=[f"training.{k}={v}" for k, v in settings.items()]
     )
     backend, ranks = choose_backend(arguments.backend), start()
-    folder = Path(from_main(tempfile.mkdtemp(dir="."), ranks))  # not in /tmp, which may be memory
+    # not in /tmp, which may be memory
+    folder = Path(from_main(tempfile.mkdtemp(dir=".") if ranks.is_main else "", ranks))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             trainer = _Timed(make_task(config), config, ranks, folder / "run", backend=backend)

@@ -96,17 +96,33 @@ def while_hashing(die: Callable[[], None]) -> None:
     patched(engine.checkpoint, "_entry", around)
 
 
+def between_the_manifest_and_the_rename(die: Callable[[], None]) -> None:
+    import engine.checkpoint
+
+    def around(original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if Path(arguments[0]).name == f".staging-step-{2 * SAVE_EVERY:08d}":
+            die()
+        return original(*arguments)
+
+    patched(engine.checkpoint, "_sync_folder", around)
+
+
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "before staging": on_main("prepare"),
     "after staging": on_main("prepare", after=True),
     "in a half-written file": in_a_half_written_file,
     "while hashing": while_hashing,
     "before publishing": on_main("write"),
+    "between manifest and rename": between_the_manifest_and_the_rename,  # rank 0 is alone there
     "after publishing": on_main("write", after=True),
     "after pruning": on_main("prune", after=True),
 }
 VICTIMS = {"rank 0": (0,), "rank 1": (1,), "all ranks": (0, 1)}
-FEW = [("in a half-written file", "rank 1"), ("before publishing", "rank 0"), ("after publishing", "all ranks")]
+FEW = [
+    ("in a half-written file", "rank 1"),
+    ("between manifest and rename", "rank 0"),
+    ("after publishing", "all ranks"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +139,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     [
         pytest.param(phase, victims, marks=() if (phase, victims) in FEW else pytest.mark.slow)
         for phase, victims in itertools.product(PHASES, VICTIMS)
+        if (phase, victims) != ("between manifest and rename", "rank 1")
     ],
 )
 def test_ranks_killed_in_a_save(tmp_path: Path, phase: str, victims: str, unbroken: dict[int, float]) -> None:
@@ -166,7 +183,7 @@ def test_a_disk_that_is_full_during_a_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("read-only folder")
-def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     tiny_config(tmp_path, training={"steps": 3, "save_every": 3})
     script = "mount -t tmpfs tmpfs $FOLDER/disk; mkdir $FOLDER/disk/run; mount -o remount,ro $FOLDER/disk\n" + TRAIN

@@ -133,6 +133,20 @@ def test_a_parameter_in_another_memory_format_comes_back(tmp_path: Path) -> None
     assert not target.module.weight.is_contiguous()
 
 
+def test_a_scalar_parameter_keeps_its_moments(tmp_path: Path) -> None:
+    def scalar(value: float) -> Alone:
+        model = nn.Module()
+        model.scale = nn.Parameter(torch.tensor(value))
+        return Alone(model, torch.optim.AdamW(model.parameters()))
+
+    source, target = scalar(1.0), scalar(2.0)
+    step_once(source, 1.0)
+    next(iter(source.optimizer.state.values()))["exp_avg"].fill_(0.25)
+    restore(target, tmp_path, write(tmp_path, [source]), ALONE)
+    assert ShardedFiles(tmp_path).keys["scale"] == ["value", "exp_avg", "exp_avg_sq"]
+    assert next(iter(target.optimizer.state.values()))["exp_avg"] == 0.25
+
+
 @given(cut=st.integers(0, 100), seed=st.integers(0, 1000))
 def test_a_digest_is_the_sum_of_its_parts_and_sees_exchange_and_change(cut: int, seed: int) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(seed))

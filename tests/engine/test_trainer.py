@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.order import FILLER, GlobalBatches
 from engine.randomness import seed_torch
 from engine.schedules import learning_rates
+from engine.sharded_state import Snapshot
 from engine.task import Batch, Sums
 from engine.trainer import InterruptedRunError, Trainer
 from engine.weights import load_weights
@@ -285,7 +287,7 @@ def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any
 @pytest.mark.fault("another data set, accepted")
 def test_a_run_goes_on_with_a_changed_data_set_where_that_is_wanted(tmp_path: Path) -> None:
     train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
-    config = tiny_config(tmp_path, data={"samples": 39})
+    config = tiny_config(tmp_path, data={"samples": 39, "longest": 4})  # other validation samples too
     with pytest.raises(CheckpointError, match="--accept-new-data goes on with the data set as it is now"):
         train(tmp_path / "run", config, resume="auto")
     task = TinyTask(config.data, config.model)
@@ -303,6 +305,23 @@ def test_a_run_whose_code_gives_another_loss_is_not_resumed(tmp_path: Path) -> N
 
     with pytest.raises(CheckpointError, match=r"the loss of the probe sample was .* when it was saved and is"):
         Trainer(Changed(config.data, config.model), config, start(), tmp_path / "run", resume="auto")
+
+
+def test_an_error_after_a_save_began_does_not_lose_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Snapshot.write
+
+    def slowly(snapshot: Snapshot, folder: Path, rank: int, world_size: int) -> dict[str, int]:
+        time.sleep(0.5)
+        return write(snapshot, folder, rank, world_size)
+
+    monkeypatch.setattr(Snapshot, "write", slowly)
+    bad_sample = int(GlobalBatches(40, 8, 42).samples(2)[0])
+    config = tiny_config(tmp_path, training={"save_every": 2, "nonfinite_limit": 1}, data={"poison": [bad_sample]})
+    with pytest.raises(TrunklineError, match="nonfinite_limit"):
+        train(tmp_path / "run", config)
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000002"]
 
 
 def test_a_resumed_run_follows_its_own_learning_rate(tmp_path: Path) -> None:

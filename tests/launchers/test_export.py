@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import verify
+from engine.checkpoint import Checkpoints, verify
 from engine.export import export_weights
+from engine.sharded_state import capture
 from launchers.export import main
 from models.fluid.trained import load_trained
 from tests.distributed import run_distributed_test
 from tests.engine.test_resume import SAVED, Layout, save_all
+from tests.engine.test_sharded_state import ALONE, Alone
 
 
 def test_the_newest_checkpoint_gives_the_final_weights(toy: Path, tmp_path: Path) -> None:
@@ -59,6 +61,18 @@ def test_a_checkpoint_in_parts_is_put_together(tmp_path: Path) -> None:
     exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", run / "final"))
     assert exported.keys() == final.keys()
     assert all(torch.equal(exported[name], final[name]) for name in final)
+
+
+def test_a_buffer_without_a_dimension_is_exported_too(tmp_path: Path) -> None:
+    model = torch.nn.BatchNorm1d(4)
+    backend = Alone(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE, keep_last=1)
+    checkpoints.open_for_writing()
+    path = checkpoints.save(capture(backend), {"step": 1}, probe_loss=0.0, in_background=False)
+    export_weights(verify(path), tmp_path / "out", 2**30)
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert exported.keys() == model.state_dict().keys()
+    assert exported["num_batches_tracked"].shape == ()
 
 
 def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
