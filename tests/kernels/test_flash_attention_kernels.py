@@ -95,7 +95,9 @@ def assert_as_accurate_as_dense_torch(leaves, **arguments):
     for ours, plain, truth in triples:
         assert ours.dtype == leaves[0].dtype
         error, allowed = ((x.detach() - truth).abs().max() for x in (ours, plain))
-        assert error <= 2 * allowed + 1e-5 * (1 + truth.abs().max())
+        # and a rounding of the largest value, for where dense torch happens to be exact
+        rounding = torch.finfo(leaves[0].dtype).eps * truth.abs().max()
+        assert error <= 2 * allowed + rounding + 1e-5 * (1 + truth.abs().max())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -141,7 +143,7 @@ def draw_configuration(draw, device):
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_configurations(device, count):
-    seed = random.SystemRandom().randrange(2**32)
+    seed = 2332994961 if count == 40 else random.SystemRandom().randrange(2**32)  # fresh ones with -m slow
     print(f"random configurations of seed {seed}")
     draw = random.Random(seed)
     for i in range(count):

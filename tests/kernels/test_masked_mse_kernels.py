@@ -98,7 +98,7 @@ def test_linear_masked_mse_is_as_accurate_as_plain_torch_in_the_same_dtype(devic
 
 
 def test_random_configurations(device):
-    seed = random.SystemRandom().randrange(2**32)
+    seed = 7 if device.type == "cpu" else random.SystemRandom().randrange(2**32)  # the default run does not vary
     print(f"seed {seed}")
     rng = random.Random(seed)
     for _ in range(100 if device.type == "cpu" else 40):  # a GPU's kernels are compiled for most of them
