@@ -12,7 +12,7 @@ BENCHMARKS = {
     "attention": ("kernels.bench_attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
     "masked_mse": ("kernels.bench_masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
     "engine": ("engine.overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
-    "save": ("models.fluid.bench_save", "how long a save holds training up, in the background and blocking"),
+    "save": ("models.bench_save", "how long a save holds training up, in the background and blocking"),
     "prepare": ("models.fluid.bench_prepare", "reading CSV cases, against pandas"),
     "memory": ("models.fluid.bench_memory", "memory of preparing and reading, by number of cases"),
     "fluid_step": ("models.fluid.bench_step", "one training step of a configuration, time and memory"),

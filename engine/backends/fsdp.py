@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.backends import Stepped
 from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, DeepSpeedSection
+from engine.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
 from engine.distributed import Ranks
 from engine.errors import ConfigError
 from engine.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
@@ -191,9 +191,11 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
     units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
     _check_parameters(model, units, source)
-    dtype = torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else None
+    dtype = parameter_dtype(section)
     precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=reduce_dtype(section), cast_forward_inputs=section.fp16.auto_cast
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=reduce_dtype(section),
+        cast_forward_inputs=section.fp16.auto_cast,
     )
     offload = _offload_policy(section, mesh.device_type)
     for unit in units:
