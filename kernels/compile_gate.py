@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 from kernels import flash_attention_backward as backward
 from kernels import flash_attention_forward as forward
 from kernels.flash_attention_tiles import TILES, Tile
+from kernels.offline_compiler import compile_for, resources, run_tool
 from kernels.triton_path import triton
 
 REGISTERS = 65_536  # of a multiprocessor
@@ -70,25 +70,17 @@ def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the machine code."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    architecture = configuration.architecture
     compiled = _compile(configuration)
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "cubin").write_bytes(compiled.asm["cubin"])
-        resources = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", f"{folder}/cubin")
-        remarks = ""
-        if wgmma := "wgmma.mma_async" in ptx:
-            Path(folder, "ptx").write_text(ptx)
-            remarks = _run(
-                get_ptxas(architecture).path, f"-arch=sm_{architecture}a", f"{folder}/ptx", "-o", "/dev/null"
-            )
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    usage, ptx, remarks = resources(compiled), compiled.asm["ptx"], ""
+    if wgmma := "wgmma.mma_async" in ptx:
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            architecture = configuration.architecture
+            assembler = get_ptxas(architecture).path
+            remarks = run_tool(assembler, f"-arch=sm_{architecture}a", file.name, "-o", "/dev/null")
     serialized = "wgmma.mma_async instructions are serialized" in remarks
     return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
@@ -116,9 +108,6 @@ def table_row(configuration: Configuration, usage: Usage) -> str:
 
 
 def _compile(configuration: Configuration) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     architecture, pass_, dtype, head_dim, causal, masked = configuration
     tile = configuration.tile
     kernel = {
@@ -128,7 +117,6 @@ def _compile(configuration: Configuration) -> Any:
         "backward_dkdv": backward._flash_bwd_kernel,
         "backward_dq": backward._flash_bwd_dq_kernel,
     }[pass_]
-    names = kernel.arg_names
     constants = {
         "D": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -138,16 +126,9 @@ def _compile(configuration: Configuration) -> Any:
         "HAS_MASK": masked,
         "ADD_DQ": pass_ == "backward",
     }
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or "_stride_" in name]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    return compile_for(
+        architecture, kernel, constants, partial(_type, dtype=dtype), lambda name: "_stride_" in name, tile.options()
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=tile.options())
 
 
 def _type(argument: str, dtype: str) -> str:

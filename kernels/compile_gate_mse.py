@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
-from kernels.triton_path import triton
+from kernels.offline_compiler import compile_for, resources
 
 # the functions that the package exports have the names of these modules
 _column_sums, _linear, _masked = (
@@ -78,12 +76,7 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
 def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the code."""
     compiled = _compile(configuration)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    usage = resources(compiled)
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
     return Usage(usage["REG"], max(usage["STACK"], usage["LOCAL"]), wide)
 
@@ -97,23 +90,15 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
 
 
 def _compile(configuration: Configuration) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names, constants = configuration.kernel.arg_names, configuration.constants
-    signature = {name: "constexpr" if name in constants else _type(name, configuration.dtype) for name in names}
-    # at a launch Triton sees which arguments are multiples of 16: pointers, 384 channels, strides of 0
-    aligned = [
-        i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("d", "stride", "stride0", "stride1")
-    ]
-    source = ASTSource(
+    # as at the launches of the sizes above: 384 channels, strides of 0
+    return compile_for(
+        configuration.architecture,
         configuration.kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
+        configuration.constants,
+        partial(_type, dtype=configuration.dtype),
+        lambda name: name in ("d", "stride", "stride0", "stride1"),
+        {"num_warps": configuration.num_warps},
     )
-    target = GPUTarget("cuda", configuration.architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": configuration.num_warps})
 
 
 def _type(argument: str, dtype: str) -> str:
