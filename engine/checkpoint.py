@@ -24,7 +24,8 @@ from typing import Any
 
 from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
-from engine.sharded_state import Digests, Snapshot, add_digests, file_names
+from engine.sharded_files import Digests, add_digests, file_names
+from engine.sharded_state import Snapshot
 
 MANIFEST = "MANIFEST.json"
 TRAINER = "trainer.json"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.checkpoint import BACKEND, Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.files import save_tensors, write_json
-from engine.sharded_state import VALUE, Digests, ShardedFiles, digest
+from engine.sharded_files import VALUE, Digests, ShardedFiles, digest
 from engine.weights import INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,14 +2,10 @@
 
 A rank holds, of each parameter, one run of consecutive elements: the whole of it, a ZeRO partition, the rows of an FSDP
 shard. That is a `Fragment`. Each rank writes the elements that it owns, of the parameter and of everything that the
-optimizer keeps for each element, as they are, in fp32 masters:
-
-    backend/rank-00000-of-00002.safetensors   "<parameter>:value", "<parameter>:exp_avg", ...: the fragments, flat
-    backend/rank-00000-of-00002.json          where each fragment begins, the parameter's shape, the optimizer's scalars
+optimizer keeps for each element, as they are, in fp32 masters, into the files of engine.sharded_files.
 
 So there is nothing to convert: any layout reads the elements that it needs from the files that have them, one fragment
-at a time. The digest of a tensor is a sum over its elements, hence the same for every way of splitting it; it proves
-after loading that each element has come to its place.
+at a time. Digests prove after loading that each element has come to its place.
 """
 
 from __future__ import annotations
@@ -20,19 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.distributed import Ranks, gather, sum_int64
 from engine.errors import CheckpointError
 from engine.files import save_tensors
-from engine.randomness import finalise_array
-
-VALUE = "value"
-Digests = dict[str, int]
-"""By "<parameter>:<key>": the sum over the elements of a 64-bit hash of place and bits, modulo 2^64."""
+from engine.sharded_files import BUFFER, VALUE, Digests, ShardedFiles, digest, file_names
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Snapshot:
         return {
             key: digest(tensor, starts[key.rpartition(":")[0]])
             for key, tensor in self.tensors.items()
-            if not key.endswith(_BUFFER)
+            if not key.endswith(BUFFER)
         }
 
 
@@ -109,7 +99,7 @@ def capture(backend: Sharded) -> Snapshot:
             "keys": [VALUE, *elementwise], "scalars": scalars,
         }  # fmt: skip
     for name, buffer in persistent_buffers(backend.module):
-        tensors[name + _BUFFER] = buffer.detach().to("cpu", copy=True).contiguous()
+        tensors[name + BUFFER] = buffer.detach().to("cpu", copy=True).contiguous()
     return Snapshot(tensors, {"fragments": index})
 
 
@@ -140,7 +130,7 @@ def _overwrite(backend: Sharded, fragments: Sequence[Fragment], files: ShardedFi
     of_owner: dict[int, list[Fragment]] = {}
     for fragment in fragments:
         of_owner.setdefault(id(fragment.owner), []).append(fragment)
-        _fill(fragment.owner, fragment, files.read(fragment, VALUE))
+        _fill(fragment.owner, fragment, _read(files, fragment, VALUE))
     for mine in of_owner.values():
         if not any(fragment.length for fragment in mine) and _local(mine[0].owner).numel():
             continue  # this rank has no part in these parameters
@@ -152,126 +142,12 @@ def _overwrite(backend: Sharded, fragments: Sequence[Fragment], files: ShardedFi
         buffer.copy_(saved[name])
 
 
-class ShardedFiles:
-    """The files that all ranks wrote, read element by element, whatever the number of ranks was."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._indices: list[tuple[Path, dict[str, Any]]] = []
-        self._open: dict[Path, Any] = {}
-        paths = sorted(folder.glob("rank-*-of-*.json"))
-        if not paths or [path.name for path in paths] != [
-            file_names(rank, len(paths))[1] for rank in range(len(paths))
-        ]:
-            raise CheckpointError(f"{folder}: expected rank-00000-of-N.json and those that follow; found {len(paths)}")
-        for path in paths:
-            try:
-                index = json.loads(path.read_text())["fragments"]
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
-            self._indices.append((path.with_suffix(".safetensors"), index))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.keys: dict[str, list[str]] = {}
-        self.scalars: dict[str, dict[str, Any]] = {}
-        for _, index in self._indices:
-            for name, entry in index.items():
-                self.shapes[name] = tuple(entry["shape"])
-                self.keys[name] = entry["keys"]
-                self.scalars[name] = entry["scalars"]
-
-    def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless these are the parameters, with their shapes, that the files hold."""
-        for name, shape in shapes.items():
-            if name not in self.shapes:
-                raise CheckpointError(f"{self.folder}: lacks the parameter {name}; was it written by another model?")
-            if self.shapes[name] != tuple(shape):
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {list(self.shapes[name])}, but this model's is {list(shape)}"
-                )
-        if unknown := sorted(set(self.shapes) - set(shapes)):
-            raise CheckpointError(f"{self.folder}: holds {unknown[0]}, which this model does not have")
-
-    def read(self, fragment: Fragment, key: str) -> Tensor:
-        """The elements of a fragment, flat, in the dtype that they were saved in. Raises CheckpointError."""
-        return self.elements(fragment.name, key, fragment.start, fragment.start + fragment.length)
-
-    def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of "<name>:<key>", flat. Raises CheckpointError."""
-        parts: list[Tensor] = []
-        reached = start
-        for path, entry in self._parts(name):
-            first, last = max(entry["start"], reached), min(entry["stop"], stop)
-            if entry["start"] <= reached and first < last:
-                if key not in entry["keys"]:
-                    break
-                try:
-                    piece = self._file(path).get_slice(f"{name}:{key}")
-                    parts.append(piece[first - entry["start"] : last - entry["start"]])
-                except SafetensorError as error:
-                    raise CheckpointError(f"{path}: {name}:{key} cannot be read: {error}") from error
-                reached = last
-        if reached != stop and stop > start:
-            raise CheckpointError(f"{self.folder}: lacks elements from {reached} on of {name}:{key}")
-        return torch.cat(parts) if parts else torch.empty(0)
-
-    def dtype(self, name: str, key: str) -> torch.dtype:
-        """The dtype in which "<name>:<key>" was saved."""
-        return self.elements(name, key, 0, min(1, int(np.prod(self.shapes[name])))).dtype
-
-    def buffers(self, rank: int) -> dict[str, Tensor]:
-        """The persistent buffers of a rank; of rank 0's files if there were fewer ranks."""
-        file = self._file(self._indices[rank if rank < len(self._indices) else 0][0])
-        return {key.removesuffix(_BUFFER): file.get_tensor(key) for key in file.keys() if key.endswith(_BUFFER)}  # noqa: SIM118
-
-    def _parts(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
-        found = [(path, index[name]) for path, index in self._indices if name in index]
-        return sorted(found, key=lambda part: part[1]["start"])
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        return self._open[path]
-
-
-def digest(values: Tensor, start: int) -> int:
-    """The sum over `values`, elements from `start` on of a flattened tensor, of a hash of place and bits, mod 2^64."""
-    bits = values.detach().cpu().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
-    array = bits.numpy()
-    total = 0
-    for first in range(0, len(array), _CHUNK):
-        part = array[first : first + _CHUNK].astype(np.int64).view(np.uint64)
-        place = np.arange(start + first, start + first + len(part), dtype=np.uint64)
-        total += int(finalise_array(part + place * np.uint64(_SPREAD)).sum(dtype=np.uint64))
-    return total & _MASK
-
-
-def add_digests(parts: Sequence[Digests]) -> Digests:
-    """The digests of whole tensors, from those of the ranks' parts; in the same order on any number of ranks."""
-    keys = sorted({key for part in parts for key in part})
-    return {key: sum(part.get(key, 0) for part in parts) & _MASK for key in keys}
-
-
-def file_names(rank: int, world_size: int) -> tuple[str, str]:
-    """The two files that a rank writes: its tensors, and where their elements belong."""
-    stem = f"rank-{rank:05d}-of-{world_size:05d}"
-    return f"{stem}.safetensors", f"{stem}.json"
-
-
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the buffers that belong to a module's state."""
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             if name not in part._non_persistent_buffers_set:
                 yield f"{prefix}.{name}" if prefix else name, buffer
-
-
-_BUFFER = "#buffer"
-_CHUNK = 1 << 16  # as much as a core keeps near it
-_SPREAD = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -281,6 +157,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     return _local(tensor).reshape(-1)
+
+
+def _read(files: ShardedFiles, fragment: Fragment, key: str) -> Tensor:
+    return files.elements(fragment.name, key, fragment.start, fragment.start + fragment.length)
 
 
 def _fill(tensor: Tensor, fragment: Fragment, values: Tensor) -> None:
@@ -323,7 +203,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, fragments: Sequence[Fra
                 continue
             if key not in state:
                 state[key] = torch.zeros_like(owner, dtype=files.dtype(fragment.name, key), requires_grad=False)
-            _fill(state[key], fragment, files.read(fragment, key))
+            _fill(state[key], fragment, _read(files, fragment, key))
         for key, value in files.scalars[fragment.name].items():
             if isinstance(value, dict):
                 on_device = group.get("fused") or group.get("capturable")
@@ -352,10 +232,10 @@ def _prove(
             elif entry in found:
                 part = _flat(tensor)[fragment.offset + first : fragment.offset + stop]
                 found[entry] += digest(part, fragment.start + first)
-    totals = sum_int64([total & _MASK for total in found.values()], ranks)
+    totals = sum_int64([total % 2**64 for total in found.values()], ranks)
     otherwise = set().union(*gather(otherwise, ranks))
     for (entry, expected), total in zip(digests.items(), totals, strict=True):
-        if entry not in otherwise and total & _MASK != expected:
+        if entry not in otherwise and total % 2**64 != expected:
             raise CheckpointError(
                 f"{files.folder}: {entry.replace(':', ', ')}: after loading, its elements are not those that were "
                 "saved (their digests differ); the checkpoint cannot be taken up on this layout"

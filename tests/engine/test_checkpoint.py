@@ -12,7 +12,8 @@ import torch
 from engine.checkpoint import BACKEND, MANIFEST, TRAINER, Checkpoints, verify
 from engine.distributed import Ranks
 from engine.errors import CheckpointError
-from engine.sharded_state import Snapshot, capture, file_names, restore
+from engine.sharded_files import file_names
+from engine.sharded_state import Snapshot, capture, restore
 from tests.engine.test_sharded_state import Alone
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
