@@ -86,7 +86,7 @@ $(python):
 
 $(VENV)/.installed: setup.py constraints.txt | $(python)
 	$(install) setuptools wheel
-	$(install) -e .
+	$(install) -e ".[examples]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -22,9 +22,14 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=5.9",
+        "transformers>=5.20",
     ],
     extras_require={
+        "examples": ["chatterbot-corpus>=1.3"],  # questions and answers that `make train WORKLOAD=causal_lm` learns
         "test": [
+            "trunkline[examples]",
+            "accelerate>=1.10",  # these two are what results and speeds are compared with
+            "trl>=1.14",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
