@@ -6,7 +6,7 @@ No model is built and no device is used; at most one output file is held in memo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,8 +23,11 @@ from engine.weights import INDEX, WEIGHTS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_weights(found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None) -> list[Path]:
-    """Write a checkpoint's parameters and buffers into `out` and return the files.
+def export_weights(
+    found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None,
+    called: Callable[[str], str | None] = lambda name: name,
+) -> list[Path]:  # fmt: skip
+    """Write a checkpoint's parameters and buffers into `out` and return the files. `called` is `Task.weight_name`.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.
     Floating-point tensors are cast to `dtype` if it is given; else they keep the checkpoint's precision.
@@ -37,37 +40,45 @@ def export_weights(found: Checkpoint, out: Path, max_shard_bytes: int, dtype: to
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")
     out.mkdir(parents=True, exist_ok=True)
     files = ShardedFiles(found.path / BACKEND)
-    shards = _plan(files, max_shard_bytes, dtype)
+    shards = _plan(files, max_shard_bytes, dtype, called)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(n + 1, len(shards)) for n in range(len(shards))]
     sizes = 0
     with tqdm(total=sum(map(len, shards)), desc="export", unit="tensor") as bar:
         for name, shard in zip(names, shards, strict=True):
             tensors: dict[str, Tensor] = {}
-            for key in shard:
+            for key, new in shard.items():
                 whole = _read(files, key, found.digests)
-                tensors[key] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
-                sizes += tensors[key].nbytes
+                tensors[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
+                sizes += tensors[new].nbytes
                 bar.update()
             save_tensors(tensors, out / name, {"format": "pt"})
             _compare(out / name, tensors)
     if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        places = {new: name for name, shard in zip(names, shards, strict=True) for new in shard.values()}
         index = {"metadata": {"total_size": sizes}, "weight_map": places}
         write_json(out / INDEX, index)
         names.append(INDEX)
     return [out / name for name in names]
 
 
-def _plan(files: ShardedFiles, max_shard_bytes: int, dtype: torch.dtype | None) -> list[list[str]]:
-    """Which tensors go into which file, in the model's order; a tensor above the limit has a file of its own."""
-    shards: list[list[str]] = [[]]
+def _plan(
+    files: ShardedFiles, max_shard_bytes: int, dtype: torch.dtype | None, called: Callable[[str], str | None]
+) -> list[dict[str, str]]:
+    """Which tensors go into which file, and by which names, in the model's order.
+
+    A tensor above the limit has a file of its own.
+    """
+    shards: list[dict[str, str]] = [{}]
     room = max_shard_bytes
     for key, shape, own in _tensors(files):
+        name = called(key)
+        if name is None:
+            continue
         size = math.prod(shape) * (dtype.itemsize if dtype is not None and own.is_floating_point else own.itemsize)
         if size > room and shards[-1]:
-            shards.append([])
+            shards.append({})
             room = max_shard_bytes
-        shards[-1].append(key)
+        shards[-1][key] = name
         room -= size
     return shards
 

@@ -19,12 +19,15 @@ class Meter:
         sizes: of the batches, with the number of ranks.
         device: this rank's.
         step: the number of steps made so far.
+        unit: what a batch's weight counts, in the plural.
         flops: useful floating-point operations of one sample, forward and backward.
         peak: the device's peak in FLOP/s, None if it is not known.
     """
 
-    def __init__(self, sizes: BatchSizes, device: torch.device, step: int, flops: float, peak: float | None) -> None:
-        self.sizes, self.device, self.flops, self.peak = sizes, device, flops, peak
+    def __init__(
+        self, sizes: BatchSizes, device: torch.device, step: int, unit: str, flops: float, peak: float | None
+    ) -> None:
+        self.sizes, self.device, self.unit, self.flops, self.peak = sizes, device, unit, flops, peak
         self.step, self.since = step, time.perf_counter()
 
     @contextmanager
@@ -34,13 +37,17 @@ class Meter:
         yield
         self.since += time.perf_counter() - begin
 
-    def read(self, step: int) -> dict[str, float]:
-        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known."""
+    def read(self, step: int, weight: float) -> dict[str, float]:
+        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known.
+
+        `weight` is that of the present step's global batch, from which the rate in the task's unit is taken.
+        """
         now = time.perf_counter()
         seconds = (now - self.since) / max(1, step - self.step)
         self.since, self.step = now, step
         rate = self.sizes.global_batch_size / seconds
-        values = {"step_time_s": seconds, "samples_per_s": rate, **memory_in_use(self.device)}
+        values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / seconds}
+        values |= memory_in_use(self.device)
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
         return values

@@ -100,6 +100,8 @@ class Chain(nn.Module):
 class OverheadTask:
     """Mean squared error of a chain: engine.task.Task at its least."""
 
+    unit = "samples"
+
     def __init__(self, data: OverheadData, model: OverheadModel) -> None:
         self.model = model
         self._sets = {"train": Rows(data.samples, model.width), "val": Rows(8, model.width)}
@@ -132,8 +134,17 @@ class OverheadTask:
     def fingerprint(self) -> str:
         return "random"
 
-    def save_assets(self, folder: Path) -> None:
+    def notes(self) -> list[str]:
         """There are none."""
+        return []
+
+    def weight_name(self, name: str) -> str:
+        """The model's own."""
+        return name
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """There are none."""
+        return {}
 
 
 def squared_errors(model: nn.Module, batch: Batch) -> Tensor:

@@ -33,6 +33,9 @@ Sums = dict[str, Tensor]
 class Task(Protocol):
     """One training problem. `models.fluid.task.FluidTask` is the example to read."""
 
+    unit: str
+    """What `weight` counts, in the plural: "values", "tokens", "pairs". Throughput is shown in it too."""
+
     def build_model(self) -> nn.Module:
         """A new model, initialised from torch's global generator, on the default device, in fp32.
 
@@ -64,8 +67,17 @@ class Task(Protocol):
     def fingerprint(self) -> str:
         """Names the data set's content; a resumed run must find the same."""
 
-    def save_assets(self, folder: Path) -> None:
-        """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer."""
+    def notes(self) -> list[str]:
+        """Lines for whoever starts the run: what of the data was left out, what of the model is frozen."""
+
+    def weight_name(self, name: str) -> str | None:
+        """What a parameter or buffer of the model is called in files of weights; None leaves it out of them."""
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.
+
+        Returns what other programs look for in config.json there, which holds the run's configuration beside it.
+        """
 
 
 def add_sums(total: Sums | None, part: Sums) -> Sums:

@@ -113,7 +113,7 @@ class Trainer:
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.plan), ranks, f"{folder}: cannot be used")
-        self._say(render_summary(self.plan))
+        self._say("\n".join([render_summary(self.plan), *task.notes()]))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._draws = mix(settings.seed, 1, ranks.rank)
         self._stop_signal: int | None = None
@@ -158,7 +158,8 @@ class Trainer:
         self.watchdog.note(progress.step, "evaluating")
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
-        meter = Meter(self.sizes, self.ranks.device, progress.step, self.task.flops_per_sample(), peak)
+        unit, flops = self.task.unit, self.task.flops_per_sample()
+        meter = Meter(self.sizes, self.ranks.device, progress.step, unit, flops, peak)
         with self._bar() as bar:
             # a run that had stopped early is over, also when it is resumed
             for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
@@ -178,8 +179,9 @@ class Trainer:
                     progress.skipped_in_a_row = 0
                 if sums is not None:
                     values = self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)}
-                    self.trackers.log(progress.step, "train", values | meter.read(progress.step))
-                    bar.set_postfix(loss=f"{values['loss']:.4g}", lr=f"{lr:.2e}", refresh=False)
+                    values |= meter.read(progress.step, float(weight))
+                    self.trackers.log(progress.step, "train", values)
+                    bar.set_postfix_str(_brief(values, unit), refresh=False)
                 bar.update()
 
                 finished = progress.step == self.total_steps
@@ -349,6 +351,13 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.ranks.is_main:
             tqdm.write(line)
+
+
+def _brief(values: dict[str, float], unit: str) -> str:
+    """What stands beside the progress bar."""
+    memory = values.get("gpu_memory_gib", values["host_memory_gib"])
+    rate = values[f"{unit}_per_s"]
+    return f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {rate:,.0f} {unit}/s, {memory:.2f} GiB"
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:

@@ -33,17 +33,22 @@ def save_weights(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in backend.full_state():
-        if ranks.is_main:
-            tensors[name] = tensor.contiguous()
+        called = task.weight_name(name)
+        if ranks.is_main and called is not None:
+            tensors[called] = tensor.contiguous()
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        task.save_assets(folder)
-        write_json(folder / "config.json", config.as_dict())
-        metadata = {key: repr(value) for key, value in facts.items()}
+        write_assets(folder, task, config)
+        metadata = {"format": "pt"} | {key: repr(value) for key, value in facts.items()}
         replace_whole(folder / WEIGHTS, lambda draft: save_tensors(tensors, draft, metadata))
 
     on_main(write, ranks, f"{folder}: cannot write these weights")
+
+
+def write_assets(folder: Path, task: Task, config: RunConfig) -> None:
+    """Write what stands beside weights: the task's assets, and config.json, for this and for other programs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", task.save_assets(folder) | config.as_dict())
 
 
 def _tied(model: nn.Module) -> set[str]:

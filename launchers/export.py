@@ -6,7 +6,6 @@ The result is a folder like the run's best/: config.json, the workload's files, 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from engine.distributed import Ranks
 from engine.errors import CheckpointError, TrunklineError
 from engine.export import DTYPES, export_weights
 from engine.impostors import refuse_shadowed
+from engine.weights import write_assets
 from models.registry import config_sections, make_task
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -48,11 +48,11 @@ def _export(arguments: argparse.Namespace) -> int:
         if newest is None:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
-    task = make_task(load_config(arguments.run / "config.json", sections=config_sections))
+    config = load_config(arguments.run / "config.json", sections=config_sections)
+    task = make_task(config)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype)
-    task.save_assets(arguments.out)
-    shutil.copyfile(arguments.run / "config.json", arguments.out / "config.json")
+    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name)
+    write_assets(arguments.out, task, config)
     size = sum(file.stat().st_size for file in files)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ SKIP_PENALTY = 1e-6
 
 class FluidTask:
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
+
+    unit = "values"
 
     def __init__(self, data: FluidData, model: FluidModel) -> None:
         self.data, self.model = data, model
@@ -103,11 +106,20 @@ class FluidTask:
         """Names the data set's content."""
         return self.store.fingerprint
 
-    def save_assets(self, folder: Path) -> None:
+    def notes(self) -> list[str]:
+        """None: every window is used and every parameter trained."""
+        return []
+
+    def weight_name(self, name: str) -> str:
+        """The model's own."""
+        return name
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""
         self.schema.write(folder)
         if (network := self.store.root / "network.json").is_file():
             shutil.copyfile(network, folder / "network.json")
+        return {}
 
 
 def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:

@@ -166,6 +166,25 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+class Renamed(TinyTask):
+    """Leaves the buffer out of files of weights and gives the parameters a prefix."""
+
+    def weight_name(self, name: str) -> str | None:
+        return None if name == "offset" else f"net.{name}"
+
+
+def test_weights_carry_the_names_that_the_task_gives_and_config_json_what_it_adds(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training={"steps": 2})
+    trainer = Trainer(Renamed(config.data, config.model), config, start(), tmp_path / "run")
+    trainer.run()
+    saved = load_file(tmp_path / "run/final/model.safetensors")
+    held = {f"net.{name}": value for name, value in trainer.backend.module.named_parameters()}
+    assert saved.keys() == held.keys()
+    assert all(torch.equal(saved[name], held[name]) for name in saved)
+    found = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert found == {"model_type": "tiny"} | config.as_dict()
+
+
 def test_early_stopping_counts_and_stops(tmp_path: Path) -> None:
     stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50}
     trainer = train(tmp_path / "run", tiny_config(tmp_path, training=stop))

@@ -88,6 +88,8 @@ class Net(nn.Module):
 class TinyTask:
     """Sum of squared errors over the points of a row; the weight is the number of points."""
 
+    unit = "points"
+
     def __init__(self, data: TinyData, model: TinyModel) -> None:
         self.data, self.model = data, model
 
@@ -127,8 +129,15 @@ class TinyTask:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.data.model_dump_json(exclude={"poison", "noise"}).encode()).hexdigest()
 
-    def save_assets(self, folder: Path) -> None:
+    def notes(self) -> list[str]:
+        return ["tiny: nothing is left out"]
+
+    def weight_name(self, name: str) -> str | None:
+        return name
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
         (folder / "note.txt").write_text("tiny")
+        return {"model_type": "tiny"}
 
     def _mask(self, batch: Batch) -> Tensor:
         return batch["mask"] * batch["valid"][:, None, None]
