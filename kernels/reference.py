@@ -27,6 +27,20 @@ def attention_reference(
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, document: Tensor, softmax_scale: float | None = None
+) -> Tensor:
+    """kernels.packed_attention, for the documents' numbers instead of their tables, with an L x L matrix a row."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    seen = (document[:, :, None] == document[:, None, :]).tril() & (document >= 0)[:, :, None]
+    some = seen.any(dim=-1)[:, None, :, None]
+    weights = torch.softmax(scores.masked_fill(~seen[:, None] & some, float("-inf")), dim=-1).masked_fill(~some, 0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
 def visible_pairs(
     num_queries: int,
     num_keys: int,
@@ -53,6 +67,24 @@ def linear_masked_mse_reference(
 ) -> tuple[Tensor, Tensor]:
     """kernels.linear_masked_mse, prediction first."""
     return masked_mse_reference(_wide(hidden) @ _wide(weight) + _wide(bias), target, mask)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+) -> Tensor:
+    """kernels.linear_cross_entropy, logits first."""
+    logits = _wide(hidden) @ _wide(weight).T
+    logits = logits if bias is None else logits + _wide(bias)
+    chosen = targets != ignore_index
+    log_p = logits.log_softmax(dim=1).gather(1, targets.where(chosen, 0)[:, None]).squeeze(1)
+    losses = -log_p.masked_fill(~chosen, 0)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def _wide(x: Tensor) -> Tensor:
