@@ -12,9 +12,9 @@ token of its row. So nothing has the size L x L, and the time is that of the doc
 of a bucket's triangle forward, some 1.7 times the pairs of its documents where their lengths are spread evenly, and
 below 4 times for any of 9 tokens or more.
 
-Bytes: q, k, v and out are copied once each, forward and backward, with fewer than n tokens of padding, or 16, a document.
-Both directions of both copies are plain gathers, because "unpack" and "repack" are each other's inverse: no atomics, so the
-same bits in every run. Dtype: that of flash_attention.
+Bytes: q, k, v and out are copied once each, forward and backward, with fewer than n or 16 tokens of padding a document.
+Both directions of both copies are plain gathers, because "unpack" and "repack" are each other's inverse: no atomics, so
+the same bits in every run. Dtype: that of flash_attention.
 Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021).
 """
 
@@ -114,7 +114,7 @@ class _Rearrange(torch.autograd.Function):
         return out if keep is None else out.masked_fill_(~keep[:, None, None], 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, keep, inverse, inverse_keep = ctx.saved_tensors
         return _Rearrange.apply(grad, inverse, inverse_keep, index, keep), None, None, None, None
 
