@@ -1,5 +1,6 @@
 """What the machine offers and what of it is in use.
 
+choose_device(name)         the device that a person named, or the GPU where there is one
 peak_flops(device, dtype)   the device's dense peak rate in FLOP/s, or None where it is not known
 memory_in_use(device)       GiB in use by this process, by name
 """
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
+
+from engine.errors import CheckpointError
 
 GIB = 2**30
 
@@ -88,6 +91,18 @@ def peak_by_name(name: str, dtype: torch.dtype, tf32: bool = False) -> float | N
             rate = (tf32 and dtype == torch.float32 and peak.tf32) or rates.get(dtype)
             return rate * 1e12 if rate else None
     return None
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

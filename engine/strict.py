@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +72,10 @@ def validated(model: type[Model], section: Any, name: str, path: str | Path) -> 
 
 
 def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
-    # pydantic adds the names of union branches to the location; keep what stands in the user's file
-    parts = [str(part) for part in issue["loc"] if not _is_branch(part)]
+    parts, known = _in_the_file(model, issue["loc"])
     key = ".".join([name, *parts])
     if issue["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(parts[-1], _known_keys(model, parts[:-1]))}"
+        return f"{key}: unknown key{nearest(parts[-1], known)}"
     if issue["type"] == "missing":
         return f"{key}: missing; this key is required"
     if issue["type"] == "value_error":
@@ -89,23 +87,41 @@ def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
     return f"{key}: {issue['msg'][0].lower()}{issue['msg'][1:]}, found {show(issue['input'])}"
 
 
+def _in_the_file(model: type[BaseModel], loc: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """The keys of pydantic's location that stand in the user's file, and those known where the last of them stands.
+
+    What is left out are the names of union branches, and the tags by which a union is told apart.
+    """
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [model]
+    known: list[str] = []
+    tagged = False
+    for part in loc:
+        if tagged:
+            models = [branch for branch in models if part in _tags(branch)] or models
+            tagged = False
+        elif not _is_branch(part):
+            parts.append(str(part))
+            known = [key for each in models for key in each.model_fields]
+            fields = [each.model_fields[part] for each in models if part in each.model_fields]
+            models = [each for field in fields for each in _nested(field.annotation)]
+            tagged = any(field.discriminator is not None for field in fields)
+    return parts, known
+
+
+def _nested(annotation: Any) -> list[type[BaseModel]]:
+    branches = typing.get_args(annotation) or (annotation,)
+    return [each for each in branches if isinstance(each, type) and issubclass(each, BaseModel)]
+
+
+def _tags(model: type[BaseModel]) -> list[Any]:
+    return [value for field in model.model_fields.values() for value in typing.get_args(field.annotation)]
+
+
 def _is_branch(part: Any) -> bool:
     return isinstance(part, str) and (
         part in {"int", "float", "bool", "str", "none", "json-or-python"} or any(mark in part for mark in "[(-")
     )
-
-
-def _known_keys(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
-    for part in parents:
-        field = model.model_fields.get(part)
-        branches = typing.get_args(field.annotation) if field else ()
-        if field and not isinstance(field.annotation, types.UnionType) and typing.get_origin(field.annotation) is None:
-            branches = (field.annotation,)
-        nested = [b for b in branches if isinstance(b, type) and issubclass(b, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

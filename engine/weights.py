@@ -45,6 +45,16 @@ def save_weights(
     on_main(write, ranks, f"{folder}: cannot write these weights")
 
 
+def find_weights(run: Path) -> Path:
+    """The folder with a run's weights: best/, else final/, else `run` itself. Raises CheckpointError."""
+    for folder in (run / "best", run / "final", run):
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+            return folder
+    raise CheckpointError(
+        f"{run}: no {WEIGHTS} here, nor in best/ or final/ of it: give the folder of a run that has evaluated or ended"
+    )
+
+
 def write_assets(folder: Path, task: Task, config: RunConfig) -> None:
     """Write what stands beside weights: the task's assets, and config.json, for this and for other programs."""
     folder.mkdir(parents=True, exist_ok=True)

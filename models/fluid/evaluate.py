@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import DataError
+from engine.hardware import choose_device
 from models.fluid.baselines import Persistence, Ridge, fit_ridge
 from models.fluid.evaluation_report import write_report
 from models.fluid.metrics import Errors
@@ -26,7 +27,7 @@ from models.fluid.normalization import Normalization
 from models.fluid.plots import plot_evaluation
 from models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
 from models.fluid.store import SPLITS, Store
-from models.fluid.trained import Trained, choose_device, load_trained
+from models.fluid.trained import Trained, load_trained
 
 MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
 HORIZONS = ("1 minute", "60 minutes", "whole day")

@@ -21,13 +21,14 @@ import polars as pl
 import torch
 
 from engine.errors import DataError
+from engine.hardware import choose_device
 from models.fluid.csv_cases import read_case
 from models.fluid.metrics import Errors
 from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
 from models.fluid.rollout import Surrogate, rollout
 from models.fluid.schema import GROUPS, MINUTES, Schema
 from models.fluid.store import Store
-from models.fluid.trained import Trained, choose_device, load_trained
+from models.fluid.trained import Trained, load_trained
 
 _VARIABLES = 6
 

@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.strict import read_json_object, validated
-from engine.weights import INDEX, WEIGHTS, load_weights
+from engine.weights import find_weights, load_weights
 from models.fluid.config import FluidData, FluidModel
 from models.fluid.network import FluidDecoder
 from models.fluid.schema import Schema
@@ -32,16 +32,6 @@ class Trained:
     facts: dict[str, Any]
 
 
-def find_weights(run: Path) -> Path:
-    """The folder with a run's weights: best/, else final/, else `run` itself. Raises CheckpointError."""
-    for folder in (run / "best", run / "final", run):
-        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-            return folder
-    raise CheckpointError(
-        f"{run}: no {WEIGHTS} here, nor in best/ or final/ of it: give the folder of a run that has evaluated or ended"
-    )
-
-
 def load_trained(run: Path, device: torch.device) -> Trained:
     """The surrogate of a run, in eval mode on `device`. Raises CheckpointError, ConfigError or DataError."""
     folder = find_weights(run)
@@ -54,18 +44,6 @@ def load_trained(run: Path, device: torch.device) -> Trained:
     model = make_decoder(schema, data, validated(FluidModel, config.get("model"), "model", path))
     facts = load_weights(model, folder)
     return Trained(folder, model.to(device).eval(), schema, data, _read_network(folder / "network.json"), facts)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _read_network(path: Path) -> dict[str, Any] | None:
