@@ -244,6 +244,8 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
         messages = _messages(fields["messages"], "'messages'")
         if not any(message["role"] == "assistant" for message in messages):
             raise BadRecord("'messages' has no turn of the assistant")
+        if messages[0]["role"] == "assistant":
+            raise BadRecord("'messages' begins with the assistant, so that there is nothing to answer")
         return Conversation(messages)
     if "instruction" in fields:
         raise BadRecord("has 'instruction', which is not read: join it with 'input' into one field")
@@ -258,17 +260,16 @@ def _preference(fields: Mapping[str, Any]) -> Preference:
     sides = [_field(fields, name) for name in ("chosen", "rejected")]
     prompt = fields.get("prompt")
     if all(isinstance(side, str) for side in sides):
-        question = _checked_text(_field(fields, "prompt"), "'prompt'")
-        chosen, rejected = (
-            (_exchange(question, _checked_text(side, f"'{name}'"))[1],) for side, name in zip(sides, ("chosen", "rejected"))
-        )
-        found = Preference(_exchange(question, "")[:1], chosen, rejected)
+        question, *answers = _exchange(_checked_text(_field(fields, "prompt"), "'prompt'"), *sides)
+        for name, side in zip(("chosen", "rejected"), sides):
+            _checked_text(side, f"'{name}'")
+        found = Preference((question,), (answers[0],), (answers[1],))
     elif all(isinstance(side, list) for side in sides):
         chosen, rejected = _messages(sides[0], "'chosen'"), _messages(sides[1], "'rejected'")
         if isinstance(prompt, list):
             found = Preference(_messages(prompt, "'prompt'"), chosen, rejected)
         elif prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            found = Preference(_exchange(_checked_text(prompt, "'prompt'"), "")[:1], chosen, rejected)
+            found = Preference(_exchange(_checked_text(prompt, "'prompt'")), chosen, rejected)
         else:
             same = [a == b for a, b in zip(chosen, rejected)]
             common = same.index(False) if False in same else len(same)
@@ -285,8 +286,8 @@ def _preference(fields: Mapping[str, Any]) -> Preference:
     return found
 
 
-def _exchange(question: str, answer: str) -> tuple[Message, Message]:
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+def _exchange(question: str, *answers: str) -> tuple[Message, ...]:
+    return {"role": "user", "content": question}, *({"role": "assistant", "content": answer} for answer in answers)
 
 
 def _object(value: Any) -> Mapping[str, Any]:
@@ -309,10 +310,10 @@ def _messages(value: Any, what: str) -> tuple[Message, ...]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord(f"{what} holds a message without a role")
         content = message.get("content")
+        if not isinstance(content, str):
+            raise BadRecord("the content of a message is not text")
         if message["role"] == "assistant":
             _checked_text(content, "the content of an assistant's message")
-        elif not isinstance(content, str):
-            raise BadRecord("the content of a message is not text")
         _check_encodable(content)
         messages.append({key: item for key, item in message.items() if item is not None})
     return tuple(messages)

@@ -1,0 +1,137 @@
+"""Tokenizers: any of Hugging Face's fast ones from a folder, or one trained on the data.
+
+    load_tokenizer(folder)               checked; nothing is downloaded and no code of the folder runs
+    train_tokenizer(texts, vocab_size)   byte-level BPE with ChatML as its chat template
+    vocabulary_size(tokenizer)           ids are 0 ... vocabulary_size - 1
+    stop_ids(tokenizer)                  the tokens at which generation must stop
+    pad_id(tokenizer)                    a token to fill up batches with
+
+transformers takes seconds to import, so it is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+"""Every byte and every special token; what is above are merges."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_PROBE = "zqxj"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, fewer where the texts hold fewer repeated pairs.
+
+    A document ends with <|endoftext|>, the EOS token; a turn of a conversation ends with <|im_end|>. It has no BOS and
+    no unknown token: every text can be written in bytes. The same texts in the same order give the same tokenizer.
+    Raises ConfigError for a `vocab_size` below MIN_VOCAB_SIZE.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size} tokens: use {MIN_VOCAB_SIZE} or more, for bytes and marks alone"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        extra_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The Hugging Face tokenizer in `folder`, without the truncation and padding that its file may ask for.
+
+    Raises ConfigError if there is none, if it is not a fast one or if it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder: give a folder that holds a Hugging Face tokenizer")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise ConfigError(
+            f"{folder}: holds no tokenizer (no tokenizer.json): give the folder of a Hugging Face tokenizer"
+        )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise almost anything for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{folder}: not a tokenizer that can be loaded ({reason}): copy the whole folder again"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id + 1, which is len(tokenizer) unless its ids have gaps: what a model's embedding must have."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The BOS token, if the tokenizer puts one before every text, or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.backend_tokenizer.encode(_PROBE).ids[:1] == [bos] else []
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that the chat template writes after an answer; None if there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text: Any = tokenizer.apply_chat_template(exchange, tokenize=False)
+    except Exception:  # a template may refuse this exchange by any exception; rendering reports what it says
+        return None
+    after = text[text.rfind(_PROBE) + len(_PROBE) :]
+    ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in ids if token in special), None)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that end a generated text: EOS, and what ends the assistant's turn in the chat template."""
+    turn_end = turn_end_id(tokenizer)
+    return sorted({tokenizer.eos_token_id} | ({turn_end} if turn_end is not None else set()))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The padding token, or EOS where there is none; which one matters to nothing, since padding is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
