@@ -83,7 +83,7 @@ def _plain(text: str) -> str:
 
 
 def _held_out(pairs: Iterable[tuple[str, str]]) -> list[bool]:
-    """Whether each pair is for validation. Pairs that share a question or an answer, if only by others, stay together."""
+    """Whether each pair is for validation. Those that share a question or an answer stay together."""
     pairs = list(pairs)
     leader: dict[str, str] = {}
 

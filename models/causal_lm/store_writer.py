@@ -1,5 +1,6 @@
 """Writes a store (models.causal_lm.store), so that a half-written one is never taken for whole.
 
+    draft_of(out)                          the folder to write into, beside `out`
     StoreWriter(draft, kind, vocab_size)   .add(split, sequences of one record), then .finish(out, ...)
 
 Everything is written into a draft folder, synced, and renamed to its name at the end; memory does not grow with the
@@ -8,11 +9,14 @@ number of sequences, but for 16 bytes each.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,28 @@ from models.causal_lm.store import (
     store_fingerprint,
     tokenizer_digests,
 )
+
+
+@contextmanager
+def draft_of(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that nobody else writes. The lock goes with the process, however it ends."""
+    draft = out.with_name(f".{out.name}.draft")
+    draft.mkdir(exist_ok=True)
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{out}: another preparation is writing it: wait for that one, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        for path in draft.iterdir():  # of a preparation that was interrupted
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield draft
+    finally:
+        os.close(descriptor)
 
 
 class StoreWriter:

@@ -95,6 +95,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    for name in ("is_local", "local_files_only", "name_or_path"):  # how it was loaded is no part of what is saved
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -1,0 +1,277 @@
+"""From files of text, conversations or preferences to a prepared store of tokens.
+
+    add_arguments(parser), run(arguments)   `python launchers/prepare.py causal_lm ...`
+    prepare(sources, out, ...)              read, check, tokenize and store every record
+
+What is written depends on the files and the settings only, not on the number of workers. A store is written whole or
+not at all; run again, the same command finds it finished and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from engine.errors import ConfigError, DataError
+from models.causal_lm.conversion import characters, convert_all, texts
+from models.causal_lm.skipped import Skipped, lines
+from models.causal_lm.sources import KINDS, SUFFIXES, Kind, Problem, Record, find_files
+from models.causal_lm.splits import Splits
+from models.causal_lm.store import Split, Store, tokenizer_digests, values_digest
+from models.causal_lm.store_writer import StoreWriter, draft_of
+from models.causal_lm.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_VOCAB_SIZE = 10_000
+DEFAULT_VAL_FRACTION = 0.05
+_WORTH_A_PROCESS = 8 << 20  # characters: a process needs seconds to start
+_LARGEST_TEMPLATE = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/prepare.py causal_lm`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--source",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help=f"files ({', '.join(SUFFIXES)}) or folders of them",
+    )
+    source.add_argument("--example", action="store_true", help="a small English data set, written beside --out first")
+    parser.add_argument("--kind", choices=KINDS, required=True, help="what the records are")
+    parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="the folder to write")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer, or STORE/tokenizer of another store"
+    )
+    tokenizer.add_argument("--train-tokenizer", action="store_true", help="train one on the training records")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help=f"of the one trained ({DEFAULT_VOCAB_SIZE})")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of its own")
+    val = parser.add_mutually_exclusive_group()
+    val.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help=f"share of the records for validation ({DEFAULT_VAL_FRACTION})",
+    )
+    val.add_argument("--val-source", type=Path, nargs="+", metavar="PATH", help="validation records of their own")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one for each core)")
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.1, metavar="F", help="more bad records than that are an error (0.1)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what the command line says. Raises ConfigError and DataError."""
+    if arguments.vocab_size is not None and not arguments.train_tokenizer:
+        raise ConfigError("--vocab-size: goes with --train-tokenizer; a tokenizer that is given has its own")
+    sources, val_sources = arguments.source or [], arguments.val_source or []
+    if arguments.example:
+        if val_sources or arguments.val_fraction is not None:
+            raise ConfigError("--example has validation records of its own: leave out --val-source and --val-fraction")
+        sources, val_sources = _write_example(arguments.out, arguments.kind)
+    try:
+        store, is_new = prepare(
+            sources,
+            arguments.out,
+            kind=arguments.kind,
+            tokenizer=arguments.tokenizer or arguments.vocab_size or DEFAULT_VOCAB_SIZE,
+            val_fraction=DEFAULT_VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction,
+            val_sources=val_sources,
+            chat_template=arguments.chat_template,
+            workers=arguments.workers,
+            max_bad_fraction=arguments.max_bad_fraction,
+            progress=True,
+        )
+    except OSError as error:  # a full disk, a folder that must not be written
+        raise DataError(f"{error}: mend that and run the same command again") from error
+    if not is_new:
+        print(f"{arguments.out}: already prepared from the same files; nothing to do")
+    print(_summary(store))
+
+
+def prepare(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    kind: Kind,
+    tokenizer: Path | int,
+    val_fraction: float = DEFAULT_VAL_FRACTION,
+    val_sources: Sequence[Path] = (),
+    chat_template: Path | None = None,
+    workers: int | None = None,
+    max_bad_fraction: float = 0.1,
+    progress: bool = False,
+) -> tuple[Store, bool]:
+    """Prepare the records of `sources` as a store in `out`; returns it, and whether there was anything to do.
+
+    tokenizer: the folder of one, or the size of the vocabulary of one to train
+    val_fraction: share of the records that becomes the split "val", chosen by their content, so that equal records lie
+        on the same side; of no account where there are `val_sources`
+    chat_template: a file that replaces the tokenizer's own template
+    workers: processes; the default is one for each core, or one alone for a few megabytes
+
+    Raises ConfigError for settings that cannot be, and for an `out` that holds something else. Raises DataError for
+    files that cannot be read, for more bad records than `max_bad_fraction` of all, and for a split left empty.
+    """
+    _check_settings(val_fraction, max_bad_fraction, workers)
+    files, val_files = find_files(sources), find_files(val_sources)
+    _check_out(out, [*sources, *val_sources])
+    made_from: dict[str, Any] = {
+        "kind": kind,
+        "source": _file_digests(files),
+        "validation": _file_digests(val_files) if val_files else val_fraction,
+        "tokenizer": tokenizer if isinstance(tokenizer, int) else tokenizer_digests(tokenizer),
+        "chat template": None if chat_template is None else _template(chat_template),
+    }
+    if (out / "store.json").is_file():
+        return _finished(out, made_from), False
+
+    records, skipped = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction)
+    counts, size = _survey(records, skipped, sources, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with draft_of(out) as draft:
+        training = (record for _, split, record in records.good() if split == "train")
+        used = _make_tokenizer(tokenizer, made_from["chat template"], training)
+        used.save_pretrained(draft / "tokenizer")
+        good = (((place, split), record) for place, split, record in records.good())
+        workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // _WORTH_A_PROCESS))
+        with (
+            StoreWriter(draft, kind, vocabulary_size(used)) as writer,
+            tqdm(total=counts["train"] + counts["val"], unit=" records", disable=not progress) as bar,
+            closing(convert_all(good, draft / "tokenizer", workers)) as converted,
+        ):
+            total, tokens = skipped.count + counts["train"] + counts["val"], 0
+            for (place, split), _, result in converted:
+                if isinstance(result, str):
+                    skipped.add(Problem(place, result))
+                    skipped.check(total)
+                    counts[split] -= 1
+                else:
+                    writer.add(split, result)
+                    tokens += sum(len(sequence.ids) for sequence in result)
+                if bar.update():
+                    seconds = bar.format_dict["elapsed"]
+                    bar.set_postfix_str(f"{tokens / max(seconds, 1e-9):,.0f} tokens/s")
+            _check_counts(counts, sources, records.has_val)
+            notes = {"made_from": made_from, "skipped": skipped.to_json(), "records": counts}
+            return writer.finish(out, **notes), True
+
+
+def _survey(records: Splits, skipped: Skipped, sources: Sequence[Path], progress: bool) -> tuple[dict[Split, int], int]:
+    """Good records of each split and their characters; too many bad ones show here, before hours of tokenizing."""
+    counts: dict[Split, int] = {"train": 0, "val": 0}
+    size = 0
+    for item in tqdm(records, desc="reading", unit=" records", disable=not progress):
+        if isinstance(item, Problem):
+            skipped.add(item)
+        else:
+            counts[item[1]] += 1
+            size += characters(item[2])
+    skipped.check(skipped.count + counts["train"] + counts["val"])
+    _check_counts(counts, sources, records.has_val)
+    return counts, size
+
+
+def _check_counts(counts: dict[Split, int], sources: Sequence[Path], needs_val: bool) -> None:
+    shown = ", ".join(map(str, sources[:3])) + ", ..." * (len(sources) > 3)
+    if counts["train"] == 0:
+        raise DataError(f"{shown}: no records to train on: check the files, and that --kind says what they hold")
+    if needs_val and counts["val"] == 0:
+        raise DataError(
+            f"{shown}: {counts['train']:,} records to train on and none for validation: raise --val-fraction, or give "
+            "--val-source"
+        )
+
+
+def _check_settings(val_fraction: float, max_bad_fraction: float, workers: int | None) -> None:
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"--val-fraction {val_fraction}: use a number from 0 to below 1, such as 0.05")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction {max_bad_fraction}: use a number from 0 to 1, such as 0.1")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: use 1 or more")
+
+
+def _check_out(out: Path, sources: Sequence[Path]) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: not a folder: choose another --out")
+    for source in sources:
+        if source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents:
+            raise DataError(f"--out {out} and the source {source} contain one another: choose an --out of its own")
+    if out.is_dir() and not (out / "store.json").is_file() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
+
+
+def _finished(out: Path, made_from: dict[str, Any]) -> Store:
+    """The store in `out`. Raises ConfigError if it was made from anything else."""
+    store = Store.open(out)
+    before = store.index.get("made_from", {})
+    if different := [name for name in made_from if before.get(name) != made_from[name]]:
+        raise ConfigError(
+            f"{out}: already holds a data set made with another {' and another '.join(different)}: "
+            "choose another --out, or remove that folder"
+        )
+    return store
+
+
+def _file_digests(files: Sequence[Path]) -> list[list[str]]:
+    """[[name, SHA-256], ...] in the order in which the files are read; where they lie is of no account."""
+    return [[path.name, values_digest(path, skip=0)] for path in files]
+
+
+def _template(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_TEMPLATE:
+            raise ConfigError(f"{path}: larger than {_LARGEST_TEMPLATE >> 20} MiB: not a chat template")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check --chat-template") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f"{path}: empty: a chat template writes messages as text")
+    return text
+
+
+def _make_tokenizer(
+    tokenizer: Path | int, chat_template: str | None, training: Iterable[Record]
+) -> PreTrainedTokenizerFast:
+    if isinstance(tokenizer, int):
+        used = train_tokenizer((text for record in training for text in texts(record)), tokenizer)
+    else:
+        used = load_tokenizer(tokenizer)
+    if chat_template is not None:
+        used.chat_template = chat_template
+    return used
+
+
+def _write_example(out: Path, kind: Kind) -> tuple[list[Path], list[Path]]:
+    from models.causal_lm.examples import MADE_UP, write_examples
+
+    folder = out.parent / "example"
+    counts = write_examples(folder)
+    print(f"{folder}: {counts[f'{kind}.jsonl']:,} {kind} for training, {counts[f'{kind}-val.jsonl']:,} for validation")
+    if kind == "preferences":
+        print(MADE_UP)
+    return [folder / f"{kind}.jsonl"], [folder / f"{kind}-val.jsonl"]
+
+
+def _summary(store: Store) -> str:
+    text = [f"{store.root}: {store.kind}, {store.vocab_size:,} tokens in the vocabulary"]
+    for split, entry in store.entries.items():
+        learned = f", {entry.learned:,} of them learned" if store.kind != "text" else ""
+        text.append(
+            f"  {split}: {store.index['records'][split]:,} records, {entry.tokens:,} tokens{learned}; "
+            f"the longest has {entry.longest:,}"
+        )
+    return "\n".join(text + [f"  {line}" for line in lines(store.index["skipped"])])
