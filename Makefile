@@ -5,7 +5,7 @@
 #                  sets up nothing, PYTHON is any that has torch, Triton, pytest-xdist, hypothesis, matplotlib and tqdm
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
-#   WORKLOAD=fluid      what `make train` trains: its configuration is configs/$(WORKLOAD)/demo.json
+#   WORKLOAD=fluid      what `make train` trains: fluid, or causal_lm; its configuration is configs/$(WORKLOAD)/demo.json
 #
 # After the first call nothing is downloaded and no finished data set is made again.
 
@@ -13,7 +13,7 @@ PYTHON ?= python3
 WORKLOAD ?= fluid
 VENV ?= .venv
 
-WORKLOADS := fluid
+WORKLOADS := fluid causal_lm
 ifeq ($(filter $(WORKLOAD),$(WORKLOADS)),)
 $(error WORKLOAD=$(WORKLOAD) is none of: $(WORKLOADS))
 endif
@@ -52,6 +52,30 @@ $(simulated): | $(VENV)/.installed
 $(store)/store.json: $(simulated)
 	$(python) launchers/prepare.py fluid --source $(csv) --out $(store)
 	@touch $@
+
+# causal_lm: the documentation of Python, then questions and answers, then preferences among answers
+lm := data/causal_lm-demo
+train_lm = $(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --resume auto --config configs/causal_lm
+
+.PHONY: train-causal_lm
+train-causal_lm: $(lm)/text $(lm)/conversations $(lm)/preferences
+	$(train_lm)/demo.json --output-dir $(run)/pretrain
+	$(train_lm)/demo-sft.json --output-dir $(run)/sft
+	$(train_lm)/demo-dpo.json --output-dir $(run)/dpo
+	@for stage in pretrain sft dpo; do \
+		echo; echo "$$stage, on data that it was not trained on:"; \
+		$(python) launchers/evaluate.py --run $(run)/$$stage || exit 1; \
+	done
+	@echo; echo "A question that it was not trained on, from $(lm)/example/conversations-val.jsonl:"
+	$(python) launchers/predict.py --run $(run)/dpo --chat --max-new-tokens 48 --prompt "$(question)"
+	@echo; echo "Talk to it: $(python) launchers/predict.py --run $(run)/dpo --chat"
+	@ls $(run)/*/evaluation/*.png
+
+$(lm)/text: | $(VENV)/.installed
+	$(python) launchers/prepare.py causal_lm --example --kind text --train-tokenizer --vocab-size 4096 --out $@
+
+$(lm)/conversations $(lm)/preferences: $(lm)/%: | $(lm)/text
+	$(python) launchers/prepare.py causal_lm --example --kind $* --tokenizer $(lm)/text/tokenizer --out $@
 
 test: lint
 	$(python) -m pytest -n 2

@@ -48,6 +48,14 @@ WORKLOADS = {
         predict="models.fluid.predict",
         flags={"--store": "data.store"},
     ),
+    "causal_lm": Workload(
+        data="models.causal_lm.config:CausalLMData",
+        model="models.causal_lm.config:CausalLMModel",
+        task="models.causal_lm.task:make_task",
+        evaluate="models.causal_lm.evaluate",
+        predict="models.causal_lm.predict",
+        flags={"--model-path": "model.path"},
+    ),
 }
 
 
@@ -59,7 +67,7 @@ def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
 
 
 def make_task(config: RunConfig) -> Task:
-    """The task of a run: its class called with the "data" and "model" sections."""
+    """The task of a run, made from its "data" and "model" sections."""
     return _load(WORKLOADS[config.workload].task)(config.data, config.model)
 
 

@@ -1,0 +1,181 @@
+"""Evaluation of a trained language model on held-out data, beside what it started from.
+
+    compare(run, device, ...)              -> Comparison: metrics of both, and what is drawn of them
+    add_arguments(parser), run(arguments)  what launchers/evaluate.py calls
+
+What was fine-tuned is compared with the model that it started from. What was trained from nothing is compared with the
+frequencies of tokens in the training split: what a model knows that looks at no context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from engine.evaluation import to_device
+from engine.files import write_json
+from engine.hardware import choose_device
+from engine.loading import evaluation_loader
+from engine.task import Batch, Sums, add_sums
+from models.causal_lm.config import CausalLMModel
+from models.causal_lm.dpo import PolicyAndReference
+from models.causal_lm.network import CausalLM, make_network
+from models.causal_lm.plots import plot_margins, plot_positions
+from models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
+from models.causal_lm.trained import at, load_sections
+
+TRAINED, START, FREQUENCIES = "trained", "start", "token frequencies"
+
+
+@dataclass
+class Comparison:
+    """metrics: by model, then by name.
+
+    positions: by model, the mean loss by place in the sample [L], NaN where nothing is predicted; not of DPO.
+    margins: by model, log p(chosen) - log p(rejected) of each pair [N]; of DPO.
+    """
+
+    split: str
+    samples: int
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    positions: dict[str, np.ndarray] = field(default_factory=dict)
+    margins: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The samples that are evaluated, batch by batch on a device."""
+
+    task: LanguageModelTask
+    split: str
+    device: torch.device
+    batch_size: int
+    max_samples: int | None
+    progress: bool
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """Every chosen sample once."""
+        loader = evaluation_loader(
+            self.task, self.task.datasets()[self.split], num_samples=self.max_samples,
+            micro_batch_size=self.batch_size, world_size=1, rank=0,
+        )  # fmt: skip
+        for batch in tqdm(loader, desc=title, unit="batch", disable=not self.progress):
+            yield to_device(batch, self.device)
+
+
+def compare(
+    run: Path, device: torch.device, *, split: str = "val", store: Path | None = None, batch_size: int = 16,
+    max_samples: int | None = None, progress: bool = False,
+) -> Comparison:  # fmt: skip
+    """Evaluate a run's weights and what they started from. Raises CheckpointError, ConfigError or DataError."""
+    folder, data, model = load_sections(run)
+    if store is not None:
+        data = data.model_copy(update={"store": str(store)})
+    task = make_task(data, at(folder, model))
+    held = Held(task, split, device, batch_size, max_samples, progress)
+    size = len(task.datasets()[split])  # type: ignore[arg-type]
+    result = Comparison(split, size if max_samples is None else min(size, max_samples))
+    networks = {TRAINED: folder} | ({START: Path(model.path)} if model.path else {})
+    if isinstance(task, PreferenceTask):
+        policy, reference = (_network(task, place, model, device) for place in networks.values())
+        _compare_preferences(result, held, task, PolicyAndReference(policy, reference))
+        return result
+    for name, place in networks.items():
+        _measure_likelihood(result, held, name, _network(task, place, model, device))
+    if START not in networks and model.objective.type == "pretrain":
+        result.metrics[FREQUENCIES] = frequencies(task, split)
+    return result
+
+
+def _network(task: LanguageModelTask, folder: Path, model: CausalLMModel, device: torch.device) -> CausalLM:
+    return make_network(at(folder, model), task.hf_config).to(device).eval()
+
+
+@torch.no_grad()
+def _measure_likelihood(result: Comparison, held: Held, name: str, network: nn.Module) -> None:
+    longest = held.task.data.max_length
+    nats, tokens = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.float64)
+    sums: Sums | None = None
+    for batch in held.batches(f"evaluate {held.split}, {name}"):
+        loss, wanted = held.task.by_token(network, batch)
+        length = min(longest, loss.shape[1])
+        nats[:length] += loss.sum(0, dtype=torch.float64)[:length].cpu()
+        tokens[:length] += wanted.sum(0)[:length].cpu()
+        sums = add_sums(sums, {"loss": loss.sum(), "tokens": wanted.sum()})
+    assert sums is not None, "a split without samples is refused when it is opened"
+    result.metrics[name] = held.task.summarize(sums)
+    result.positions[name] = torch.where(tokens > 0, nats / tokens, torch.nan).numpy()
+
+
+@torch.no_grad()
+def _compare_preferences(result: Comparison, held: Held, task: PreferenceTask, network: PolicyAndReference) -> None:
+    margins: list[np.ndarray] = []
+    sums: Sums | None = None
+    for batch in held.batches(f"evaluate {held.split}"):
+        policy, reference = task.log_probabilities(network, batch)
+        both = torch.stack([policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]])
+        margins.append(both[:, batch["valid"]].cpu().numpy())
+        sums = add_sums(sums, task.statistics(policy, reference, batch))
+    assert sums is not None, "a split without samples is refused when it is opened"
+    result.metrics[TRAINED] = task.summarize(sums)
+    result.metrics[START] = {"prefers_chosen": result.metrics[TRAINED].pop("reference_prefers_chosen")}
+    result.margins = dict(zip((TRAINED, START), np.concatenate(margins, axis=1), strict=True))
+
+
+def frequencies(task: LanguageModelTask, split: str) -> dict[str, float]:
+    """Loss and perplexity, over a split, of the frequencies of tokens in the training split, each counted once more."""
+    counts = np.ones(task.hf_config.get_text_config().vocab_size)
+    train, held_out = task.store.split("train"), task.store.split(split)
+    for index in range(len(train)):
+        np.add.at(counts, train.tokens(index), 1)
+    predicted = np.concatenate([held_out.tokens(index)[1:] for index in range(len(held_out))])
+    loss = float(-np.log(counts / counts.sum())[predicted].mean())
+    return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/evaluate.py` for this workload."""
+    parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
+    parser.add_argument("--split", default="val", choices=("train", "val"))
+    parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
+    parser.add_argument("--max-samples", type=int, help="evaluate evenly spaced samples, so many")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate and write evaluation.{md,json,png}; prints the table. Returns the exit status."""
+    result = compare(
+        arguments.run, choose_device(arguments.device), split=arguments.split, store=arguments.store,
+        batch_size=arguments.batch_size, max_samples=arguments.max_samples, progress=True,
+    )  # fmt: skip
+    out = arguments.out or arguments.run / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    table = render(result)
+    picture = out / "evaluation.png"
+    if result.margins:
+        plot_margins(result.margins, picture)
+    else:
+        plot_positions(result.positions, picture)
+    (out / "evaluation.md").write_text(f"# {arguments.run}\n\n{table}\n\n![]({picture.name})\n", encoding="utf-8")
+    write_json(out / "evaluation.json", {"split": result.split, "samples": result.samples, "metrics": result.metrics})
+    print(f"{table}\nwrote {out}/evaluation.md, evaluation.json and evaluation.png")
+    return 0
+
+
+def render(result: Comparison) -> str:
+    """The metrics as a table in Markdown, a line for each model."""
+    names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
+    rows: list[list[Any]] = [[f"{result.samples:,} samples of {result.split}", *names], ["---"] * (len(names) + 1)]
+    for model, values in result.metrics.items():
+        rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

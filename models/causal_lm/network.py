@@ -1,0 +1,212 @@
+"""CausalLM: a Hugging Face causal language model whose head and loss are one, so that logits are never held whole.
+
+    make_network(model, hf_config)   new weights, or those of `model.path`
+    hf_config_of(model, ...)         the configuration that transformers builds the network from
+
+The network is transformers' own, parameter for parameter; what changes is its last linear layer, which is a LinearLoss,
+and its attention, which is kernels.flash_attention where that can do what the model asks for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.errors import CheckpointError, ConfigError
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.transformers_attention import NAME as TRUNKLINE
+from kernels.transformers_attention import register_with_transformers
+from models.causal_lm.config import CausalLMModel, LlamaShape
+from models.causal_lm.data import IGNORE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ROWS_AT_ONCE = 1024
+"""Logits that are turned into fp32 at a time where a model makes them itself."""
+
+
+def llama_config(shape: LlamaShape, max_length: int) -> PreTrainedConfig:
+    """A Llama of this shape: pre-norm, RMSNorm 1e-6, RoPE 10000, grouped queries, SwiGLU, tied embedding."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=max_length,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+
+
+def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
+    """The configuration of the model's folder, or of a new Llama. Raises CheckpointError or ConfigError."""
+    if model.path is None:
+        return llama_config(model.shape, max_length)
+    from transformers import AutoConfig
+
+    folder = Path(model.path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model.path: {folder} holds no config.json; give the folder of a Hugging Face model")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(
+            f"data.max_length is {max_length}, but the model of {folder} knows {longest} positions: set it to "
+            f"{longest} or less"
+        )
+    return config
+
+
+def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
+    """The network, in fp32: initialised from torch's global generator, or with the weights of `model.path`."""
+    from transformers import AutoModelForCausalLM
+
+    register_with_transformers()
+    attention = attention_of(model, hf_config)
+    if model.path is None:
+        lm = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
+        return CausalLM(lm)
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            model.path, config=hf_config, attn_implementation=attention, dtype=torch.float32, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"model.path: {model.path}: transformers cannot load it: {error}") from error
+    if found["missing_keys"] or found["mismatched_keys"]:
+        wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in found[kind])
+        raise CheckpointError(
+            f"model.path: {model.path}: its weights do not fit its config.json; missing or of another shape: "
+            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
+        )
+    return CausalLM(lm)
+
+
+_NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi", "layer_types")
+"""Configuration keys that, where they are set, ask for an attention that flash_attention is not."""
+
+
+def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str:
+    """The attention implementation that transformers is told to use."""
+    if model.attention != "auto":
+        return model.attention
+    text: Any = hf_config.get_text_config()
+    if text.model_type == "qwen2" and not getattr(text, "use_sliding_window", False):
+        return TRUNKLINE
+    asked = [name for name in _NOT_OURS if getattr(text, name, None)]
+    if asked == ["layer_types"] and set(text.layer_types) == {"full_attention"}:
+        asked = []
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return "sdpa" if asked or not 16 <= head_dim <= 256 else TRUNKLINE
+
+
+class LinearLoss(nn.Linear):
+    """A language model's head: logits of `hidden`, or with `targets` their cross-entropy, without holding logits.
+
+    It is a module, not a function of its weight, so that whatever shards the weight finds it used in a forward.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """Logits [..., vocab]; or with targets [B, L] the loss: a scalar ("sum") or [B, L] ("none"), fp32."""
+        if targets is None:
+            return super().forward(hidden)
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, targets.flatten(), bias=self.bias, ignore_index=IGNORE,
+            reduction=reduction,
+        )  # fmt: skip
+        return loss if reduction == "sum" else loss.view_as(targets)
+
+
+class CausalLM(nn.Module):
+    """Negative log-likelihoods of tokens under `lm`, a transformers causal language model."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        self._no_split_modules = sorted(lm._no_split_modules or ())
+        self.attention = lm.config._attn_implementation
+        head = lm.get_output_embeddings()
+        self.fused = type(head) is nn.Linear and not _changes_logits(lm.config)
+        if self.fused:
+            head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        document: Tensor | None = None,
+        packing: dict[str, Tensor] | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """-log p(targets) under the model, summed (a scalar) or for each position ([B, L], reduction "none"), fp32.
+
+        Args:
+            input_ids: [B, L] int64, padded on the right.
+            targets: [B, L] int64, the token that each position is to predict; IGNORE where it is to predict none.
+            position_ids, document: [B, L] int64, of packed rows: the place in its document, and the document's number.
+            packing: of packed rows: the tables of kernels.packed_attention.
+        """
+        # padding stands on the right, so causal attention needs no mask to leave it out
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if document is not None:
+            inputs["position_ids"] = position_ids
+            if self.attention == TRUNKLINE:
+                inputs |= {"packing": packing, "attention_mask": torch.ones_like(input_ids)}
+            else:
+                inputs["attention_mask"] = _same_document(document)
+        if self.fused:
+            hidden = self.lm.base_model(**inputs).last_hidden_state
+            return self.lm.get_output_embeddings()(hidden, targets, reduction)
+        return _cross_entropy(self.lm(**inputs).logits, targets, reduction)
+
+
+def _changes_logits(config: Any) -> bool:
+    """Whether a model does something to its logits after its head."""
+    text = config.get_text_config()
+    if getattr(text, "final_logit_softcapping", None) is not None:
+        return True
+    return any(
+        getattr(text, name, 1) not in (None, 1) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
+
+
+def _same_document(document: Tensor) -> Tensor:
+    """bool [B, 1, L, L]: whether key j is in query i's document and not after it. Every query sees itself."""
+    L = document.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=document.device).tril()
+    return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The cross-entropy of logits that a model made itself, in fp32 a part at a time."""
+
+    def part(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+
+    rows, wanted = logits.flatten(0, 1), targets.flatten()
+    parts = [
+        checkpoint(part, rows[at : at + ROWS_AT_ONCE], wanted[at : at + ROWS_AT_ONCE], use_reentrant=False)
+        for at in range(0, len(rows), ROWS_AT_ONCE)
+    ]
+    loss = torch.cat(parts)
+    return loss.sum() if reduction == "sum" else loss.view_as(targets)

@@ -1,0 +1,62 @@
+"""Pictures of an evaluation, as PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+_COLORS = {"trained": "#4477aa", "start": "#d1495b"}
+
+
+def plot_positions(positions: Mapping[str, np.ndarray], path: Path) -> None:
+    """Mean loss in nats by place in the sample, [L] for each model: how much a model makes of what it has read."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, loss in positions.items():
+        places, values = _in_bins(loss)
+        axes.plot(places, values, label=name, color=_COLORS[name], marker="o", markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("place of the token in its sample")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e4e4e4")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _in_bins(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over places from 2^k to 2^(k + 1/2): single places far on are few and scatter."""
+    places = np.arange(1, len(loss) + 1)
+    bins = np.floor(2 * np.log2(places)).astype(int)
+    found = [(places[bins == b], loss[bins == b]) for b in np.unique(bins)]
+    found = [(at[~np.isnan(values)], values[~np.isnan(values)]) for at, values in found]
+    return (
+        np.array([at.mean() for at, _ in found if len(at)]),
+        np.array([values.mean() for at, values in found if len(at)]),
+    )
+
+
+def plot_margins(margins: Mapping[str, np.ndarray], path: Path) -> None:
+    """Histograms of log p(chosen) - log p(rejected), in nats, [N] for each model: above 0 the chosen is likelier."""
+    import matplotlib.pyplot as plt
+
+    everything = np.concatenate(list(margins.values()))
+    low, high = np.percentile(everything, [0.5, 99.5])
+    edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41)
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, values in margins.items():
+        share = (values > 0).mean()
+        axes.hist(
+            np.clip(values, edges[0], edges[-1]), edges, alpha=0.55, color=_COLORS[name],
+            label=f"{name}: {share:.0%} above 0",
+        )  # fmt: skip
+    axes.axvline(0, color="#1b1b1b", linewidth=0.8)
+    axes.set_xlabel("log p(chosen) - log p(rejected) (nats)")
+    axes.set_ylabel("pairs")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,177 @@
+"""Text from a trained language model: what `launchers/predict.py` does for this workload.
+
+    --prompt TEXT       continue a text, or with --chat answer it
+    --prompts FILE      the same for every line of a file; --out keeps prompts and answers as JSON lines
+    --chat              the prompt is what a user says; without one, talk: a line a turn, an empty line ends it
+
+Without --temperature the likeliest token is taken each time (greedy). Text is printed while it is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.errors import ConfigError, DataError
+from engine.files import replace_whole
+from engine.hardware import choose_device
+from models.causal_lm.tokenizer import pad_id, stop_ids
+from models.causal_lm.trained import Trained, load_trained
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Message = dict[str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/predict.py` for this workload."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the text to continue or to answer")
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on every line")
+    parser.add_argument("--chat", action="store_true", help="prompts are what a user says; without any, talk")
+    parser.add_argument("--system", help="with --chat: the system message")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature; greedy unless given")
+    parser.add_argument("--top-k", type=int, help="with --temperature: sample from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; default 0")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompt or --prompts: write JSON lines here")
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate and print. Returns the exit status. Raises ConfigError, DataError or CheckpointError."""
+    options = _generation_options(arguments)
+    prompts = list(_prompts(arguments))
+    trained = load_trained(arguments.run, choose_device(arguments.device), DTYPES[arguments.dtype])
+    torch.manual_seed(arguments.seed)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    if arguments.chat and not prompts:
+        _talk(trained, system, options)
+        return 0
+    rows = []
+    stream = arguments.out is None
+    for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):
+        if arguments.chat:
+            answer = reply(trained, [*system, {"role": "user", "content": prompt}], stream=stream, **options)
+        else:
+            if stream:
+                print(prompt, end="", flush=True)
+            answer = continue_text(trained, prompt, stream=stream, **options)
+        rows.append({"prompt": prompt, "answer": answer})
+    if arguments.out is not None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            replace_whole(arguments.out, lambda draft: draft.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"--out {arguments.out}: cannot be written: {error.strerror}; choose another") from error
+        print(f"wrote {len(rows)} answers to {arguments.out}")
+    return 0
+
+
+def continue_text(trained: Trained, prompt: str, *, stream: bool = False, **options: Any) -> str:
+    """What the model writes after `prompt`, without it. `options` are those of transformers' generate."""
+    ids = trained.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+    return _generate(trained, ids, stream, options)
+
+
+def reply(trained: Trained, messages: list[Message], *, stream: bool = False, **options: Any) -> str:
+    """The assistant's next message. Raises ConfigError if the tokenizer has no chat template or refuses."""
+    if not trained.tokenizer.chat_template:
+        raise ConfigError(f"{trained.folder}: its tokenizer has no chat template: leave out --chat")
+    try:
+        text = trained.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise ConfigError(f"{trained.folder}: its chat template does not take this conversation: {error}") from error
+    ids = trained.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _generate(trained, ids, stream, options)
+
+
+@torch.no_grad()
+def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str, Any]) -> str:
+    from transformers import TextStreamer
+
+    if not ids:
+        raise ConfigError("--prompt: is empty, and this tokenizer begins no text by itself: give at least a letter")
+    device = next(trained.lm.parameters()).device
+    longest = getattr(trained.lm.config, "max_position_embeddings", None)
+    if longest is not None and len(ids) + options["max_new_tokens"] > longest:
+        raise ConfigError(
+            f"--prompt: {len(ids)} tokens and --max-new-tokens {options['max_new_tokens']} are more than the {longest} "
+            "positions that this model knows: shorten either"
+        )
+    inputs = torch.tensor([ids], device=device)
+    out = trained.lm.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        eos_token_id=stop_ids(trained.tokenizer),
+        pad_token_id=pad_id(trained.tokenizer),
+        streamer=TextStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        **options,
+    )
+    return trained.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip("\n")
+
+
+def _talk(trained: Trained, messages: list[Message], options: dict[str, Any]) -> None:
+    """A conversation on the terminal, until an empty line or the end of the input."""
+    print("An empty line ends the conversation.")
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return
+        if not said:
+            return
+        messages = [*messages, {"role": "user", "content": said}]
+        messages.append({"role": "assistant", "content": reply(trained, messages, stream=True, **options)})
+
+
+def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.prompt is not None:
+        yield arguments.prompt
+    elif arguments.prompts is not None:
+        try:
+            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--prompts {arguments.prompts}: cannot be read as UTF-8 text: {error}") from error
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise DataError(f"--prompts {arguments.prompts}: holds no line with text")
+        yield from prompts
+    elif not arguments.chat:
+        raise ConfigError("give --prompt TEXT, --prompts FILE, or --chat to talk")
+    elif arguments.out is not None:
+        raise ConfigError("--out: a conversation on the terminal is not written; give --prompt or --prompts with it")
+
+
+def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What transformers' generate takes. Raises ConfigError for a value out of range or without effect."""
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens}: use 1 or more")
+    if arguments.temperature is None:
+        for name in ("top_k", "top_p"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --temperature")
+        # explicit, because a model's own generation_config.json may ask for sampling
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "num_beams": 1}
+        return {"max_new_tokens": arguments.max_new_tokens} | greedy
+    if arguments.temperature <= 0:
+        raise ConfigError(f"--temperature {arguments.temperature}: use a value above 0, or leave it out for greedy")
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise ConfigError(f"--top-k {arguments.top_k}: use 1 or more")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"--top-p {arguments.top_p}: use a value above 0 and at most 1")
+    return {
+        "max_new_tokens": arguments.max_new_tokens,
+        "do_sample": True,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k or 0,
+        "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
+    }

@@ -1,0 +1,51 @@
+"""A trained language model from a run's folder, or from any Hugging Face folder: network and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.strict import read_json_object, validated
+from engine.weights import find_weights
+from models.causal_lm.config import CausalLMData, CausalLMModel
+from models.causal_lm.network import hf_config_of, make_network
+from models.causal_lm.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """folder: where the weights lie; lm: transformers' model; data, model: what it was trained on and for."""
+
+    folder: Path
+    lm: Any
+    tokenizer: Any
+    data: CausalLMData
+    model: CausalLMModel
+
+
+def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:
+    """The folder with a run's weights, and what they were trained on and for. Raises CheckpointError, ConfigError."""
+    folder = find_weights(run)
+    path = folder / "config.json"
+    config = read_json_object(path)
+    if config.get("workload") != "causal_lm":
+        raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of 'causal_lm'")
+    data = validated(CausalLMData, config.get("data"), "data", path)
+    return folder, data, validated(CausalLMModel, config.get("model"), "model", path)
+
+
+def at(folder: Path, model: CausalLMModel) -> CausalLMModel:
+    """The same model section, with the weights of `folder`."""
+    return CausalLMModel(objective=model.objective, attention=model.attention, path=str(folder))
+
+
+def load_trained(run: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Trained:
+    """The model of a run, in eval mode on `device`. Raises CheckpointError or ConfigError."""
+    folder, data, model = load_sections(run)
+    here = at(folder, model)
+    lm = make_network(here, hf_config_of(here, data.max_length)).lm
+    return Trained(folder, lm.to(device=device, dtype=dtype).eval(), load_tokenizer(folder), data, model)
