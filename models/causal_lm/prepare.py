@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
 from models.causal_lm.conversion import characters, convert_all, texts
 from models.causal_lm.skipped import Skipped, lines
-from models.causal_lm.sources import KINDS, SUFFIXES, Kind, Problem, Record, find_files
+from models.causal_lm.sources import KINDS, SUFFIXES, Kind, Problem, find_files
 from models.causal_lm.splits import Splits
-from models.causal_lm.store import Split, Store, tokenizer_digests, values_digest
+from models.causal_lm.store import Split, Store, values_digest
 from models.causal_lm.store_writer import StoreWriter, draft_of
-from models.causal_lm.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from models.causal_lm.tokenizer import (
+    MIN_VOCAB_SIZE,
+    load_tokenizer,
+    tokenizer_digest,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
@@ -84,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
             sources,
             arguments.out,
             kind=arguments.kind,
-            tokenizer=arguments.tokenizer or arguments.vocab_size or DEFAULT_VOCAB_SIZE,
+            tokenizer=arguments.tokenizer,
+            vocab_size=DEFAULT_VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size,
             val_fraction=DEFAULT_VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction,
             val_sources=val_sources,
             chat_template=arguments.chat_template,
@@ -104,7 +108,8 @@ def prepare(
     out: Path,
     *,
     kind: Kind,
-    tokenizer: Path | int,
+    tokenizer: Path | None = None,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
     val_fraction: float = DEFAULT_VAL_FRACTION,
     val_sources: Sequence[Path] = (),
     chat_template: Path | None = None,
@@ -114,7 +119,7 @@ def prepare(
 ) -> tuple[Store, bool]:
     """Prepare the records of `sources` as a store in `out`; returns it, and whether there was anything to do.
 
-    tokenizer: the folder of one, or the size of the vocabulary of one to train
+    tokenizer: the folder of one; without, one of `vocab_size` tokens is trained on the records of the split "train"
     val_fraction: share of the records that becomes the split "val", chosen by their content, so that equal records lie
         on the same side; of no account where there are `val_sources`
     chat_template: a file that replaces the tokenizer's own template
@@ -123,14 +128,15 @@ def prepare(
     Raises ConfigError for settings that cannot be, and for an `out` that holds something else. Raises DataError for
     files that cannot be read, for more bad records than `max_bad_fraction` of all, and for a split left empty.
     """
-    _check_settings(val_fraction, max_bad_fraction, workers)
+    _check_settings(vocab_size, val_fraction, max_bad_fraction, workers)
     files, val_files = find_files(sources), find_files(val_sources)
     _check_out(out, [*sources, *val_sources])
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
     made_from: dict[str, Any] = {
         "kind": kind,
         "source": _file_digests(files),
         "validation": _file_digests(val_files) if val_files else val_fraction,
-        "tokenizer": tokenizer if isinstance(tokenizer, int) else tokenizer_digests(tokenizer),
+        "tokenizer": vocab_size if given is None else tokenizer_digest(given),
         "chat template": None if chat_template is None else _template(chat_template),
     }
     if (out / "store.json").is_file():
@@ -140,8 +146,10 @@ def prepare(
     counts, size = _survey(records, skipped, sources, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(out) as draft:
-        training = (record for _, split, record in records.good() if split == "train")
-        used = _make_tokenizer(tokenizer, made_from["chat template"], training)
+        training = (text for _, split, record in records.good() if split == "train" for text in texts(record))
+        used = train_tokenizer(training, vocab_size) if given is None else given
+        if chat_template is not None:
+            used.chat_template = made_from["chat template"]
         used.save_pretrained(draft / "tokenizer")
         good = (((place, split), record) for place, split, record in records.good())
         workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // _WORTH_A_PROCESS))
@@ -193,7 +201,9 @@ def _check_counts(counts: dict[Split, int], sources: Sequence[Path], needs_val: 
         )
 
 
-def _check_settings(val_fraction: float, max_bad_fraction: float, workers: int | None) -> None:
+def _check_settings(vocab_size: int, val_fraction: float, max_bad_fraction: float, workers: int | None) -> None:
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(f"--vocab-size {vocab_size}: use {MIN_VOCAB_SIZE} or more, for the bytes and the marks alone")
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"--val-fraction {val_fraction}: use a number from 0 to below 1, such as 0.05")
     if not 0 <= max_bad_fraction <= 1:
@@ -241,18 +251,6 @@ def _template(path: Path) -> str:
     if not text.strip():
         raise ConfigError(f"{path}: empty: a chat template writes messages as text")
     return text
-
-
-def _make_tokenizer(
-    tokenizer: Path | int, chat_template: str | None, training: Iterable[Record]
-) -> PreTrainedTokenizerFast:
-    if isinstance(tokenizer, int):
-        used = train_tokenizer((text for record in training for text in texts(record)), tokenizer)
-    else:
-        used = load_tokenizer(tokenizer)
-    if chat_template is not None:
-        used.chat_template = chat_template
-    return used
 
 
 def _write_example(out: Path, kind: Kind) -> tuple[list[Path], list[Path]]:

@@ -1,6 +1,6 @@
 """Which records are trained on and which validate.
 
-    Splits(files, val_files, kind, val_fraction)   iterate over it, as often as you like: (place, split, record) or Problem
+    Splits(files, val_files, kind, val_fraction)   (place, split, record) or Problem; iterate as often as you like
     .good()                                        without the problems
 
 Without files of their own, validation records are chosen by their content: equal records lie on the same side, and a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.causal_lm.sources import Kind, Place, Problem, Record, Text, read_records
@@ -50,5 +50,5 @@ class Splits:
 
 def _share(record: Record) -> float:
     """A number from 0 to below 1, evenly spread over records and the same for equal ones."""
-    content = record.text if isinstance(record, Text) else json.dumps(asdict(record), sort_keys=True)
+    content = record.text if isinstance(record, Text) else json.dumps(vars(record), sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big") / 2**48

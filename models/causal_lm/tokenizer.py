@@ -3,6 +3,7 @@
     load_tokenizer(folder)               checked; nothing is downloaded and no code of the folder runs
     train_tokenizer(texts, vocab_size)   byte-level BPE with ChatML as its chat template
     vocabulary_size(tokenizer)           ids are 0 ... vocabulary_size - 1
+    tokenizer_digest(tokenizer)          names what it does
     stop_ids(tokenizer)                  the tokens at which generation must stop
     pad_id(tokenizer)                    a token to fill up batches with
 
@@ -11,6 +12,8 @@ transformers takes seconds to import, so it is imported where it is needed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +108,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """The largest id + 1, which is len(tokenizer) unless its ids have gaps: what a model's embedding must have."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Names everything that decides how records become tokens: SHA-256, hexadecimal."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
