@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from engine.errors import ConfigError, DataError
+from models.causal_lm import sources
+from models.causal_lm.sources import Conversation, Kind, Place, Preference, Problem, Text, find_files, read_records
+
+USER, ANSWER, OTHER = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+
+
+def read(path: Path, kind: Kind = "text") -> list[Any]:
+    return [item if isinstance(item, Problem) else item[1] for item in read_records([path], kind)]
+
+
+def read_lines(folder: Path, kind: Kind, *lines: Any) -> list[Any]:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read(path, kind)
+
+
+def reason(folder: Path, kind: Kind, record: Any) -> str:
+    (problem,) = read_lines(folder, kind, record)
+    assert isinstance(problem, Problem)
+    assert problem.place == Place(folder / "records.jsonl", 1)
+    return problem.reason
+
+
+def test_texts_come_from_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 3}\n\n"two"\n')
+    (tmp_path / "b.json").write_text('\ufeff[{"text": "three"}, "four"]')
+    pl.DataFrame({"text": ["five", "six"], "id": [1, None]}).write_parquet(tmp_path / "c.parquet")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/d.txt").write_text("seven\n\nstill seven\n")
+    (tmp_path / "README.md").write_text("passed over")
+    (tmp_path / ".hidden.txt").write_text("passed over")
+    files = find_files([tmp_path])
+    assert [path.name for path in files] == ["a.jsonl", "b.json", "c.parquet", "d.txt"]
+    items = list(read_records(files, "text"))
+    assert [item[1].text for item in items if not isinstance(item, Problem)] == [
+        *("one", "two", "three", "four", "five", "six"),
+        "seven\n\nstill seven\n",
+    ]
+    places = [str(item[0]).removeprefix(f"{tmp_path}/") for item in items if not isinstance(item, Problem)]
+    assert places == [
+        *("a.jsonl: line 1", "a.jsonl: line 3", "b.json: item 1", "b.json: item 2"),
+        *("c.parquet: row 1", "c.parquet: row 2", "sub/d.txt"),
+    ]
+
+
+def test_bad_lines_are_shown_with_their_place_and_the_others_read(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "good"}\n{"text": "\xff"}\n{"text": \n[1]\n{"txt": "x"}\n{"text": " \\n"}\n{"text": 5}\n'
+        b'{"text": "\\ud800"}\n' + b"[" * 100_000 + b'\n{"text": "also good"}'
+    )
+    found = read(path)
+    assert [item for item in found if isinstance(item, Text)] == [Text("good"), Text("also good")]
+    assert [str(item).removeprefix(f"{path}: ") for item in found if isinstance(item, Problem)] == [
+        "line 2: not UTF-8",
+        "line 3: not JSON",
+        "line 4: not an object",
+        "line 5: has no 'text'",
+        "line 6: the text is empty",
+        "line 7: the text is not text",
+        "line 8: holds a lone surrogate (\\ud800 to \\udfff), which is no character",
+        "line 9: not JSON",
+    ]
+
+
+def test_a_record_longer_than_the_limit_is_passed_over_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1 << 20)
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(f'{{"text": "{"x" * n}"}}\n' for n in (3, 5 << 19, 1 << 19, 4)))
+    three, long, half, four = read(path)
+    assert str(long) == f"{path}: line 2: longer than 1 MiB: split it"
+    assert [len(record.text) for record in (three, half, four)] == [3, 1 << 19, 4]
+    (tmp_path / "long.txt").write_text("x" * ((1 << 20) + 1))
+    assert [problem.reason for problem in read(tmp_path / "long.txt")] == ["longer than 1 MiB: split it"]
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.json", "e.txt"])
+def test_an_empty_file_is_a_problem(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert [str(problem) for problem in read(tmp_path / name)] == [f"{tmp_path / name}: the file is empty"]
+
+
+def test_an_empty_table_is_a_problem_too(tmp_path: Path) -> None:
+    pl.DataFrame({"text": []}, schema={"text": pl.String}).write_parquet(tmp_path / "e.parquet")
+    assert [problem.reason for problem in read(tmp_path / "e.parquet")] == ["the file is empty"]
+
+
+def test_a_text_file_that_is_not_utf8_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    assert [problem.reason for problem in read(tmp_path / "latin.txt")] == ["not UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[{"text": "a"}', r"x\.json: not JSON \(.*line 1.*or write one object a line"),
+        ("x.json", b'{"text": "a"}', r"x\.json: holds no list"),
+        ("x.json", b'["\xff"]', r"x\.json: not UTF-8 \(byte 3\)"),
+        ("x.parquet", b"PAR1 and no more", r"x\.parquet: not a whole Parquet file"),
+    ],
+)
+def test_a_file_damaged_whole_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_paths_without_anything_to_read_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: no such file or folder"):
+        find_files([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match=r"an empty folder"):
+        find_files([tmp_path])
+    (tmp_path / "x.csv").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"its 1 files end in none of \.jsonl, \.json, \.parquet, \.txt"):
+        find_files([tmp_path])
+    with pytest.raises(ConfigError, match=r"x\.csv: cannot be read: convert it to one of"):
+        find_files([tmp_path / "x.csv"])
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "q", "response": "a"}, {"input": "q", "output": "a"}, {"messages": [USER, ANSWER]}]
+)
+def test_a_conversation_has_three_spellings(tmp_path: Path, record: dict[str, Any]) -> None:
+    assert read_lines(tmp_path, "conversations", record) == [Conversation((USER, ANSWER))]
+
+
+def test_messages_keep_what_the_template_may_want(tmp_path: Path) -> None:
+    named = USER | {"name": "Ann", "weight": None}
+    assert read_lines(tmp_path, "conversations", {"messages": [named, ANSWER]}) == [
+        Conversation((USER | {"name": "Ann"}, ANSWER))
+    ]
+
+
+def test_conversations_in_parquet_lose_the_nulls_of_their_columns(tmp_path: Path) -> None:
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER | {"name": "Ann"}, ANSWER]}]
+    pl.DataFrame(rows, infer_schema_length=None, schema_overrides=None).write_parquet(tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet", "conversations")[0] == Conversation((USER, ANSWER))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "q"}, "has no 'response'"),
+        ({"output": "a"}, "has no 'input'"),
+        ({"text": "q"}, "has neither 'messages' nor 'prompt' and 'response' nor 'input' and 'output'"),
+        ({"instruction": "do", "input": "", "output": "a"}, "has 'instruction', which is not read: join it with"),
+        ({"input": "", "output": "a"}, "'input' is empty"),
+        ({"prompt": "q", "response": "\n"}, "'response' is empty"),
+        ({"prompt": "q", "response": 4}, "'response' is not text"),
+        ({"messages": []}, "'messages' is not a list of messages"),
+        ({"messages": "q"}, "'messages' is not a list of messages"),
+        ({"messages": [{"content": "q"}]}, "'messages' holds a message without a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of a message is not text"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "the content of an assistant's message is empty"),
+        ({"messages": [USER]}, "'messages' has no turn of the assistant"),
+        ({"messages": [ANSWER, USER]}, "'messages' begins with the assistant"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "has 'tools'"),
+    ],
+)
+def test_bad_conversations(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
+    assert reason(tmp_path, "conversations", record).startswith(expected)
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, (USER,)),
+        ({"prompt": [SYSTEM, USER], "chosen": [ANSWER], "rejected": [OTHER]}, (SYSTEM, USER)),
+        ({"prompt": "q", "chosen": [ANSWER], "rejected": [OTHER]}, (USER,)),
+        ({"chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]}, (SYSTEM, USER)),
+        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, (USER,)),
+    ],
+)
+def test_a_preference_has_the_spellings_of_trl(tmp_path: Path, record: dict[str, Any], prompt: tuple[Any, ...]) -> None:
+    assert read_lines(tmp_path, "preferences", record) == [Preference(prompt, (ANSWER,), (OTHER,))]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "has no 'rejected'"),
+        ({"chosen": "qa", "rejected": "qb"}, "has no 'prompt'"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": [OTHER]}, "'chosen' and 'rejected' are not both"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "'prompt' is not text"),
+        ({"chosen": [ANSWER], "rejected": [OTHER]}, "'chosen' and 'rejected' begin with nothing in common"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "'rejected' does not go on with a turn of the assistant"),
+        ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]}, "'chosen' does not go on with a turn"),
+    ],
+)
+def test_bad_preferences(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
+    assert reason(tmp_path, "preferences", record).startswith(expected)
