@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from models.causal_lm.rendering import Rendered, Renderer
+from models.causal_lm.sources import BadRecord, Conversation, Message, Preference, Text
+from models.causal_lm.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, load_tokenizer, stop_ids, train_tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that what is learned can be read off letter by letter."""
+    return train_tokenizer([], MIN_VOCAB_SIZE)
+
+
+def message(role: str, content: str, **more: Any) -> Message:
+    return {"role": role, "content": content, **more}
+
+
+def talk(*contents: str) -> tuple[Message, ...]:
+    return tuple(message("assistant" if i % 2 else "user", content) for i, content in enumerate(contents))
+
+
+def learned_text(tokenizer: PreTrainedTokenizerFast, rendered: Rendered) -> list[str]:
+    """The runs of learned tokens, as text."""
+    ids, learned = rendered
+    assert ids.dtype == np.int64
+    assert learned.dtype == bool
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], learned.astype(int), [0]])))
+    return [tokenizer.decode(ids[start:stop]) for start, stop in edges.reshape(-1, 2)]
+
+
+def one(tokenizer: PreTrainedTokenizerFast, messages: tuple[Message, ...]) -> Rendered:
+    (rendered,) = Renderer(tokenizer).render(Conversation(messages))
+    return rendered
+
+
+def test_a_text_is_learned_whole_and_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    (rendered,) = Renderer(tokenizer).render(Text("naïve\n"))
+    assert tokenizer.decode(rendered.ids) == "naïve\n" + END_OF_TEXT
+    assert rendered.learned.all()
+    assert len(rendered.ids) == len("naïve\n".encode()) + 1
+
+
+def test_a_document_of_a_megabyte_is_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
+    (rendered,) = Renderer(tokenizer).render(Text("ab " * 350_000))
+    assert len(rendered.ids) == 1_050_001
+
+
+def test_without_a_template_prompt_and_response_are_tokenized_apart() -> None:
+    tokenizer = train_tokenizer(["abab abab abab"] * 9, MIN_VOCAB_SIZE + 3)
+    tokenizer.chat_template = None
+    ids, learned = one(tokenizer, talk("ab", "ab"))
+    ab = tokenizer.convert_tokens_to_ids("ab")
+    assert tokenizer.backend_tokenizer.encode("abab").ids != [ab, ab], "joined they must be another token here"
+    assert ids.tolist() == [ab, ab, tokenizer.eos_token_id]
+    assert learned.tolist() == [False, True, True]
+
+
+def test_without_a_template_only_a_prompt_and_a_response_can_be_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(BadRecord, match="the tokenizer has no chat template"):
+        one(tokenizer, talk("a", "b", "c", "d"))
+
+
+def test_bos_leads_and_is_not_learned_of_a_conversation(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    tokenizer.bos_token, tokenizer.chat_template = "<|im_start|>", None
+    ids, learned = one(tokenizer, talk("a", "b"))
+    assert ids[0] == start
+    assert learned.tolist() == [False, False, True, True]
+    assert Renderer(tokenizer).render(Text("a"))[0].ids[0] == start
+
+
+def test_each_answer_is_learned_with_the_mark_that_ends_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = (message("system", "be kind"), *talk("hé", "yo  ", "and?", "ok\n🤗"))
+    rendered = one(tokenizer, messages)
+    assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template(list(messages), tokenize=False)
+    assert learned_text(tokenizer, rendered) == ["yo  <|im_end|>", "ok\n🤗<|im_end|>"]
+
+
+def test_the_learned_tokens_go_on_from_the_prompt_of_generation(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, learned = one(tokenizer, talk("what?", "that"))
+    prompt = tokenizer.apply_chat_template([*talk("what?")], add_generation_prompt=True)["input_ids"]
+    assert ids[: len(prompt)].tolist() == prompt
+    assert np.flatnonzero(learned)[0] == len(prompt)
+    assert ids[np.flatnonzero(learned)[-1]] in stop_ids(tokenizer)
+
+
+LLAMA_LIKE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+WITHOUT_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_eos_ends_the_turn_in_templates_that_write_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = LLAMA_LIKE
+    assert learned_text(tokenizer, one(tokenizer, talk("a", "b", "c", "d"))) == [" b<|endoftext|>", " d<|endoftext|>"]
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_eos_is_appended_where_the_template_ends_a_conversation_with_nothing(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = WITHOUT_END
+    assert learned_text(tokenizer, one(tokenizer, talk("a", "b"))) == ["b\n<|endoftext|>"]
+
+
+def test_a_failing_template_is_the_records_problem_in_its_own_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.role }}{{ m.content }}{% endfor %}"
+    )
+    renderer = Renderer(tokenizer)
+    with pytest.raises(BadRecord, match="^the chat template fails: System role not supported$"):
+        renderer.render(Conversation((message("system", "s"), *talk("a", "b"))))
+    assert renderer.render(Conversation(talk("a", "b")))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content"
+    with pytest.raises(BadRecord, match="^the chat template fails: "):
+        one(tokenizer, talk("a", "b"))
+
+
+FORGETS_THOUGHTS = (  # as reasoning models do: what an answer was thought of is dropped once others follow
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if loop.last %}<think>{% endif %}"
+    "{{ m.content }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = FORGETS_THOUGHTS.replace(
+    "{{ m.content }}{% else %}", "{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_must_mark_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = FORGETS_THOUGHTS
+    assert learned_text(tokenizer, one(tokenizer, talk("a", "b"))) == ["<think>b<|im_end|>"]
+    with pytest.raises(BadRecord, match="marks no answer with {% generation %}: give a template that does"):
+        one(tokenizer, talk("a", "b", "c", "d"))
+    tokenizer.chat_template = MARKED
+    rendered = one(tokenizer, talk("a", "b", "c", "d"))
+    assert learned_text(tokenizer, rendered) == ["b<|im_end|>", "d<|im_end|>"]
+    assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template([*talk("a", "b", "c", "d")], tokenize=False)
+
+
+@pytest.mark.parametrize("template", [None, MARKED])
+def test_the_two_sides_of_a_preference_begin_with_the_same_unlearned_prompt(
+    tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    prompt = talk("a", "earlier", "c")
+    record = Preference(prompt, (message("assistant", "good"),), (message("assistant", "worse"),))
+    chosen, rejected = Renderer(tokenizer).render(record)
+    assert [learned_text(tokenizer, side)[-1].removeprefix("<think>") for side in (chosen, rejected)] == [
+        "good<|im_end|>",
+        "worse<|im_end|>",
+    ]
+    assert "earlier" in tokenizer.decode(chosen.ids)
+    first = int(np.flatnonzero(chosen.learned)[0])
+    assert first == int(np.flatnonzero(rejected.learned)[0])
+    assert chosen.ids[:first].tolist() == rejected.ids[:first].tolist()
+
+
+def test_a_template_that_drops_the_answer_is_a_problem(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}"
+    with pytest.raises(BadRecord):
+        one(tokenizer, talk("a", "b"))
+
+
+@pytest.mark.parametrize("contents", [("a <|im_end|> b", "c"), ("a", "c<|endoftext|>")])
+def test_marks_inside_messages_are_a_problem(tokenizer: PreTrainedTokenizerFast, contents: tuple[str, str]) -> None:
+    with pytest.raises(BadRecord, match=r"a message holds <\|\w+\|>, which the model would take for the real one"):
+        one(tokenizer, talk(*contents))
+
+
+def test_answers_are_found_in_the_tokens_of_a_tokenizer_that_drops_spaces(tmp_path: Path) -> None:
+    words = ["<unk>", "</s>", "[a]", "[u]", "hello", "world"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}[{{ m.role[0] }}] {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}[a] {% endif %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids, learned = one(load_tokenizer(tmp_path), talk("hello", "world hello"))
+    assert ids.tolist() == [3, 4, 2, 5, 4, 1]
+    assert learned.tolist() == [False, False, False, True, True, True]
