@@ -4,8 +4,20 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="trunkline")
 
 Causal and bidirectional attention, grouped key heads, padding, and decoding one token at a time with a cache that
-grows. What it cannot do raises ValueError: dropout, sliding windows, packed sequences, biases, sinks and soft caps of
-scores, attention weights as a result, several tokens after a cache, caches of a fixed size.
+grows. What it cannot do raises ValueError: dropout, sliding windows, biases, sinks and soft caps of scores, attention
+weights as a result, several tokens after a cache, caches of a fixed size.
+
+Rows into which several documents are packed take the tables of kernels.packed_attention, which models hand down to
+their attention with every other keyword that they do not know:
+
+    model(input_ids, position_ids=position_ids, attention_mask=document >= 0, packing=packing_tables(document))
+
+position_ids [B, L] start from 0 in each document. attention_mask, bool [B, L], is not read. It is given because without
+one transformers takes such position_ids apart itself, with a wait for the GPU, and asks for a mask of L x L, which
+raises ValueError here. `use_cache=False` keeps keys that nobody will ask for from being held.
+
+Rows of one document each, from position 0 on and with padding behind it, need neither: causal attention sees no
+padding from a real token, so attention_mask=None gives them the same, and saves the work of masking.
 https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -17,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels.flash_attention import flash_attention
+from kernels.packed_attention import packed_attention
 
 NAME = "trunkline"
 _UNSUPPORTED = (
@@ -47,10 +60,12 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    packing: dict[str, Tensor] | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """([B, N, Hq, D], None) from query [B, Hq, N, D], key and value [B, Hkv, M, D] and `padding_mask`'s mask [B, M].
 
+    With `packing`, the tables of packing_tables, tokens see those before them in their own document, whatever the mask.
     Raises ValueError for what flash_attention cannot do.
     """
     for name in _UNSUPPORTED:
@@ -61,15 +76,23 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be [batch, keys]; got shape {list(attention_mask.shape)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    num_queries, num_keys = query.shape[2], key.shape[2]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    num_queries, num_keys = query.shape[1], key.shape[1]
     if causal and num_queries not in (1, num_keys):
         raise ValueError(
             f"the attention {NAME!r} takes 1 query or as many as keys; got {num_queries} for {num_keys} keys"
         )
+    if packing is not None:
+        if not causal or num_queries != num_keys:
+            raise ValueError(
+                f"the attention {NAME!r} packs documents for causal attention without a cache; got "
+                f"is_causal={causal}, {num_queries} queries and {num_keys} keys"
+            )
+        return packed_attention(query, key, value, packing, softmax_scale=scaling), None
     out = flash_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         causal_block=1 if causal and num_queries > 1 else None,
         key_mask=None if attention_mask is None else attention_mask.bool(),
         softmax_scale=scaling,
@@ -95,8 +118,9 @@ def padding_mask(
 
     if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            f"the attention {NAME!r} is causal or bidirectional, with padding; this model, or its packed input, asks "
-            f"for another mask, {getattr(mask_function, '__qualname__', mask_function)}"
+            f"the attention {NAME!r} is causal or bidirectional, with padding; this model asks for another mask, "
+            f"{getattr(mask_function, '__qualname__', mask_function)}; for documents packed into rows, give "
+            "attention_mask and packing, of kernels.packed_attention"
         )
     causal = mask_function is not bidirectional_mask_function
     if causal and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length):

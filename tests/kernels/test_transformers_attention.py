@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+from kernels.packed_attention import packing_tables
 from kernels.transformers_attention import attention_forward, register_with_transformers
 
 
@@ -41,6 +42,73 @@ def test_a_decoder_gives_what_it_gives_with_eager_attention(models, padded):
         results.append([logits.detach(), *(p.grad for p in model.parameters())])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def packed():
+    """(documents, their tokens, numbers and positions in three rows of 24), of which the last row is padding."""
+    lengths = [[5, 1, 17], [24], []]
+    generator = torch.Generator().manual_seed(0)
+    documents = [[torch.randint(1, 50, (n,), generator=generator) for n in row] for row in lengths]
+    ids, document, position = torch.zeros(3, 24, dtype=torch.long), torch.full((3, 24), -1), torch.zeros(3, 24)
+    for b, row in enumerate(documents):
+        start = 0
+        for i, tokens in enumerate(row):
+            at = slice(start, start := start + len(tokens))
+            ids[b, at], document[b, at], position[b, at] = tokens, i, torch.arange(float(len(tokens)))
+    return documents, ids, document, position.long()
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_give_what_each_gives_alone(models, use_cache):
+    documents, ids, document, position = packed()
+    _, model = models
+    model.zero_grad()
+    arguments = {"attention_mask": document >= 0, "position_ids": position, "use_cache": use_cache}
+    got = model(ids, **arguments, packing=packing_tables(document)).logits[document >= 0]
+    got.square().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    want = torch.cat([model(tokens[None]).logits[0] for row in documents for tokens in row])
+    want.square().mean().backward()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for ours, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_documents_give_what_sdpa_gives_with_a_mask_of_blocks(models):
+    _, ids, document, position = packed()
+    eager, model = models
+    ours = model(ids, attention_mask=document >= 0, position_ids=position, packing=packing_tables(document)).logits
+    eager.set_attn_implementation("sdpa")
+    try:
+        seen = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        theirs = eager(ids, attention_mask=seen, position_ids=position).logits
+    finally:
+        eager.set_attn_implementation("eager")
+    torch.testing.assert_close(ours[document >= 0], theirs[document >= 0], rtol=1e-5, atol=1e-5)
+    assert ours.isfinite().all()
+
+
+def test_packed_positions_without_a_mask_are_refused(models):
+    _, ids, document, position = packed()
+    with pytest.raises(ValueError, match="give attention_mask and packing"):
+        models[1](ids, position_ids=position, use_cache=False, packing=packing_tables(document))
+
+
+def test_packing_with_a_cache_is_refused(models):
+    _, ids, document, _ = packed()
+    past = models[1](ids[:, :4], attention_mask=torch.ones(3, 4)).past_key_values
+    with pytest.raises(ValueError, match=r"without a cache; got is_causal=True, 1 queries and 5 keys"):
+        models[1](
+            ids[:, 4:5], attention_mask=torch.ones(3, 5), past_key_values=past, packing=packing_tables(document[:, 4:5])
+        )
+
+
+def test_padding_behind_needs_no_mask(models):
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with_mask, without = (models[1](tokens(), attention_mask=m, use_cache=False).logits for m in (mask, None))
+    torch.testing.assert_close(without[mask.bool()], with_mask[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
 def test_generation_with_a_cache_gives_the_same_tokens(models):
