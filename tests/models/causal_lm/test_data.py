@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_pieces_of_any_texts_cover_them(lengths: list[int], max_length: int) -> 
     data = Padded(Counting(), "text", max_length)  # type: ignore[arg-type]
     pieces = [data[i].tokens.tolist() for i in range(len(data))]
     assert all(2 <= len(piece) <= max_length for piece in pieces)
-    pairs = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
+    pairs = Counter(pair for piece in pieces for pair in pairwise(piece))
     assert pairs == Counter((1000 * s + t, 1000 * s + t + 1) for s, n in enumerate(lengths) for t in range(n - 1))
 
 
@@ -126,7 +127,7 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(sequenc
         "3 of 6 conversations are left out, because no token of the answer is left to be predicted",
     ]
     longer = Padded(sequences, "conversations", 5)
-    assert [longer[i].tokens.tolist() for i in range(len(longer))][0] == [0, 1, 2, 3, 4]
+    assert longer[0].tokens.tolist() == [0, 1, 2, 3, 4]
     assert len(longer[0].learned) == 5
 
 

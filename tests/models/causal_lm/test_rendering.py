@@ -101,7 +101,10 @@ LLAMA_LIKE = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
     "{{ eos_token }}{% endif %}{% endfor %}"
 )
-WITHOUT_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+WITHOUT_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def test_eos_ends_the_turn_in_templates_that_write_it(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -123,16 +126,17 @@ def test_a_failing_template_is_the_records_problem_in_its_own_words(tokenizer: P
         "{% endif %}{{ m.role }}{{ m.content }}{% endfor %}"
     )
     renderer = Renderer(tokenizer)
-    with pytest.raises(BadRecord, match="^the chat template fails: System role not supported$"):
+    with pytest.raises(BadRecord, match=r"^the chat template fails: System role not supported$"):
         renderer.render(Conversation((message("system", "s"), *talk("a", "b"))))
     assert renderer.render(Conversation(talk("a", "b")))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content"
-    with pytest.raises(BadRecord, match="^the chat template fails: "):
+    with pytest.raises(BadRecord, match=r"^the chat template fails: "):
         one(tokenizer, talk("a", "b"))
 
 
 FORGETS_THOUGHTS = (  # as reasoning models do: what an answer was thought of is dropped once others follow
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% if loop.last %}<think>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% if loop.last %}<think>{% endif %}"
     "{{ m.content }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -144,7 +148,7 @@ MARKED = FORGETS_THOUGHTS.replace(
 def test_a_template_that_rewrites_earlier_turns_must_mark_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = FORGETS_THOUGHTS
     assert learned_text(tokenizer, one(tokenizer, talk("a", "b"))) == ["<think>b<|im_end|>"]
-    with pytest.raises(BadRecord, match="marks no answer with {% generation %}: give a template that does"):
+    with pytest.raises(BadRecord, match=r"marks no answer with \{% generation %\}: give a template that does"):
         one(tokenizer, talk("a", "b", "c", "d"))
     tokenizer.chat_template = MARKED
     rendered = one(tokenizer, talk("a", "b", "c", "d"))

@@ -130,9 +130,7 @@ def test_a_file_cut_short_or_gone_is_named(store: Store, name: str) -> None:
     path = store.root / "train" / name
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    with pytest.raises(
-        DataError, match=rf"{name}: has {len(data) - 1} bytes where {len(data)} were written: remove it"
-    ):
+    with pytest.raises(DataError, match=rf"{name}: has {len(data) - 1} bytes where {len(data)} were written"):
         Store.open(store.root)
     path.write_bytes(b"\x94" + data[1:])
     with pytest.raises(DataError, match=rf"{name}: damaged"):

@@ -22,7 +22,7 @@ TEXTS = ["the cat sat on the mat; the cat ate the rat", "a naïve café 🤗", "
 
 
 def foreign(
-    folder: Path, *, eos: str | None = "</s>", bos: bool = False, truncation: int = 0, **extra: str
+    folder: Path, *, eos: str | None = "</s>", bos: bool = False, truncation: int = 0
 ) -> PreTrainedTokenizerFast:
     """A word-level tokenizer as another project might have saved it."""
     words = ["<s>", "</s>", "<unk>", "hello", "world"]
@@ -33,9 +33,7 @@ def foreign(
     if truncation:
         tokenizer.enable_truncation(truncation)
         tokenizer.enable_padding(length=truncation)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos, bos_token="<s>", unk_token="<unk>", **extra
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token="<s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     return fast
 
