@@ -79,8 +79,8 @@ class Renderer:
             rendered = self._by_marks(messages, first)
         else:
             raise BadRecord(
-                "the chat template writes an earlier turn differently once others follow it, and marks no answer with "
-                "{% generation %}: give a template that does, with --chat-template"
+                "the chat template writes first turns alone unlike those of the whole conversation, and marks no answer "
+                "with {% generation %}: give a template that does, by --chat-template"
             )
         if not rendered.learned.any():
             raise BadRecord("the chat template leaves nothing of the answer")
@@ -115,8 +115,12 @@ class Renderer:
             upto = whole if answer + 1 == len(messages) else self._apply(messages[: answer + 1])
         except BadRecord:  # a template may refuse a part of what it takes as a whole
             return None
+        if not whole.startswith(upto):
+            upto = upto.removesuffix(self._tokenizer.eos_token)  # which some templates write once, after all turns
         if not (whole.startswith(before) and whole.startswith(upto) and len(before) < len(upto)):
             return None
+        if messages[answer]["content"].split()[-1] not in upto[len(before) :]:
+            raise BadRecord("the chat template leaves out what the assistant says: it may want content of another form")
         # the line break after the mark that ends a turn is the template's; generation has stopped by then
         end = len(upto.rstrip()) if upto.rstrip().endswith(self._marks) else len(upto)
         return len(before), end
@@ -150,5 +154,7 @@ class Renderer:
         return Rendered(ids, learned | ends)
 
     def _ends(self, rendered: Rendered) -> bool:
-        """Whether the last learned token is one at which generation stops."""
-        return bool(rendered.ids[np.flatnonzero(rendered.learned)[-1]] in self._stops)
+        """Whether the last answer ends with a token at which generation stops, but for a line break of the template."""
+        ids, learned = rendered
+        start = np.flatnonzero(learned & ~np.concatenate([[False], learned[:-1]]))[-1]
+        return bool(np.isin(ids[start:][learned[start:]][-3:], self._stops).any())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,50 @@ def test_the_two_sides_of_a_preference_begin_with_the_same_unlearned_prompt(
     assert chosen.ids[:first].tolist() == rejected.ids[:first].tolist()
 
 
+def test_eos_after_all_turns_hides_no_earlier_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% else %}{{ eos_token }}{% endif %}"
+    )
+    rendered = one(tokenizer, talk("a", "b", "c", "d"))
+    assert learned_text(tokenizer, rendered) == ["b<|im_end|>", "d<|im_end|>\n<|endoftext|>"]
+
+
+def test_a_marked_answer_that_ends_with_a_line_break_after_its_mark_gets_no_second_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ loop.length }}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    assert learned_text(tokenizer, one(tokenizer, talk("a", "b", "c", "d"))) == ["b<|im_end|>\n", "d<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2_5", "gemma3", "qwen3_instruct_2507", "lfm2"])
+def test_answers_found_by_prefixes_are_those_that_trl_marks(tokenizer: PreTrainedTokenizerFast, family: str) -> None:
+    """TRL ships templates with and without marks that render the same; the marks are the reference."""
+    marks = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<end_of_turn>", "<start_of_turn>", "<s>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>", *marks]})
+    tokenizer.bos_token = "<s>"
+    templates = Path(str(importlib.util.find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
+    messages = list(talk("hello", "hi there", "bye", "ciao"))
+    tokenizer.chat_template = (templates / f"{family}_training.jinja").read_text()
+    reference: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    tokenizer.chat_template = (templates / f"{family}.jinja").read_text()
+    ids, learned = one(tokenizer, tuple(messages))
+    assert ids.tolist() == reference["input_ids"]
+    assert tokenizer.decode(ids[learned]) == tokenizer.decode(
+        ids[np.array(reference["assistant_masks"], bool)]
+    ).replace("\n", "")
+
+
 def test_a_template_that_drops_the_answer_is_a_problem(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(BadRecord, match="leaves out what the assistant says"):
+        one(tokenizer, talk("a", "b"))
     tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}"
     with pytest.raises(BadRecord):
         one(tokenizer, talk("a", "b"))
