@@ -3,11 +3,14 @@
 choose_device(name)         the device that a person named, or the GPU where there is one
 peak_flops(device, dtype)   the device's dense peak rate in FLOP/s, or None where it is not known
 memory_in_use(device)       GiB in use by this process, by name
+peak_memory(device)         GiB at most since reset_peak_memory(device)
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -111,3 +114,26 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return values
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            _CLEAR.write_text("5")  # proc_pid_clear_refs(5): the peak resident set size becomes the present one
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that tensors have held at most on a GPU, or that this process has on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
+    return psutil.Process().memory_info().rss / GIB  # not Linux
+
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -28,7 +28,7 @@ class Meter:
         self, sizes: BatchSizes, device: torch.device, step: int, unit: str, flops: float, peak: float | None
     ) -> None:
         self.sizes, self.device, self.unit, self.flops, self.peak = sizes, device, unit, flops, peak
-        self.step, self.since = step, time.perf_counter()
+        self.restart(step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -42,12 +42,22 @@ class Meter:
 
         `weight` is that of the present step's global batch, from which the rate in the task's unit is taken.
         """
-        now = time.perf_counter()
-        seconds = (now - self.since) / max(1, step - self.step)
-        self.since, self.step = now, step
+        seconds = (time.perf_counter() - self.since) / max(1, step - self.step)
+        self.restart(step)
         rate = self.sizes.global_batch_size / seconds
         values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / seconds}
         values |= memory_in_use(self.device)
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
         return values
+
+    def restart(self, step: int) -> None:
+        """Forget what was before: `step` steps are made, and the next begins now."""
+        self.since, self.step = time.perf_counter(), step
+
+
+def brief(values: dict[str, float], unit: str) -> str:
+    """What stands beside the progress bar."""
+    memory = values.get("gpu_memory_gib", values["host_memory_gib"])
+    rate = values[f"{unit}_per_s"]
+    return f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {rate:,.0f} {unit}/s, {memory:.2f} GiB"

@@ -10,24 +10,26 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import RunConfig
-from engine.deepspeed_section import batch_sizes, parameter_dtype
-from engine.errors import TrunklineError
+from engine.deepspeed_section import BatchSizes, batch_sizes, parameter_dtype
+from engine.errors import ConfigError, TrunklineError
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.order import GlobalBatches
 from engine.schedules import learning_rates, warmup_steps
 from engine.task import Task
 
 
-def make_plan(task: Task, config: RunConfig, world_size: int, model: nn.Module) -> dict[str, Any]:
+def make_plan(
+    task: Task, config: RunConfig, world_size: int, model: nn.Module, sizes: BatchSizes | None = None
+) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
-    Activations are those that autograd keeps for one micro-batch, counted by running the loss on fake tensors, which
-    have shapes but no memory; null where the model cannot run so.
+    Batch sizes are the configured ones unless given. Activations are those that autograd keeps for one micro-batch,
+    counted by running the loss on fake tensors, which have shapes but no memory; null where the model cannot run so.
     """
-    sizes = batch_sizes(config.deepspeed, world_size)
+    sizes = sizes or batch_sizes(config.deepspeed, world_size)
     samples = len(task.datasets()["train"])  # type: ignore[arg-type]
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
-    steps = config.training.steps or (config.training.epochs or 0) * batches.per_epoch
+    steps = total_steps(config, batches)
     section = config.deepspeed
     peak = float(section.optimizer.params["lr"])
     ramp = warmup_steps(section.scheduler, steps)
@@ -37,7 +39,7 @@ def make_plan(task: Task, config: RunConfig, world_size: int, model: nn.Module) 
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    activations = _activation_bytes(task, model, config, sizes.micro_batch_size)
+    activations = activation_bytes(task, model, config, sizes.micro_batch_size)
     states = _state_bytes(config, parameters, trainable, world_size)
     return {
         "workload": config.workload,
@@ -62,6 +64,14 @@ def make_plan(task: Task, config: RunConfig, world_size: int, model: nn.Module) 
     }  # fmt: skip
 
 
+def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
+    """The number of optimizer steps of a run. Raises ConfigError if there are no samples."""
+    if not batches.num_samples:
+        raise ConfigError(f"{config.source}: data: the training split has no samples")
+    settings = config.training
+    return settings.steps if settings.steps is not None else settings.epochs * batches.per_epoch  # type: ignore[operator]
+
+
 def render_plan(plan: dict[str, Any]) -> str:
     """The plan for a person to read: the summary, then every value of the configuration with its origin."""
     values = dict(_flat(plan["config"]))
@@ -81,9 +91,9 @@ def render_summary(plan: dict[str, Any]) -> str:
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
         "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),
-        f"memory      {_size(sum(known))} a rank: "
-        + ", ".join(f"{name} {'unknown' if value is None else _size(value)}" for name, value in memory.items()),
-        f"checkpoint  {_size(plan['checkpoint_bytes'])} in all",
+        f"memory      {readable_size(sum(known))} a rank: "
+        + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
+        f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",
     ]
     return "\n".join(lines)
 
@@ -95,7 +105,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Bytes for a person to read."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -141,7 +152,8 @@ def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int
     return round(frozen + (4 + _optimizer_bytes_a_parameter(config)) * trainable)
 
 
-def _activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
+def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
+    """What autograd keeps for one micro-batch, nothing recomputed; None where the model cannot run on fake tensors."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

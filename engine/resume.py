@@ -22,15 +22,35 @@ from torch import nn
 
 from engine.backends import Backend
 from engine.checkpoint import BACKEND, Checkpoint, Checkpoints
+from engine.config import RunConfig
+from engine.deepspeed_section import parameter_dtype
 from engine.distributed import Ranks, from_main
 from engine.errors import CheckpointError, ConfigError
 from engine.evaluation import to_device
 from engine.loading import collate
+from engine.order import GlobalBatches
 from engine.sharded_state import restore
 from engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
 LAYOUT = "layout"
+
+
+def identity(task: Task, config: RunConfig, backend: str, world_size: int, batches: GlobalBatches) -> dict[str, Any]:
+    """What a checkpoint and the run that takes it up must have in common, and the layout, in which they may differ."""
+    section = config.deepspeed
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(parameter_dtype(section), "fp32")
+    return {
+        LAYOUT: f"{backend} ZeRO {section.zero_optimization.stage}, {precision}, "
+        f"{world_size} rank{'s' * (world_size > 1)}",
+        "workload": config.workload,
+        "model": config.model.model_dump(mode="json"),
+        "optimizer": section.optimizer.type,
+        "data": task.fingerprint(),
+        "num_samples": batches.num_samples,
+        "global_batch_size": batches.global_batch_size,
+        "seed": batches.seed,
+    }
 
 
 def find_checkpoint(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import nonfinite
-from engine.backends import prepare_backend
-from engine.checkpoint import Checkpoint, Checkpoints
+from engine.assembly import Assembly, Progress
+from engine.backends import Backend, Stepped
+from engine.checkpoint import Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes, parameter_dtype
 from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
@@ -27,35 +28,26 @@ from engine.evaluation import evaluate, to_device
 from engine.files import write_json
 from engine.hardware import peak_flops
 from engine.loading import training_loader
-from engine.meter import Meter
-from engine.model_options import apply_options
+from engine.memory import Attempts, OutOfMemory, Shortage
+from engine.meter import Meter, brief
+from engine.micro_batch import MicroBatches, memory_facts
 from engine.order import GlobalBatches
-from engine.plan import make_plan, render_summary
+from engine.plan import render_summary, total_steps
 from engine.randomness import mix, seed_torch
-from engine.resume import DATA, LAYOUT, Probe, find_checkpoint, load_checkpoint
+from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.selftest import collective_self_test
-from engine.sharded_state import capture
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
 from engine.watchdog import Watchdog
 from engine.weights import save_weights
 
+Accumulated = tuple[Sums | None, Tensor, Tensor]
+"""A rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed."""
+
 
 class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
-
-
-@dataclass
-class Progress:
-    """What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -81,7 +73,7 @@ class Trainer:
         resume: str = "none",
         accept_new_data: bool = False,
     ) -> None:
-        self.task, self.config, self.ranks, self.folder, self.backend_name = task, config, ranks, folder, backend
+        self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         settings = config.training
         if settings.deterministic:  # the call imports the compiler, which takes seconds
             torch.use_deterministic_algorithms(True)
@@ -89,31 +81,31 @@ class Trainer:
         require_trackers(settings.trackers)
         if ranks.world_size > 1:
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
-        self.sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.dataset = task.datasets()["train"]
-        self.batches = GlobalBatches(len(self.dataset), self.sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
+        self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self.total_steps = total_steps(config, self.batches)
-
-        self.progress = Progress()
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
         self.checkpoints.open_for_writing()
-        found = find_checkpoint(resume, self.checkpoints, self._identity(), self.total_steps, accept_new_data)
+        known = identity(task, config, backend, ranks.world_size, self.batches)
+        found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data)
         if resume == "auto" and found is None:
             self._say(f"{folder} holds no checkpoint yet: starting at step 0")
 
-        seed_torch(settings.seed, 0)
-        model = task.build_model()
-        self.plan = make_plan(task, config, ranks.world_size, model)
-        model = apply_options(model, settings)
-        self.backend = prepare_backend(backend, model, config, self.sizes, ranks, self.total_steps)
-
-        self.probe = Probe(task, self.backend.model, ranks.device)
+        self.attempts = Attempts(ranks)
+        self.micro = MicroBatches(folder, sizes, memory_facts(config, known[LAYOUT], ranks.device, sizes), ranks)
+        self._step_fits = self._evaluation_fits = False  # known after the first of each
+        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found)
+        self.assembly.build(self.micro.sizes)
+        self.progress = self.assembly.take_up()
         if found is not None:
-            self._take_up(found)
+            self.checkpoints.set_aside_after(self.progress.step)
+            other = "" if known[LAYOUT] == found.state[LAYOUT] else f", from {found.state[LAYOUT]} to {known[LAYOUT]}"
+            self._say(f"resumed from {found.path} at step {self.progress.step}{other}")
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
-        on_main(lambda: write_json(folder / "plan.json", self.plan), ranks, f"{folder}: cannot be used")
-        self._say("\n".join([render_summary(self.plan), *task.notes()]))
+        on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
+        self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._draws = mix(settings.seed, 1, ranks.rank)
         self._stop_signal: int | None = None
@@ -123,6 +115,11 @@ class Trainer:
             for failed in (False, True)
         }
         self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
+
+    @property
+    def backend(self) -> Backend:
+        """The model under training; another object after memory ran out."""
+        return self.assembly.backend
 
     def run(self) -> Progress:
         """Train to the last step, to an early stop or to a signal; leave best/ and final/ behind.
@@ -159,15 +156,17 @@ class Trainer:
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
         unit, flops = self.task.unit, self.task.flops_per_sample()
-        meter = Meter(self.sizes, self.ranks.device, progress.step, unit, flops, peak)
+        meter = Meter(self.micro.sizes, self.ranks.device, progress.step, unit, flops, peak)
         with self._bar() as bar:
             # a run that had stopped early is over, also when it is resumed
             for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
                 lr = self.backend.learning_rate() if logged else math.nan
-                sums, weight, flags = self._accumulate(micro_batches, with_sums=logged)
-                self.watchdog.note(progress.step, "optimizer step")
-                stepped = self.backend.step()
+                made = self._step(micro_batches, with_sums=logged)
+                if made is None:  # memory ran out: the loader begins again at this step, with smaller micro-batches
+                    meter.restart(progress.step)
+                    continue
+                (sums, weight, flags), stepped = made
                 progress.step += 1
                 stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
                 if save_failed:
@@ -181,7 +180,7 @@ class Trainer:
                     values = self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)}
                     values |= meter.read(progress.step, float(weight))
                     self.trackers.log(progress.step, "train", values)
-                    bar.set_postfix_str(_brief(values, unit), refresh=False)
+                    bar.set_postfix_str(brief(values, unit), refresh=False)
                 bar.update()
 
                 finished = progress.step == self.total_steps
@@ -203,17 +202,43 @@ class Trainer:
         self._save_weights("final", {"step": progress.step})
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
-        return training_loader(
-            self.task, self.dataset, self.batches, self.sizes, self.ranks.rank, first_step=self.progress.step,
-            last_step=self.total_steps, num_workers=self.config.training.num_workers,
-            pin_memory=self.ranks.device.type == "cuda",
-        )  # fmt: skip
+        while self.progress.step < self.total_steps:
+            sizes = self.micro.sizes
+            for micro_batches in training_loader(
+                self.task, self.dataset, self.batches, sizes, self.ranks.rank, first_step=self.progress.step,
+                last_step=self.total_steps, num_workers=self.config.training.num_workers,
+                pin_memory=self.ranks.device.type == "cuda",
+            ):  # fmt: skip
+                yield micro_batches
+                if self.micro.sizes is not sizes:
+                    break
 
-    def _accumulate(self, micro_batches: list[Batch], with_sums: bool) -> tuple[Sums | None, Tensor, Tensor]:
-        """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch).
+    def _step(self, micro_batches: list[Batch], with_sums: bool) -> tuple[Accumulated, Stepped] | None:
+        """One optimizer step; None if memory ran out, and everything is ready to make it with smaller micro-batches."""
+        updating = False
+        try:
+            with self.attempt(self._step_fits):
+                accumulated = self.accumulate(micro_batches, with_sums)
+            updating = True
+            self.watchdog.note(self.progress.step, "optimizer step")
+            with self.attempt(self._step_fits):
+                stepped = self.backend.step()
+            self._step_fits = True
+            return accumulated, stepped
+        except OutOfMemory as error:
+            shortage = error.shortage
+        micro_batches.clear()
+        self._make_room(self.micro.halve, shortage, intact=not updating)
+        return None
 
-        Returns this rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed.
-        """
+    def attempt(self, fits: bool = False) -> AbstractContextManager[None]:
+        """What is done within raises OutOfMemory, on all ranks alike unless it is known to fit."""
+        if not fits:
+            self.checkpoints.wait()  # its thread uses a process group
+        return self.attempts.attempt(agreed=not fits)
+
+    def accumulate(self, micro_batches: list[Batch], with_sums: bool) -> Accumulated:
+        """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self._draws, self.progress.step)
         micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
@@ -267,6 +292,7 @@ class Trainer:
         """Log the validation metrics and keep the best weights. True if it is time to stop early."""
         settings, progress = self.config.training, self.progress
         metrics = self._metrics(settings.eval_samples)
+        self._evaluation_fits = True
         self.trackers.log(progress.step, "val", metrics)
         name, sign = settings.best.metric, 1 if settings.best.mode == "min" else -1
         value, stopping = metrics[name], settings.early_stopping
@@ -291,53 +317,61 @@ class Trainer:
         return stopping is not None and self.progress.evaluations_without_gain >= stopping.patience
 
     def _metrics(self, num_samples: int | None) -> dict[str, float]:
-        metrics = evaluate(
-            self.task, self.backend.model, self.ranks, num_samples=num_samples,
-            micro_batch_size=self.sizes.micro_batch_size, num_workers=self.config.training.num_workers,
-            before_batch=lambda: self.watchdog.note(self.progress.step, "evaluating"),
-        )  # fmt: skip
-        name = self.config.training.best.metric
-        if name not in metrics:
-            raise ConfigError(f"training.best.metric: '{name}' is not measured{nearest(name, list(metrics))}")
-        return metrics
+        try:
+            with self.attempt(self._evaluation_fits):
+                metrics = evaluate(
+                    self.task, self.backend.model, self.ranks, num_samples=num_samples,
+                    micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
+                    before_batch=lambda: self.watchdog.note(self.progress.step, "evaluating"),
+                )  # fmt: skip
+        except OutOfMemory as error:
+            shortage = error.shortage
+        else:
+            name = self.config.training.best.metric
+            if name not in metrics:
+                raise ConfigError(f"training.best.metric: '{name}' is not measured{nearest(name, list(metrics))}")
+            return metrics
+        self._make_room(self.micro.halve_evaluation, shortage)
+        return self._metrics(num_samples)
+
+    def _make_room(
+        self, halve: Callable[[int, Shortage, dict[str, Any]], str], shortage: Shortage, intact: bool = True
+    ) -> None:
+        """Go on with a smaller micro-batch, or say how to. `intact`: no parameter has changed since the last step."""
+        step = self.progress.step
+        line = halve(step, shortage, self.assembly.plan)
+        if not shortage.agreed or not (intact or step == self.assembly.first_step):
+            why = "the optimizer was changing the parameters" if shortage.agreed else "the other ranks are in the step"
+            raise TrunklineError(
+                f"{line}; {why}, so the run ends here; --resume auto --output-dir {self.folder} goes on with that"
+            )
+        self._say(f"warning: {line}")
+        self.rebuild()
+        self.note_sizes()
+
+    def note_sizes(self) -> None:
+        """Put the batch sizes in force, which are not the configured ones, into the run's plan and metrics."""
+        sizes, path = self.micro.sizes, self.folder / "plan.json"
+        values = {"micro_batch_size": sizes.micro_batch_size, "grad_accum_steps": sizes.grad_accum_steps}
+        self.trackers.log(self.progress.step, "memory", values | {"evaluation_micro_batch_size": self.micro.evaluation})
+        on_main(lambda: write_json(path, self.assembly.plan), self.ranks, f"{path}: cannot be written")
+
+    def rebuild(self) -> None:
+        """Put the run together again for the batch sizes in force. Called on all ranks."""
+        self.watchdog.note(self.progress.step, "rebuilding the model for other micro-batches")
+        self.assembly.rebuild(self.micro.sizes, self.progress, self.checkpoints)
+        self._step_fits = self._evaluation_fits = False
 
     def save(self, in_background: bool | None = None) -> Path:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
         self.checkpoints.wait()  # so that no two copies of the state are held at once
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
-        state = asdict(self.progress) | self._identity() | {"loss_scaler": self.backend.loss_scaler()}
-        return self.checkpoints.save(capture(self.backend), state, self.probe.loss(), in_background)
+        return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
         self.watchdog.note(self.progress.step, f"writing {name}/")
         save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that takes it up must have in common."""
-        section = self.config.deepspeed
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(parameter_dtype(section), "fp32")
-        return {
-            LAYOUT: f"{self.backend_name} ZeRO {section.zero_optimization.stage}, {precision}, "
-            f"{self.ranks.world_size} rank{'s' * (self.ranks.world_size > 1)}",
-            "workload": self.config.workload,
-            "model": self.config.model.model_dump(mode="json"),
-            "optimizer": section.optimizer.type,
-            "data": self.task.fingerprint(),
-            "num_samples": self.batches.num_samples,
-            "global_batch_size": self.sizes.global_batch_size,
-            "seed": self.config.training.seed,
-        }
-
-    def _take_up(self, found: Checkpoint) -> None:
-        mine, theirs = self._identity()[LAYOUT], found.state[LAYOUT]
-        load_checkpoint(found, self.backend, self.ranks)
-        if all(found.state[key] == value for key, value in self._identity().items() if key in DATA):
-            self.probe.check(found, mine)  # else the sample may be another one
-        self.progress = Progress(**{name: found.state[name] for name in asdict(self.progress)})
-        self.checkpoints.set_aside_after(self.progress.step)
-        resharded = "" if mine == theirs else f", from {theirs} to {mine}"
-        self._say(f"resumed from {found.path} at step {self.progress.step}{resharded}")
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._stop_signal = number  # acted on at the end of the step, by all ranks together
@@ -351,18 +385,3 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.ranks.is_main:
             tqdm.write(line)
-
-
-def _brief(values: dict[str, float], unit: str) -> str:
-    """What stands beside the progress bar."""
-    memory = values.get("gpu_memory_gib", values["host_memory_gib"])
-    rate = values[f"{unit}_per_s"]
-    return f"loss {values['loss']:.4g}, lr {values['lr']:.2e}, {rate:,.0f} {unit}/s, {memory:.2f} GiB"
-
-
-def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
-    """The number of optimizer steps of a run."""
-    if not batches.num_samples:
-        raise ConfigError(f"{config.source}: data: the training split has no samples")
-    settings = config.training
-    return settings.steps if settings.steps is not None else settings.epochs * batches.per_epoch  # type: ignore[operator]

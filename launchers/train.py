@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
     parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
     parser.add_argument("--resume", default="none", metavar="none|auto|PATH", help="auto: the newest good checkpoint")
+    parser.add_argument(
+        "--find-micro-batch", action="store_true", help="first find the largest micro-batch that fits, by trying"
+    )
     parser.add_argument("--accept-new-data", action="store_true", help="resume although the data set has changed")
     parser.add_argument(
         "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
@@ -64,6 +67,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
     from engine.backends import choose_backend
+    from engine.find_micro_batch import find_micro_batch
     from engine.report import write_report
     from engine.trainer import Trainer
 
@@ -74,6 +78,8 @@ def _train(arguments: argparse.Namespace) -> int:
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,
     )  # fmt: skip
+    if arguments.find_micro_batch:
+        find_micro_batch(trainer)
     trainer.run()
     if ranks.is_main:
         print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")

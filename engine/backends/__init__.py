@@ -78,6 +78,10 @@ class Backend(Protocol):
         as half-precision copies), the schedule to where it is after `applied_steps`, and the loss scaler to its state.
         """
 
+    def close(self) -> None:
+        """Let go of the model: once nothing else refers to this backend, its memory is free. After an interrupted step
+        too; nothing else may be called then."""
+
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors, parameters in master precision, then buffers; one at a time, on the CPU. Called
         and consumed on all ranks."""

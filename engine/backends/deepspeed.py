@@ -219,6 +219,10 @@ class DeepSpeedBackend:
         scaler = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
         return scaler if self.engine.fp16_enabled() and hasattr(scaler, "last_overflow_iter") else None
 
+    def close(self) -> None:
+        self.engine.destroy()  # else the hooks of ZeRO on the autograd graph keep it alive
+        _forget_zero3_modules(set(self.module.modules()))
+
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
@@ -250,6 +254,18 @@ class DeepSpeedBackend:
                 else:
                     found[parameter] = wrapper.fp32_groups[index][place], 0
         return found
+
+
+def _forget_zero3_modules(modules: set[nn.Module]) -> None:
+    """Drop what ZeRO 3 leaves of a destroyed engine in a list of its module and in a cache of its class."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module not in modules]
+    method = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(method, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 _LARGEST_BUCKET = 500_000_000  # DeepSpeed's default

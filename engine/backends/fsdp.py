@@ -146,6 +146,9 @@ class FSDPBackend:
         fast_forward(self._scheduler, applied_steps)
         self._scaler.load(loss_scaler)
 
+    def close(self) -> None:
+        """Nothing: what fully_shard adds to a model refers to nothing but the model."""
+
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters:
             yield name, cast(DTensor, parameter.detach().to(self._device)).full_tensor().to("cpu", copy=True)

@@ -1,0 +1,118 @@
+"""A run put together: plan, model, backend and probe, for given batch sizes and again for others in the same state.
+
+assembly = Assembly(task, config, ranks, "deepspeed", total_steps, identity, found)
+assembly.build(sizes)                          what step 0 begins with
+progress = assembly.take_up()                  or what the checkpoint holds that was found
+assembly.rebuild(sizes, progress, checkpoints)   the same state, in this process, after an interrupted step too
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from engine.backends import Backend, prepare_backend
+from engine.checkpoint import Checkpoint, Checkpoints
+from engine.config import RunConfig
+from engine.deepspeed_section import BatchSizes
+from engine.distributed import Ranks, on_main
+from engine.hardware import reset_peak_memory
+from engine.model_options import apply_options
+from engine.plan import make_plan
+from engine.randomness import seed_torch
+from engine.resume import DATA, LAYOUT, Probe, load_checkpoint
+from engine.sharded_state import Snapshot, capture
+from engine.task import Task
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Assembly:
+    """Every method is called on all ranks.
+
+    Args:
+        task, config, ranks, total_steps: the run's.
+        backend_name: which engine shards the model.
+        identity: what a checkpoint of the run must have in common with it (`engine.resume.identity`).
+        found: the checkpoint that the run goes on from.
+    """
+
+    plan: dict[str, Any]
+    backend: Backend
+    probe: Probe
+
+    def __init__(
+        self, task: Task, config: RunConfig, ranks: Ranks, backend_name: str, total_steps: int,
+        identity: dict[str, Any], found: Checkpoint | None,
+    ) -> None:  # fmt: skip
+        self.task, self.config, self.ranks, self.backend_name = task, config, ranks, backend_name
+        self.total_steps, self.identity, self.found = total_steps, identity, found
+
+    @property
+    def first_step(self) -> int:
+        """The step that this process began with."""
+        return self.found.state["step"] if self.found else 0
+
+    def build(self, sizes: BatchSizes) -> None:
+        """Plan, model, backend and probe, as they are at step 0."""
+        seed_torch(self.config.training.seed, 0)
+        model = self.task.build_model()
+        self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
+        model = apply_options(model, self.config.training)
+        self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps)
+        self.probe = Probe(self.task, self.backend.model, self.ranks.device)
+
+    def take_up(self) -> Progress:
+        """Put the state of the checkpoint that was found, if any, into what was built. Raises CheckpointError."""
+        if self.found is None:
+            return Progress()
+        load_checkpoint(self.found, self.backend, self.ranks)
+        if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
+            self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
+        return Progress(**{name: self.found.state[name] for name in asdict(Progress())})
+
+    def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
+        """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
+        return capture(self.backend), asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+
+    def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:
+        """Everything anew for other sizes, in the state that it is in, or in that of the first step if no other has
+        been made. A step that was interrupted before its update may leave whatever it likes behind: nothing of the old
+        backend is used but the parameters and the optimizer's state. Takes the time of a blocking save and a start."""
+        checkpoints.wait()
+        state, held = self.found, None
+        if progress.step != self.first_step:
+            held = Checkpoints(checkpoints.folder.parent / ".held", checkpoints.ranks, keep_last=1)
+            # without the probe, whose forward may not pass through the old backend
+            state = held.load(held.save(*self.state(progress), probe_loss=math.nan, in_background=False))
+        self._release()
+        self.build(sizes)
+        if state is not None:
+            load_checkpoint(state, self.backend, self.ranks)
+        if held is not None:
+            on_main(lambda: shutil.rmtree(held.folder), self.ranks, f"{held.folder}: cannot be removed")
+
+    def _release(self) -> None:
+        self.backend.close()
+        del self.backend, self.probe
+        gc.collect()
+        if self.config.training.compile:
+            torch.compiler.reset()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        reset_peak_memory(self.ranks.device)  # what is shown is of the present sizes

@@ -1,0 +1,140 @@
+"""The largest micro-batch that fits, found by trying: `launchers/train.py --find-micro-batch`.
+
+    find_micro_batch(trainer)      before trainer.run(), which then trains with what was found
+
+A trial is one whole step and one more forward and backward pass, because the optimizer makes its state in the first
+step; it is made by the trainer's own code, on all ranks. Afterwards the run is put together again as it was before, so
+no trial leaves a trace. Sizes whose counted memory alone is beyond the device's are not tried: a GPU's allocator
+refuses, but a machine that has no memory left for a CPU's ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_right
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from engine.deepspeed_section import BatchSizes
+from engine.distributed import Ranks, gather
+from engine.errors import TrunklineError
+from engine.hardware import peak_memory, reset_peak_memory
+from engine.loading import training_loader
+from engine.memory import OutOfMemory, Shortage
+from engine.micro_batch import divisors, resized, ways_out
+from engine.order import GlobalBatches
+from engine.plan import activation_bytes, readable_size
+from engine.trainer import Trainer
+
+_SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counted
+
+
+def find_micro_batch(trainer: Trainer) -> None:
+    """Find it by bisection and remember it with the run, which is ready to begin. Called on all ranks.
+
+    A run that remembers its micro-batch keeps to it. Raises TrunklineError if a single sample does not fit.
+    """
+    if trainer.micro.notes:
+        _say(trainer, f"not looking for a micro-batch: remove {trainer.micro.path} to look again")
+        return
+    sizes = trainer.micro.sizes
+    candidates = _not_hopeless(trainer, divisors(sizes))
+    fits, too_large = -1, len(candidates)  # places in the list
+    shortage = Shortage("counted memory alone is beyond the device's", agreed=True)
+    with tqdm(
+        total=len(candidates).bit_length(), desc="find micro-batch", unit="trial", disable=not trainer.ranks.is_main
+    ) as bar:
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            outcome = _trial(trainer, resized(sizes, candidates[middle]))
+            if isinstance(outcome, Shortage):
+                too_large, shortage = middle, outcome
+                _say(trainer, f"micro-batch {candidates[middle]:>6}: out of memory ({shortage.text})")
+            else:
+                fits = middle
+                _say(trainer, f"micro-batch {candidates[middle]:>6}: {outcome}")
+            bar.update()
+        bar.total = bar.n
+    if fits < 0:
+        raise TrunklineError(f"a single sample does not fit into memory{ways_out(shortage, trainer.assembly.plan)}")
+    trainer.micro.take(resized(sizes, candidates[fits]), "found by --find-micro-batch")
+    trainer.rebuild()
+    trainer.note_sizes()
+    _say(trainer, f"training with micro-batches of {candidates[fits]}, remembered in {trainer.micro.path}")
+
+
+def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
+    """Peak memory and speed, for a person; or who ran out of memory."""
+    ranks, dataset = trainer.ranks, trainer.dataset
+    accumulation = min(2, wanted.grad_accum_steps)  # from the second micro-batch on, the first one's gradients are kept
+    total = wanted.micro_batch_size * ranks.world_size * accumulation
+    sizes = BatchSizes(total, wanted.micro_batch_size, accumulation, ranks.world_size)
+    trainer.micro.sizes = sizes
+    trainer.rebuild()
+    reset_peak_memory(ranks.device)
+    batches = GlobalBatches(len(dataset), total, trainer.config.training.seed)  # type: ignore[arg-type]
+    try:
+        with trainer.attempt():
+            first, second = training_loader(
+                trainer.task, dataset, batches, sizes, ranks.rank, first_step=0, last_step=2, num_workers=0,
+                pin_memory=ranks.device.type == "cuda",
+            )  # fmt: skip
+            trainer.accumulate(first, with_sums=False)
+            first.clear()
+            trainer.backend.step()
+            begin = _now(ranks)
+            trainer.accumulate(second, with_sums=False)
+            seconds = _now(ranks) - begin
+    except OutOfMemory as error:
+        return error.shortage
+    peak = max(gather(peak_memory(ranks.device), ranks))
+    return f"fits, peak {peak:.2f} GiB a rank, {seconds:.3g} s, {total / seconds:,.0f} samples/s"
+
+
+def _not_hopeless(trainer: Trainer, candidates: list[int]) -> list[int]:
+    """Those whose counted memory is no more than the device's on every rank."""
+    counted = _counted_bytes(trainer, candidates)
+    budget = min(gather(_budget_bytes(trainer.ranks), trainer.ranks))
+    worth = bisect_right(counted, budget)
+    if worth < len(candidates):
+        _say(
+            trainer,
+            f"micro-batch {candidates[worth]:>6} and more: not tried, {readable_size(counted[worth])} of parameters, "
+            f"states and activations counted for {readable_size(budget)} of memory",
+        )
+    return candidates[:worth]
+
+
+def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
+    """A lower bound of what each size needs; activations grow in proportion, apart from what all samples share."""
+    plan, settings = trainer.assembly.plan, trainer.config.training
+    zero = trainer.config.deepspeed.zero_optimization
+    states = sum(size for name, size in plan["memory_bytes"].items() if name != "activations")
+    if zero.offload_param or zero.offload_optimizer:
+        states = 0  # it is elsewhere, wholly or partly
+    two, four = 0, 0
+    if not (settings.activation_checkpointing or settings.compile):  # neither of which the count knows
+        model = trainer.task.build_model()
+        two, four = (activation_bytes(trainer.task, model, trainer.config, size) or 0 for size in (2, 4))
+    return [states + max(0.0, two + (four - two) / 2 * (size - 2)) for size in candidates]
+
+
+def _budget_bytes(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
+    return _SHARE_OF_A_CPU * psutil.virtual_memory().available / local_ranks
+
+
+def _now(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _say(trainer: Trainer, line: str) -> None:
+    if trainer.ranks.is_main:
+        tqdm.write(line)
