@@ -130,6 +130,8 @@ def prepare(
     """
     _check_settings(vocab_size, val_fraction, max_bad_fraction, workers)
     files, val_files = find_files(sources), find_files(val_sources)
+    if both := {path.resolve() for path in files} & {path.resolve() for path in val_files}:
+        raise ConfigError(f"{min(both)}: given both to train on and as --val-source: leave it out of one")
     _check_out(out, [*sources, *val_sources])
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     made_from: dict[str, Any] = {

@@ -79,8 +79,8 @@ class Renderer:
             rendered = self._by_marks(messages, first)
         else:
             raise BadRecord(
-                "the chat template writes first turns alone unlike those of the whole conversation, and marks no answer "
-                "with {% generation %}: give a template that does, by --chat-template"
+                "the chat template writes first turns alone unlike those of the whole conversation, and marks no "
+                "answer with {% generation %}: give a template that does, by --chat-template"
             )
         if not rendered.learned.any():
             raise BadRecord("the chat template leaves nothing of the answer")

@@ -42,7 +42,10 @@ from models.causal_lm.store import (
 
 @contextmanager
 def draft_of(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that nobody else writes. The lock goes with the process, however it ends."""
+    """An empty folder beside `out` that nobody else writes; if it was not renamed, it is removed in the end.
+
+    The lock goes with the process, however it ends. Raises DataError while another process holds it.
+    """
     draft = out.with_name(f".{out.name}.draft")
     draft.mkdir(exist_ok=True)
     descriptor = os.open(draft, os.O_RDONLY)
@@ -55,9 +58,12 @@ def draft_of(out: Path) -> Iterator[Path]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        for path in draft.iterdir():  # of a preparation that was interrupted
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield draft
+        try:
+            for path in draft.iterdir():  # of a preparation that was killed
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     finally:
         os.close(descriptor)
 

@@ -142,7 +142,7 @@ def test_a_chat_template_replaces_the_tokenizers_own(conversations: Path, tmp_pa
     template.write_text("{% for m in messages %}{{ raise_exception('not today') }}{% endfor %}")
     with pytest.raises(DataError, match=r"talks\.jsonl: line 1: the chat template fails: not today"):
         prepare([conversations], tmp_path / "other", kind="conversations", vocab_size=300, chat_template=template)
-    assert not (tmp_path / "other").exists()
+    assert not list(tmp_path.glob("*other*")), "neither a store nor a draft"
     template.write_text(" \n")
     with pytest.raises(ConfigError, match="empty: a chat template writes messages"):
         prepare([conversations], tmp_path / "other", kind="conversations", vocab_size=300, chat_template=template)
@@ -240,6 +240,11 @@ def test_an_out_that_is_something_else_is_left_alone(source: Path, tmp_path: Pat
     with pytest.raises(DataError, match="contain one another"):
         prepare([source], source.parent, kind="text")
     assert content(tmp_path) == {"photos/one.jpg": b"jpg"}
+
+
+def test_a_file_cannot_train_and_validate(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"texts\.jsonl: given both to train on and as --val-source"):
+        prepare([source.parent], tmp_path / "store", kind="text", val_sources=[source])
 
 
 @pytest.mark.parametrize(

@@ -172,16 +172,16 @@ def test_another_index_or_tokenizer_is_not_taken_for_the_one_written(store: Stor
         Store.open(store.root)
 
 
-def test_a_draft_is_no_store_and_the_next_writer_empties_it(tmp_path: Path) -> None:
+def test_a_draft_is_no_store_and_goes_if_it_was_not_finished(tmp_path: Path) -> None:
     out = tmp_path / "store"
     with draft_of(out) as draft, StoreWriter(draft, "text", 300) as writer:
         writer.add("train", [Rendered(np.array([1, 2]), np.ones(2, bool))])
-    assert not out.exists()
-    for folder in (out, draft):
-        with pytest.raises(DataError, match=r"no prepared data set here \(no store\.json\)"):
-            Store.open(folder)
+        for folder in (out, draft):
+            with pytest.raises(DataError, match=r"no prepared data set here \(no store\.json\)"):
+                Store.open(folder)
+    assert list(tmp_path.iterdir()) == []
     store = write(out)
-    assert not draft.exists()
+    assert list(tmp_path.iterdir()) == [out]
     assert len(store.split("train")) == len(TRAIN)
 
 
