@@ -215,7 +215,6 @@ def test_answers_found_by_prefixes_are_those_that_trl_marks(tokenizer: PreTraine
 def test_a_template_that_drops_the_answer_is_a_problem(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: "
-        "{% for m in messages %}{{ m.role }}: "
         "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
