@@ -40,6 +40,8 @@ class Progress:
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    norm_average: float = 0.0
+    norms_seen: int = 0
 
 
 class Assembly:
@@ -84,7 +86,8 @@ class Assembly:
         load_checkpoint(self.found, self.backend, self.ranks)
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
-        return Progress(**{name: self.found.state[name] for name in asdict(Progress())})
+        # what a checkpoint of an earlier version lacks is as it is at the beginning
+        return Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
 
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""

@@ -37,6 +37,14 @@ class EarlyStopping(Strict):
     min_delta: float = Field(default=0.0, ge=0)
 
 
+class AdaptiveClipping(Strict):
+    """Clip gradients at `factor` times a moving average of recent norms, beside deepspeed.gradient_clipping."""
+
+    factor: float = Field(default=2.0, gt=0)
+    beta: float = Field(default=0.98, gt=0, lt=1, description="of the average, over about 1 / (1 - beta) steps")
+    warmup_steps: int = Field(default=50, ge=0, description="steps that only enter the average")
+
+
 class Training(Strict):
     """What the engine itself decides. Batch sizes, optimizer, schedule and precision are DeepSpeed's section."""
 
@@ -52,6 +60,7 @@ class Training(Strict):
     log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
+    adaptive_clipping: AdaptiveClipping | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False

@@ -20,6 +20,7 @@ from engine import nonfinite
 from engine.assembly import Assembly, Progress
 from engine.backends import Backend, Stepped
 from engine.checkpoint import Checkpoints
+from engine.clipping import clip_norm, note_norm
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes, parameter_dtype
 from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
@@ -176,6 +177,9 @@ class Trainer:
                     self._skipped(micro_batches)
                 else:
                     progress.skipped_in_a_row = 0
+                    if settings.adaptive_clipping is not None:
+                        fixed = self.config.deepspeed.gradient_clipping
+                        note_norm(settings.adaptive_clipping, fixed, progress, float(stepped.grad_norm))
                 if sums is not None:
                     values = self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)}
                     values |= meter.read(progress.step, float(weight))
@@ -220,6 +224,8 @@ class Trainer:
             with self.attempt(self._step_fits):
                 accumulated = self.accumulate(micro_batches, with_sums)
             updating = True
+            if (adaptive := self.config.training.adaptive_clipping) is not None:
+                self.backend.clip_at(clip_norm(adaptive, self.config.deepspeed.gradient_clipping, self.progress))
             self.watchdog.note(self.progress.step, "optimizer step")
             with self.attempt(self._step_fits):
                 stepped = self.backend.step()

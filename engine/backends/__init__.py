@@ -47,6 +47,9 @@ class Backend(Protocol):
         """Add the gradient of `loss` to that of the step. Summed over the ranks and micro-batches of the step, these
         gradients are the step's: the backend neither averages nor divides."""
 
+    def clip_at(self, max_norm: float) -> None:
+        """From now on `step` clips the gradient to this global norm, instead of the configured one; 0 for none."""
+
     def step(self) -> Stepped:
         """Clip, update the parameters, advance the schedule, clear the gradients."""
 

@@ -116,6 +116,14 @@ class DeepSpeedBackend:
             loss = loss * self._ranks.world_size
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    def clip_at(self, max_norm: float) -> None:
+        if self._clip is not None:
+            self._clip = max_norm
+        elif hasattr(self.engine.optimizer, "clip_grad"):
+            self.engine.optimizer.clip_grad = max_norm
+        else:  # torch_autocast without ZeRO
+            self.engine._config.gradient_clipping = max_norm
+
     def step(self) -> Stepped:
         self._micro_step = 0
         norm = None

@@ -84,6 +84,9 @@ class FSDPBackend:
             root.set_reshard_after_backward(is_last)
         root.set_requires_all_reduce(is_last)
 
+    def clip_at(self, max_norm: float) -> None:
+        self._max_norm = max_norm
+
     @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
         self._micro_batch = 0
