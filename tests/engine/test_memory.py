@@ -81,7 +81,7 @@ def trainer_of(task: TinyTask, config: RunConfig, folder: Path, backend: str, re
 def config_of(folder: Path, stage: int, micro: int, **training: Any) -> RunConfig:
     """With noise and ragged batches: 40 samples by 16 leave 8."""
     sizes = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
-    settings = {"steps": 8, "eval_every": 4, "save_every": 9, **training}
+    settings = {"steps": 6, "eval_every": 4, "save_every": 9, **training}
     return tiny_config(folder, data={"noise": 0.1}, training=settings, deepspeed=sizes)
 
 
@@ -123,7 +123,12 @@ def test_what_an_allocator_says_is_told_from_other_errors(error: Exception, is_o
 @pytest.mark.fault("out of memory in the {where} of the first step, {backend} ZeRO {stage}")
 @pytest.mark.parametrize(
     ("backend", "stage", "where"),
-    [("deepspeed", 0, "forward"), ("deepspeed", 2, "backward"), ("deepspeed", 3, "backward"), ("fsdp", 3, "forward")],
+    [
+        ("deepspeed", 0, "forward"),
+        ("deepspeed", 2, "backward"),
+        pytest.param("deepspeed", 3, "backward", marks=pytest.mark.slow),
+        pytest.param("fsdp", 3, "forward", marks=pytest.mark.slow),
+    ],
 )
 def test_out_of_memory_in_the_first_step_gives_the_run_of_smaller_micro_batches_bit_for_bit(
     tmp_path: Path, backend: str, stage: int, where: str
@@ -157,15 +162,15 @@ def resumed_by_hand(folder: Path, stage: int, backend: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("backend", "stage", "where"),
     [
-        ("deepspeed", 2, "forward"),
         ("deepspeed", 3, "backward"),
         ("fsdp", 3, "backward"),
         *(
             pytest.param(backend, stage, where, marks=pytest.mark.slow)
             for backend, stage, where in [
                 ("deepspeed", 0, "forward"), ("deepspeed", 0, "backward"), ("deepspeed", 1, "forward"),
-                ("deepspeed", 1, "backward"), ("deepspeed", 2, "backward"), ("deepspeed", 3, "forward"),
-                ("fsdp", 0, "forward"), ("fsdp", 0, "backward"), ("fsdp", 2, "forward"), ("fsdp", 3, "forward"),
+                ("deepspeed", 1, "backward"), ("deepspeed", 2, "forward"), ("deepspeed", 2, "backward"),
+                ("deepspeed", 3, "forward"), ("fsdp", 0, "forward"), ("fsdp", 0, "backward"), ("fsdp", 2, "forward"),
+                ("fsdp", 3, "forward"),
             ]
         ),
     ],
@@ -198,11 +203,12 @@ ALL = [
 def train_with_a_full_rank(rank: int, world_size: int, folder: Path, layouts: list[tuple[str, int, str]]) -> None:
     for backend, stage, where in layouts:
         name = f"{backend}-{stage}-{where}"
-        small = 8 if where == "evaluation" else 2
-        trainer = train(folder / name, stage, 8, backend, limit=2 if rank == 1 else None, where=where)
+        small = 8 if where == "evaluation" else 4
+        trainer = train(folder / name, stage, 8, backend, limit=4 if rank == 1 else None, where=where)
         assert trainer.micro.sizes == BatchSizes(16, small, 8 // small, 2)
-        assert trainer.micro.evaluation == 2
-        train(folder / f"{name}-small", stage, small, backend)
+        assert trainer.micro.evaluation == 4
+        if layouts == ALL:
+            train(folder / f"{name}-small", stage, small, backend)
 
 
 @pytest.mark.fault("out of memory on one of two ranks: {layouts}")
@@ -215,7 +221,8 @@ def test_a_rank_that_runs_out_of_memory_takes_the_others_with_it(
     train(tmp_path / "one", 0, 16, "deepspeed")
     for backend, stage, where in layouts:
         name = f"{backend}-{stage}-{where}"
-        assert losses(tmp_path / name) == losses(tmp_path / f"{name}-small")
+        if layouts == ALL:
+            assert losses(tmp_path / name) == losses(tmp_path / f"{name}-small")
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
         assert losses(tmp_path / name, "val") == pytest.approx(losses(tmp_path / "one", "val"), rel=1e-6)
 
@@ -350,7 +357,7 @@ def found_micro_batch(folder: Path, backend: str, stage: int, limit: int | None,
     return trainer
 
 
-@pytest.mark.parametrize("limit", [None, 8, 7, 1])
+@pytest.mark.parametrize("limit", [7, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (None, 8, 1))])
 def test_the_largest_micro_batch_is_found_and_leaves_no_trace_in_the_losses(tmp_path: Path, limit: int | None) -> None:
     trainer = found_micro_batch(tmp_path / "found", "deepspeed", 2, limit)
     largest = max(size for size in divisors(trainer.micro.sizes) if size <= (limit or 16))
@@ -359,15 +366,17 @@ def test_the_largest_micro_batch_is_found_and_leaves_no_trace_in_the_losses(tmp_
     assert losses(tmp_path / "found") == losses(tmp_path / "chosen")
 
 
-def find_on_a_rank(rank: int, world_size: int, folder: Path) -> None:
-    for backend, stage in [("deepspeed", 3), ("fsdp", 3)]:
-        trainer = found_micro_batch(folder / backend, backend, stage, limit=4 if rank == 1 else None)
-        assert trainer.micro.sizes == BatchSizes(16, 4, 2, 2)
+def find_on_a_rank(rank: int, world_size: int, folder: Path, backend: str, stage: int) -> None:
+    trainer = found_micro_batch(folder / "run", backend, stage, limit=4 if rank == 1 else None)
+    assert trainer.micro.sizes == BatchSizes(16, 4, 2, 2)
 
 
 @pytest.mark.distributed
-def test_the_largest_micro_batch_is_that_of_the_rank_with_the_least_memory(tmp_path: Path) -> None:
-    run_distributed_test(find_on_a_rank, 2, tmp_path, backend=None)
+@pytest.mark.parametrize(("backend", "stage"), [("fsdp", 3), pytest.param("deepspeed", 3, marks=pytest.mark.slow)])
+def test_the_largest_micro_batch_is_that_of_the_rank_with_the_least_memory(
+    tmp_path: Path, backend: str, stage: int
+) -> None:
+    run_distributed_test(find_on_a_rank, 2, tmp_path, backend, stage, backend=None)
 
 
 def test_looking_for_a_micro_batch_again_keeps_to_the_one_that_was_found(

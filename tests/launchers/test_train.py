@@ -44,6 +44,20 @@ def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[s
     assert plan == json.loads((toy / "run/plan.json").read_text())
 
 
+def test_the_micro_batch_is_looked_for_where_that_is_wanted(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run"), "--find-micro-batch"]
+    assert train.main([*flags, "--set", "deepspeed.train_micro_batch_size_per_gpu=2"]) == 0
+    assert "training with micro-batches of 8, remembered in" in capsys.readouterr().out  # the CPU has room for all
+    assert json.loads((tmp_path / "run/plan.json").read_text())["micro_batch_size"] == 8
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (toy / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if row["split"] == "train"] == [
+        row["loss"] for row in whole if row["split"] == "train"
+    ]
+
+
 def test_the_plan_names_the_origin_of_every_value(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--config", str(toy / "config.json"), "--plan", "--set", "training.seed=5"]
     flags += ["--set", "deepspeed.train_batch_size=32", "--world-size", "2"]
