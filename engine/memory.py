@@ -35,7 +35,7 @@ _SAYINGS = (
     "ALLOCATION_FAILED",  # cuDNN 9, of the host and of the device
     "HIPBLAS_STATUS_ALLOC_FAILED",
 )
-_COLLECTIVES = ("all", "barrier", "broadcast", "gather", "reduce", "scatter")
+_COLLECTIVES = ("all", "barrier", "broadcast", "gather", "reduce", "scatter", "start_coalescing", "end_coalescing")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,6 +69,7 @@ class Attempts:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = with_own_group(ranks)
+        self._coalescing = False
 
     @contextmanager
     def attempt(self, agreed: bool) -> Iterator[None]:
@@ -112,17 +113,22 @@ class Attempts:
             if name.lstrip("_").startswith(_COLLECTIVES) and callable(method)
         }
         for name in methods:
-            setattr(dist.ProcessGroup, name, self._asking(getattr(dist.ProcessGroup, name)))
+            setattr(dist.ProcessGroup, name, self._asking(name, getattr(dist.ProcessGroup, name)))
         try:
             yield
         finally:
+            self._coalescing = False
             for name, method in methods.items():
                 setattr(dist.ProcessGroup, name, method)
 
-    def _asking(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def _asking(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def ask_first(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            if group is not self.ranks.group:
+            # once for collectives that are launched as one: a start without its end would hold up all later ones
+            if group is not self.ranks.group and not self._coalescing:
                 self._ask()
-            return collective(group, *args, **kwargs)
+            result = collective(group, *args, **kwargs)
+            if name.endswith("_coalescing"):
+                self._coalescing = name == "_start_coalescing"
+            return result
 
         return ask_first

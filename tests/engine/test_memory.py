@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from engine.assembly import Progress
 from engine.config import RunConfig
@@ -25,7 +27,7 @@ from engine.deepspeed_section import BatchSizes
 from engine.distributed import Ranks, start
 from engine.errors import TrunklineError
 from engine.find_micro_batch import find_micro_batch
-from engine.memory import Shortage, is_out_of_memory
+from engine.memory import Attempts, OutOfMemory, Shortage, is_out_of_memory
 from engine.micro_batch import MicroBatches, divisors
 from engine.plan import activation_bytes, make_plan
 from engine.task import Batch, Sums
@@ -190,6 +192,33 @@ def test_out_of_memory_in_a_later_step_is_a_stop_and_a_resume_with_half_the_micr
     train(tmp_path / "unbroken", stage, 16, backend)
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-6)
     assert [path.name for path in (tmp_path / "broken").glob(".*")] == []
+
+
+def reduce_until_rank_1_is_full(rank: int, world_size: int) -> tuple[str, list[float], bool]:
+    attempts, x, y = Attempts(start()), torch.ones(3), torch.ones(2)
+    methods, said = dict(vars(dist.ProcessGroup)), ""
+    with attempts.attempt(agreed=True):
+        dist.all_reduce(x)
+        with _coalescing_manager():
+            dist.all_reduce(x)
+            dist.all_reduce(y)
+    try:
+        with attempts.attempt(agreed=True):
+            dist.all_reduce(x)
+            if rank == 1:
+                raise torch.OutOfMemoryError("full")
+            dist.all_reduce(x)
+            raise AssertionError("rank 0 went on without rank 1")
+    except OutOfMemory as error:
+        said = error.shortage.text
+    dist.all_reduce(y)  # nothing is left over that this could be taken for
+    return said, x.tolist() + y.tolist(), methods == dict(vars(dist.ProcessGroup))
+
+
+@pytest.mark.distributed
+def test_no_rank_enters_a_collective_that_a_full_rank_will_not_join() -> None:
+    results = run_distributed_test(reduce_until_rank_1_is_full, 2, backend=None)
+    assert results == [("rank 1: OutOfMemoryError: full", [8.0, 8.0, 8.0, 4.0, 4.0], True)] * 2
 
 
 FEW = [("deepspeed", 0, "backward"), ("deepspeed", 2, "forward"), ("deepspeed", 3, "forward"), ("fsdp", 3, "backward")]
