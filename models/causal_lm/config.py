@@ -75,7 +75,7 @@ class CausalLMModel(Strict):
     num_kv_heads: int | None = Field(None, ge=1)
     intermediate_size: int | None = Field(None, ge=1)
     attention: Literal["auto", "trunkline", "sdpa", "eager"] = Field(
-        "auto", description="auto: kernels.flash_attention where the model's attention is one that it can do, else sdpa"
+        "auto", description="auto: kernels.flash_attention where it can do the model's attention, else what torch has"
     )
 
     @property

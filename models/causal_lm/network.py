@@ -79,13 +79,14 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     """The network, in fp32: initialised from torch's global generator, or with the weights of `model.path`."""
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     register_with_transformers()
     attention = attention_of(model, hf_config)
     if model.path is None:
-        lm = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
+        lm = loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
         return CausalLM(lm)
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(
+        lm, found = loader.from_pretrained(
             model.path, config=hf_config, attn_implementation=attention, dtype=torch.float32, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
@@ -104,8 +105,8 @@ _NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "a
 """Configuration keys that, where they are set, ask for an attention that flash_attention is not."""
 
 
-def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str:
-    """The attention implementation that transformers is told to use."""
+def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str | None:
+    """The attention implementation that transformers is told to use; None leaves it the choice."""
     if model.attention != "auto":
         return model.attention
     text: Any = hf_config.get_text_config()
@@ -116,7 +117,7 @@ def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str:
         asked = []
     heads = getattr(text, "num_attention_heads", None)
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return "sdpa" if asked or not 16 <= head_dim <= 256 else TRUNKLINE
+    return None if asked or not 16 <= head_dim <= 256 else TRUNKLINE
 
 
 class LinearLoss(nn.Linear):
@@ -173,7 +174,8 @@ class CausalLM(nn.Module):
             if self.attention == TRUNKLINE:
                 inputs |= {"packing": packing, "attention_mask": torch.ones_like(input_ids)}
             else:
-                inputs["attention_mask"] = _same_document(document)
+                sees = _same_document(document)
+                inputs["attention_mask"] = _additive(sees, self.lm.dtype) if self.attention == "eager" else sees
         if self.fused:
             hidden = self.lm.base_model(**inputs).last_hidden_state
             return self.lm.get_output_embeddings()(hidden, targets, reduction)
@@ -195,6 +197,11 @@ def _same_document(document: Tensor) -> Tensor:
     L = document.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=document.device).tril()
     return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a key is seen, the lowest number where it is not."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -46,7 +46,7 @@ def plot_margins(margins: Mapping[str, np.ndarray], path: Path) -> None:
 
     everything = np.concatenate(list(margins.values()))
     low, high = np.percentile(everything, [0.5, 99.5])
-    edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41)
+    edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41).tolist()
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for name, values in margins.items():
         share = (values > 0).mean()

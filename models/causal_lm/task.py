@@ -53,6 +53,7 @@ class LanguageModelTask:
             )
         self.hf_config = hf_config_of(model, data.max_length)
         self._check_vocabulary()
+        self._check_window()
         self.tokenizer = self.store.tokenizer()
         self.pad_id = pad_id(self.tokenizer)
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
@@ -152,6 +153,15 @@ class LanguageModelTask:
             raise ConfigError(
                 f"data.store: {self.data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
                 f"{known}: prepare the data with the model's own tokenizer (--tokenizer), or choose a larger vocabulary"
+            )
+
+    def _check_window(self) -> None:
+        window = getattr(self.hf_config.get_text_config(), "sliding_window", None)
+        if self.data.packing and window is not None and window < self.data.max_length:
+            raise ConfigError(
+                f"data.packing: the attention of {self.model.path} slides a window of {window} tokens, which packed "
+                f"rows of data.max_length = {self.data.max_length} tokens would not: set packing to false, or "
+                f"max_length to {window} or less"
             )
 
 
