@@ -78,7 +78,9 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
 def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     """The network, in fp32: initialised from torch's global generator, or with the weights of `model.path`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # every rank would draw one, in the middle of what the run says
     loader: Any = AutoModelForCausalLM
     register_with_transformers()
     attention = attention_of(model, hf_config)

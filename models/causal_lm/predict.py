@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on every line")
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says; without any, talk")
     parser.add_argument("--system", help="with --chat: the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--max-new-tokens", type=int, help="default 128, or what the model has positions for")
     parser.add_argument("--temperature", type=float, help="sample at this temperature; greedy unless given")
     parser.add_argument("--top-k", type=int, help="with --temperature: sample from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
@@ -101,11 +101,12 @@ def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str,
     if not ids:
         raise ConfigError("--prompt: is empty, and this tokenizer begins no text by itself: give at least a letter")
     device = next(trained.lm.parameters()).device
-    longest = getattr(trained.lm.config, "max_position_embeddings", None)
-    if longest is not None and len(ids) + options["max_new_tokens"] > longest:
+    room = (getattr(trained.lm.config, "max_position_embeddings", None) or 2**31) - len(ids)
+    count = options.pop("max_new_tokens") or min(128, room)
+    if count > room or room < 1:
         raise ConfigError(
-            f"--prompt: {len(ids)} tokens and --max-new-tokens {options['max_new_tokens']} are more than the {longest} "
-            "positions that this model knows: shorten either"
+            f"--prompt: {len(ids)} tokens and {max(count, 1)} new ones (--max-new-tokens) are more than the "
+            f"{room + len(ids)} positions that this model knows: shorten either"
         )
     inputs = torch.tensor([ids], device=device)
     out = trained.lm.generate(
@@ -113,6 +114,7 @@ def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str,
         attention_mask=torch.ones_like(inputs),
         eos_token_id=stop_ids(trained.tokenizer),
         pad_token_id=pad_id(trained.tokenizer),
+        max_new_tokens=count,
         streamer=TextStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **options,
     )
@@ -153,7 +155,7 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What transformers' generate takes. Raises ConfigError for a value out of range or without effect."""
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens}: use 1 or more")
     if arguments.temperature is None:
         for name in ("top_k", "top_p"):

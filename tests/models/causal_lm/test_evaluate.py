@@ -1,0 +1,89 @@
+"""Evaluation beside what training started from, against sums made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.distributed import start
+from engine.trainer import Trainer
+from launchers.evaluate import main
+from models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, compare, frequencies
+from models.registry import make_task
+from tests.models.causal_lm.toy_language import toy_config
+
+CPU = torch.device("cpu")
+
+
+def tuned(stores: Path, pretrained: Path, folder: Path, kind: str, **model: Any) -> Path:
+    model = {"path": str(pretrained / "best")} | model
+    config = toy_config(folder, stores, kind, model=model, training={"steps": 12, "eval_every": 6})
+    Trainer(make_task(config), config, start(), folder / "run").run()
+    return folder / "run"
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == "val"][-1]
+
+
+def test_a_pretrained_model_is_compared_with_the_frequencies_of_tokens(stores: Path, pretrained: Path) -> None:
+    found = compare(pretrained, CPU, batch_size=3)
+    expected = last_validation(pretrained)
+    assert found.metrics[TRAINED]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found.metrics[TRAINED]["perplexity"] == pytest.approx(np.exp(expected["loss"]), rel=1e-5)
+    assert found.metrics.keys() == {TRAINED, FREQUENCIES}
+    assert np.isfinite(found.positions[TRAINED][:40]).all()
+    assert np.isnan(found.positions[TRAINED][-1]), "the last token of a sample predicts nothing"
+
+
+def test_frequencies_are_counts_plus_one(stores: Path, tmp_path: Path) -> None:
+    task: Any = make_task(toy_config(tmp_path, stores))
+    train, val = (task.store.split(name) for name in ("train", "val"))
+    counts = np.bincount(np.concatenate([train.tokens(i) for i in range(len(train))]), minlength=512) + 1
+    held_out = [val.tokens(i)[1:] for i in range(len(val))]
+    expected = -np.log(counts / counts.sum())[np.concatenate(held_out)].mean()
+    assert frequencies(task, "val")["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_fine_tuning_is_compared_with_its_start(
+    stores: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tuned(stores, pretrained, tmp_path, "sft")
+    assert main(["--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
+    assert metrics[TRAINED]["loss"] == pytest.approx(last_validation(run)["loss"], rel=1e-5)
+    assert metrics[TRAINED]["loss"] < metrics[START]["loss"]
+    assert (tmp_path / "out/evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| {START} |" in capsys.readouterr().out
+    task: Any = make_task(toy_config(tmp_path, stores, "sft", model={"path": str(pretrained / "best")}))
+    network = task.build_model()
+    batch = task.collate([task.datasets()["val"][place] for place in range(len(task.datasets()["val"]))])
+    batch["valid"] = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
+    loss = float(task.loss(network, batch)["loss"].detach()) / int(task.weight(batch))
+    assert metrics[START]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("length_average", [False, True])
+def test_preferences_are_compared_pair_by_pair(
+    stores: Path, pretrained: Path, tmp_path: Path, length_average: bool
+) -> None:
+    run = tuned(
+        stores, pretrained, tmp_path, "dpo",
+        objective={"type": "dpo", "beta": 0.5, "length_average": length_average},
+    )  # fmt: skip
+    found = compare(run, CPU, batch_size=3)
+    expected = last_validation(run)
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "prefers_chosen"):
+        assert found.metrics[TRAINED][name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    trained, began = found.margins[TRAINED], found.margins[START]
+    assert found.metrics[TRAINED]["prefers_chosen"] == pytest.approx((trained > 0).mean())
+    assert found.metrics[START]["prefers_chosen"] == pytest.approx((began > 0).mean())
+    assert (0.5 * (trained - began)).mean() == pytest.approx(expected["rewards/margins"], rel=1e-3, abs=1e-5)
+    assert main(["--run", str(run), "--max-samples", "4"]) == 0
+    assert json.loads((run / "evaluation/evaluation.json").read_text())["samples"] == 4

@@ -1,0 +1,108 @@
+"""Generation from a trained run: greedy, sampled, streamed, as a chat; and what is said to mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launchers.predict import main
+from models.causal_lm.predict import continue_text, reply
+from models.causal_lm.tokenizer import stop_ids
+from models.causal_lm.trained import Trained, load_trained
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def trained(pretrained: Path) -> Trained:
+    return load_trained(pretrained, torch.device("cpu"))
+
+
+def by_hand(trained: Trained, ids: list[int], count: int) -> list[int]:
+    """The likeliest token again and again, from the logits of the whole text each time."""
+    made: list[int] = []
+    for _ in range(count):
+        logits = trained.lm(input_ids=torch.tensor([ids + made]), use_cache=False).logits[0, -1]
+        made.append(int(logits.argmax()))
+        if made[-1] in stop_ids(trained.tokenizer):
+            break
+    return made
+
+
+def test_greedy_text_is_the_likeliest_token_each_time(trained: Trained) -> None:
+    ids = trained.tokenizer("The following")["input_ids"]
+    expected = trained.tokenizer.decode(by_hand(trained, ids, 8), skip_special_tokens=True).strip("\n")
+    assert continue_text(trained, "The following", **GREEDY) == expected
+
+
+def test_a_reply_continues_the_rendered_conversation(trained: Trained) -> None:
+    messages = [{"role": "user", "content": "What is a list?"}]
+    text = trained.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "<|im_start|>" in text
+    ids = trained.tokenizer(text)["input_ids"]
+    expected = trained.tokenizer.decode(by_hand(trained, ids, 8), skip_special_tokens=True).strip("\n")
+    assert reply(trained, messages, **GREEDY) == expected
+
+
+def test_what_is_streamed_is_what_is_generated(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--run", str(pretrained), "--max-new-tokens", "8"]
+    assert main([*run, "--prompt", "The following"]) == 0
+    trained = load_trained(pretrained, torch.device("cpu"))
+    assert "The following" + continue_text(trained, "The following", **GREEDY) in capsys.readouterr().out
+
+
+def test_prompts_of_a_file_are_answered_in_order_and_sampling_repeats_with_its_seed(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("A list\n\nAn object\n")
+    flags = ["--run", str(pretrained), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12",
+             "--temperature", "1.2", "--top-k", "50", "--top-p", "0.9"]  # fmt: skip
+    rows: list[list[dict[str, Any]]] = []
+    for seed in ("1", "1", "2"):
+        assert main([*flags, "--seed", seed, "--out", str(tmp_path / "out.jsonl")]) == 0
+        rows.append([json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()])
+    assert [row["prompt"] for row in rows[0]] == ["A list", "An object"]
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]
+
+
+def test_a_conversation_remembers_what_was_said(
+    pretrained: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nWhat is a list?\n\nnever read\n"))
+    assert main(["--run", str(pretrained), "--chat", "--max-new-tokens", "8"]) == 0
+    first = [{"role": "user", "content": "Hello"}]
+    answer = reply(trained, first, **GREEDY)
+    second = [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "What is a list?"}]
+    said = capsys.readouterr().out
+    assert answer in said
+    assert reply(trained, second, **GREEDY) in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --prompt TEXT, --prompts FILE, or --chat to talk"),
+        (["--prompt", "a", "--top-k", "5"], "--top-k: has no effect without --temperature"),
+        (["--prompt", "a", "--temperature", "0"], "--temperature 0.0: use a value above 0"),
+        (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: use a value above 0 and at most 1"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: use 1 or more"),
+        (["--prompt", "a", "--max-new-tokens", "999"], "are more than the 64 positions that this model knows"),
+        (["--prompt", ""], "--prompt: is empty"),
+        (["--prompts", "{tmp}/absent"], "cannot be read as UTF-8 text"),
+        (["--chat", "--out", "{tmp}/x"], "--out: a conversation on the terminal is not written"),
+        (["--prompt", "a", "--device", "abacus"], "--device abacus: not usable here"),
+        (["--prompt", "a" * 200], "positions that this model knows: shorten either"),
+        (["--prompt", "a", "--max-new-tokens", "2", "--out", "{tmp}"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_named(
+    pretrained: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(pretrained), *[flag.format(tmp=tmp_path) for flag in flags]]) == 2
+    assert message in capsys.readouterr().err
