@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,24 +24,11 @@ from engine.distributed import Ranks, on_main
 from engine.hardware import reset_peak_memory
 from engine.model_options import apply_options
 from engine.plan import make_plan
+from engine.progress import Progress
 from engine.randomness import seed_torch
 from engine.resume import DATA, LAYOUT, Probe, load_checkpoint
 from engine.sharded_state import Snapshot, capture
 from engine.task import Task
-
-
-@dataclass
-class Progress:
-    """What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    norm_average: float = 0.0
-    norms_seen: int = 0
 
 
 class Assembly:

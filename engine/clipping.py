@@ -9,8 +9,8 @@ what is in `Progress`, so every backend gets the same and a resumed run goes on 
 
 from __future__ import annotations
 
-from engine.assembly import Progress
 from engine.config import AdaptiveClipping
+from engine.progress import Progress
 
 
 def clip_norm(adaptive: AdaptiveClipping, fixed: float, progress: Progress) -> float:

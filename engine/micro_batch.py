@@ -109,6 +109,14 @@ class MicroBatches:
         self.sizes = sizes
         self.remember(why)
 
+    def values(self) -> dict[str, float]:
+        """The sizes by name, for metrics."""
+        return {
+            "micro_batch_size": self.sizes.micro_batch_size,
+            "grad_accum_steps": self.sizes.grad_accum_steps,
+            "evaluation_micro_batch_size": self.evaluation,
+        }
+
     def remember(self, why: str, together: bool = True) -> None:
         """Let a resumed run start with the present sizes. Raises TrunklineError if the file cannot be written."""
         sizes = {"micro_batch_size": self.sizes.micro_batch_size, "evaluation_micro_batch_size": self.evaluation}

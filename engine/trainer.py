@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import nonfinite
-from engine.assembly import Assembly, Progress
+from engine.assembly import Assembly
 from engine.backends import Backend, Stepped
 from engine.checkpoint import Checkpoints
 from engine.clipping import clip_norm, note_norm
@@ -34,6 +34,7 @@ from engine.meter import Meter, brief
 from engine.micro_batch import MicroBatches, memory_facts
 from engine.order import GlobalBatches
 from engine.plan import render_summary, total_steps
+from engine.progress import Progress
 from engine.randomness import mix, seed_torch
 from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.selftest import collective_self_test
@@ -160,7 +161,7 @@ class Trainer:
         meter = Meter(self.micro.sizes, self.ranks.device, progress.step, unit, flops, peak)
         with self._bar() as bar:
             # a run that had stopped early is over, also when it is resumed
-            for micro_batches in self._micro_batches() if not self._out_of_patience() else ():
+            for micro_batches in self._micro_batches() if not progress.out_of_patience(settings.early_stopping) else ():
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
                 lr = self.backend.learning_rate() if logged else math.nan
                 made = self._step(micro_batches, with_sums=logged)
@@ -300,27 +301,18 @@ class Trainer:
         metrics = self._metrics(settings.eval_samples)
         self._evaluation_fits = True
         self.trackers.log(progress.step, "val", metrics)
-        name, sign = settings.best.metric, 1 if settings.best.mode == "min" else -1
-        value, stopping = metrics[name], settings.early_stopping
-        better = math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best)
-        gained = better and (
-            progress.best is None or sign * (progress.best - value) >= (stopping.min_delta if stopping else 0.0)
-        )
-        progress.evaluations_without_gain = 0 if gained else progress.evaluations_without_gain + 1
+        name = settings.best.metric
+        better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
-            progress.best, progress.best_step = value, progress.step
-            self._save_weights("best", {"step": progress.step, name: value})
-        self._say(f"step {progress.step}: val {name} {value:.6g}{' (best)' if better else ''}")
-        if self._out_of_patience():
+            self._save_weights("best", {"step": progress.step, name: metrics[name]})
+        self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
+        over = progress.out_of_patience(settings.early_stopping)
+        if over:
             self._say(
                 f"stopped early: {progress.evaluations_without_gain} evaluations in a row without a gain; best {name} "
                 f"{progress.best:.6g} at step {progress.best_step}"
             )
-        return self._out_of_patience()
-
-    def _out_of_patience(self) -> bool:
-        stopping = self.config.training.early_stopping
-        return stopping is not None and self.progress.evaluations_without_gain >= stopping.patience
+        return over
 
     def _metrics(self, num_samples: int | None) -> dict[str, float]:
         try:
@@ -357,9 +349,8 @@ class Trainer:
 
     def note_sizes(self) -> None:
         """Put the batch sizes in force, which are not the configured ones, into the run's plan and metrics."""
-        sizes, path = self.micro.sizes, self.folder / "plan.json"
-        values = {"micro_batch_size": sizes.micro_batch_size, "grad_accum_steps": sizes.grad_accum_steps}
-        self.trackers.log(self.progress.step, "memory", values | {"evaluation_micro_batch_size": self.micro.evaluation})
+        path = self.folder / "plan.json"
+        self.trackers.log(self.progress.step, "memory", self.micro.values())
         on_main(lambda: write_json(path, self.assembly.plan), self.ranks, f"{path}: cannot be written")
 
     def rebuild(self) -> None:

@@ -150,7 +150,9 @@ class FSDPBackend:
         self._scaler.load(loss_scaler)
 
     def close(self) -> None:
-        """Nothing: what fully_shard adds to a model refers to nothing but the model."""
+        for mesh in (self._shards, self._replicas):
+            if mesh is not None and mesh.get_group() is not dist.group.WORLD:
+                dist.destroy_process_group(mesh.get_group())  # each mesh makes groups anew, which hold device memory
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.assembly import Progress
 from engine.clipping import clip_norm, note_norm
 from engine.config import AdaptiveClipping, RunConfig
 from engine.distributed import start
 from engine.order import FILLER, GlobalBatches
+from engine.progress import Progress
 from engine.randomness import seed_torch
 from engine.trainer import Trainer
 from tests.distributed import run_distributed_test

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from engine.assembly import Progress
 from engine.config import RunConfig
 from engine.deepspeed_section import BatchSizes
 from engine.distributed import Ranks, start
@@ -30,6 +29,7 @@ from engine.find_micro_batch import find_micro_batch
 from engine.memory import Attempts, OutOfMemory, Shortage, is_out_of_memory
 from engine.micro_batch import MicroBatches, divisors
 from engine.plan import activation_bytes, make_plan
+from engine.progress import Progress
 from engine.task import Batch, Sums
 from engine.trainer import InterruptedRunError, Trainer
 from tests.distributed import fork_server, run_distributed_test

@@ -1,0 +1,38 @@
+"""What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.config import Best, EarlyStopping
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what its evaluations, skipped steps and gradients have been."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    norm_average: float = 0.0
+    norms_seen: int = 0
+
+    def judge(self, value: float, best: Best, stopping: EarlyStopping | None) -> bool:
+        """Take note of an evaluation's metric at the present step. True if it is the best so far."""
+        sign = 1 if best.mode == "min" else -1
+        better = math.isfinite(value) and (self.best is None or sign * value < sign * self.best)
+        gained = better and (
+            self.best is None or sign * (self.best - value) >= (stopping.min_delta if stopping else 0.0)
+        )
+        self.evaluations_without_gain = 0 if gained else self.evaluations_without_gain + 1
+        if better:
+            self.best, self.best_step = value, self.step
+        return better
+
+    def out_of_patience(self, stopping: EarlyStopping | None) -> bool:
+        """Whether it is time to stop early."""
+        return stopping is not None and self.evaluations_without_gain >= stopping.patience
