@@ -5,6 +5,8 @@ What differs from the protocol, and is put right here:
   number of ranks, and the division is switched off.
 - ZeRO 0 in fp32 neither looks for non-finite gradients nor reports the norm; this adapter does both, with one norm
   that also clips. Every other mode skips a step by itself when the norm is not finite.
+- In bf16 and fp16 it narrows buffers too. They are tables and statistics, such as the frequencies of rotary positions,
+  and keep their dtype, as under FSDP.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
@@ -87,6 +89,7 @@ class DeepSpeedBackend:
         optimizer = (
             None if is_deepspeed_only(section.optimizer) else partial(build_optimizer, section=section.optimizer)
         )
+        buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         try:
             self.engine, _, _, self.scheduler = deepspeed.initialize(
                 model=model,
@@ -98,6 +101,9 @@ class DeepSpeedBackend:
             )
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
+        for module, name, buffer in buffers:
+            if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
+                module._buffers[name] = buffer.to(ranks.device)
         self.engine.train = MethodType(nn.Module.train, self.engine)
         self.engine.eval = MethodType(nn.Module.eval, self.engine)
         self.model: nn.Module = self.engine

@@ -166,6 +166,26 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+class ThirdOffset(TinyTask):
+    """Its buffer is a number that bf16 cannot hold."""
+
+    def build_model(self) -> torch.nn.Module:
+        model = super().build_model()
+        model.offset.fill_(1 / 3)  # type: ignore[operator, union-attr]
+        return model
+
+
+@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp", 3)])
+def test_buffers_keep_their_precision_in_bf16(tmp_path: Path, backend: str, stage: int) -> None:
+    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    config = tiny_config(tmp_path, training={"steps": 2}, deepspeed=section)
+    trainer = Trainer(ThirdOffset(config.data, config.model), config, start(), tmp_path / "run", backend=backend)
+    trainer.run()
+    offset = trainer.backend.module.offset
+    assert torch.equal(offset, torch.tensor([1 / 3]))  # type: ignore[arg-type]
+    assert torch.equal(load_file(tmp_path / "run/final/model.safetensors")["offset"], torch.tensor([1 / 3]))
+
+
 class Renamed(TinyTask):
     """Leaves the buffer out of files of weights and gives the parameters a prefix."""
 
