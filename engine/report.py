@@ -103,7 +103,7 @@ def _draw(history: History, config: dict[str, Any], report: Path) -> list[str]:
         "learning_rate.png": [training("learning rate", "lr")],
         "gradient_norm.png": [training("gradient norm before clipping", "grad_norm", smoothed=True)],
         "throughput.png": [
-            training("samples/s", "samples_per_s", smoothed=True, from_zero=True),
+            *(training(_rate(key), key, smoothed=True, from_zero=True) for key in _rates(history)),
             training("share of the device's peak", "mfu", from_zero=True),
             training("memory of rank 0 (GiB)", "host_memory_gib", from_zero=True),
             training("memory of its GPU (GiB)", "gpu_memory_gib", from_zero=True),
@@ -118,13 +118,27 @@ def _draw(history: History, config: dict[str, Any], report: Path) -> list[str]:
     ]
 
 
+def _rates(history: History) -> list[str]:
+    """Throughput in samples, then in the task's own unit: "samples_per_s", "tokens_per_s"."""
+    found = [key for key in history.keys("train") if key.endswith("_per_s")]
+    return sorted(found, key=lambda key: (key != "samples_per_s", key))
+
+
+def _rate(key: str) -> str:
+    return f"{key.removesuffix('_per_s').replace('_', ' ')}/s"
+
+
 def _metric_panels(history: History) -> list[Panel]:
-    """One panel for each overall metric, with its parts ("mse/P") and what it is compared with ("persistence_mse")."""
+    """One panel for each overall metric, with its parts ("mse/P") and what it is compared with ("persistence_mse").
+
+    Parts of one name without an overall value ("rewards/chosen", "rewards/rejected") share a panel too.
+    """
     names = [key for key in history.keys("val") if key != "loss"]
-    overall = [name for name in names if "/" not in name and not any(name.endswith(f"_{other}") for other in names)]
+    wholes = dict.fromkeys(name.split("/")[0] for name in names)
+    overall = [name for name in wholes if not any(name.endswith(f"_{other}") for other in names)]
     panels = []
     for name in overall[:MAX_PANELS]:
-        curves = {"validation": history.series("val", name)}
+        curves = {"validation": history.series("val", name)} if name in names else {}
         for other in names:
             if other.endswith(f"_{name}") and "/" not in other:
                 curves[f"{other.removesuffix(f'_{name}')} (compared)"] = history.series("val", other)
@@ -171,8 +185,9 @@ def _facts(history: History, config: dict[str, Any], plan: dict[str, Any]) -> li
         total = sum(seconds * steps for seconds, steps in zip(times.values, intervals, strict=True))
         facts.append(("time in training steps", f"{_duration(total)} (evaluations and saves not counted)"))
         facts.append(("time a step, median", f"{_median(times.values) * 1e3:.4g} ms"))
-    if (rate := history.series("train", "samples_per_s")).values:
-        facts.append(("throughput, median", f"{_median(rate.values):.4g} samples/s"))
+    if rates := {key: history.series("train", key).values for key in _rates(history)}:
+        shown = (f"{_median(values):,.4g} {_rate(key)}" for key, values in rates.items() if values)
+        facts.append(("throughput, median", ", ".join(shown)))
     if (mfu := history.series("train", "mfu")).values:
         facts.append(("share of the device's peak, median", f"{_median(mfu.values):.1%}"))
     for label, key in (("memory of rank 0, most", "host_memory_gib"), ("memory of its GPU, most", "gpu_memory_gib")):

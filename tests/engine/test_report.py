@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from engine.errors import DataError
-from engine.report import write_report
+from engine.report import History, _metric_panels, write_report
 from engine.report_plots import Panel, Series, plot_panels, smooth
-from engine.trackers import MetricsFile
+from engine.trackers import MetricsFile, read_metrics
 
 CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
 
@@ -19,6 +19,7 @@ def _run(folder: Path) -> Path:
     file = MetricsFile.open(folder / "metrics.jsonl")
     for step in range(10, 61, 10):
         values = {"loss": 1 / step, "lr": 1e-3, "grad_norm": 2.0, "samples_per_s": 100.0, "step_time_s": 0.5}
+        values |= {"words_per_s": 2500.0}
         file.log(step, "train", values | {"host_memory_gib": 1.0 + step / 100, "mfu": 0.41})
         if step == 30:
             file.log(step, "skipped", {"skipped_steps": 1})
@@ -55,7 +56,7 @@ def test_the_summary_states_the_run(report: Path) -> None:
         "| best validation rmse | 0.25 at step 40 |",
         "| skipped steps | 1 |",
         "| time in training steps | 30 s (evaluations and saves not counted) |",
-        "| throughput, median | 100 samples/s |",
+        "| throughput, median | 100 samples/s, 2,500 words/s |",
         "| share of the device's peak, median | 41.0% |",
         "| memory of rank 0, most | 1.6 GiB |",
         "| metric | best, step 40 | last, step 60 |",
@@ -76,6 +77,17 @@ def test_every_picture_that_the_summary_shows_is_one(report: Path) -> None:
         pixels = imread(report / name)
         assert min(pixels.shape[:2]) > 200
         assert pixels.std() > 0.01
+
+
+def test_metrics_with_parts_share_a_panel_with_or_without_a_whole(tmp_path: Path) -> None:
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    rewards = {"rewards/chosen": 1.0, "rewards/rejected": -1.0}
+    file.log(1, "val", {"loss": 1.0, "rmse": 2.0, "rmse/P": 3.0, "mean_rmse": 4.0, **rewards})
+    file.close()
+    panels = {
+        panel.title: list(panel.curves) for panel in _metric_panels(History(read_metrics(tmp_path / "metrics.jsonl")))
+    }
+    assert panels == {"rmse": ["validation", "P", "mean (compared)"], "rewards": ["chosen", "rejected"]}
 
 
 def test_a_metric_that_should_grow_is_best_where_it_is_largest(tmp_path: Path) -> None:
