@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.causal_lm.config import DPO
-from models.causal_lm.data import IGNORE
 from models.causal_lm.network import CausalLM
 
 
@@ -56,8 +55,8 @@ class PolicyAndReference(nn.Module):
         self.reference.eval()
         return self
 
-    def forward(self, input_ids: Tensor, targets: Tensor, length_average: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, 2] fp32 of the responses under policy and reference.
+    def forward(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, 2] fp32 of the responses under policy and reference, summed over their tokens.
 
         input_ids, targets [B, 2, L] int64: chosen and rejected, as in CausalLM.
         """
@@ -65,7 +64,4 @@ class PolicyAndReference(nn.Module):
         with torch.no_grad():
             reference = -self.reference(ids, wanted, reduction="none").sum(1)
         policy = -self.policy(ids, wanted, reduction="none").sum(1)
-        if length_average:
-            tokens = (wanted != IGNORE).sum(1).clamp(min=1)
-            policy, reference = policy / tokens, reference / tokens
         return policy.unflatten(0, (-1, 2)), reference.unflatten(0, (-1, 2))

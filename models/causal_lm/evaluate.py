@@ -40,15 +40,15 @@ TRAINED, START, FREQUENCIES = "trained", "start", "token frequencies"
 class Comparison:
     """metrics: by model, then by name.
 
-    positions: by model, the mean loss by place in the sample [L], NaN where nothing is predicted; not of DPO.
-    margins: by model, log p(chosen) - log p(rejected) of each pair [N]; of DPO.
+    positions: by model, the mean loss by place in the document [L], NaN where nothing is predicted; not of DPO.
+    margins: of each pair [N], by how much training raised log p(chosen) - log p(rejected), in nats; of DPO.
     """
 
     split: str
     samples: int
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     positions: dict[str, np.ndarray] = field(default_factory=dict)
-    margins: dict[str, np.ndarray] = field(default_factory=dict)
+    margins: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def _measure_likelihood(result: Comparison, held: Held, name: str, network: nn.M
     sums: Sums | None = None
     for batch in held.batches(f"evaluate {held.split}, {name}"):
         loss, wanted = held.task.by_token(network, batch)
-        length = min(longest, loss.shape[1])
-        nats[:length] += loss.sum(0, dtype=torch.float64)[:length].cpu()
-        tokens[:length] += wanted.sum(0)[:length].cpu()
+        places = batch["position_ids"][wanted].cpu()
+        nats.index_add_(0, places, loss[wanted].double().cpu())
+        tokens += places.bincount(minlength=longest)
         sums = add_sums(sums, {"loss": loss.sum(), "tokens": wanted.sum()})
     assert sums is not None, "a split without samples is refused when it is opened"
     result.metrics[name] = held.task.summarize(sums)
@@ -122,13 +122,13 @@ def _compare_preferences(result: Comparison, held: Held, task: PreferenceTask, n
     sums: Sums | None = None
     for batch in held.batches(f"evaluate {held.split}"):
         policy, reference = task.log_probabilities(network, batch)
-        both = torch.stack([policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]])
-        margins.append(both[:, batch["valid"]].cpu().numpy())
+        raised = policy - reference
+        margins.append((raised[:, 0] - raised[:, 1])[batch["valid"]].cpu().numpy())
         sums = add_sums(sums, task.statistics(policy, reference, batch))
     assert sums is not None, "a split without samples is refused when it is opened"
     result.metrics[TRAINED] = task.summarize(sums)
     result.metrics[START] = {"prefers_chosen": result.metrics[TRAINED].pop("reference_prefers_chosen")}
-    result.margins = dict(zip((TRAINED, START), np.concatenate(margins, axis=1), strict=True))
+    result.margins = np.concatenate(margins)
 
 
 def frequencies(task: LanguageModelTask, split: str) -> dict[str, float]:
@@ -162,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     table = render(result)
     picture = out / "evaluation.png"
-    if result.margins:
+    if len(result.margins):
         plot_margins(result.margins, picture)
     else:
         plot_positions(result.positions, picture)

@@ -198,12 +198,15 @@ class PreferenceTask(LanguageModelTask):
         return self.statistics(*self.log_probabilities(model, batch), batch)
 
     def log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[B, 2] fp32 of (chosen, rejected), under the policy and under the reference."""
-        return model(batch["input_ids"], batch["targets"], self.options.length_average)
+        """[B, 2] fp32 of (chosen, rejected) under policy and reference, summed over a response's tokens."""
+        return model(batch["input_ids"], batch["targets"])
 
     def statistics(self, policy: Tensor, reference: Tensor, batch: Batch) -> Sums:
-        """Loss and rewards, and how often the chosen answer is the likelier one under the policy and the reference."""
-        found = dpo_loss(policy, reference, self.options)
+        """Loss and rewards, and how often the chosen answer's tokens are the likelier ones on average, under both."""
+        tokens = (batch["targets"] != IGNORE).sum(2).clamp(min=1)
+        policy_mean, reference_mean = policy / tokens, reference / tokens
+        compared = (policy_mean, reference_mean) if self.options.length_average else (policy, reference)
+        found = dpo_loss(*compared, self.options)
         margin = found.chosen_reward - found.rejected_reward
         each = {
             "loss": found.loss,
@@ -211,8 +214,8 @@ class PreferenceTask(LanguageModelTask):
             "rewards/rejected": found.rejected_reward,
             "rewards/margins": margin,
             "rewards/accuracies": margin > 0,
-            "prefers_chosen": policy[:, 0] > policy[:, 1],
-            "reference_prefers_chosen": reference[:, 0] > reference[:, 1],
+            "prefers_chosen": policy_mean[:, 0] > policy_mean[:, 1],
+            "reference_prefers_chosen": reference_mean[:, 0] > reference_mean[:, 1],
         }
         return {key: (value * batch["valid"]).sum() for key, value in each.items()} | {"pairs": self.weight(batch)}
 
