@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again, which goes on where it stopped", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         return 130
     return 0
 

@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    for workload in WORKLOADS.values():
-        for flag, key in workload.flags.items():
-            parser.add_argument(flag, dest=f"set {key}", metavar="VALUE", help=f"same as --set {key}=VALUE")
+    flags = {flag: key for workload in WORKLOADS.values() for flag, key in workload.flags.items()}
+    for flag, key in flags.items():
+        parser.add_argument(flag, dest=f"set {key}", metavar="VALUE", help=f"same as --set {key}=VALUE")
     return parser
 
 

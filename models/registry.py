@@ -54,7 +54,7 @@ WORKLOADS = {
         task="models.causal_lm.task:make_task",
         evaluate="models.causal_lm.evaluate",
         predict="models.causal_lm.predict",
-        flags={"--model-path": "model.path"},
+        flags={"--store": "data.store", "--model-path": "model.path"},
     ),
 }
 
