@@ -16,8 +16,9 @@ position_ids [B, L] start from 0 in each document. attention_mask, bool [B, L], 
 one transformers takes such position_ids apart itself, with a wait for the GPU, and asks for a mask of L x L, which
 raises ValueError here. `use_cache=False` keeps keys that nobody will ask for from being held.
 
-Rows of one document each, from position 0 on and with padding behind it, need neither: causal attention sees no
-padding from a real token, so attention_mask=None gives them the same, and saves the work of masking.
+Rows of one document each, from position 0 on and with padding behind it, need no mask: causal attention sees no padding
+from a real token. attention_mask=None saves the work of masking; or, where the model is traced (torch.compile, fake
+tensors) and transformers cannot look at the positions, a mask and packing={}, which says that there are no others.
 https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -65,7 +66,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """([B, N, Hq, D], None) from query [B, Hq, N, D], key and value [B, Hkv, M, D] and `padding_mask`'s mask [B, M].
 
-    With `packing`, the tables of packing_tables, tokens see those before them in their own document, whatever the mask.
+    With `packing`, the tables of packing_tables, tokens see those before them in their own document, whatever the mask;
+    without a table in it, every row is a document.
     Raises ValueError for what flash_attention cannot do.
     """
     for name in _UNSUPPORTED:
@@ -88,7 +90,9 @@ def attention_forward(
                 f"the attention {NAME!r} packs documents for causal attention without a cache; got "
                 f"is_causal={causal}, {num_queries} queries and {num_keys} keys"
             )
-        return packed_attention(query, key, value, packing, softmax_scale=scaling), None
+        if packing:
+            return packed_attention(query, key, value, packing, softmax_scale=scaling), None
+        attention_mask = None
     out = flash_attention(
         query,
         key,

@@ -173,11 +173,11 @@ class CausalLM(nn.Module):
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if document is not None:
             inputs["position_ids"] = position_ids
-            if self.attention == TRUNKLINE:
-                inputs |= {"packing": packing, "attention_mask": torch.ones_like(input_ids)}
-            else:
-                sees = _same_document(document)
-                inputs["attention_mask"] = _additive(sees, self.lm.dtype) if self.attention == "eager" else sees
+        if self.attention == TRUNKLINE:  # which does not read the mask, but says so to transformers by having one
+            inputs |= {"packing": packing or {}, "attention_mask": torch.ones_like(input_ids)}
+        elif document is not None:
+            sees = _same_document(document)
+            inputs["attention_mask"] = _additive(sees, self.lm.dtype) if self.attention == "eager" else sees
         if self.fused:
             hidden = self.lm.base_model(**inputs).last_hidden_state
             return self.lm.get_output_embeddings()(hidden, targets, reduction)

@@ -153,3 +153,25 @@ def test_a_folder_is_read_with_what_it_holds_and_mistakes_are_named(tmp_path: Pa
 def test_attention_is_what_the_user_names() -> None:
     model = CausalLMModel(objective=PRETRAIN, **SHAPE, attention="eager")
     assert attention_of(model, hf_config_of(model, 64)) == "eager"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_activations_are_counted_without_memory(packed: bool) -> None:
+    """On fake tensors, which have no values to look at, as the plan of a run does."""
+    from torch._subclasses import FakeTensorMode
+
+    network, batch = llama(), rows()
+    inputs = batch | packing_tables(batch["document"]) if packed else {k: batch[k] for k in ("input_ids", "targets")}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        tables = {name: fake.pop(name) for name in list(fake) if "pack_" in name or name == "repack"}
+        loss = network(**fake, packing=tables or None)
+    assert loss.shape == ()
+
+
+def test_a_compiled_model_has_the_same_loss() -> None:
+    network, batch = llama(), rows()
+    inputs = {name: batch[name] for name in ("input_ids", "targets")}
+    expected = network(**inputs)
+    network.compile(backend="eager")
+    torch.testing.assert_close(network(**inputs), expected)
