@@ -211,6 +211,14 @@ def test_final_is_a_folder_that_transformers_opens_with_the_same_logits(
         assert json.loads((folder / "config.json").read_text())["workload"] == "causal_lm"
 
 
+@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+def test_recomputed_activations_change_nothing(stores: Path, tmp_path: Path, backend: str) -> None:
+    for again in (False, True):
+        settings = {"steps": 4, "activation_checkpointing": again}
+        train(toy_config(tmp_path, stores, data={"packing": True}, training=settings), tmp_path / str(again), backend)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-6)
+
+
 def test_what_does_not_fit_together_is_named(stores: Path, pretrained: Path, tmp_path: Path) -> None:
     best = {"path": str(pretrained / "best")}
     for objective, sections, message in (
