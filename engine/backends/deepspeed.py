@@ -7,6 +7,8 @@ What differs from the protocol, and is put right here:
   that also clips. Every other mode skips a step by itself when the norm is not finite.
 - In bf16 and fp16 it narrows buffers too. They are tables and statistics, such as the frequencies of rotary positions,
   and keep their dtype, as under FSDP.
+- The fp32 masters that it makes in bf16 and fp16 are copies of the rounded parameters, and ZeRO 0 decays them once
+  more and counts a step that was none. They begin as the model was built, and the optimizer with nothing.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from engine.backends import Stepped
 from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, DeepSpeedSection
+from engine.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
 from engine.distributed import Ranks
 from engine.errors import ConfigError
 from engine.optimizers import build_optimizer, is_deepspeed_only
@@ -89,6 +91,7 @@ class DeepSpeedBackend:
         optimizer = (
             None if is_deepspeed_only(section.optimizer) else partial(build_optimizer, section=section.optimizer)
         )
+        weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         try:
             self.engine, _, _, self.scheduler = deepspeed.initialize(
@@ -112,6 +115,22 @@ class DeepSpeedBackend:
         self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if parameter_dtype(section) != torch.float32:
+            self._begin_as_built(weights)
+
+    @torch.no_grad()
+    def _begin_as_built(self, weights: dict[str, Tensor]) -> None:
+        """Put fp32 weights into the masters, and take back what DeepSpeed did to make the optimizer's state."""
+        for fragment in self.fragments():
+            if fragment.name in weights:
+                part = slice(fragment.offset, fragment.offset + fragment.length)
+                whole = weights[fragment.name].reshape(-1)
+                fragment.owner.view(-1)[part] = whole[fragment.start : fragment.start + fragment.length].to(
+                    fragment.owner.device
+                )
+        if self._unsharded_masters():
+            self.optimizer.state.clear()
+        self.resume(0, {})
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count

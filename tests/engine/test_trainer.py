@@ -394,6 +394,36 @@ def test_options_that_cost_or_save_time_leave_the_losses_alone(tmp_path: Path, o
     assert losses(tmp_path / "option") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
+@pytest.mark.parametrize(("backend", "stage"), [*(("deepspeed", stage) for stage in range(4)), ("fsdp", 3)])
+def test_masters_of_bf16_begin_as_the_model_was_built_and_every_step_is_one(
+    tmp_path: Path, backend: str, stage: int
+) -> None:
+    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    config = tiny_config(tmp_path, deepspeed=section)
+    task = TinyTask(config.data, config.model)
+    seed_torch(config.training.seed, 0)
+    built = dict(task.build_model().named_parameters())
+    trainer = Trainer(task, config, start(), tmp_path / "run", backend=backend)
+    masters = {name: value for name, value in trainer.backend.full_state() if name in built}
+    assert masters.keys() == built.keys()
+    assert all(torch.equal(masters[name], built[name]) for name in built)
+    trainer.run()
+    states = trainer.backend.optimizer.state.values()
+    assert {int(state["step"]) for state in states} == {config.training.steps}
+
+
+def test_bf16_gives_the_same_losses_under_every_stage_and_backend(tmp_path: Path) -> None:
+    found = []
+    for backend, stage in (*(("deepspeed", stage) for stage in range(4)), ("fsdp", 3)):
+        section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+        config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)
+        folder = tmp_path / f"{backend}-{stage}"
+        Trainer(TinyTask(config.data, config.model), config, start(), folder, backend=backend).run()
+        found.append(losses(folder))
+    for one in found[1:]:
+        assert one == pytest.approx(found[0], rel=0.01)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> None:
     section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
