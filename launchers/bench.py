@@ -15,6 +15,7 @@ BENCHMARKS = {
     "save": ("models.bench_save", "how long a save holds training up, in the background and blocking"),
     "prepare": ("models.fluid.bench_prepare", "reading CSV cases, against pandas"),
     "memory": ("models.fluid.bench_memory", "memory of preparing and reading, by number of cases"),
+    "causal_lm": ("models.causal_lm.bench_train", "training of language models against transformers and Accelerate"),
     "fluid_step": ("models.fluid.bench_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments)`, and what it measures."""
