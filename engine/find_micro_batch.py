@@ -3,9 +3,9 @@
     find_micro_batch(trainer)      before trainer.run(), which then trains with what was found
 
 A trial is one whole step and one more forward and backward pass, because the optimizer makes its state in the first
-step; it is made by the trainer's own code, on all ranks. Afterwards the run is put together again as it was before, so
-no trial leaves a trace. Sizes whose counted memory alone is beyond the device's are not tried: a GPU's allocator
-refuses, but a machine that has no memory left for a CPU's ends the process.
+step; it is made by the trainer's own code, on all ranks, on the samples that need most memory. Afterwards the run is
+put together again as it was before, so no trial leaves a trace. Sizes whose counted memory alone is beyond the device's
+are not tried: a GPU's allocator refuses, but a machine that has no memory left for a CPU's ends the process.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from engine.deepspeed_section import BatchSizes
 from engine.distributed import Ranks, gather
 from engine.errors import TrunklineError
 from engine.hardware import peak_memory, reset_peak_memory
-from engine.loading import training_loader
+from engine.loading import collate
 from engine.memory import OutOfMemory, Shortage
 from engine.micro_batch import divisors, resized, ways_out
-from engine.order import GlobalBatches
 from engine.plan import activation_bytes, readable_size
 from engine.trainer import Trainer
 
@@ -75,23 +77,29 @@ def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
     trainer.micro.sizes = sizes
     trainer.rebuild()
     reset_peak_memory(ranks.device)
-    batches = GlobalBatches(len(dataset), total, trainer.config.training.seed)  # type: ignore[arg-type]
+    heaviest = _heaviest(dataset, wanted.micro_batch_size)
+    samples = [dataset[int(index)] for index in heaviest]
     try:
         with trainer.attempt():
-            first, second = training_loader(
-                trainer.task, dataset, batches, sizes, ranks.rank, first_step=0, last_step=2, num_workers=0,
-                pin_memory=ranks.device.type == "cuda",
-            )  # fmt: skip
-            trainer.accumulate(first, with_sums=False)
-            first.clear()
-            trainer.backend.step()
-            begin = _now(ranks)
-            trainer.accumulate(second, with_sums=False)
+            for is_timed in (False, True):
+                batches = [collate(trainer.task, samples, [heaviest, heaviest]) for _ in range(accumulation)]
+                begin = _now(ranks)
+                trainer.accumulate(batches, with_sums=False)
+                if not is_timed:
+                    trainer.backend.step()
             seconds = _now(ranks) - begin
     except OutOfMemory as error:
         return error.shortage
     peak = max(gather(peak_memory(ranks.device), ranks))
     return f"fits, peak {peak:.2f} GiB a rank, {seconds:.3g} s, {total / seconds:,.0f} samples/s"
+
+
+def _heaviest(dataset: Dataset[Any], count: int) -> np.ndarray:
+    """The samples that need most memory, int64 [count]; any, where the data set does not tell."""
+    size = len(dataset)  # type: ignore[arg-type]
+    lengths = getattr(dataset, "lengths", None)
+    order = np.arange(size) if lengths is None else np.argsort(-lengths, kind="stable")
+    return order[np.arange(count) % size]
 
 
 def _not_hopeless(trainer: Trainer, candidates: list[int]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from engine.deepspeed_section import BatchSizes
 from engine.hardware import memory_in_use
@@ -28,6 +29,7 @@ class Meter:
         self, sizes: BatchSizes, device: torch.device, step: int, unit: str, flops: float, peak: float | None
     ) -> None:
         self.sizes, self.device, self.unit, self.flops, self.peak = sizes, device, unit, flops, peak
+        self.weight = torch.zeros((), device=device)
         self.restart(step)
 
     @contextmanager
@@ -37,15 +39,19 @@ class Meter:
         yield
         self.since += time.perf_counter() - begin
 
-    def read(self, step: int, weight: float) -> dict[str, float]:
-        """Seconds a step, samples/s over all ranks, memory in use, and the share of the device's peak where known.
+    def add(self, weight: Tensor) -> None:
+        """Count the weight of a step's global batch, a scalar on the device."""
+        self.weight = self.weight + weight
 
-        `weight` is that of the present step's global batch, from which the rate in the task's unit is taken.
-        """
-        seconds = (time.perf_counter() - self.since) / max(1, step - self.step)
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds a step, samples and units a second over all ranks, memory in use, and the share of the device's peak
+        where known."""
+        weight = float(self.weight)
+        elapsed = time.perf_counter() - self.since
+        seconds = elapsed / max(1, step - self.step)
         self.restart(step)
         rate = self.sizes.global_batch_size / seconds
-        values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / seconds}
+        values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / elapsed}
         values |= memory_in_use(self.device)
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
@@ -54,6 +60,7 @@ class Meter:
     def restart(self, step: int) -> None:
         """Forget what was before: `step` steps are made, and the next begins now."""
         self.since, self.step = time.perf_counter(), step
+        self.weight = torch.zeros((), device=self.device)
 
 
 def brief(values: dict[str, float], unit: str) -> str:

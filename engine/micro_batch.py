@@ -40,16 +40,16 @@ def resized(sizes: BatchSizes, micro_batch_size: int) -> BatchSizes:
     return replace(sizes, micro_batch_size=micro_batch_size, grad_accum_steps=steps)
 
 
-def memory_facts(config: RunConfig, layout: str, device: torch.device, sizes: BatchSizes) -> dict[str, Any]:
-    """What a remembered micro-batch holds for: the same sizes, layout, kind of device and way of computing."""
+def memory_facts(
+    config: RunConfig, identity: dict[str, Any], device: torch.device, sizes: BatchSizes
+) -> dict[str, Any]:
+    """What a remembered micro-batch holds for: the same run on the same layout and kind of device."""
     kind = "cpu"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         kind = f"{properties.name}, {readable_size(properties.total_memory)}"
-    return {
+    return identity | {
         "device": kind,
-        "layout": layout,
-        "global_batch_size": sizes.global_batch_size,
         "configured_micro_batch_size": sizes.micro_batch_size,
         "activation_checkpointing": config.training.activation_checkpointing,
     }

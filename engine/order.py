@@ -79,6 +79,13 @@ class GlobalBatches:
         out[:, : last - first] = drawn[:, : last - first]
         return out
 
+    def heaviest(self, step: int, lengths: np.ndarray | None) -> int:
+        """The largest of the lengths [N] of a step's samples, which every rank knows of all; 0 where they are alike."""
+        if lengths is None:
+            return 0
+        samples = self.samples(step)
+        return int(lengths[samples[samples != FILLER]].max())
+
 
 _BLOCK = 8192
 

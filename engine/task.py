@@ -44,7 +44,11 @@ class Task(Protocol):
         """
 
     def datasets(self) -> dict[str, Dataset[Any]]:
-        """The map-style datasets "train" and "val". `dataset[i]` must depend on nothing but i."""
+        """The map-style datasets "train" and "val". `dataset[i]` must depend on nothing but i.
+
+        One whose samples need different amounts of memory may say how much there is of each: an attribute `lengths`,
+        int64 [N]. Steps that hold more than any before are then made with care for memory.
+        """
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """The batch of these samples."""

@@ -86,6 +86,7 @@ class Trainer:
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.dataset = task.datasets()["train"]
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
+        self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
         self.checkpoints.open_for_writing()
@@ -95,8 +96,8 @@ class Trainer:
             self._say(f"{folder} holds no checkpoint yet: starting at step 0")
 
         self.attempts = Attempts(ranks)
-        self.micro = MicroBatches(folder, sizes, memory_facts(config, known[LAYOUT], ranks.device, sizes), ranks)
-        self._step_fits = self._evaluation_fits = False  # known after the first of each
+        self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
+        self._heaviest_fit, self._evaluation_fits = -1, False  # nothing is known before the first of each
         self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found)
         self.assembly.build(self.micro.sizes)
         self.progress = self.assembly.take_up()
@@ -170,6 +171,7 @@ class Trainer:
                     continue
                 (sums, weight, flags), stepped = made
                 progress.step += 1
+                meter.add(weight)
                 stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
                 if save_failed:
                     self.checkpoints.wait()  # raises it, on all ranks in the same step
@@ -183,7 +185,7 @@ class Trainer:
                         note_norm(settings.adaptive_clipping, fixed, progress, float(stepped.grad_norm))
                 if sums is not None:
                     values = self._means(sums, weight) | {"lr": lr, "grad_norm": float(stepped.grad_norm)}
-                    values |= meter.read(progress.step, float(weight))
+                    values |= meter.read(progress.step)
                     self.trackers.log(progress.step, "train", values)
                     bar.set_postfix_str(brief(values, unit), refresh=False)
                 bar.update()
@@ -221,16 +223,18 @@ class Trainer:
     def _step(self, micro_batches: list[Batch], with_sums: bool) -> tuple[Accumulated, Stepped] | None:
         """One optimizer step; None if memory ran out, and everything is ready to make it with smaller micro-batches."""
         updating = False
+        heaviest = self.batches.heaviest(self.progress.step, self._lengths)
+        fits = heaviest <= self._heaviest_fit
         try:
-            with self.attempt(self._step_fits):
+            with self.attempt(fits):
                 accumulated = self.accumulate(micro_batches, with_sums)
             updating = True
             if (adaptive := self.config.training.adaptive_clipping) is not None:
                 self.backend.clip_at(clip_norm(adaptive, self.config.deepspeed.gradient_clipping, self.progress))
             self.watchdog.note(self.progress.step, "optimizer step")
-            with self.attempt(self._step_fits):
+            with self.attempt(fits):
                 stepped = self.backend.step()
-            self._step_fits = True
+            self._heaviest_fit = max(heaviest, self._heaviest_fit)
             return accumulated, stepped
         except OutOfMemory as error:
             shortage = error.shortage
@@ -357,7 +361,7 @@ class Trainer:
         """Put the run together again for the batch sizes in force. Called on all ranks."""
         self.watchdog.note(self.progress.step, "rebuilding the model for other micro-batches")
         self.assembly.rebuild(self.micro.sizes, self.progress, self.checkpoints)
-        self._step_fits = self._evaluation_fits = False
+        self._heaviest_fit, self._evaluation_fits = -1, False
 
     def save(self, in_background: bool | None = None) -> Path:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""

@@ -55,10 +55,10 @@ def find_weights(run: Path) -> Path:
     )
 
 
-def write_assets(folder: Path, task: Task, config: RunConfig) -> None:
-    """Write what stands beside weights: the task's assets, and config.json, for this and for other programs."""
+def write_assets(folder: Path, task: Task, config: RunConfig, dtype: str = "float32") -> None:
+    """Write what stands beside weights of `dtype`: the task's assets, and config.json, for this and other programs."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", task.save_assets(folder) | config.as_dict())
+    write_json(folder / "config.json", task.save_assets(folder) | {"dtype": dtype} | config.as_dict())
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -23,6 +23,7 @@ from kernels.transformers_attention import NAME as TRUNKLINE
 from kernels.transformers_attention import register_with_transformers
 from models.causal_lm.config import CausalLMModel, LlamaShape
 from models.causal_lm.data import IGNORE
+from models.causal_lm.probing import settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -85,13 +86,21 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     register_with_transformers()
     attention = attention_of(model, hf_config)
     if model.path is None:
-        lm = loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
-        return CausalLM(lm)
-    try:
-        lm, found = loader.from_pretrained(
+        return CausalLM(loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32))
+
+    def load(attention: str | None) -> Any:
+        return loader.from_pretrained(
             model.path, config=hf_config, attn_implementation=attention, dtype=torch.float32, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
+
+    try:
+        try:
+            lm, found = load(attention)
+        except (ValueError, KeyError):  # some families have a table of attentions of their own
+            if model.attention != "auto":
+                raise
+            lm, found = load(None)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"model.path: {model.path}: transformers cannot load it: {error}") from error
     if found["missing_keys"] or found["mismatched_keys"]:
@@ -100,7 +109,14 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
             f"model.path: {model.path}: its weights do not fit its config.json; missing or of another shape: "
             f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
         )
-    return CausalLM(lm)
+    network = CausalLM(lm)
+    try:
+        settle(network, may_switch=model.attention == "auto")
+    except Exception as error:  # a model of other people's raises what it likes
+        raise CheckpointError(
+            f"model.path: {model.path}: {type(lm).__name__} cannot be run with attention {network.attention}: {error}"
+        ) from error
+    return network
 
 
 _NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi", "layer_types")
@@ -112,8 +128,6 @@ def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str | Non
     if model.attention != "auto":
         return model.attention
     text: Any = hf_config.get_text_config()
-    if text.model_type == "qwen2" and not getattr(text, "use_sliding_window", False):
-        return TRUNKLINE
     asked = [name for name in _NOT_OURS if getattr(text, name, None)]
     if asked == ["layer_types"] and set(text.layer_types) == {"full_attention"}:
         asked = []
@@ -140,17 +154,26 @@ class LinearLoss(nn.Linear):
 
 
 class CausalLM(nn.Module):
-    """Negative log-likelihoods of tokens under `lm`, a transformers causal language model."""
+    """Negative log-likelihoods of tokens under `lm`, a transformers causal language model.
+
+    fused: the loss is taken in the head; else from the logits that the model makes.
+    packs: documents packed into a row leave one another alone.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm
         self._no_split_modules = sorted(lm._no_split_modules or ())
-        self.attention = lm.config._attn_implementation
+        self.packs = True
         head = lm.get_output_embeddings()
-        self.fused = type(head) is nn.Linear and not _changes_logits(lm.config)
+        self.fused = type(head) is nn.Linear
         if self.fused:
             head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
+
+    @property
+    def attention(self) -> str:
+        """The attention that transformers uses."""
+        return self.lm.config._attn_implementation
 
     def forward(
         self,
@@ -182,16 +205,6 @@ class CausalLM(nn.Module):
             hidden = self.lm.base_model(**inputs).last_hidden_state
             return self.lm.get_output_embeddings()(hidden, targets, reduction)
         return _cross_entropy(self.lm(**inputs).logits, targets, reduction)
-
-
-def _changes_logits(config: Any) -> bool:
-    """Whether a model does something to its logits after its head."""
-    text = config.get_text_config()
-    if getattr(text, "final_logit_softcapping", None) is not None:
-        return True
-    return any(
-        getattr(text, name, 1) not in (None, 1) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")
-    )
 
 
 def _same_document(document: Tensor) -> Tensor:

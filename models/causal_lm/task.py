@@ -25,7 +25,7 @@ from kernels.packed_attention import packing_tables
 from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from models.causal_lm.network import hf_config_of, make_network
+from models.causal_lm.network import CausalLM, hf_config_of, make_network
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import pad_id, stop_ids
 
@@ -59,8 +59,8 @@ class LanguageModelTask:
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
     def build_model(self) -> nn.Module:
-        """The network that `model` names, in fp32."""
-        return make_network(self.model, self.hf_config)
+        """The network that `model` names, in fp32. Raises ConfigError if it cannot keep packed documents apart."""
+        return self._network()
 
     def datasets(self) -> dict[str, Dataset[Any]]:
         """Samples of at most data.max_length tokens: one document each, or several packed."""
@@ -118,9 +118,18 @@ class LanguageModelTask:
         stops = stop_ids(self.tokenizer)
         generation = GenerationConfig(eos_token_id=stops, pad_token_id=self.pad_id)
         generation.save_pretrained(folder)
-        config = self.hf_config.to_dict() | {"eos_token_id": self.tokenizer.eos_token_id, "dtype": "float32"}
+        config = self.hf_config.to_dict() | {"eos_token_id": self.tokenizer.eos_token_id}
         config.pop("_name_or_path", None)
         return json.loads(json.dumps(config, default=str))
+
+    def _network(self) -> CausalLM:
+        network = make_network(self.model, self.hf_config)
+        if self.data.packing and not network.packs:
+            raise ConfigError(
+                f"data.packing: documents packed into one row change one another's loss in the model of "
+                f"{self.model.path} ({type(network.lm).__name__}, attention {network.attention}): set it to false"
+            )
+        return network
 
     def _dataset(self, split: str) -> Any:
         kind = Packed if self.data.packing else Padded
@@ -177,7 +186,7 @@ class PreferenceTask(LanguageModelTask):
 
     def build_model(self) -> nn.Module:
         """The policy, and as its reference a frozen copy."""
-        policy = make_network(self.model, self.hf_config)
+        policy = self._network()
         return PolicyAndReference(policy, copy.deepcopy(policy))
 
     def collate(self, samples: Sequence[Any]) -> Batch:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -28,6 +29,7 @@ from engine.errors import TrunklineError
 from engine.find_micro_batch import find_micro_batch
 from engine.memory import Attempts, OutOfMemory, Shortage, is_out_of_memory
 from engine.micro_batch import MicroBatches, divisors
+from engine.order import GlobalBatches
 from engine.plan import activation_bytes, make_plan
 from engine.progress import Progress
 from engine.task import Batch, Sums
@@ -270,6 +272,32 @@ def test_a_rank_that_is_full_later_ends_the_run_which_resumes_with_half_the_micr
     with pytest.raises(AssertionError, match=r"step 5 ran out of memory with 8.*rank 1.*the other ranks are in.*auto"):
         run_distributed_test(train_until_rank_1_is_full, 2, tmp_path, "none", backend=None)
     run_distributed_test(train_until_rank_1_is_full, 2, tmp_path, "auto", backend=None)
+    train(tmp_path / "one", 0, 16, "deepspeed")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+class Uneven(Hungry):
+    """Its data set tells which samples are the large ones: those that step 2 is the first to hold."""
+
+    def datasets(self) -> dict[str, Any]:
+        sets = super().datasets()
+        large = GlobalBatches(len(sets["train"]), 16, 42).samples(2)
+        sets["train"].lengths = np.isin(np.arange(len(sets["train"])), large).astype(np.int64)
+        return sets
+
+
+def train_with_a_late_large_batch(rank: int, world_size: int, folder: Path) -> None:
+    config = config_of(folder / f"of {rank}", 2, 8)
+    task = Uneven(config, 4 if rank == 1 else None, "backward", since=2)
+    trainer = trainer_of(task, config, folder / "run", "deepspeed")
+    trainer.run()
+    assert trainer.micro.sizes == BatchSizes(16, 4, 2, 2)
+
+
+@pytest.mark.fault("out of memory on one of two ranks, in a later step with larger samples than any before")
+@pytest.mark.distributed
+def test_a_batch_larger_than_any_before_is_made_with_care_again(tmp_path: Path) -> None:
+    run_distributed_test(train_with_a_late_large_batch, 2, tmp_path, backend=None)
     train(tmp_path / "one", 0, 16, "deepspeed")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 

@@ -50,6 +50,7 @@ def test_weights_are_cast_where_asked(toy: Path, tmp_path: Path) -> None:
     final = load_file(toy / "run/final/model.safetensors")
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(tensor, final[name].to(torch.bfloat16))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from engine.errors import CheckpointError, ConfigError
 from kernels.packed_attention import packing_tables
@@ -84,43 +85,56 @@ def test_gradients_of_the_fused_head_are_those_of_the_logits() -> None:
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_model_that_changes_its_logits_computes_them_itself(tmp_path: Path) -> None:
-    from transformers import Gemma2Config
-
-    config = Gemma2Config(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        intermediate_size=48, final_logit_softcapping=3.0,
-    )  # fmt: skip
-    model = saved(config, tmp_path)
-    network = make_network(model, hf_config_of(model, 64))
-    assert not network.fused
-    assert network.attention == "eager", "its scores are capped and its window slides"
-    batch = rows()
-    loss = network(**batch, reduction="none")
-    torch.testing.assert_close(loss, one_by_one(network.lm, batch), rtol=1e-4, atol=1e-4)
+WIDTHS = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
+GROUPED = WIDTHS | {"num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "mistral"])
-def test_other_families_of_models_have_their_own_loss(family: str, tmp_path: Path) -> None:
-    from transformers import GPT2Config, MistralConfig, Qwen2Config
+@pytest.mark.parametrize(
+    ("family", "keys", "attention", "fused", "packs"),
+    [
+        ("Mistral", GROUPED | {"sliding_window": None}, "trunkline", True, True),
+        ("Qwen2", GROUPED, "trunkline", True, True),
+        ("Qwen2Moe", GROUPED | {"num_experts": 4, "moe_intermediate_size": 16}, "sdpa", True, True),  # no plain mask
+        ("GPT2", {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2}, "sdpa", True, True),  # dropout
+        ("Falcon", {key: WIDTHS[key] for key in list(WIDTHS)[:4]}, "sdpa", True, True),  # attentions of its own
+        ("StableLm", WIDTHS | {"num_key_value_heads": 2}, "sdpa", True, True),  # does not hand tables down
+        ("Gemma2", GROUPED | {"head_dim": 16, "final_logit_softcapping": 3.0}, "eager", False, True),  # caps
+        ("Granite", GROUPED | {"logits_scaling": 4.0}, "trunkline", False, True),  # divides its logits
+        ("Bert", WIDTHS | {"is_decoder": True}, "trunkline", False, True),  # has more than a layer for a head
+        ("Roberta", WIDTHS | {"is_decoder": True, "pad_token_id": 1}, "trunkline", False, False),  # counts positions
+    ],
+)
+def test_any_family_has_its_own_loss(
+    family: str, keys: dict[str, Any], attention: str, fused: bool, packs: bool, tmp_path: Path
+) -> None:
+    import transformers
 
-    shape = {
-        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-        "num_key_value_heads": 1,
-    }  # fmt: skip
-    config: Any = {
-        "gpt2": lambda: GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, n_positions=64),
-        "qwen2": lambda: Qwen2Config(**shape),
-        "mistral": lambda: MistralConfig(**shape, sliding_window=None),
-    }[family]()
-    model = saved(config, tmp_path)
-    network = make_network(model, hf_config_of(model, 64)).eval()
-    assert network.fused
-    assert network.attention == ("sdpa" if family == "gpt2" else "trunkline"), "GPT-2 has dropout in its attention"
-    batch = rows()
-    packing = packing_tables(batch["document"]) if network.attention == "trunkline" else None
-    loss = network(**batch, packing=packing, reduction="none")
-    torch.testing.assert_close(loss, one_by_one(network.lm, batch), rtol=1e-5, atol=1e-5)
+    model = saved(getattr(transformers, f"{family}Config")(**keys), tmp_path)
+    network = make_network(model, hf_config_of(model, 32)).eval()
+    assert (network.attention, network.fused, network.packs) == (attention, fused, packs)
+    with torch.no_grad():
+        for parameter in network.parameters():  # untrained, a model's layers hardly show in its loss
+            parameter.mul_(3)
+        batch = rows()
+        expected = one_by_one(network.lm, batch)
+        alone = network(batch["input_ids"][1:, :30], batch["targets"][1:, :30], reduction="none")
+        torch.testing.assert_close(alone, expected[1:, :30], rtol=1e-5, atol=1e-5)
+        if packs:
+            loss = network(**batch, packing=packing_tables(batch["document"]), reduction="none")
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trying_a_model_leaves_its_weights_alone(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    model = saved(LlamaConfig(**GROUPED), tmp_path)
+    network = make_network(model, hf_config_of(model, 32))
+    written = load_file(tmp_path / "model.safetensors")
+    found = {name: value for name, value in network.lm.state_dict().items() if name in written}
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], written[name]) for name in written)
 
 
 def test_padding_on_the_right_changes_nothing() -> None:
