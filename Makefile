@@ -55,6 +55,7 @@ $(store)/store.json: $(simulated)
 
 # causal_lm: the documentation of Python, then questions and answers, then preferences among answers
 lm := data/causal_lm-demo
+question := How are you?
 train_lm = $(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --resume auto --config configs/causal_lm
 
 .PHONY: train-causal_lm

@@ -148,8 +148,11 @@ class Pairs(Dataset[tuple[Piece, Piece]]):
         return chosen, rejected
 
 
-def collate(samples: Sequence[Piece] | Sequence[list[Piece]], pad_id: int) -> dict[str, Tensor]:
-    """Batch of samples of Padded or of Packed, padded on the right to the longest of them and a multiple of 16.
+def collate(
+    samples: Sequence[Piece] | Sequence[list[Piece]], pad_id: int, max_length: int | None = None
+) -> dict[str, Tensor]:
+    """Batch of samples of Padded or of Packed, padded on the right to the longest of them and a multiple of 16, but not
+    beyond `max_length`, which may be all the positions that a model has.
 
     input_ids     [B, L] int64
     targets       [B, L] int64  the token that position l must predict, so nothing is to be shifted; IGNORE at the last
@@ -158,21 +161,24 @@ def collate(samples: Sequence[Piece] | Sequence[list[Piece]], pad_id: int) -> di
     document      [B, L] int64  of Packed only: the piece's number within its row, -1 at padding
     """
     rows = [[sample] if isinstance(sample, Piece) else sample for sample in samples]
-    batch = _padded(rows, pad_id)
+    batch = _padded(rows, pad_id, max_length)
     if all(isinstance(sample, Piece) for sample in samples):
         del batch["document"]
     return batch
 
 
-def collate_pairs(samples: Sequence[tuple[Piece, Piece]], pad_id: int) -> dict[str, Tensor]:
+def collate_pairs(
+    samples: Sequence[tuple[Piece, Piece]], pad_id: int, max_length: int | None = None
+) -> dict[str, Tensor]:
     """Batch of samples of Pairs: input_ids, targets and position_ids of `collate`, [B, 2, L], chosen first."""
-    batch = _padded([[side] for sample in samples for side in sample], pad_id)
+    batch = _padded([[side] for sample in samples for side in sample], pad_id, max_length)
     return {name: batch[name].unflatten(0, (-1, 2)) for name in ("input_ids", "targets", "position_ids")}
 
 
-def _padded(rows: Sequence[list[Piece]], pad_id: int) -> dict[str, Tensor]:
+def _padded(rows: Sequence[list[Piece]], pad_id: int, max_length: int | None) -> dict[str, Tensor]:
     longest = max(sum(len(piece.tokens) for piece in row) for row in rows)
-    shape = len(rows), -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    shape = len(rows), length if max_length is None else max(longest, min(length, max_length))
     fills = {"input_ids": pad_id, "targets": IGNORE, "position_ids": 0, "document": -1}
     batch = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
     for r, row in enumerate(rows):

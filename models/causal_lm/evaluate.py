@@ -10,7 +10,6 @@ frequencies of tokens in the training split: what a model knows that looks at no
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine.errors import ConfigError
 from engine.evaluation import to_device
 from engine.files import write_json
 from engine.hardware import choose_device
@@ -92,7 +92,7 @@ def compare(
     for name, place in networks.items():
         _measure_likelihood(result, held, name, _network(task, place, model, device))
     if START not in networks and model.objective.type == "pretrain":
-        result.metrics[FREQUENCIES] = frequencies(task, split)
+        result.metrics[FREQUENCIES] = frequencies(held)
     return result
 
 
@@ -131,15 +131,16 @@ def _compare_preferences(result: Comparison, held: Held, task: PreferenceTask, n
     result.margins = np.concatenate(margins)
 
 
-def frequencies(task: LanguageModelTask, split: str) -> dict[str, float]:
-    """Loss and perplexity, over a split, of the frequencies of tokens in the training split, each counted once more."""
-    counts = np.ones(task.hf_config.get_text_config().vocab_size)
-    train, held_out = task.store.split("train"), task.store.split(split)
-    for index in range(len(train)):
-        np.add.at(counts, train.tokens(index), 1)
-    predicted = np.concatenate([held_out.tokens(index)[1:] for index in range(len(held_out))])
-    loss = float(-np.log(counts / counts.sum())[predicted].mean())
-    return {"loss": loss, "perplexity": math.exp(loss)}
+def frequencies(held: Held) -> dict[str, float]:
+    """What `held` loses under the frequencies of tokens in the training split, each counted once more."""
+    counts = held.task.store.split("train").counts() + 1
+    log_p = torch.from_numpy(np.log(counts / counts.sum()))
+    sums: Sums | None = None
+    for batch in held.batches(f"evaluate {held.split}, {FREQUENCIES}"):
+        wanted = batch["targets"][held.task.predicted(batch)].cpu()
+        sums = add_sums(sums, {"loss": -log_p[wanted].sum(), "tokens": torch.tensor(len(wanted))})
+    assert sums is not None, "a split without samples is refused when it is opened"
+    return held.task.summarize(sums)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +155,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and write evaluation.{md,json,png}; prints the table. Returns the exit status."""
+    for name in ("batch_size", "max_samples"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     result = compare(
         arguments.run, choose_device(arguments.device), split=arguments.split, store=arguments.store,
         batch_size=arguments.batch_size, max_samples=arguments.max_samples, progress=True,

@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
-from engine.files import replace_whole
 from engine.hardware import choose_device
-from models.causal_lm.tokenizer import pad_id, stop_ids
+from models.causal_lm.tokenizer import leading_ids, pad_id, stop_ids
 from models.causal_lm.trained import Trained, load_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="sample at this temperature; greedy unless given")
     parser.add_argument("--top-k", type=int, help="with --temperature: sample from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling; default 0")
+    parser.add_argument("--seed", type=int, help="with --temperature: of sampling; default 0")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompt or --prompts: write JSON lines here")
     parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
@@ -51,47 +51,60 @@ def run(arguments: argparse.Namespace) -> int:
     options = _generation_options(arguments)
     prompts = list(_prompts(arguments))
     trained = load_trained(arguments.run, choose_device(arguments.device), DTYPES[arguments.dtype])
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(arguments.seed or 0)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.chat and not prompts:
         _talk(trained, system, options)
         return 0
-    rows = []
     stream = arguments.out is None
-    for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):
-        if arguments.chat:
-            answer = reply(trained, [*system, {"role": "user", "content": prompt}], stream=stream, **options)
-        else:
-            if stream:
-                print(prompt, end="", flush=True)
-            answer = continue_text(trained, prompt, stream=stream, **options)
-        rows.append({"prompt": prompt, "answer": answer})
-    if arguments.out is not None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        try:
-            replace_whole(arguments.out, lambda draft: draft.write_text(text, encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"--out {arguments.out}: cannot be written: {error.strerror}; choose another") from error
-        print(f"wrote {len(rows)} answers to {arguments.out}")
+    with _answers(arguments.out) as out:
+        for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):
+            if arguments.chat:
+                answer = reply(trained, [*system, {"role": "user", "content": prompt}], stream=stream, **options)
+            else:
+                if stream:
+                    print(prompt, end="", flush=True)
+                answer = continue_text(trained, prompt, stream=stream, **options)
+            if out is not None:  # line by line, so that an interruption costs one answer
+                print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), file=out, flush=True)
+    if not stream:
+        print(f"wrote {len(prompts)} answers to {arguments.out}")
     return 0
+
+
+@contextmanager
+def _answers(path: Path | None) -> Iterator[TextIO | None]:
+    """The file for answers, open, or None."""
+    if path is None:
+        yield None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"--out {path}: cannot be written: {error.strerror}; choose another") from error
 
 
 def continue_text(trained: Trained, prompt: str, *, stream: bool = False, **options: Any) -> str:
     """What the model writes after `prompt`, without it. `options` are those of transformers' generate."""
-    ids = trained.tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    return _generate(trained, ids, stream, options)
+    ids = trained.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return _generate(trained, [*leading_ids(trained.tokenizer), *ids], stream, options)
 
 
 def reply(trained: Trained, messages: list[Message], *, stream: bool = False, **options: Any) -> str:
     """The assistant's next message. Raises ConfigError if the tokenizer has no chat template or refuses."""
+    return _generate(trained, _rendered(trained, messages), stream, options)
+
+
+def _rendered(trained: Trained, messages: list[Message]) -> list[int]:
     if not trained.tokenizer.chat_template:
         raise ConfigError(f"{trained.folder}: its tokenizer has no chat template: leave out --chat")
     try:
         text = trained.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs of their own and raise what they like
         raise ConfigError(f"{trained.folder}: its chat template does not take this conversation: {error}") from error
-    ids = trained.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _generate(trained, ids, stream, options)
+    return trained.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()
@@ -101,8 +114,9 @@ def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str,
     if not ids:
         raise ConfigError("--prompt: is empty, and this tokenizer begins no text by itself: give at least a letter")
     device = next(trained.lm.parameters()).device
-    room = (getattr(trained.lm.config, "max_position_embeddings", None) or 2**31) - len(ids)
-    count = options.pop("max_new_tokens") or min(128, room)
+    options = dict(options)
+    room = _positions(trained) - len(ids)
+    count = options.pop("max_new_tokens", None) or min(128, room)
     if count > room or room < 1:
         raise ConfigError(
             f"--prompt: {len(ids)} tokens and {max(count, 1)} new ones (--max-new-tokens) are more than the "
@@ -121,9 +135,14 @@ def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str,
     return trained.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip("\n")
 
 
+def _positions(trained: Trained) -> int:
+    return getattr(trained.lm.config, "max_position_embeddings", None) or 2**31
+
+
 def _talk(trained: Trained, messages: list[Message], options: dict[str, Any]) -> None:
     """A conversation on the terminal, until an empty line or the end of the input."""
     print("An empty line ends the conversation.")
+    first = len(messages)  # after the system's
     while True:
         try:
             said = input("> ").strip()
@@ -132,6 +151,10 @@ def _talk(trained: Trained, messages: list[Message], options: dict[str, Any]) ->
         if not said:
             return
         messages = [*messages, {"role": "user", "content": said}]
+        wanted = min(options["max_new_tokens"] or 64, _positions(trained) // 2)
+        while len(messages) > first + 1 and len(_rendered(trained, messages)) + wanted > _positions(trained):
+            del messages[first : first + 2]
+            print("(the oldest turn is forgotten: the model has no positions left for it)")
         messages.append({"role": "assistant", "content": reply(trained, messages, stream=True, **options)})
 
 
@@ -157,8 +180,10 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What transformers' generate takes. Raises ConfigError for a value out of range or without effect."""
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {arguments.max_new_tokens}: use 1 or more")
+    if arguments.system and not arguments.chat:
+        raise ConfigError("--system: has no effect without --chat")
     if arguments.temperature is None:
-        for name in ("top_k", "top_p"):
+        for name in ("top_k", "top_p", "seed"):
             if getattr(arguments, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --temperature")
         # explicit, because a model's own generation_config.json may ask for sampling

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LENGTHS = (5, 7)  # of two documents
 _LOUDER = 16.0  # times the logits, or an untrained model would whisper; a power of two is taken back exactly
-_TOLERANCE = {"rtol": 1e-4, "atol": 1e-2}  # far above fp32's rounding, far below what a leak or a missing layer does
+_RTOL, _ATOL = 1e-4, 1e-2  # far above fp32's rounding, far below what a leak or a missing layer does
 
 Way = Callable[["CausalLM"], Tensor]
 """A way to the losses of both documents' tokens, [10] fp32."""
@@ -64,7 +64,7 @@ def _gives(right: Tensor, way: Way, network: CausalLM) -> bool:
         losses = way(network)
     except Exception:  # models of other people's raise what they like
         return False
-    return torch.allclose(losses, right, **_TOLERANCE)
+    return torch.allclose(losses, right, rtol=_RTOL, atol=_ATOL)
 
 
 def _documents(network: CausalLM) -> list[Tensor]:

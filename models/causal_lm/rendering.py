@@ -45,7 +45,8 @@ class Renderer:
         self._eos = tokenizer.eos_token_id
         self._stops = stop_ids(tokenizer)
         # the longest first, so that the whole of a mark is found
-        self._marks = tuple(sorted(tokenizer.all_special_tokens, key=len, reverse=True))
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._marks = tuple(sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True))
 
     def render(self, record: Record) -> list[Rendered]:
         """Sequences of the record: one, or for a preference two that begin with the same prompt. Raises BadRecord."""
@@ -127,9 +128,13 @@ class Renderer:
 
     def _by_spans(self, whole: str, spans: Sequence[tuple[int, int]]) -> Rendered:
         encoding = self._encoder.encode(whole, add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets], np.int64).reshape(-1)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         learned = np.zeros(len(starts), bool)
         for start, end in spans:
+            if ((starts < start) & (start < ends)).any():
+                raise BadRecord(
+                    "the answer begins inside a token: let the chat template's generation prompt not end in a space"
+                )
             learned |= (start <= starts) & (starts < end)
         return Rendered(np.array(encoding.ids, np.int64), learned)
 

@@ -50,5 +50,5 @@ class Splits:
 
 def _share(record: Record) -> float:
     """A number from 0 to below 1, evenly spread over records and the same for equal ones."""
-    content = record.text if isinstance(record, Text) else json.dumps(vars(record), sort_keys=True)
+    content = record.text if isinstance(record, Text) else json.dumps(vars(record), sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big") / 2**48

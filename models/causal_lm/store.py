@@ -48,6 +48,9 @@ class SplitEntry:
     digests: dict[str, str]
 
 
+_COUNTED_AT_ONCE = 1 << 24
+
+
 class Sequences:
     """Token sequences of one split. Safe to pickle: a copy opens the files for itself, when it first reads."""
 
@@ -80,6 +83,13 @@ class Sequences:
         if self._kind == "text":
             return np.ones(len(self._slice("tokens.npy", index, start, stop)), bool)
         return self._slice("learned.npy", index, start, stop).copy()
+
+    def counts(self) -> np.ndarray:
+        """int64 [vocabulary], how often each token stands in the split."""
+        tokens, total = self._map("tokens.npy"), np.zeros(self._vocab_size, np.int64)
+        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+            total += np.bincount(tokens[start : start + _COUNTED_AT_ONCE], minlength=self._vocab_size)
+        return total
 
     def check_files(self) -> None:
         """Raises DataError unless every file is there with the size and layout that was written."""

@@ -27,7 +27,7 @@ from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collat
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.network import CausalLM, hf_config_of, make_network
 from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import pad_id, stop_ids
+from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
 
 KIND_OF = {"pretrain": "text", "sft": "conversations", "dpo": "preferences"}
 
@@ -55,6 +55,7 @@ class LanguageModelTask:
         self._check_vocabulary()
         self._check_window()
         self.tokenizer = self.store.tokenizer()
+        self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
@@ -68,12 +69,12 @@ class LanguageModelTask:
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """See models.causal_lm.data.collate. Packed rows come with the tables of kernels.packed_attention."""
-        batch = collate(samples, self.pad_id)
+        batch = collate(samples, self.pad_id, self.data.max_length)
         return batch | packing_tables(batch["document"]) if "document" in batch else batch
 
     def weight(self, batch: Batch) -> Tensor:
         """The number of tokens that are predicted."""
-        return (_targets(batch) != IGNORE).sum()
+        return self.predicted(batch).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """-log p, in nats, summed over the tokens that are predicted."""
@@ -81,8 +82,12 @@ class LanguageModelTask:
 
     def by_token(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """-log p of each target, fp32 [B, L], 0 where there is none; and where there is one, bool [B, L]."""
-        targets = _targets(batch)
-        return model(batch["input_ids"], targets, **_packing(batch), reduction="none"), targets != IGNORE
+        loss = model(batch["input_ids"], _targets(batch), **_packing(batch), reduction="none")
+        return loss, self.predicted(batch)
+
+    def predicted(self, batch: Batch) -> Tensor:
+        """bool [B, L], where a token is predicted."""
+        return _targets(batch) != IGNORE
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """The same sum, and the number of tokens."""
@@ -164,6 +169,19 @@ class LanguageModelTask:
                 f"{known}: prepare the data with the model's own tokenizer (--tokenizer), or choose a larger vocabulary"
             )
 
+    def _check_tokenizer(self) -> None:
+        """An id must mean what it means to the model that training starts from; new tokens may be added."""
+        folder = Path(self.model.path or "")
+        if self.model.path is None or not (folder / "tokenizer_config.json").is_file():
+            return
+        known = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+        for token, number in self.tokenizer.get_vocab().items():
+            if known.get(number, token) != token:
+                raise ConfigError(
+                    f"data.store: {self.data.store}: its token {number} is {token!r}, but {known[number]!r} to the "
+                    f"model of {folder}: prepare the data with --tokenizer {folder}"
+                )
+
     def _check_window(self) -> None:
         window = getattr(self.hf_config.get_text_config(), "sliding_window", None)
         if self.data.packing and window is not None and window < self.data.max_length:
@@ -191,7 +209,7 @@ class PreferenceTask(LanguageModelTask):
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """See models.causal_lm.data.collate_pairs."""
-        return collate_pairs(samples, self.pad_id)
+        return collate_pairs(samples, self.pad_id, self.data.max_length)
 
     def weight(self, batch: Batch) -> Tensor:
         """The number of pairs."""

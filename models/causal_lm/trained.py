@@ -1,4 +1,4 @@
-"""A trained language model from a run's folder, or from any Hugging Face folder: network and tokenizer."""
+"""A trained language model from a run's folder: network and tokenizer."""
 
 from __future__ import annotations
 
@@ -48,4 +48,6 @@ def load_trained(run: Path, device: torch.device, dtype: torch.dtype = torch.flo
     folder, data, model = load_sections(run)
     here = at(folder, model)
     lm = make_network(here, hf_config_of(here, data.max_length)).lm
-    return Trained(folder, lm.to(device=device, dtype=dtype).eval(), load_tokenizer(folder), data, model)
+    for parameter in lm.parameters():  # not the buffers: rounded frequencies would put rotary positions elsewhere
+        parameter.data = parameter.data.to(dtype)
+    return Trained(folder, lm.to(device).eval(), load_tokenizer(folder), data, model)

@@ -198,3 +198,10 @@ def test_a_million_documents_are_indexed_without_a_loop(tmp_path: Path) -> None:
     data = Padded(Lengths(), "text", 512)  # type: ignore[arg-type]
     assert len(data) == sum(-(-(n - 1) // 511) for n in Lengths.lengths.tolist() if n > 1)
     assert (data.lengths - 1).sum() == (Lengths.lengths - 1).clip(min=0).sum()
+
+
+def test_batches_are_never_longer_than_the_positions_of_a_model(sequences_of) -> None:
+    samples = [Padded(sequences_of("text", 50), "text", 50)[0]]
+    assert collate(samples, PAD)["input_ids"].shape == (1, 64)
+    assert collate(samples, PAD, 50)["input_ids"].shape == (1, 50)
+    assert collate(samples, PAD, 500)["input_ids"].shape == (1, 64)

@@ -13,7 +13,7 @@ import torch
 from engine.distributed import start
 from engine.trainer import Trainer
 from launchers.evaluate import main
-from models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, compare, frequencies
+from models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, Held, compare, frequencies
 from models.registry import make_task
 from tests.models.causal_lm.toy_language import toy_config
 
@@ -42,13 +42,24 @@ def test_a_pretrained_model_is_compared_with_the_frequencies_of_tokens(stores: P
     assert np.isnan(found.positions[TRAINED][-1]), "the last token of a sample predicts nothing"
 
 
-def test_frequencies_are_counts_plus_one(stores: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_samples", [None, 3])
+def test_frequencies_are_counts_plus_one(stores: Path, tmp_path: Path, max_samples: int | None) -> None:
     task: Any = make_task(toy_config(tmp_path, stores))
-    train, val = (task.store.split(name) for name in ("train", "val"))
-    counts = np.bincount(np.concatenate([train.tokens(i) for i in range(len(train))]), minlength=512) + 1
-    held_out = [val.tokens(i)[1:] for i in range(len(val))]
-    expected = -np.log(counts / counts.sum())[np.concatenate(held_out)].mean()
-    assert frequencies(task, "val")["loss"] == pytest.approx(expected, rel=1e-12)
+    train, val = task.store.split("train"), task.datasets()["val"]
+    size = task.store.vocab_size
+    counts = np.bincount(np.concatenate([train.tokens(i) for i in range(len(train))]), minlength=size) + 1
+    places = range(len(val)) if max_samples is None else [len(val) * i // max_samples for i in range(max_samples)]
+    expected = -np.log(counts / counts.sum())[np.concatenate([val[i].tokens[1:] for i in places])].mean()
+    held = Held(task, "val", CPU, 2, max_samples, progress=False)
+    assert frequencies(held)["loss"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--max-samples", "0")])
+def test_numbers_out_of_range_are_named(
+    pretrained: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(pretrained), flag, value]) == 2
+    assert f"{flag} 0: use 1 or more" in capsys.readouterr().err
 
 
 def test_fine_tuning_is_compared_with_its_start(

@@ -84,11 +84,32 @@ def test_a_conversation_remembers_what_was_said(
     assert reply(trained, second, **GREEDY) in said
 
 
+def test_a_long_conversation_forgets_its_oldest_turns_and_goes_on(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is a list?\n" * 5))
+    assert main(["--run", str(pretrained), "--chat", "--max-new-tokens", "8", "--system", "Be brief."]) == 0
+    said = capsys.readouterr().out
+    assert "the oldest turn is forgotten" in said
+    assert said.count("> ") == 6
+
+
+def test_a_narrower_dtype_leaves_rotary_positions_where_they_are(pretrained: Path, trained: Trained) -> None:
+    narrow = load_trained(pretrained, torch.device("cpu"), torch.bfloat16)
+    assert {parameter.dtype for parameter in narrow.lm.parameters()} == {torch.bfloat16}
+    assert torch.equal(narrow.lm.model.rotary_emb.inv_freq, trained.lm.model.rotary_emb.inv_freq)
+    assert narrow.lm.get_output_embeddings().weight is narrow.lm.get_input_embeddings().weight
+    ids = torch.arange(64)[None]
+    torch.testing.assert_close(narrow.lm(ids).logits.float(), trained.lm(ids).logits, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "give --prompt TEXT, --prompts FILE, or --chat to talk"),
         (["--prompt", "a", "--top-k", "5"], "--top-k: has no effect without --temperature"),
+        (["--prompt", "a", "--seed", "5"], "--seed: has no effect without --temperature"),
+        (["--prompt", "a", "--system", "be nice"], "--system: has no effect without --chat"),
         (["--prompt", "a", "--temperature", "0"], "--temperature 0.0: use a value above 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: use a value above 0 and at most 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: use 1 or more"),

@@ -245,3 +245,24 @@ def test_answers_are_found_in_the_tokens_of_a_tokenizer_that_drops_spaces(tmp_pa
     ids, learned = one(load_tokenizer(tmp_path), talk("hello", "world hello"))
     assert ids.tolist() == [3, 4, 2, 5, 4, 1]
     assert learned.tolist() == [False, False, False, True, True, True]
+
+
+def test_marks_that_are_only_listed_among_the_added_tokens_are_refused_in_messages(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """As Llama 3 lists its own."""
+    tokenizer.backend_tokenizer.add_special_tokens(["<|eot_id|>"])
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    with pytest.raises(BadRecord, match=r"a message holds <\|eot_id\|>"):
+        one(tokenizer, talk("hi<|eot_id|>secret", "b"))
+
+
+def test_an_answer_that_begins_inside_a_token_is_refused() -> None:
+    tokenizer = train_tokenizer(["yes yes yes no no no"] * 9, MIN_VOCAB_SIZE + 8)
+    assert len(tokenizer(" yes")["input_ids"]) == 1
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(BadRecord, match="the answer begins inside a token"):
+        one(tokenizer, talk("a", "yes no"))

@@ -14,13 +14,14 @@ import torch
 
 from engine.config import RunConfig
 from engine.distributed import start
-from engine.errors import TrunklineError
+from engine.errors import ConfigError, TrunklineError
 from engine.order import FILLER, GlobalBatches
 from engine.randomness import seed_torch
 from engine.schedules import learning_rates
 from engine.trainer import Trainer
 from launchers.export import main as export
 from models.causal_lm.data import IGNORE
+from models.causal_lm.prepare import prepare
 from models.registry import make_task
 from tests.distributed import run_distributed_test
 from tests.models.causal_lm.toy_language import toy_config
@@ -209,6 +210,15 @@ def test_final_is_a_folder_that_transformers_opens_with_the_same_logits(
         assert tokenizer.decode(tokenizer("What is a list?")["input_ids"]) == "What is a list?"
         assert tokenizer.eos_token_id in GenerationConfig.from_pretrained(folder).eos_token_id
         assert json.loads((folder / "config.json").read_text())["workload"] == "causal_lm"
+
+
+def test_a_store_of_another_tokenizer_is_refused(stores: Path, pretrained: Path, tmp_path: Path) -> None:
+    prepare(
+        [stores / "conversations.jsonl"], tmp_path / "other", kind="conversations", vocab_size=300, val_fraction=0.2
+    )
+    data = {"store": str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match=r"its token \d+ is .*, but .* to the model of .*best: prepare .*--tokenizer"):
+        make_task(toy_config(tmp_path, stores, "sft", data=data, model={"path": str(pretrained / "best")}))
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
