@@ -24,6 +24,7 @@ from typing import Any
 
 from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
+from engine.files import sync
 from engine.sharded_files import Digests, add_digests, file_names
 from engine.sharded_state import Snapshot
 
@@ -210,11 +211,11 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
-            _sync_folder(path)
+            sync(path)
         if final.exists():  # left by a run that was resumed from before this step
             final.rename(self.folder / f".trash-{final.name}")
         staging.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         shutil.rmtree(self.folder / f".trash-{final.name}", ignore_errors=True)
 
     def _prune(self) -> None:
@@ -292,11 +293,3 @@ def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
     while block := file.read(2**20):
         digest.update(block)
     return digest
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

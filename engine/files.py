@@ -1,16 +1,20 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, on the disk when it is said that they are, and written by one process."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from engine.errors import DataError
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -36,3 +40,33 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
     except SafetensorError as error:  # it wraps what the system said
         raise OSError(None, str(error), str(path)) from error
     path.chmod(0o666 & ~_UMASK)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def only_writer(folder: Path, out: Path) -> Iterator[None]:
+    """Hold `folder` against a second preparation of `out`. The lock goes with the process, however it ends.
+
+    Raises DataError while another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{out}: another preparation is writing this folder: wait for it, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)

@@ -9,7 +9,6 @@ number of sequences, but for 16 bytes each.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.files import only_writer, sync
 from models.causal_lm.rendering import Rendered
 from models.causal_lm.sources import Kind
 from models.causal_lm.store import (
@@ -48,24 +48,13 @@ def draft_of(out: Path) -> Iterator[Path]:
     """
     draft = out.with_name(f".{out.name}.draft")
     draft.mkdir(exist_ok=True)
-    descriptor = os.open(draft, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{out}: another preparation is writing it: wait for that one, or choose another --out"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+    with only_writer(draft, out):
         try:
             for path in draft.iterdir():  # of a preparation that was killed
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             yield draft
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    finally:
-        os.close(descriptor)
 
 
 class StoreWriter:
@@ -105,18 +94,18 @@ class StoreWriter:
             **notes,
         }
         for path in (self._draft / "tokenizer").iterdir():
-            _sync(path)
+            sync(path)
         with (self._draft / "store.json").open("w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for folder in [self._draft / "tokenizer", *(self._draft / name for name in SPLITS), self._draft]:
-            _sync(folder)
+            sync(folder)
         try:
             self._draft.rename(out)
         except OSError as error:
             raise DataError(f"{out}: {error.strerror}: choose another --out, or empty it") from error
-        _sync(out.parent)
+        sync(out.parent)
         return Store.open(out)
 
 
@@ -172,11 +161,3 @@ class _SplitWriter:
         data = np.ascontiguousarray(values, dtype=self._names[name][0]).tobytes()
         self._digests[name].update(data)
         self._files[name].write(data)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

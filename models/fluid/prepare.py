@@ -11,17 +11,15 @@ What is written depends on the source and the settings only, not on the number o
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
+from engine.files import only_writer
 from models.fluid.conversion import convert_all
 from models.fluid.csv_source import SourceCase, agree_on_schema, find_cases, stamp
 from models.fluid.schema import Schema
@@ -109,7 +107,7 @@ def prepare(
     cases = find_cases(source, val_fraction, seed)
     _check_out(source, out)
     out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
+    with only_writer(out, out):
         schema, bad = agree_on_schema(cases)
         _check_bad(bad, skip_bad_cases)
         cases = [case for case in cases if case.key not in bad]
@@ -162,24 +160,6 @@ def _check_out(source: Path, out: Path) -> None:
     held = [path.name for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
     if held and "schema.json" not in held:
         raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold `out` against a second preparation. The lock goes with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(
-            f"{out}: another preparation is writing this folder: wait for it, or choose another --out"
-        ) from error
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _kept_cases(

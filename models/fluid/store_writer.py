@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from engine.errors import DataError
+from engine.files import sync
 from models.fluid.schema import MINUTES, Schema
 from models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
 from models.fluid.store import SPLITS, VERSION, CaseEntry, Store, file_digest, npy_header, npy_size, store_fingerprint
@@ -90,10 +91,10 @@ def write_case(
     entry = CaseEntry(day, {file_name: file_digest(partial / file_name) for file_name in arrays})
     record = {"version": VERSION, "day": day, "digests": entry.digests, "source": source}
     _write_synced(partial / "case.json", (json.dumps(record, sort_keys=True) + "\n").encode())
-    _sync_folder(partial)
+    sync(partial)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     return entry
 
 
@@ -136,7 +137,7 @@ def finish_store(
     rows = _sampled_rows(Store(root, schema, {}, minutes, ordered, ""), fitted)
     partial = root / f".statistics{PARTIAL}"
     save_file(column_statistics(moments, rows), partial)
-    _sync_file(partial)
+    sync(partial)
     partial.rename(root / "statistics.safetensors")
     write_atomically(root / "store.json", _index_text(schema, ordered, minutes, notes))
 
@@ -180,7 +181,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}{PARTIAL}")
     _write_synced(partial, text.encode())
     partial.rename(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _read_moments(folder: Path, schema: Schema) -> np.ndarray:
@@ -220,16 +221,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

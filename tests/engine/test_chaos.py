@@ -104,7 +104,7 @@ def between_the_manifest_and_the_rename(die: Callable[[], None]) -> None:
             die()
         return original(*arguments)
 
-    patched(engine.checkpoint, "_sync_folder", around)
+    patched(engine.checkpoint, "sync", around)
 
 
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {

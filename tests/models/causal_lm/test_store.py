@@ -188,7 +188,7 @@ def test_a_draft_is_no_store_and_goes_if_it_was_not_finished(tmp_path: Path) -> 
 def test_two_writers_of_one_store_exclude_each_other(tmp_path: Path) -> None:
     with (
         draft_of(tmp_path / "store"),
-        pytest.raises(DataError, match="another preparation is writing it"),
+        pytest.raises(DataError, match="another preparation is writing this folder"),
         draft_of(tmp_path / "store"),
     ):
         pass
