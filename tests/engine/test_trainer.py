@@ -166,26 +166,6 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-class ThirdOffset(TinyTask):
-    """Its buffer is a number that bf16 cannot hold."""
-
-    def build_model(self) -> torch.nn.Module:
-        model = super().build_model()
-        model.offset.fill_(1 / 3)  # type: ignore[operator, union-attr]
-        return model
-
-
-@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp", 3)])
-def test_buffers_keep_their_precision_in_bf16(tmp_path: Path, backend: str, stage: int) -> None:
-    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
-    config = tiny_config(tmp_path, training={"steps": 2}, deepspeed=section)
-    trainer = Trainer(ThirdOffset(config.data, config.model), config, start(), tmp_path / "run", backend=backend)
-    trainer.run()
-    offset = trainer.backend.module.offset
-    assert torch.equal(offset, torch.tensor([1 / 3]))  # type: ignore[arg-type]
-    assert torch.equal(load_file(tmp_path / "run/final/model.safetensors")["offset"], torch.tensor([1 / 3]))
-
-
 class Renamed(TinyTask):
     """Leaves the buffer out of files of weights and gives the parameters a prefix."""
 
@@ -392,49 +372,6 @@ def test_options_that_cost_or_save_time_leave_the_losses_alone(tmp_path: Path, o
     train(tmp_path / "plain", tiny_config(tmp_path))
     train(tmp_path / "option", tiny_config(tmp_path, training={option: value}))
     assert losses(tmp_path / "option") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-
-
-@pytest.mark.parametrize(("backend", "stage"), [*(("deepspeed", stage) for stage in range(4)), ("fsdp", 3)])
-def test_masters_of_bf16_begin_as_the_model_was_built_and_every_step_is_one(
-    tmp_path: Path, backend: str, stage: int
-) -> None:
-    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
-    config = tiny_config(tmp_path, deepspeed=section)
-    task = TinyTask(config.data, config.model)
-    seed_torch(config.training.seed, 0)
-    built = dict(task.build_model().named_parameters())
-    trainer = Trainer(task, config, start(), tmp_path / "run", backend=backend)
-    masters = {name: value for name, value in trainer.backend.full_state() if name in built}
-    assert masters.keys() == built.keys()
-    assert all(torch.equal(masters[name], built[name]) for name in built)
-    trainer.run()
-    states = trainer.backend.optimizer.state.values()
-    assert {int(state["step"]) for state in states} == {config.training.steps}
-
-
-def test_bf16_gives_the_same_losses_under_every_stage_and_backend(tmp_path: Path) -> None:
-    found = []
-    for backend, stage in (*(("deepspeed", stage) for stage in range(4)), ("fsdp", 3)):
-        section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
-        config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)
-        folder = tmp_path / f"{backend}-{stage}"
-        Trainer(TinyTask(config.data, config.model), config, start(), folder, backend=backend).run()
-        found.append(losses(folder))
-    for one in found[1:]:
-        assert one == pytest.approx(found[0], rel=0.01)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> None:
-    section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
-    config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)
-    train(tmp_path / "bf16", config)
-    assert losses(tmp_path / "bf16") == pytest.approx(reference_losses(config), rel=0.05)
-    model = Net(config.data.width, config.model)
-    load_weights(model, tmp_path / "bf16/final")
-    weight = model.enter.weight.detach()
-    assert weight.dtype == torch.float32
-    assert not torch.equal(weight, weight.bfloat16().float())  # what is saved is the master copy
 
 
 def test_offloaded_optimizer_states_give_the_same_losses(tmp_path: Path) -> None:
