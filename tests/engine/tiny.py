@@ -143,6 +143,14 @@ class TinyTask:
         return batch["mask"] * batch["valid"][:, None, None]
 
 
+def lay_over(raw: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
+    """Put the keys of `sections` over those of a configuration, and the keys of objects in them over theirs."""
+    for name, section in sections.items():
+        for key, value in section.items():
+            inner = raw[name].get(key)
+            raw[name][key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+
+
 def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     """A run of the tiny task with these sections laid over the defaults, through the real loader."""
     raw: dict[str, Any] = {
@@ -159,10 +167,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
             "zero_optimization": {"stage": 0},
         },
     }
-    for name, section in sections.items():
-        for key, value in section.items():
-            inner = raw[name].get(key)
-            raw[name][key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+    lay_over(raw, sections)
     raw["training"] = {key: value for key, value in raw["training"].items() if value is not None}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.json"

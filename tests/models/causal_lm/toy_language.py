@@ -10,6 +10,7 @@ from engine.config import RunConfig, load_config
 from models.causal_lm.examples import write_examples
 from models.causal_lm.prepare import prepare
 from models.registry import config_sections
+from tests.engine.tiny import lay_over
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 48,
@@ -48,10 +49,7 @@ def toy_config(folder: Path, stores: Path, objective: str = "pretrain", **sectio
             "zero_optimization": {"stage": 0},
         },
     }
-    for name, section in sections.items():
-        for key, value in section.items():
-            inner = raw[name].get(key)
-            raw[name][key] = inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+    lay_over(raw, sections)
     if "path" not in raw["model"]:
         raw["model"] = SHAPE | raw["model"]
     folder.mkdir(parents=True, exist_ok=True)
