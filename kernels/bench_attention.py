@@ -2,48 +2,48 @@
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py attention`
 
-Sequences are T blocks of V variables; attention is block-causal with block V, and some variables are padding. A rate
-counts useful FLOPs, 4 D forward and 10 D backward for every pair of a query and a key that it sees, so that rates of
-different patterns compare; it is shown only beside a right result of the same call. cuDNN's kernel has no such pattern:
-it runs as T unmasked slices, q of block t against the keys up to block t.
+A rate counts useful FLOPs, 4 D forward and 10 D backward for every pair of a query and a key that it sees, so rates
+of different patterns compare; it is shown only beside a right result of the same call. What matters most comes first,
+and what was measured is on disk: time on a GPU may end at any moment.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from kernels import flash_attention
+from kernels import bench_attention_tiles
+from kernels.bench_contenders import (
+    CONTENDERS,
+    PADDING,
+    PATTERNS,
+    Problem,
+    V,
+    deterministic,
+    make_problem,
+    references,
+    results,
+    upstream_of,
+)
 from kernels.bench_report import (
     OK,
+    OUT_OF_TIME,
+    Deadline,
     Report,
     Row,
     add_common_arguments,
     as_accurate,
-    device_name,
     first_line,
     integers,
     median_seconds,
     the_device,
 )
-from kernels.flash_attention_tiles import TILES, Tile
-from kernels.reference import visible_pairs
-from kernels.triton_path import triton
 
-V = 6712
-PADDING = 0.05  # of a block's variables, its last ones
-MOST_DENSE_BYTES = 2**32  # of a mask tensor for plain SDPA
 AIMS = {
     ("forward", 64): (450, 500),
     ("forward", 32): (330, 400),
@@ -51,39 +51,36 @@ AIMS = {
     ("backward", 32): (300, 380),
 }
 """(aim, stretch) on an H200 in TFLOP/s, block-causal with a key mask."""
+SHARE_AIMS = {"forward": (0.95, 0.98), "backward": (0.90, 0.95)}
+"""(aim, stretch) of the same over the rate of full attention."""
+FLOPS_A_PAIR = {"forward": 4, "backward": 10}  # and head dimension
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+References = dict[tuple[int, int, str], tuple[list[Tensor], list[Tensor]]]
 
 
-class Problem(NamedTuple):
-    """What a call takes. All of q, k and v need gradients."""
+class Job(NamedTuple):
+    """One contender on one problem, and the rows for what it will be found to do: forward and backward."""
 
-    leaves: list[Tensor]  # q, k, v [1, N, H, D]
-    block: int | None  # None for full attention
-    key_mask: Tensor | None  # [1, N]
+    contender: str
+    pattern: str
+    head_dim: int
+    tokens: int
+    at_an_end: bool  # of the lengths
+    rows: list[Row]
 
-    @property
-    def q(self) -> Tensor:
-        return self.leaves[0]
-
-    @property
-    def wide(self) -> Problem:
-        """The same in fp32."""
-        return self._replace(leaves=[x.detach().float().requires_grad_() for x in self.leaves])
-
-    @property
-    def pattern(self) -> str:
-        return ("full" if self.block is None else "block-causal") + ("" if self.key_mask is None else " + key mask")
-
-    @property
-    def visible(self) -> int:
-        """Pairs of a query and a key that it sees, over all heads."""
-        _, N, H, _ = self.q.shape
-        block = self.block or N
-        real = torch.ones(1, N) if self.key_mask is None else self.key_mask
-        seen = real.sum(0).cumsum(0)[[min(stop, N) - 1 for stop in range(block, N + block, block)]]
-        rows = [min(block, N - start) for start in range(0, N, block)]
-        return H * sum(int(count) * size for count, size in zip(seen, rows, strict=True))
+    def priority(self) -> tuple[int, ...]:
+        """Ours, then its deterministic mode, then the others; of each first the head dimensions and lengths of AIMS."""
+        aimed_at = [head_dim for _, head_dim in AIMS]
+        in_aims = self.head_dim in aimed_at
+        rank = list(CONTENDERS).index(self.contender)
+        return (
+            min(rank, 2),
+            not (in_aims and self.at_an_end),
+            rank,
+            list(PATTERNS).index(self.pattern),
+            aimed_at.index(self.head_dim) if in_aims else len(aimed_at),
+            self.tokens,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heads", type=int, default=8, help="query and key heads (8)")
     parser.add_argument(
-        "--sweep", choices=["forward", "backward", "backward_dq"], help="time tiles of a pass instead (GPU)"
+        "--sweep",
+        choices=bench_attention_tiles.PASSES,
+        help="time tiles of a pass instead, at the shortest length (GPU)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, time, print and write. Returns 1 if a result was wrong."""
-    device = the_device()
+    """Check, time, print and write. Returns the exit status."""
+    deadline, device = Deadline(arguments.minutes), the_device()
     gpu = device.type == "cuda"
     head_dims = arguments.head_dims or ([32, 64, 128] if gpu else [32, 64])
     block = V if gpu else V // 40
@@ -110,7 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
         head_dims, counts = head_dims[:2], [counts[0], counts[-1]] if gpu else counts[:1]
     budget_s = 0.05 if arguments.quick else 0.2
     if arguments.sweep:
-        return _sweep(arguments.sweep, head_dims, block * counts[0], arguments.heads, device)
+        return bench_attention_tiles.sweep(
+            arguments.sweep, head_dims, counts[0] * V, arguments.heads, device, arguments.out, deadline
+        )
     report = Report("attention", "flash_attention over fluid sequences", device, arguments.out)
     report.notes.append(
         f"One sample, {arguments.heads} heads, blocks of {block:,} variables, {PADDING:.0%} of them padding; "
@@ -119,235 +120,100 @@ def run(arguments: argparse.Namespace) -> int:
     report.notes.append("Not run: FlashAttention 3 and the kernel of Triton's tutorial, which no dependency brings.")
     if not gpu:
         report.notes.append("Peak memory is measured on a GPU only.")
-    for head_dim in head_dims:
-        for count in tqdm(counts, desc=f"attention, D = {head_dim}", leave=False):
-            for masked, blocked in ((True, True), (False, True), (False, False)):
-                problem = make_problem(count * block, head_dim, arguments.heads, block, masked, blocked, device)
-                ends = count in (counts[0], counts[-1])
-                _measure(report, problem, budget_s, compile_flex=ends and masked)
-        report.save(_draw)
-    if device_name(device) == "NVIDIA H200":
-        report.notes += _aims(report.rows)
+    kept: References = {}
+    jobs = sorted(_jobs(report, head_dims, counts, block), key=Job.priority)
+    report.measure(jobs, lambda job: _measure(job, arguments.heads, block, device, budget_s, kept), deadline)
     return report.write(_draw)
 
 
-def make_problem(
-    tokens: int, head_dim: int, heads: int, block: int, masked: bool, blocked: bool, device: torch.device
-) -> Problem:
-    """Random values, in bf16 on a GPU and fp32 on a CPU."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    leaves = [torch.randn(1, tokens, heads, head_dim, device=device, generator=generator) for _ in range(3)]
-    leaves = [x.to(dtype).requires_grad_() for x in leaves]
-    key_mask = (torch.arange(tokens, device=device) % block < round((1 - PADDING) * block))[None] if masked else None
-    return Problem(leaves, block if blocked else None, key_mask)
-
-
-def _measure(report: Report, problem: Problem, budget_s: float, compile_flex: bool) -> None:
-    gpu = problem.q.is_cuda
-    upstream = torch.randn_like(problem.q)
-    truth = _results(_slices(problem.wide), problem.wide, upstream.float())
-    plain = _results(_slices(problem), problem, upstream)
-    for contender, build in contenders(problem, compile_flex).items():
-        seconds: tuple[float, float] | None = None
-        peak = None
-        try:
-            with _deterministic(contender == "ours, deterministic"):
-                if gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated() if gpu else 0
-                attend = build()
-                results = _results(attend, problem, upstream)
-                if gpu:
-                    own = sum(x.numel() * x.element_size() for x in (*problem.leaves, upstream))
-                    peak = (torch.cuda.max_memory_allocated() - held + own) / 2**20
-                status = as_accurate(results, plain, truth)
-                if status == OK:
-                    seconds = _seconds(attend, problem, upstream, budget_s)
-        except Exception as error:  # not for this device, shape or memory: the row names it
-            status = f"not run: {first_line(error)}"
-        for index, (which, flops_a_pair) in enumerate((("forward", 4), ("backward", 10))):
-            row: Row = {"head_dim": problem.q.shape[-1], "tokens": problem.q.shape[1], "pattern": problem.pattern}
-            flops = flops_a_pair * problem.q.shape[-1] * problem.visible
-            report.add(
-                **row,
-                contender=contender,
-                direction=which,
-                median_ms=seconds[index] * 1e3 if seconds else None,
-                tflop_per_s=flops / seconds[index] / 1e12 if seconds else None,
-                peak_mib=peak if status == OK else None,
-                status=status,
-            )
-
-
-def contenders(problem: Problem, compile_flex: bool) -> dict[str, Callable[[], Attention]]:
-    """Name -> what makes the call, or raises saying why it cannot be had. Ours comes first."""
-    every: dict[str, Callable[[], Attention]] = {"ours": lambda: _ours(problem)}
-    if problem.key_mask is not None:
-        every["ours, deterministic"] = lambda: _ours(problem)
-        every["FlexAttention, compiled"] = lambda: _flex(problem, compile_flex)
-        every["plain SDPA with a mask"] = lambda: _dense(problem)
-    else:
-        every["cuDNN" if problem.block is None else "cuDNN, slices"] = lambda: _cudnn(problem)
-    return every
-
-
-def _ours(problem: Problem) -> Attention:
-    return partial(flash_attention, causal_block=problem.block, key_mask=problem.key_mask)
-
-
-def _slices(problem: Problem) -> Attention:
-    """Torch's own fused attention, the queries of block t on the real keys up to block t."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        N = q.shape[1]
-        block = problem.block or N
-        parts = []
-        for start in range(0, N, block):
-            k_seen, v_seen = k[:, : start + block], v[:, : start + block]
-            if problem.key_mask is not None:
-                real = problem.key_mask[0, : start + block].nonzero()[:, 0]
-                k_seen, v_seen = k_seen[:, real], v_seen[:, real]
-            parts.append(_sdpa(q[:, start : start + block], k_seen, v_seen))
-        return torch.cat(parts, dim=1)
-
-    return attend
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def _cudnn(problem: Problem) -> Attention:
-    if not problem.q.is_cuda:
-        raise RuntimeError("needs a CUDA device")
-    slices = _slices(problem)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return slices(q, k, v)
-
-    return attend
-
-
-def _flex(problem: Problem, wanted: bool) -> Attention:
-    if not problem.q.is_cuda:
-        raise RuntimeError("its backward pass needs a CUDA device")
-    if not wanted:
-        raise RuntimeError("compiled for the shortest and the longest sequence only")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    assert problem.key_mask is not None
-    block, real, N = problem.block or problem.q.shape[1], problem.key_mask[0], problem.q.shape[1]
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j // block <= i // block) & real[j]
-
-    block_mask = create_block_mask(sees, None, None, N, N, device=problem.q.device, _compile=True)
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask).transpose(1, 2)
-
-    return attend
-
-
-def _dense(problem: Problem) -> Attention:
-    N = problem.q.shape[1]
-    if N * N * problem.q.element_size() > MOST_DENSE_BYTES:
-        raise RuntimeError(f"a mask of {N:,} x {N:,} is more than {MOST_DENSE_BYTES / 2**30:.0f} GiB")
-    mask = visible_pairs(N, N, problem.block, problem.key_mask, problem.q.device)
-    return partial(_sdpa, mask=mask)
-
-
-def _results(attend: Attention, problem: Problem, upstream: Tensor) -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
-    out = attend(*problem.leaves)
-    return [out.detach(), *torch.autograd.grad(out, problem.leaves, upstream)]
-
-
-def _seconds(attend: Attention, problem: Problem, upstream: Tensor, budget_s: float) -> tuple[float, float]:
-    """Median times of the forward pass, as in training, and of the backward pass."""
-    forward = median_seconds(lambda: attend(*problem.leaves), problem.q.device, budget_s)
-    out = attend(*problem.leaves)
-    again = lambda: torch.autograd.grad(out, problem.leaves, upstream, retain_graph=True)  # noqa: E731
-    return forward, median_seconds(again, problem.q.device, budget_s)
-
-
-@contextmanager
-def _deterministic(on: bool) -> Iterator[None]:
-    before, memory = torch.are_deterministic_algorithms_enabled(), cast(Any, torch.utils.deterministic)
-    fill = memory.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(on)
-        memory.fill_uninitialized_memory = False  # it would be timed
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        memory.fill_uninitialized_memory = fill
-
-
-def _aims(rows: list[Row]) -> list[str]:
-    """What was reached at each length, beside the aims."""
-    lines = [
-        "| pass | head_dim | aim | stretch | reached, TFLOP/s | share of our full attention |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (which, head_dim), (aim, stretch) in AIMS.items():
-        rates = {
-            pattern: [
-                row["tflop_per_s"]
-                for row in rows
-                if (row["direction"], row["head_dim"], row["pattern"], row["contender"], row["status"])
-                == (which, head_dim, pattern, "ours", OK)
-            ]
-            for pattern in ("block-causal + key mask", "full")
-        }
-        reached, full = rates.values()
-        shares = [f"{a / b:.0%}" for a, b in zip(reached, full)]
-        numbers = (
-            " to ".join(f"{rate:.0f}" for rate in sorted({min(reached), max(reached)})) if reached else "nothing right"
+def _jobs(report: Report, head_dims: list[int], counts: list[int], block: int) -> list[Job]:
+    """Every job, its rows in the report in an order to read them in."""
+    return [
+        Job(
+            contender,
+            pattern,
+            head_dim,
+            count * block,
+            count in (min(counts), max(counts)),
+            [
+                report.add(
+                    head_dim=head_dim,
+                    tokens=count * block,
+                    pattern=pattern,
+                    contender=contender,
+                    direction=direction,
+                    median_ms=None,
+                    tflop_per_s=None,
+                    peak_mib=None,
+                    status=OUT_OF_TIME,
+                )
+                for direction in FLOPS_A_PAIR
+            ],
         )
-        lines.append(f"| {which} | {head_dim} | {aim} | {stretch} | {numbers} | {', '.join(shares)} |")
-    return ["\n".join(lines)]
+        for head_dim in head_dims
+        for count in counts
+        for pattern, contenders in PATTERNS.items()
+        for contender in contenders
+    ]
 
 
-def _sweep(name: str, head_dims: list[int], tokens: int, heads: int, device: torch.device) -> int:
-    """Time tiles of one pass, right ones only, and print them by rate. Returns the exit status."""
-    if device.type != "cuda":
-        print("error: --sweep needs a GPU", file=sys.stderr)
-        return 2
-    architecture = 90 if torch.cuda.get_device_capability()[0] in (9, 10) else 80
-    which = "forward" if name == "forward" else "backward"
-    for head_dim in head_dims:
-        problem = make_problem(tokens, head_dim, heads, V, True, True, device)
-        upstream = torch.randn_like(problem.q)
-        plain, flops = _results(_slices(problem), problem, upstream), (4 if which == "forward" else 10) * head_dim
-        truth = _results(_slices(problem.wide), problem.wide, upstream.float())
-        table, entry, figures = TILES[architecture, 16, name], triton.next_power_of_2(head_dim), []
-        for tile in tqdm(_tiles(), desc=f"{name}, D = {head_dim}", leave=False):
-            shipped = table[entry]
-            try:
-                table[entry] = tile
-                with _deterministic(name == "backward_dq"):
-                    status = as_accurate(_results(_ours(problem), problem, upstream), plain, truth)
-                    seconds = _seconds(_ours(problem), problem, upstream, budget_s=0.05)[which == "backward"]
-                figures.append((flops * problem.visible / seconds / 1e12 if status == OK else 0.0, tile, status))
-            except Exception as error:  # too much shared memory, say
-                figures.append((0.0, tile, first_line(error)))
-            finally:
-                table[entry] = shipped
-        print(f"\n{name}, D = {head_dim}, {tokens:,} tokens; shipped: {table[entry]}")
-        for rate, tile, status in sorted(figures, key=lambda figure: -figure[0])[:16]:
-            print(f"  {rate:6.1f} TFLOP/s  {tuple(tile)}  {status}")
-    return 0
+def _measure(job: Job, heads: int, block: int, device: torch.device, budget_s: float, kept: References) -> None:
+    """Fill the job's rows, the forward pass's also where the backward pass fails."""
+    forward, backward = job.rows
+    try:
+        masked, blocked = "key mask" in job.pattern, job.pattern != "full"
+        problem = make_problem(job.tokens, job.head_dim, heads, block, masked, blocked, device)
+        leaves, upstream, useful = problem.leaves, upstream_of(problem), job.head_dim * problem.visible
+        plain, truth = _references(job, problem, upstream, kept)
+        with deterministic(job.contender == "ours, deterministic"):
+            held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            attend = CONTENDERS[job.contender](problem)
+            forward["status"] = as_accurate([attend(*leaves).detach()], plain[:1], truth[:1])
+            if forward["status"] == OK:
+                forward |= _rate(lambda: attend(*leaves), FLOPS_A_PAIR["forward"] * useful, device, budget_s)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            gradients = results(attend, problem, upstream)[1:]
+            peak_mib = _peak_mib(held, problem, upstream)
+            backward["status"] = as_accurate(gradients, plain[1:], truth[1:])
+            if backward["status"] == OK:
+                out = attend(*leaves)
+                again = lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)  # noqa: E731
+                backward |= _rate(again, FLOPS_A_PAIR["backward"] * useful, device, budget_s)
+        for row in job.rows:
+            row["peak_mib"] = peak_mib if row["status"] == OK else None
+    except Exception as error:  # not for this device, shape or memory: the row names it
+        for row in job.rows:
+            if row["tflop_per_s"] is None and not row["status"].startswith("wrong"):
+                row["status"] = f"not run: {first_line(error)}"
 
 
-def _tiles() -> list[Tile]:
-    sizes, warps = ((64, 64), (64, 128), (128, 32), (128, 64), (128, 128)), ((4, 255), (8, 255), (8, 128))
-    return [Tile(m, n, count, stages, most) for m, n in sizes for count, most in warps for stages in (2, 3)]
+def _rate(call: Callable[[], object], flops: int, device: torch.device, budget_s: float) -> Row:
+    seconds = median_seconds(call, device, budget_s)
+    return {"median_ms": seconds * 1e3, "tflop_per_s": flops / seconds / 1e12}
+
+
+def _peak_mib(held: int, problem: Problem, upstream: Tensor) -> float | None:
+    """What a call took at most beyond `held` bytes, with what it was given; None on a CPU."""
+    if not problem.q.is_cuda:
+        return None
+    own = sum(x.numel() * x.element_size() for x in (*problem.leaves, upstream))
+    return (torch.cuda.max_memory_allocated() - held + own) / 2**20
+
+
+def _references(job: Job, problem: Problem, upstream: Tensor, kept: References) -> tuple[list[Tensor], list[Tensor]]:
+    """What results are checked against.
+
+    Kept where memory allows, since the priorities put the contenders on one problem far apart, and in fp32 it takes
+    longer than most of what it checks.
+    """
+    key = (job.head_dim, job.tokens, job.pattern)
+    if key in kept:
+        return kept[key]
+    plain, truth = references(problem, upstream)
+    if not problem.q.is_cuda or 2 * torch.cuda.mem_get_info()[0] > torch.cuda.mem_get_info()[1]:
+        kept[key] = plain, truth
+    return plain, truth
 
 
 def _draw(rows: list[Row], device: str, path: Path) -> None:

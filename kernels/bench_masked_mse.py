@@ -14,17 +14,18 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels import linear_masked_mse, masked_mse
 from kernels.bench_report import (
     OK,
+    OUT_OF_TIME,
+    Deadline,
     Report,
     Row,
     add_common_arguments,
@@ -38,7 +39,11 @@ from kernels.bench_report import (
 
 Call = Callable[..., tuple[Tensor, Tensor]]
 D_TOKEN = 384
+CONTENDERS = ("ours", "eager", "torch.compile")
+CONSTANTS = ("tile", "num_warps", "programs_per_sm")  # of the kernels, which --sweep chooses
 AIM, STRETCH = 0.90, 0.95  # of the copy
+AIMED_AT = {"masked_mse": 2**26, "linear_masked_mse": 2**20}  # values, rows and more: no cache holds them
+SWEPT = {"masked_mse": 2**28, "linear_masked_mse": 2**21}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,30 +59,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, time, print and write. Returns 1 if a result was wrong."""
-    device = the_device()
+    """Check, time, print and write. Returns the exit status."""
+    deadline, device = Deadline(arguments.minutes), the_device()
     gpu = device.type == "cuda"
+    if arguments.sweep and not gpu:
+        print("error: --sweep needs a GPU", file=sys.stderr)
+        return 2
     # the fluid "large" head at micro-batch 8 first: 8 x 3 minutes x 6,174 states
     values = arguments.values or ([148_176, 2**26, 2**28, 2**30] if gpu else [148_176, 2**21])
     rows = arguments.rows or ([148_176, 2**20, 2**22] if gpu else [2**12, 2**14])
     if arguments.quick:
         values, rows = values[:2], rows[:2]
     budget_s = 0.05 if arguments.quick else 0.3
-    report = Report("masked_mse", "masked_mse and linear_masked_mse", device, arguments.out)
     copy = copy_bytes_per_second(device, budget_s)
-    report.notes.append(
-        f"Copy of this device in this run: {copy / 1e12:.3g} TB/s. A rate counts the bytes that have to move."
-    )
+    notes = [f"Copy of this device in this run: {copy / 1e12:.3g} TB/s. A rate counts the bytes that have to move."]
     if device_name(device) == "NVIDIA H200":
-        report.notes.append(f"Aim: {AIM:.0%} of the copy, forward and backward; stretch: {STRETCH:.0%}.")
+        notes.append(f"Aim: {AIM:.0%} of the copy, forward and backward; stretch: {STRETCH:.0%}.")
     if arguments.sweep:
-        return _sweep(2**28, 2**21, device, copy, budget_s=0.05)
-    cases = [("masked_mse", n) for n in values] + [("linear_masked_mse", n) for n in rows]
+        report = Report("sweep_masked_mse", "Tiles of masked_mse and linear_masked_mse", device, arguments.out)
+        report.notes += notes
+        return _sweep(report, copy, deadline)
+    report = Report("masked_mse", "masked_mse and linear_masked_mse", device, arguments.out)
+    report.notes += notes
+    jobs = _jobs(report, [("masked_mse", n) for n in values] + [("linear_masked_mse", n) for n in rows])
     with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass can be timed only once
-        for name, size in tqdm(cases, desc="masked_mse", leave=False):
-            _measure(report, name, size, device, copy, budget_s)
-            report.save(_draw)
+        report.measure(sorted(jobs, key=Job.priority), lambda job: _measure(job, device, copy, budget_s), deadline)
     return report.write(_draw)
+
+
+class Job(NamedTuple):
+    """One contender at one size, and the rows for what it will be found to do: forward and backward."""
+
+    kernel: str
+    size: int
+    contender: str
+    rows: list[Row]
+
+    def priority(self) -> int:
+        """Ours first, at every size, then what has to be compiled last."""
+        return CONTENDERS.index(self.contender)
+
+
+def _jobs(report: Report, cases: list[tuple[str, int]]) -> list[Job]:
+    """Every job, its rows in the report in an order to read them in."""
+    return [
+        Job(
+            kernel,
+            size,
+            contender,
+            [
+                report.add(
+                    kernel=kernel,
+                    values=size,
+                    contender=contender,
+                    direction=direction,
+                    gigabytes=None,
+                    median_ms=None,
+                    gb_per_s=None,
+                    of_copy=None,
+                    status=OUT_OF_TIME,
+                )
+                for direction in ("forward", "backward")
+            ],
+        )
+        for kernel, size in cases
+        for contender in CONTENDERS
+    ]
 
 
 def copy_bytes_per_second(device: torch.device, budget_s: float) -> float:
@@ -87,31 +134,38 @@ def copy_bytes_per_second(device: torch.device, budget_s: float) -> float:
     return 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), device, budget_s)
 
 
-def _measure(report: Report, name: str, size: int, device: torch.device, copy: float, budget_s: float) -> None:
-    ours, eager, inputs, mask = problem(name, size, device)
-    plain, truth = _results(eager, inputs, mask), _truth(inputs, mask)
-    for contender, call in (("ours", ours), ("eager", eager), ("torch.compile", torch.compile(eager, dynamic=False))):
-        seconds: tuple[float, float] | None = None
-        try:
-            status = as_accurate(_results(call, inputs, mask), plain, truth)
-            if status == OK:
-                seconds = _seconds(call, inputs, mask, device, budget_s)
-        except Exception as error:  # a compiler that is missing, say: the row names it
-            status = f"not run: {first_line(error)}"
-        for index, (which, moved) in enumerate(bytes_to_move(inputs, mask).items()):
-            rate = moved / seconds[index] if seconds else None
-            report.add(
-                kernel=name,
-                values=size,
-                contender=contender,
-                direction=which,
-                gigabytes=moved / 1e9,
-                median_ms=seconds[index] * 1e3 if seconds else None,
-                gb_per_s=rate / 1e9 if rate else None,
-                of_copy=rate / copy if rate else None,
-                status=status,
-            )
-    torch.compiler.reset()
+def _measure(job: Job, device: torch.device, copy: float, budget_s: float) -> None:
+    """Fill the job's rows."""
+    figures: dict[str, Row] = {}
+    try:
+        ours, eager, inputs, mask = problem(job.kernel, job.size, device)
+        call = ours if job.contender == "ours" else eager
+        if job.contender == "torch.compile":
+            torch.compiler.reset()
+            call = torch.compile(eager, dynamic=False)
+        status = as_accurate(_results(call, inputs, mask), _results(eager, inputs, mask), _truth(inputs, mask))
+        if status == OK:
+            figures = _figures(call, inputs, mask, device, copy, budget_s)
+    except Exception as error:  # a compiler that is missing, say: the row names it
+        status = f"not run: {first_line(error)}"
+    for row in job.rows:
+        row |= {"status": status, **figures.get(row["direction"], {})}
+
+
+def _figures(
+    call: Call, inputs: list[Tensor], mask: Tensor, device: torch.device, copy: float, budget_s: float
+) -> dict[str, Row]:
+    """Of the forward and of the backward pass."""
+    seconds = _seconds(call, inputs, mask, device, budget_s)
+    return {
+        direction: {
+            "gigabytes": moved / 1e9,
+            "median_ms": time * 1e3,
+            "gb_per_s": moved / time / 1e9,
+            "of_copy": moved / time / copy,
+        }
+        for (direction, moved), time in zip(bytes_to_move(inputs, mask).items(), seconds, strict=True)
+    }
 
 
 def bytes_to_move(inputs: list[Tensor], mask: Tensor) -> dict[str, int]:
@@ -176,25 +230,57 @@ def _truth(inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
     return [*sums, 2 * error[:, None] * weight, 2 * error @ hidden, 2 * error.double().sum().float()[None]]
 
 
-def _sweep(values: int, rows: int, device: torch.device, copy: float, budget_s: float) -> int:
-    """Time every choice of the kernels' constants, and print the best. Returns the exit status."""
-    if device.type != "cuda":
-        print("error: --sweep needs a GPU", file=sys.stderr)
-        return 2
+def _sweep(report: Report, copy: float, deadline: Deadline) -> int:
+    """Time choices of the kernels' constants, and write them by rate, the best first. Returns the exit status."""
     choices = list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (2, 4, 8, 16, 32)))
-    for name, size in (("masked_mse", values), ("linear_masked_mse", rows)):
-        module: Any = importlib.import_module(f"kernels.{name}")
-        call, _, inputs, mask = problem(name, size, device)
-        moved = bytes_to_move(inputs, mask).values()
-        figures = []
-        for choice in tqdm(choices, desc=name, leave=False):
-            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = choice
-            seconds = _seconds(call, inputs, mask, device, budget_s)
-            figures.append((*(count / time / copy for count, time in zip(moved, seconds)), *choice))
-        print(f"\n{name}, {size:,}: share of the copy forward and backward, TILE, NUM_WARPS, PROGRAMS_PER_SM")
-        for figure in sorted(figures, key=lambda figure: -min(figure[:2]))[:12]:
-            print("  {:.3f} {:.3f}  {:5d} {:3d} {:3d}".format(*figure))
+    for kernel, size in SWEPT.items():
+        _sweep_kernel(report, kernel, size, choices, copy, deadline)
+    report.rows.sort(key=lambda row: (row["kernel"], -min(row["forward"] or 0, row["backward"] or 0)))
+    report.write(_draw_sweep)
     return 0
+
+
+def _sweep_kernel(
+    report: Report, kernel: str, size: int, choices: list[tuple[int, int, int]], copy: float, deadline: Deadline
+) -> None:
+    module: Any = importlib.import_module(f"kernels.{kernel}")
+    shipped = module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM
+    call, eager, inputs, mask = problem(kernel, size, report.device)
+    plain, truth = _results(eager, inputs, mask), _truth(inputs, mask)
+
+    def fill_in(row: Row) -> None:
+        try:
+            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = (row[name] for name in CONSTANTS)
+            row["status"] = as_accurate(_results(call, inputs, mask), plain, truth)
+            if row["status"] == OK:
+                figures = _figures(call, inputs, mask, report.device, copy, budget_s=0.05)
+                row |= {direction: figure["of_copy"] for direction, figure in figures.items()}
+        except Exception as error:  # too many registers, say
+            row["status"] = f"not run: {first_line(error)}"
+        finally:
+            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = shipped
+
+    rows = []
+    for choice in dict.fromkeys([shipped, *choices]):
+        row = report.add(kernel=kernel, values=size, **dict(zip(CONSTANTS, choice)), shipped=choice == shipped)
+        row |= {"forward": None, "backward": None, "status": OUT_OF_TIME}
+        rows.append(row)
+    report.measure(rows, fill_in, deadline)
+
+
+def _draw_sweep(rows: list[Row], device: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    figure, axes = plt.subplots(1, len(kernels), figsize=(6 * len(kernels), 5), layout="constrained", squeeze=False)
+    for axis, kernel in zip(axes[0], kernels, strict=True):
+        for shipped, colour in ((False, "tab:blue"), (True, "tab:orange")):
+            chosen = [row for row in rows if (row["kernel"], row["shipped"]) == (kernel, shipped)]
+            axis.scatter([row["forward"] for row in chosen], [row["backward"] for row in chosen], color=colour)
+        axis.set(title=f"{kernel}; shipped: orange", xlabel="forward, rate / copy", ylabel="backward, rate / copy")
+    figure.suptitle(device)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _draw(rows: list[Row], device: str, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What the kernels' benchmarks share: how a call is timed and checked, and how the figures are written.
+"""What the kernels' benchmarks share: how a call is timed and checked, when to stop, and how the figures are written.
 
 Report collects rows and writes <name>.csv, .md, .json and .png; median_seconds times a call; as_accurate says whether a
-rate may be shown at all.
+rate may be shown at all; Deadline says whether there is time to start another.
 """
 
 from __future__ import annotations
@@ -9,30 +9,37 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import json
+import math
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kernels.triton_path import triton
 
 Row = dict[str, Any]
+J = TypeVar("J")
 Draw = Callable[[list[Row], str, Path], None]  # of the right rows, the device's name and the file
 OK = "ok"
+OUT_OF_TIME = "not run: out of time"  # of every row until its turn comes, so that a run cut short says the truth
+GPU_LOST = "not run: the GPU failed in an earlier one"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both benchmarks have."""
+    """The flags that all of them have."""
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="start nothing more after M minutes")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs/benchmarks"), help="files go to DIR/<device>"
     )
@@ -56,6 +63,30 @@ def integers(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: write numbers such as 32,64")
     return [int(part) for part in text.split(",")]
+
+
+def minutes(text: str) -> float:
+    """An argparse type: "2.5" -> 2.5."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of minutes such as 2.5")
+    return number
+
+
+class Deadline:
+    """The end of the time that a benchmark may take; None is never. What has begun by then is finished."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def seconds_left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def passed(self) -> bool:
+        return self.seconds_left() == 0
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
@@ -105,35 +136,57 @@ class Report:
         if self.device.type == "cpu":
             self.notes.append("These are rates of a CPU, on torch's own operators. They say nothing about a GPU.")
 
-    def add(self, **row: Any) -> None:
-        """One row, also where something was not run: its status then says why."""
+    def add(self, **row: Any) -> Row:
+        """One row, also where something was not run: its status then says why. It may be filled in later."""
         self.rows.append(row)
+        return row
 
     @property
     def red(self) -> list[Row]:
-        """The rows whose result was wrong."""
-        return [row for row in self.rows if row["status"].startswith("wrong")]
+        """The rows whose result was wrong, and those of our own that could not run."""
+        return [
+            row
+            for row in self.rows
+            if row["status"].startswith("wrong")
+            or (row["status"] not in (OK, OUT_OF_TIME) and str(row.get("contender", "")).startswith("ours"))
+        ]
+
+    def measure(self, jobs: Iterable[J], fill_in: Callable[[J], None], deadline: Deadline) -> None:
+        """Take the jobs one by one, each with its rows, and save after each, as long as there is time and a GPU."""
+        for job in tqdm(list(jobs), desc=self.name, leave=False):
+            if deadline.passed():
+                return
+            fill_in(job)
+            self.save()
+            if _lost(self.device):
+                for row in self.rows:
+                    row["status"] = GPU_LOST if row["status"] == OUT_OF_TIME else row["status"]
+                return
 
     def write(self, draw: Draw) -> int:
-        """Print the table and write all files. Returns the exit status: 1 if a result was wrong."""
+        """Print the table and write all files. Returns the exit status: 1 if there are red rows."""
         print(self._markdown())
-        print(f"written to {self.save(draw)}: {self.name}.csv, .md, .json, .png")
+        folder = self.save()
+        if right := [row for row in self.rows if row["status"] == OK]:
+            draw(right, device_name(self.device), folder / f"{self.name}.png")
+        print(f"written to {folder}: {self.name}.csv, .md, .json" + (", .png" if right else ""))
         return 1 if self.red else 0
 
-    def save(self, draw: Draw) -> Path:
-        """Write all files, also of a part of the rows, in case the rest never comes. Returns their folder."""
+    def save(self) -> Path:
+        """Write all files but the plot, which takes seconds; for after every step. Returns their folder."""
         slug = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
         folder = self.out / slug
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text(self._markdown())
-        with (folder / f"{self.name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
         described = environment(self.device) | {"benchmark": self.name, "notes": self.notes, "rows": self.rows}
-        (folder / f"{self.name}.json").write_text(json.dumps(described, indent=1) + "\n")
-        if right := [row for row in self.rows if row["status"] == OK]:
-            draw(right, device_name(self.device), folder / f"{self.name}.png")
+        written = {".md": self._markdown(), ".csv": table.getvalue(), ".json": json.dumps(described, indent=1) + "\n"}
+        for suffix, text in written.items():
+            part = folder / f"{self.name}{suffix}.part"
+            part.write_text(text)
+            part.replace(folder / f"{self.name}{suffix}")  # whole at any moment, also if this process is killed
         return folder
 
     def _markdown(self) -> str:
@@ -148,6 +201,16 @@ class Report:
         lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
         lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether a kernel has ended this process's work on its GPU, as an illegal access to memory does."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def environment(device: torch.device) -> dict[str, str]:

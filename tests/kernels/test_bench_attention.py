@@ -4,8 +4,10 @@ import csv
 import pytest
 import torch
 
-from kernels import bench_attention
-from kernels.bench_attention import Problem, add_arguments, make_problem, run
+from kernels import bench_attention, bench_contenders
+from kernels.bench_attention import Job, add_arguments, run
+from kernels.bench_contenders import PATTERNS, Attention, Problem, make_problem
+from kernels.bench_report import OUT_OF_TIME, Report
 from kernels.reference import visible_pairs
 
 
@@ -50,21 +52,71 @@ def test_every_contender_has_a_rate_or_a_reason(tmp_path):
 
 
 def test_a_wrong_attention_shows_no_rate(tmp_path, monkeypatch):
-    def forgets_the_mask(problem: Problem) -> bench_attention.Attention:
-        return bench_attention._slices(problem._replace(key_mask=None))
+    def forgets_the_mask(problem: Problem) -> Attention:
+        return bench_contenders._slices(problem._replace(key_mask=None))
 
-    monkeypatch.setattr(bench_attention, "_ours", forgets_the_mask)
+    monkeypatch.setitem(bench_contenders.CONTENDERS, "ours", forgets_the_mask)
     assert run(arguments(tmp_path, "--head-dims", "16")) == 1
     for row in rows_written(tmp_path):
-        if row["contender"].startswith("ours") and "key mask" in row["pattern"]:
+        if row["contender"] == "ours" and "key mask" in row["pattern"]:
             assert row["status"].startswith("wrong: ")
             assert row["tflop_per_s"] == row["median_ms"] == ""
 
 
-def test_reached_rates_stand_beside_the_aims():
-    row = {"direction": "forward", "head_dim": 64, "contender": "ours", "status": "ok"}
-    rows = [row | {"pattern": p, "tflop_per_s": r} for p, r in (("block-causal + key mask", 441.4), ("full", 450.0))]
-    rows.append(rows[0] | {"tflop_per_s": None, "status": "wrong: result 0"})
-    (table,) = bench_attention._aims(rows)
-    assert "| forward | 64 | 450 | 500 | 441 | 98% |" in table
-    assert "| backward | 32 | 300 | 380 | nothing right |  |" in table
+def test_the_forward_rate_survives_a_backward_pass_that_fails(tmp_path, monkeypatch):
+    class OnlyForward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("out of shared memory")
+
+    plain = bench_contenders.CONTENDERS["ours"]
+    monkeypatch.setitem(
+        bench_contenders.CONTENDERS, "ours", lambda problem: lambda *qkv: OnlyForward.apply(plain(problem)(*qkv))
+    )
+    assert run(arguments(tmp_path, "--head-dims", "16")) == 1
+    for row in rows_written(tmp_path):
+        if row["contender"] == "ours":
+            right = row["direction"] == "forward"
+            assert row["status"] == ("ok" if right else "not run: RuntimeError: out of shared memory")
+            assert bool(row["tflop_per_s"]) == right
+
+
+def test_out_of_time_the_table_is_whole_and_says_so(tmp_path):
+    assert run(arguments(tmp_path, "--head-dims", "16", "--minutes", "0")) == 0
+    rows = rows_written(tmp_path)
+    assert len(rows) == 2 * sum(len(contenders) for contenders in PATTERNS.values())
+    assert {row["status"] for row in rows} == {OUT_OF_TIME}
+    assert {row["tflop_per_s"] for row in rows} == {""}
+    assert not list(tmp_path.glob("*/*.png"))
+
+
+def test_what_the_aims_are_about_comes_first(tmp_path):
+    report = Report("attention", "", torch.device("cpu"), tmp_path)
+    jobs = sorted(bench_attention._jobs(report, [32, 64, 128], [3, 5, 7, 10], 6712), key=Job.priority)
+    assert [(job.pattern, job.head_dim, job.tokens // 6712) for job in jobs[:8]] == [
+        (pattern, head_dim, count)
+        for pattern in ("block-causal + key mask", "full")
+        for head_dim in (64, 32)
+        for count in (3, 10)
+    ]
+    order = [job.contender for job in jobs]
+    assert order[:36] == ["ours"] * 36
+    assert order[36:48] == ["ours, deterministic"] * 12
+    others = jobs[48:]
+    ends = [job.at_an_end and job.head_dim != 128 for job in others]
+    assert ends == sorted(ends, reverse=True)
+    first = list(dict.fromkeys(job.contender for job in others))
+    assert first == ["cuDNN, slices", "cuDNN", "FlexAttention, compiled", "plain SDPA with a mask"]
+
+
+def test_rows_stand_in_an_order_to_read_them_in(tmp_path):
+    run(arguments(tmp_path, "--head-dims", "16,32", "--minutes", "0"))
+    keys = [
+        (int(row["head_dim"]), int(row["tokens"]), list(PATTERNS).index(row["pattern"]))
+        for row in rows_written(tmp_path)
+    ]
+    assert keys == sorted(keys)

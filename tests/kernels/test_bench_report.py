@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 
-from kernels.bench_report import OK, Report, as_accurate, integers, median_seconds
+from kernels.bench_report import (
+    OK,
+    OUT_OF_TIME,
+    Deadline,
+    Report,
+    as_accurate,
+    integers,
+    median_seconds,
+    minutes,
+)
 
 
 def test_a_result_may_be_twice_as_far_off_as_plain_torch_and_no_further():
@@ -22,6 +31,45 @@ def test_numbers_are_read_and_other_text_is_refused():
     for text in ("", "0", "32,", "a", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="32,64"):
             integers(text)
+
+
+def test_a_budget_is_a_number_of_minutes():
+    assert minutes("2.5") == 2.5
+    for text in ("", "-1", "two", "nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="number of minutes"):
+            minutes(text)
+
+
+def test_a_deadline_passes_when_its_minutes_are_over_and_none_never_does():
+    assert Deadline(0).passed()
+    assert not Deadline(10).passed()
+    assert 590 < Deadline(10).seconds_left() <= 600
+    assert Deadline(None).seconds_left() == float("inf")
+
+
+def test_what_was_measured_is_on_disk_when_a_later_job_dies(tmp_path):
+    report = Report("toy", "A toy", torch.device("cpu"), tmp_path)
+    rows = [report.add(contender="ours", tokens=n, status=OUT_OF_TIME) for n in (1, 2, 3)]
+
+    def fill_in(row):
+        if row["tokens"] == 2:
+            raise KeyboardInterrupt
+        row["status"] = OK
+
+    with pytest.raises(KeyboardInterrupt):
+        report.measure(rows, fill_in, Deadline(None))
+    (path,) = tmp_path.glob("*/toy.json")
+    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == [OK, OUT_OF_TIME, OUT_OF_TIME]
+    assert {path.name for path in path.parent.iterdir()} == {"toy.csv", "toy.json", "toy.md"}
+
+
+def test_only_our_own_have_to_run(tmp_path):
+    report = Report("toy", "A toy", torch.device("cpu"), tmp_path)
+    report.add(contender="theirs", status="not run: absent")
+    report.add(contender="ours", status=OUT_OF_TIME)
+    assert report.red == []
+    failed = report.add(contender="ours, deterministic", status="not run: OutOfResources")
+    assert report.red == [failed]
 
 
 def test_a_call_is_timed_at_least_three_times():
