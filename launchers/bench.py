@@ -11,6 +11,7 @@ from engine.errors import TrunklineError
 BENCHMARKS = {
     "attention": ("kernels.bench_attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
     "masked_mse": ("kernels.bench_masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
+    "profile": ("kernels.bench_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
     "engine": ("engine.overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
     "save": ("models.bench_save", "how long a save holds training up, in the background and blocking"),
     "prepare": ("models.fluid.bench_prepare", "reading CSV cases, against pandas"),
