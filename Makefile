@@ -1,8 +1,9 @@
 # make train   set up .venv, make the demo data set, train, evaluate, predict a held-out day and draw it
 # make test    set up .venv and run the linter, the type checker and the tests
 # make chaos   kill, cut, fill and hang everything that can be, and print what survived; some minutes
-# make gpu-bench   on a machine with a GPU: the rates of the kernels, into benchmarks/<device>/, and their tests there;
-#                  sets up nothing, PYTHON is any that has torch, Triton, pytest-xdist, hypothesis, matplotlib and tqdm
+# make gpu-bench   on a machine with a GPU, in at most 8 minutes: the kernels' rates and what limits them, into
+#                  benchmarks/<device>/ and README.md, and their tests there; sets up nothing, PYTHON is any that has torch,
+#                  Triton, pytest-xdist, hypothesis, matplotlib and tqdm; ncu, NVIDIA's profiler, has to be on the PATH
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
 #   WORKLOAD=fluid      what `make train` trains: fluid, or causal_lm; its configuration is configs/$(WORKLOAD)/demo.json
@@ -89,13 +90,16 @@ lint: $(VENV)/.installed-test
 	$(python) -m ruff format --check
 	$(python) -m mypy
 
-# goes on where something fails, since time on a GPU is dear; a wrong result shows no rate
+# Time on a GPU is dear: 8 minutes at most. A part begins nothing more after its --minutes, is stopped by `timeout` if what
+# it has begun takes too long, and stops no other by failing; what it has measured by then is written.
 .PHONY: gpu-bench
 gpu-bench:
 	@status=0; export PYTHONPATH=.; \
-	$(PYTHON) launchers/bench.py masked_mse --out benchmarks || status=1; \
-	$(PYTHON) launchers/bench.py attention --out benchmarks || status=1; \
-	$(PYTHON) -m pytest -m gpu -n 4 tests/kernels || status=1; \
+	timeout -k 2 75 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks || status=1; \
+	timeout -k 2 195 $(PYTHON) launchers/bench.py attention --minutes 2.6 --out benchmarks || status=1; \
+	timeout -k 2 95 $(PYTHON) launchers/bench.py profile --minutes 1.3 --out benchmarks || status=1; \
+	timeout -k 8 -s INT 82 $(PYTHON) -m pytest -m gpu -n 4 tests/kernels || status=1; \
+	timeout -k 2 15 $(PYTHON) -m kernels.bench_summary --write || status=1; \
 	exit $$status
 
 install: $(VENV)/.installed
