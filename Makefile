@@ -91,14 +91,15 @@ lint: $(VENV)/.installed-test
 	$(python) -m mypy
 
 # Time on a GPU is dear: 8 minutes at most. A part begins nothing more after its --minutes, is stopped by `timeout` if what
-# it has begun takes too long, and stops no other by failing; what it has measured by then is written.
+# it has begun takes too long, and stops no other by failing; what it has measured by then is written. The tests are
+# interrupted as if by hand, so that pytest still says what passed and what failed.
 .PHONY: gpu-bench
 gpu-bench:
 	@status=0; export PYTHONPATH=.; \
 	timeout -k 2 75 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks || status=1; \
 	timeout -k 2 195 $(PYTHON) launchers/bench.py attention --minutes 2.6 --out benchmarks || status=1; \
 	timeout -k 2 95 $(PYTHON) launchers/bench.py profile --minutes 1.3 --out benchmarks || status=1; \
-	timeout -k 8 -s INT 82 $(PYTHON) -m pytest -m gpu -n 4 tests/kernels || status=1; \
+	timeout -k 8 -s INT --foreground 82 $(PYTHON) -m pytest -m gpu -n 4 tests/kernels || status=1; \
 	timeout -k 2 15 $(PYTHON) -m kernels.bench_summary --write || status=1; \
 	exit $$status
 
