@@ -4,6 +4,11 @@ Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it b
 a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a multiprocessor
 lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); on sm_90, products of 16-bit tiles that are
 no warp-group instructions, or that the assembler had to put one after the other for want of registers.
+
+The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
+multiprocessor for a tile of scores, and says what is asked the most: tensor cores, exponentials (16 a clock) or issued
+instructions (4 a clock). Were nothing else in the way, an H200 or A100 would run at the rate that follows. No kernel
+does; but of two tiles it tells which one leaves less to wait for.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +24,7 @@ from typing import Any, NamedTuple
 from kernels import flash_attention_backward as backward
 from kernels import flash_attention_forward as forward
 from kernels.flash_attention_tiles import TILES, Tile
-from kernels.offline_compiler import compile_for, resources, run_tool
+from kernels.offline_compiler import compile_for, product_loops, resources, run_tool
 from kernels.triton_path import triton
 
 REGISTERS = 65_536  # of a multiprocessor
@@ -27,7 +33,7 @@ SHARED_MEMORY_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
 
 class Configuration(NamedTuple):
     architecture: int  # 90 for sm_90
-    name: str  # "forward", "backward_delta", "backward" in one pass; deterministic: "backward_dkdv" and "backward_dq"
+    name: str  # of PASSES
     dtype: str  # as Triton spells it
     head_dim: int
     causal: bool
@@ -36,7 +42,7 @@ class Configuration(NamedTuple):
     @property
     def tile(self) -> Tile:
         bits = 32 if self.dtype == "fp32" else 16
-        name = "backward" if self.name == "backward_dkdv" else self.name
+        name = "backward" if self.name in ("backward_gqa", "backward_dkdv") else self.name
         return TILES[self.architecture, bits, name][triton.next_power_of_2(self.head_dim)]
 
     def __str__(self) -> str:
@@ -51,15 +57,27 @@ class Usage(NamedTuple):
     shared_bytes: int
     wgmma: bool
     wgmma_serialized: bool
+    loop: Counter[str]  # the machine instructions of the inner loop
 
 
-PASSES = ("forward", "backward_delta", "backward", "backward_dkdv", "backward_dq")
+class Chip(NamedTuple):
+    flop_per_clock: int  # of a multiprocessor's tensor cores, bf16
+    multiprocessors: int
+    clock_hz: float
+
+
+CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
+USEFUL_FLOP = {"forward": 4, "backward": 10, "backward_gqa": 10}  # a score and a unit of head_dim
+PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}
+
+# "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
+PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
     """All of them, or one a tile of the 16-bit table: bf16, block-causal with a key mask, which holds the most code."""
     for architecture in (90, 80):
-        for name in PASSES if every else ("forward", "backward_delta", "backward", "backward_dq"):
+        for name in PASSES if every else ("forward", "backward_delta", "backward", "backward_gqa", "backward_dq"):
             for head_dim in (16, 32, 64, 80, 128, 256) if every else (16, 32, 64, 128, 256):
                 for dtype in ("bf16", "fp16", "fp32") if every else ("bf16",):
                     for causal, masked in ((True, True), (True, False), (False, False)) if every else ((True, True),):
@@ -80,7 +98,8 @@ def measure(configuration: Configuration) -> Usage:
             assembler = get_ptxas(architecture).path
             remarks = run_tool(assembler, f"-arch=sm_{architecture}a", file.name, "-o", "/dev/null")
     serialized = "wgmma.mma_async instructions are serialized" in remarks
-    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized)
+    loop = Counter(name.split(".")[0] for name in min(product_loops(compiled), key=len, default=[]))
+    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized, loop)
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
@@ -99,12 +118,32 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     return broken
 
 
+def rate_limit(configuration: Configuration, usage: Usage) -> tuple[str, float] | None:
+    """What the inner loop asks most of, and the useful TFLOP/s at which that would be busy all the time."""
+    if configuration.name not in USEFUL_FLOP or configuration.dtype == "fp32":
+        return None
+    tile, chip = configuration.tile, CHIPS[configuration.architecture]
+    scores = tile.block_m * tile.block_n * configuration.head_dim
+    clocks = {
+        "tensor cores": 2 * PRODUCTS[configuration.name] * scores / chip.flop_per_clock,
+        "exponentials": usage.loop["MUFU"] * tile.num_warps * 32 / 16,
+        "issue": usage.loop.total() * tile.num_warps / 4,
+    }
+    what = max(clocks, key=lambda name: clocks[name])
+    per_clock = USEFUL_FLOP[configuration.name] * scores / clocks[what]
+    return what, per_clock * chip.multiprocessors * chip.clock_hz / 1e12
+
+
 def table_row(configuration: Configuration, usage: Usage) -> str:
     tile = configuration.tile
-    return (
+    row = (
         f"{configuration!s:44} {tile.block_m:3} x {tile.block_n:3}, {tile.num_warps} warps, {tile.num_stages} stages: "
         f"{usage.registers:3} registers, {usage.shared_bytes / 1024:5.1f} KiB shared"
     )
+    if limit := rate_limit(configuration, usage):
+        a_score = usage.loop.total() * 32 * tile.num_warps / (tile.block_m * tile.block_n)
+        row += f", {a_score:5.1f} instructions a score, {limit[1]:4.0f} TFLOP/s by {limit[0]}"
+    return row
 
 
 def _compile(configuration: Configuration) -> Any:
@@ -114,6 +153,7 @@ def _compile(configuration: Configuration) -> Any:
         "forward": forward._flash_fwd_kernel,
         "backward_delta": backward._flash_bwd_delta_kernel,
         "backward": backward._flash_bwd_kernel,
+        "backward_gqa": backward._flash_bwd_kernel,
         "backward_dkdv": backward._flash_bwd_kernel,
         "backward_dq": backward._flash_bwd_dq_kernel,
     }[pass_]
@@ -124,7 +164,9 @@ def _compile(configuration: Configuration) -> Any:
         "BLOCK_N": tile.block_n,
         "CAUSAL": causal,
         "HAS_MASK": masked,
-        "ADD_DQ": pass_ == "backward",
+        "GROUPED": pass_ != "backward",
+        "ADD_DQ": pass_ != "backward_dkdv",
+        "SPLIT": backward.split_loop(triton.next_power_of_2(head_dim), pass_ == "backward_dkdv"),
     }
     return compile_for(
         architecture, kernel, constants, partial(_type, dtype=dtype), lambda name: "_stride_" in name, tile.options()

@@ -68,7 +68,8 @@ def _flash_bwd_kernel(
     do_stride_b, do_stride_n, do_stride_h,
     B, N, M, Hkv, group, causal_block, scale, scale_log2, heads_at_once,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ADD_DQ: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, GROUPED: tl.constexpr, ADD_DQ: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     # the first keys are seen by the most queries: they start first
     tile, head = tile_and_head(tl.cdiv(M, BLOCK_N), B * Hkv, heads_at_once)
@@ -80,33 +81,71 @@ def _flash_bwd_kernel(
     k_tile = load_rows(k + b * k_stride_b + h * k_stride_h, first_key, in_tile, k_stride_m, real, D, BLOCK_D, True)
     v_tile = load_rows(v + b * v_stride_b + h * v_stride_h, first_key, in_tile, v_stride_m, real, D, BLOCK_D, True)
 
-    # Each key is seen from some row on. Rows that see none of these keys are neither visited nor read; from query tile
-    # `whole` on every row sees every key, and no mask is needed.
+    # Each key is seen from some row on. Rows that see none of these keys are neither visited nor read; the query tiles
+    # from `whole` to `full` have all their rows, see every key and need no mask. SPLIT gives them a loop of their own.
     num_tiles = tl.cdiv(N, BLOCK_M)
     seen_from = keys // causal_block * causal_block if CAUSAL else tl.zeros_like(keys)
     seen_from = tl.where(real, seen_from, num_tiles * BLOCK_M)
     first_row = tl.minimum(tl.min(seen_from), num_tiles * BLOCK_M)
     first_tile = first_row // BLOCK_M
-    whole = tl.cdiv(tl.max(seen_from), BLOCK_M)
+    full = tl.maximum(N // BLOCK_M, first_tile)
+    unmasked = tl.cdiv(tl.max(seen_from), BLOCK_M)
+    whole = tl.minimum(unmasked, full)
 
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    in_query_tile = tl.arange(0, BLOCK_M)
-    tiles_to_visit = num_tiles - first_tile
-    for i in range(group * tiles_to_visit):
-        query_tile = first_tile + i % tiles_to_visit
-        hq = h * group + i // tiles_to_visit
-        of_head = (b * Hkv * group + hq) * N
-        rows = query_tile * BLOCK_M + in_query_tile
+    q += b * q_stride_b + h * group * q_stride_h
+    d_out += b * do_stride_b + h * group * do_stride_h
+    of_head = (b * Hkv + h) * group * N
+    if SPLIT:
+        dk_sum, dv_sum = _sum_over_queries(
+            dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse + of_head, delta + of_head, dq_sum + of_head * D,
+            q_stride_n, do_stride_n, q_stride_h, do_stride_h, whole, full, whole, full, unmasked, group, first_row,
+            seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, False, False,
+        )  # fmt: skip
+    dk_sum, dv_sum = _sum_over_queries(
+        dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse + of_head, delta + of_head, dq_sum + of_head * D,
+        q_stride_n, do_stride_n, q_stride_h, do_stride_h, first_tile, num_tiles, whole, full, unmasked, group,
+        first_row, seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, True, SPLIT,
+    )  # fmt: skip
+
+    offset = (b * M * Hkv + h) * D
+    store_rows(dk + offset, first_key, in_tile, Hkv * D, dk_sum * scale, keys < M, D, BLOCK_D)
+    store_rows(dv + offset, first_key, in_tile, Hkv * D, dv_sum, keys < M, D, BLOCK_D)
+
+
+@jit
+def _sum_over_queries(
+    dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse, delta, dq_sum, q_stride_n, do_stride_n, q_stride_h, do_stride_h,
+    first, last, whole, full, unmasked, group, first_row, seen_from, N, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPED: tl.constexpr, ADD_DQ: tl.constexpr,
+    MASKED: tl.constexpr, SKIP_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Over the query tiles from `first` to `last` of each head that shares the keys.
+
+    One loop for all heads: a loop around it would cost the registers that its software pipeline needs.
+    """
+    count = last - first
+    if SKIP_WHOLE:
+        count -= full - whole
+        first = tl.where(first == whole, full, first)
+    query_tile, head = first, 0
+    for _ in range(group * count):
+        in_tile = tl.arange(0, BLOCK_M)
+        rows = query_tile * BLOCK_M + in_tile
         inside = (rows >= first_row) & (rows < N)
-        row_lse = tl.load(lse + of_head + rows, mask=inside, other=0.0)
-        row_delta = tl.load(delta + of_head + rows, mask=inside, other=0.0)
-        q_head, do_head = q + b * q_stride_b + hq * q_stride_h, d_out + b * do_stride_b + hq * do_stride_h
-        q_tile = load_rows(q_head, query_tile * BLOCK_M, in_query_tile, q_stride_n, inside, D, BLOCK_D, True)
-        do_tile = load_rows(do_head, query_tile * BLOCK_M, in_query_tile, do_stride_n, inside, D, BLOCK_D, True)
+        of_rows = tl.cast(head, tl.int64) * N
+        if MASKED:
+            row_lse = tl.load(lse + of_rows + rows, mask=inside, other=0.0)
+            row_delta = tl.load(delta + of_rows + rows, mask=inside, other=0.0)
+        else:
+            row_lse, row_delta = tl.load(lse + of_rows + rows), tl.load(delta + of_rows + rows)
+        q_head, do_head = q + tl.cast(head, tl.int64) * q_stride_h, d_out + tl.cast(head, tl.int64) * do_stride_h
+        q_tile = load_rows(q_head, query_tile * BLOCK_M, in_tile, q_stride_n, inside, D, BLOCK_D, MASKED)
+        do_tile = load_rows(do_head, query_tile * BLOCK_M, in_tile, do_stride_n, inside, D, BLOCK_D, MASKED)
         s = dot(k_tile, tl.trans(q_tile), None)
         p = tl.exp2(s * scale_log2 - row_lse[None, :])
-        if query_tile < whole:
+        if MASKED and (SKIP_WHOLE or query_tile < unmasked):
             p = tl.where(seen_from[:, None] <= rows[None, :], p, 0.0)
         dv_sum = dot(p.to(do_tile.dtype), do_tile, dv_sum)
         dp = dot(v_tile, tl.trans(do_tile), None)
@@ -114,13 +153,27 @@ def _flash_bwd_kernel(
         dk_sum = dot(ds, q_tile, dk_sum)
         if ADD_DQ:
             dq = dot(tl.trans(ds), k_tile, None)
-            columns = tl.arange(0, BLOCK_D)
-            pointers = dq_sum + (of_head + query_tile * BLOCK_M) * D + (in_query_tile[:, None] * D + columns[None, :])
-            tl.atomic_add(pointers, dq, mask=inside[:, None] & (columns < D)[None, :], sem="relaxed")
+            add_rows(dq_sum + of_rows * D, query_tile * BLOCK_M, in_tile, dq, inside, D, BLOCK_D, MASKED)
+        query_tile += 1
+        if SKIP_WHOLE:
+            query_tile = tl.where(query_tile == whole, full, query_tile)
+        if GROUPED:
+            head += (query_tile == last).to(tl.int32)
+            query_tile = tl.where(query_tile == last, first, query_tile)
+    return dk_sum, dv_sum
 
-    offset = (b * M * Hkv + h) * D
-    store_rows(dk + offset, first_key, in_tile, Hkv * D, dk_sum * scale, keys < M, D, BLOCK_D)
-    store_rows(dv + offset, first_key, in_tile, Hkv * D, dv_sum, keys < M, D, BLOCK_D)
+
+@jit
+def add_rows(base, first, rows, values, real, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
+    """Add values [rows, BLOCK_D] to those from row `first` on, while other programs do the same."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + first.to(tl.int64) * D + (rows[:, None] * D + columns[None, :])
+    if CHECKED:
+        tl.atomic_add(pointers, values, mask=real[:, None] & (columns < D)[None, :], sem="relaxed")
+    elif D < BLOCK_D:
+        tl.atomic_add(pointers, values, mask=(columns < D)[None, :], sem="relaxed")
+    else:
+        tl.atomic_add(pointers, values, sem="relaxed")
 
 
 @jit
@@ -188,6 +241,11 @@ def _sum_over_keys(
     return dq_sum
 
 
+def split_loop(block_d: int, deterministic: bool) -> bool:
+    """Whether tiles without a mask have a loop of their own: elsewhere a second loop spills, or serializes products."""
+    return block_d <= 64 and not deterministic
+
+
 def launch_backward(
     d_out: Tensor,
     q: Tensor,
@@ -228,8 +286,8 @@ def launch_backward(
         _flash_bwd_kernel[(triton.cdiv(M, tile.block_n) * B * Hkv,)](
             q, k, v, d_out, lse, delta, dq_sum, dk, dv, mask, *strides,
             B, N, M, Hkv, group, causal_block or 0, *scales, heads_in_l2(group * N * D * (2 * q.element_size() + 4)),
-            **pattern, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ADD_DQ=not deterministic,
-            **tile.options(),
+            **pattern, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUPED=group > 1, ADD_DQ=not deterministic,
+            SPLIT=split_loop(block_d, deterministic), **tile.options(),
         )  # fmt: skip
         if deterministic:
             _flash_bwd_dq_kernel[(triton.cdiv(N, dq_tile.block_m) * B * Hq,)](

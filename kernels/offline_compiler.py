@@ -1,4 +1,4 @@
-"""compile_for, resources: a Triton kernel compiled for a GPU that need not be there, and what its code needs.
+"""compile_for, resources, product_loops: a Triton kernel compiled for a GPU that need not be there, and its code.
 
 Triton compiles for any architecture, and brings the assembler and the disassembler that tell.
 """
@@ -45,11 +45,28 @@ def compile_for(
 
 def resources(compiled: Any) -> dict[str, int]:
     """What a compiled kernel needs: REG registers a thread, STACK and LOCAL bytes of it spilled to memory."""
+    report = _cuobjdump("-res-usage", compiled)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def product_loops(compiled: Any) -> list[list[str]]:
+    """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _cuobjdump("-sass", compiled))
+    loops = []
+    for end, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
+            body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
+            if any(x.startswith(("HGMMA", "HMMA")) for x in body):
+                loops.append(body)
+    return loops
+
+
+def _cuobjdump(option: str, compiled: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        report = run_tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        return run_tool(triton.knobs.nvidia.cuobjdump.path, option, str(cubin))
 
 
 def run_tool(*command: str) -> str:
