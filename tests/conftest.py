@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 from torch import Tensor
 
 from tests.distributed import find_free_port
@@ -26,12 +29,12 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from a run without `-m gpu`, so that it does the same on every machine, and have Triton interpret.
+    """Hide GPUs, so that a run does the same on every machine, and have Triton interpret; unless only GPU tests run.
 
     Triton looks for TRITON_INTERPRET when it is imported and where a kernel is decorated, so both happen here. Kernels
     take CPU tensors only under the fixtures of tests/kernels; processes that tests start know nothing of it.
     """
-    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+    if not selects_gpu_tests_alone(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -39,9 +42,24 @@ def pytest_configure(config: pytest.Config) -> None:
         triton_path.INTERPRETED = False
 
 
+def selects_gpu_tests_alone(markexpr: str) -> bool:
+    """Whether `-m markexpr` selects tests marked gpu and no others, such as "gpu and not slow", but not "slow"."""
+    try:
+        expression = Expression.compile(markexpr)
+    except SyntaxError:  # pytest says so itself when it selects
+        return False
+    names = set(re.findall(r"\w+", markexpr))
+    selected = [
+        marks
+        for marks in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
+        if expression.evaluate(lambda name, /, marks=marks, **_: name in marks)
+    ]
+    return bool(selected) and all("gpu" in marks for marks in selected)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and a run of GPU tests alone, as with `-m gpu`")
 
 
 @pytest.fixture
