@@ -2,8 +2,9 @@
 
 Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. What would make
 a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a multiprocessor
-lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); on sm_90, products of 16-bit tiles that are
-no warp-group instructions, or that the assembler had to put one after the other for want of registers.
+lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); mask arithmetic in the loop that is to do
+without; on sm_90, products of 16-bit tiles that are no warp-group instructions, or that the assembler had to put one
+after the other for want of registers.
 
 The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
 multiprocessor for a tile of scores, and says what is asked the most: tensor cores, exponentials (16 a clock) or issued
@@ -44,6 +45,13 @@ class Configuration(NamedTuple):
         bits = 32 if self.dtype == "fp32" else 16
         name = "backward" if self.name in ("backward_gqa", "backward_dkdv") else self.name
         return TILES[self.architecture, bits, name][triton.next_power_of_2(self.head_dim)]
+
+    @property
+    def splits_loop(self) -> bool:
+        """Whether the tiles that need no mask have a loop of their own."""
+        if self.name in ("backward", "backward_gqa", "backward_dkdv"):
+            return backward.split_loop(triton.next_power_of_2(self.head_dim), self.name == "backward_dkdv")
+        return self.name != "backward_delta"
 
     def __str__(self) -> str:
         pattern = ("causal" if self.causal else "full") + ("+mask" if self.masked else "")
@@ -115,6 +123,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append("no wgmma")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
+    if configuration.splits_loop and usage.loop["FSEL"]:
+        broken.append("mask arithmetic in the inner loop")
     return broken
 
 
@@ -166,7 +176,7 @@ def _compile(configuration: Configuration) -> Any:
         "HAS_MASK": masked,
         "GROUPED": pass_ != "backward",
         "ADD_DQ": pass_ != "backward_dkdv",
-        "SPLIT": backward.split_loop(triton.next_power_of_2(head_dim), pass_ == "backward_dkdv"),
+        "SPLIT": configuration.splits_loop,
     }
     return compile_for(
         architecture, kernel, constants, partial(_type, dtype=dtype), lambda name: "_stride_" in name, tile.options()

@@ -54,9 +54,9 @@ def flash_attention(
 
     Raises ValueError for arguments that do not fit together.
     """
-    q, k, v = (_autocast(x) for x in (q, k, v))
+    _check(q, k, v, causal_block, key_mask, softmax_scale)
+    q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    _check(q, k, v, causal_block, key_mask, scale)
     N, M = q.shape[1], k.shape[1]
     if q.numel() == 0 or M == 0:
         # Nothing is visible. The empty slices tie k and v into the graph, so that their gradients are zeros.
@@ -76,12 +76,12 @@ def flash_attention(
     return out if sees is None else out[..., :-_EXTRA].masked_fill(~sees, 0).to(dtype)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast, where that is on and x takes part in it."""
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """That of autocast, where it is on and x takes part in it, else x's own."""
     device = x.device.type
     if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: float) -> Tensor:
@@ -140,11 +140,14 @@ def _sees_any_key(key_mask: Tensor, num_queries: int, causal_block: int | None) 
     return first[:, None] // causal_block <= rows // causal_block
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, key_mask: Tensor | None, scale: float) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, key_mask: Tensor | None, softmax_scale: float | None
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [batch, sequence, heads, head_dim]; got shape {list(x.shape)}")
-        if x.dtype != q.dtype or x.dtype not in _DTYPES:
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            found = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor [batch, sequence, heads, head_dim]; got {found}")
+        if _autocast_dtype(x) != _autocast_dtype(q) or x.dtype not in _DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v must share one of bf16, fp16, fp32, fp64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; they must be on one device")
@@ -157,12 +160,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, key_mask: 
         raise ValueError(f"head_dim must lie between 16 and 256; q has {D}")
     if k.shape[2] == 0 or Hq % k.shape[2]:
         raise ValueError(f"the {Hq} heads of q must be a multiple of the {k.shape[2]} heads of k")
-    if causal_block is not None and (isinstance(causal_block, bool) or causal_block < 1):
+    if causal_block is not None and (
+        not isinstance(causal_block, int) or isinstance(causal_block, bool) or causal_block < 1
+    ):
         raise ValueError(f"causal_block must be None or an integer of at least 1; got {causal_block!r}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"softmax_scale must be finite and above 0; got {scale!r}")
+    if softmax_scale is not None and not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale must be finite and above 0; got {softmax_scale!r}")
     if key_mask is not None:
         expected = [B, k.shape[1]]
+        if not isinstance(key_mask, Tensor):
+            raise ValueError(f"key_mask must be a bool tensor {expected}; got {type(key_mask).__name__}")
         if key_mask.dtype != torch.bool or list(key_mask.shape) != expected:
             raise ValueError(f"key_mask must be bool {expected}; got {key_mask.dtype} {list(key_mask.shape)}")
         if key_mask.device != q.device:

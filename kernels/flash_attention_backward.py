@@ -29,15 +29,14 @@ from kernels.flash_attention_forward import (
     heads_in_l2,
     load_rows,
     mask_and_tiles,
-    nth_tile,
     on_device_of,
     real_keys,
     store_rows,
     tile_and_head,
-    tiles_to_visit,
     visible_keys,
 )
 from kernels.flash_attention_tiles import Tile, choose_tile
+from kernels.key_tiles import nth_tile, tiles_to_visit
 from kernels.triton_path import jit, tl, triton
 
 
@@ -274,6 +273,7 @@ def launch_backward(
     scales = (softmax_scale, softmax_scale * math.log2(math.e))
     pattern = {"D": D, "BLOCK_D": block_d, "CAUSAL": causal_block is not None, "HAS_MASK": key_mask is not None}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
+    bytes_of_queries, bytes_of_keys = group * N * D * (2 * q.element_size() + 4), 2 * M * D * k.element_size()
 
     delta = torch.empty_like(lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -285,14 +285,14 @@ def launch_backward(
         )  # fmt: skip
         _flash_bwd_kernel[(triton.cdiv(M, tile.block_n) * B * Hkv,)](
             q, k, v, d_out, lse, delta, dq_sum, dk, dv, mask, *strides,
-            B, N, M, Hkv, group, causal_block or 0, *scales, heads_in_l2(group * N * D * (2 * q.element_size() + 4)),
+            B, N, M, Hkv, group, causal_block or 0, *scales, heads_in_l2(bytes_of_queries, B * Hkv),
             **pattern, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, GROUPED=group > 1, ADD_DQ=not deterministic,
             SPLIT=split_loop(block_d, deterministic), **tile.options(),
         )  # fmt: skip
         if deterministic:
             _flash_bwd_dq_kernel[(triton.cdiv(N, dq_tile.block_m) * B * Hq,)](
                 q, k, v, d_out, lse, delta, dq, mask, key_tiles, *strides,
-                B, N, M, Hq, group, causal_block or 0, *scales, group * heads_in_l2(2 * M * D * k.element_size()),
+                B, N, M, Hq, group, causal_block or 0, *scales, group * heads_in_l2(bytes_of_keys, B * Hkv),
                 **pattern, BLOCK_M=dq_tile.block_m, BLOCK_N=dq_tile.block_n,
                 **dq_tile.options(),
             )  # fmt: skip

@@ -18,10 +18,10 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.flash_attention_tiles import Tile, choose_tile
+from kernels.key_tiles import nth_tile, sort_key_tiles, tiles_to_visit
 from kernels.triton_path import INTERPRETED, jit, tl, triton
 
 
@@ -127,31 +127,6 @@ def visible_keys(first_row, rows, N, M, causal_block, CAUSAL: tl.constexpr):
 
 
 @jit
-def tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):
-    """(whole, total, gap_at, gap): `whole` tiles need no mask, those from there to `total` do; for nth_tile the rest.
-
-    key_tiles is what `sort_key_tiles` made of the mask. The places of the partly padded tiles follow those of all tiles
-    without padding, also of the ones that are out of sight: that is the gap.
-    """
-    unmasked = seen_by_all // BLOCK_N
-    end = tl.cdiv(seen_by_any, BLOCK_N)
-    if HAS_MASK:
-        num_tiles = tl.cdiv(M, BLOCK_N)
-        without_padding = key_tiles + num_tiles + 1
-        partly_padded = without_padding + num_tiles + 1
-        gap_at = tl.load(without_padding + end)
-        gap = tl.load(without_padding + num_tiles) - gap_at
-        return tl.load(without_padding + unmasked), gap_at + tl.load(partly_padded + end), gap_at, gap
-    else:
-        return unmasked, end, 0, 0
-
-
-@jit
-def nth_tile(key_tiles, i, gap_at, gap, HAS_MASK: tl.constexpr):
-    return tl.load(key_tiles + tl.where(i < gap_at, i, i + gap)) if HAS_MASK else i
-
-
-@jit
 def real_keys(key_mask, keys, M, HAS_MASK: tl.constexpr, MASKED: tl.constexpr):
     """Which keys exist and are no padding; only asked for in MASKED tiles."""
     real = keys < M
@@ -207,7 +182,7 @@ def launch_forward(
         _flash_fwd_kernel[(triton.cdiv(N, tile.block_m) * B * Hq,)](
             q, k, v, out, lse, mask, key_tiles, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             B, N, M, Hq, group, causal_block or 0, softmax_scale * math.log2(math.e),
-            group * heads_in_l2(2 * M * D * k.element_size()),
+            group * heads_in_l2(2 * M * D * k.element_size(), B * Hkv),
             D=D, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
             **tile.options(),
@@ -219,21 +194,8 @@ def mask_and_tiles(key_mask: Tensor | None, block_n: int | None, unused: Tensor)
     """What a kernel reads of the key mask; where it reads nothing it gets any pointer."""
     if key_mask is None:
         return unused, unused
-    return key_mask.contiguous().view(torch.uint8), unused if block_n is None else sort_key_tiles(key_mask, block_n)
-
-
-def sort_key_tiles(key_mask: Tensor, block_n: int) -> Tensor:
-    """int32 [B, 3, tiles + 1]: which key tiles to visit, in which order.
-
-    Row 0 names the tiles without padding in rising order, then the partly padded ones, then the rest; row 1 says how
-    many tiles without padding stand before each tile of the sequence, row 2 the same for the partly padded ones.
-    """
-    B, M = key_mask.shape
-    real = F.pad(key_mask, (0, -M % block_n)).view(B, -1, block_n).sum(dim=-1)
-    whole, partial = real == block_n, (real > 0) & (real < block_n)
-    order = torch.sort(2 - 2 * whole.int() - partial.int(), dim=1, stable=True).indices
-    counts = [F.pad(kind.cumsum(dim=1), (1, 0)) for kind in (whole, partial)]
-    return torch.stack([F.pad(order, (0, 1)), *counts], dim=1).int()
+    mask = key_mask.contiguous().view(torch.uint8)
+    return mask, unused if block_n is None else sort_key_tiles(mask, block_n)
 
 
 def binding_causal_block(causal_block: int | None, num_queries: int, num_keys: int) -> int | None:
@@ -241,9 +203,9 @@ def binding_causal_block(causal_block: int | None, num_queries: int, num_keys: i
     return None if causal_block is None or causal_block >= max(num_queries, num_keys) else causal_block
 
 
-def heads_in_l2(bytes_per_head: int) -> int:
-    """How many heads to work on at a time: what their programs share should fit in half of a 50 MB L2 cache."""
-    return max(1, 25_000_000 // bytes_per_head)
+def heads_in_l2(bytes_per_head: int, num_heads: int) -> int:
+    """How many of a batch's heads to work on at a time: what they share should fit in half of a 50 MB L2 cache."""
+    return min(max(1, 25_000_000 // bytes_per_head), num_heads)
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """flash_attention against its dense reference: patterns, shapes, dtypes, masks, gradients, memory and composition."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -187,22 +188,40 @@ def test_activation_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-BAD = {
-    "q must be": lambda q, k, v: flash_attention(q[0], k, v),
-    "k has dtype": lambda q, k, v: flash_attention(q, k.half(), v),
-    "one of bf16": lambda q, k, v: flash_attention(q.int(), k.int(), v.int()),
-    "k and v must have one shape": lambda q, k, v: flash_attention(q, k, v[:, 1:]),
-    "k must be": lambda q, k, v: flash_attention(q, k[..., :8], v[..., :8]),
-    "head_dim": lambda q, k, v: flash_attention(q[..., :8], k[..., :8], v[..., :8]),
-    "multiple": lambda q, k, v: flash_attention(q[:, :, :1], k, v),
-    "causal_block": lambda q, k, v: flash_attention(q, k, v, causal_block=0),
-    "softmax_scale": lambda q, k, v: flash_attention(q, k, v, softmax_scale=float("nan")),
-    "key_mask must be bool": lambda q, k, v: flash_attention(q, k, v, key_mask=torch.ones(2, 12)),
-    r"key_mask must be bool \[2, 12\]": lambda q, k, v: flash_attention(q, k, v, key_mask=torch.ones(2, 5).bool()),
-}
+BAD = [
+    ("q must be a tensor .*; got shape", lambda q, k, v: flash_attention(q[0], k, v)),
+    ("q must be a tensor .*; got shape", lambda q, k, v: flash_attention(q[0, 0, 0, 0], k, v)),
+    ("v must be a tensor .*; got NoneType", lambda q, k, v: flash_attention(q, k, None)),
+    ("k has dtype", lambda q, k, v: flash_attention(q, k.half(), v)),
+    ("v has dtype", lambda q, k, v: flash_attention(q, k, v.double())),
+    ("one of bf16", lambda q, k, v: flash_attention(q.int(), k.int(), v.int())),
+    ("k is on meta, q on cpu", lambda q, k, v: flash_attention(q, k.to("meta"), v)),
+    ("v is on meta, q on cpu", lambda q, k, v: flash_attention(q, k, v.to("meta"))),
+    ("k and v must have one shape", lambda q, k, v: flash_attention(q, k, v[:, 1:])),
+    ("k must be", lambda q, k, v: flash_attention(q, k[..., :8], v[..., :8])),
+    ("between 16 and 256; q has 8", lambda q, k, v: flash_attention(q[..., :8], k[..., :8], v[..., :8])),
+    ("between 16 and 256; q has 0", lambda q, k, v: flash_attention(q[..., :0], k[..., :0], v[..., :0])),
+    (
+        "between 16 and 256; q has 257",
+        lambda q, k, v: flash_attention(*(x[..., :1].repeat(1, 1, 1, 257) for x in (q, k, v))),
+    ),
+    ("multiple", lambda q, k, v: flash_attention(q[:, :, :1], k, v)),
+    *(
+        ("causal_block must be .* got", lambda q, k, v, c=c: flash_attention(q, k, v, causal_block=c))
+        for c in (0, -1, True, 4.0, "4")
+    ),
+    *(
+        ("softmax_scale must be", lambda q, k, v, s=s: flash_attention(q, k, v, softmax_scale=s))
+        for s in (math.nan, math.inf, 0.0, -1.0)
+    ),
+    ("key_mask must be a bool tensor", lambda q, k, v: flash_attention(q, k, v, key_mask=[True] * 12)),
+    ("key_mask must be bool", lambda q, k, v: flash_attention(q, k, v, key_mask=torch.ones(2, 12))),
+    (r"key_mask must be bool \[2, 12\]", lambda q, k, v: flash_attention(q, k, v, key_mask=torch.ones(2, 5).bool())),
+    ("key_mask is on meta", lambda q, k, v: flash_attention(q, k, v, key_mask=torch.ones(2, 12).bool().to("meta"))),
+]
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_arguments_that_do_not_fit_are_named(message):
+@pytest.mark.parametrize(("message", "call"), BAD)
+def test_arguments_that_do_not_fit_are_named(message, call):
     with pytest.raises(ValueError, match=message):
-        BAD[message](*inputs())
+        call(*inputs())
