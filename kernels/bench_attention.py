@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +42,9 @@ from kernels.bench_report import (
     median_seconds,
     the_device,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AIMS = {
     ("forward", 64): (450, 500),
@@ -168,18 +170,19 @@ def _measure(job: Job, heads: int, block: int, device: torch.device, budget_s: f
         with deterministic(job.contender == "ours, deterministic"):
             held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             attend = CONTENDERS[job.contender](problem)
-            forward["status"] = as_accurate([attend(*leaves).detach()], plain[:1], truth[:1])
-            if forward["status"] == OK:
-                forward |= _rate(lambda: attend(*leaves), FLOPS_A_PAIR["forward"] * useful, device, budget_s)
+            status = as_accurate([attend(*leaves).detach()], plain[:1], truth[:1])
+            right = status == OK
+            rate = _rate(lambda: attend(*leaves), FLOPS_A_PAIR["forward"] * useful, device, budget_s) if right else {}
+            forward |= {"status": status, **rate}
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             gradients = results(attend, problem, upstream)[1:]
             peak_mib = _peak_mib(held, problem, upstream)
-            backward["status"] = as_accurate(gradients, plain[1:], truth[1:])
-            if backward["status"] == OK:
-                out = attend(*leaves)
-                again = lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)  # noqa: E731
-                backward |= _rate(again, FLOPS_A_PAIR["backward"] * useful, device, budget_s)
+            status = as_accurate(gradients, plain[1:], truth[1:])
+            out = attend(*leaves)
+            again = lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)  # noqa: E731
+            rate = _rate(again, FLOPS_A_PAIR["backward"] * useful, device, budget_s) if status == OK else {}
+            backward |= {"status": status, **rate}
         for row in job.rows:
             row["peak_mib"] = peak_mib if row["status"] == OK else None
     except Exception as error:  # not for this device, shape or memory: the row names it
@@ -216,7 +219,7 @@ def _references(job: Job, problem: Problem, upstream: Tensor, kept: References) 
     return plain, truth
 
 
-def _draw(rows: list[Row], device: str, path: Path) -> None:
+def _draw(rows: list[Row]) -> Figure:
     import matplotlib.pyplot as plt
 
     head_dims = sorted({row["head_dim"] for row in rows})
@@ -234,6 +237,4 @@ def _draw(rows: list[Row], device: str, path: Path) -> None:
             title = f"D = {head_dim}, " + (f"{which}, TFLOP/s" if key == "tflop_per_s" else "peak of both passes, MiB")
             axis.set(title=title, xlabel="tokens", ylim=(0, None))
     axes[0, 0].legend(fontsize=7)
-    figure.suptitle(device)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from kernels.bench_contenders import Problem, V, deterministic, make_problem, ou
 from kernels.bench_report import OK, OUT_OF_TIME, Deadline, Report, Row, as_accurate, first_line, median_seconds
 from kernels.flash_attention_tiles import TILES, Tile
 from kernels.triton_path import triton
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Checks = tuple[list[Tensor], list[Tensor]]
 PASSES = [name for architecture, bits, name in TILES if (architecture, bits) == (90, 16) and name != "backward_delta"]
@@ -44,7 +48,7 @@ def sweep(
         report.measure(rows, partial(_fill_in, name=name, table=table, problem=problem, checks=checks), deadline)
     report.rows.sort(key=lambda row: (row["head_dim"], -(row["tflop_per_s"] or 0)))
     report.write(_draw)
-    return 0
+    return int(report.stopped)
 
 
 def _fill_in(row: Row, name: str, table: dict[int, Tile], problem: Problem, checks: Checks) -> None:
@@ -55,13 +59,13 @@ def _fill_in(row: Row, name: str, table: dict[int, Tile], problem: Problem, chec
     try:
         table[entry] = Tile(*(row[field] for field in Tile._fields))
         with deterministic(name not in ("forward", "backward")):
-            row["status"] = as_accurate(results(attend, problem, upstream), *checks)
+            status = as_accurate(results(attend, problem, upstream), *checks)
             call = lambda: attend(*problem.leaves)  # noqa: E731
             if name != "forward":
                 out, flops = call(), flops * 10 // 4
                 call = lambda: torch.autograd.grad(out, problem.leaves, upstream, retain_graph=True)[0]  # noqa: E731
-            if row["status"] == OK:
-                row["tflop_per_s"] = flops / median_seconds(call, problem.q.device, budget_s=0.05) / 1e12
+            rate = flops / median_seconds(call, problem.q.device, budget_s=0.05) / 1e12 if status == OK else None
+            row |= {"status": status, "tflop_per_s": rate}
     except Exception as error:  # too much shared memory, say
         row["status"] = f"not run: {first_line(error)}"
     finally:
@@ -75,7 +79,7 @@ def tiles() -> list[Tile]:
     return [Tile(m, n, count, stages, most) for m, n in sizes for count, most in warps for stages in (2, 3)]
 
 
-def _draw(rows: list[Row], device: str, path: Path) -> None:
+def _draw(rows: list[Row]) -> Figure:
     import matplotlib.pyplot as plt
 
     head_dims = sorted({row["head_dim"] for row in rows})
@@ -86,6 +90,5 @@ def _draw(rows: list[Row], device: str, path: Path) -> None:
         colours = ["tab:orange" if row["shipped"] else "tab:blue" for row in best]
         axis.barh(names, [row["tflop_per_s"] for row in best], color=colours)
         axis.set(title=f"D = {head_dim}; shipped: orange", xlabel="TFLOP/s")
-    figure.suptitle(f"{device}: {', '.join(Tile._fields)}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.supylabel(", ".join(Tile._fields))
+    return figure

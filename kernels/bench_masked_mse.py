@@ -2,8 +2,8 @@
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py masked_mse`
 
-A rate counts the bytes that have to move: every input read once, every gradient written once. It is shown only beside a
-right result of the same call. The copy is of one large tensor, its bytes counted read and written.
+A rate counts the bytes that have to move, as bytes_to_move says. It is shown only beside a right result of the same
+call. The copy is of one large tensor, its bytes counted read and written.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -37,13 +36,17 @@ from kernels.bench_report import (
     the_device,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Call = Callable[..., tuple[Tensor, Tensor]]
 D_TOKEN = 384
 CONTENDERS = ("ours", "eager", "torch.compile")
+FIGURES = ("gigabytes", "median_ms", "gb_per_s", "of_copy")  # of a row, where its result is right
 CONSTANTS = ("tile", "num_warps", "programs_per_sm")  # of the kernels, which --sweep chooses
 AIM, STRETCH = 0.90, 0.95  # of the copy
-AIMED_AT = {"masked_mse": 2**26, "linear_masked_mse": 2**20}  # values, rows and more: no cache holds them
-SWEPT = {"masked_mse": 2**28, "linear_masked_mse": 2**21}
+AIMED_AT = {"masked_mse": 2**28, "linear_masked_mse": 2**22}
+"""Values, rows and more: no cache holds them, and an H200 takes over 0.4 ms, several times what a launch takes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     report.notes += notes
     jobs = _jobs(report, [("masked_mse", n) for n in values] + [("linear_masked_mse", n) for n in rows])
     with torch._functorch.config.patch(donated_buffer=False):  # or a compiled backward pass can be timed only once
-        report.measure(sorted(jobs, key=Job.priority), lambda job: _measure(job, device, copy, budget_s), deadline)
+        report.measure(jobs, lambda job: _measure(job, device, copy, budget_s), deadline)
     return report.write(_draw)
 
 
@@ -95,36 +98,16 @@ class Job(NamedTuple):
     contender: str
     rows: list[Row]
 
-    def priority(self) -> int:
-        """Ours first, at every size, then what has to be compiled last."""
-        return CONTENDERS.index(self.contender)
-
 
 def _jobs(report: Report, cases: list[tuple[str, int]]) -> list[Job]:
-    """Every job, its rows in the report in an order to read them in."""
-    return [
-        Job(
-            kernel,
-            size,
-            contender,
-            [
-                report.add(
-                    kernel=kernel,
-                    values=size,
-                    contender=contender,
-                    direction=direction,
-                    gigabytes=None,
-                    median_ms=None,
-                    gb_per_s=None,
-                    of_copy=None,
-                    status=OUT_OF_TIME,
-                )
-                for direction in ("forward", "backward")
-            ],
-        )
-        for kernel, size in cases
-        for contender in CONTENDERS
-    ]
+    """Every job, ours first at every size, what has to be compiled last; the rows in an order to read them in."""
+    nothing_yet: Row = dict.fromkeys(FIGURES) | {"status": OUT_OF_TIME}
+    jobs = []
+    for (kernel, size), contender in itertools.product(cases, CONTENDERS):
+        names = {"kernel": kernel, "values": size, "contender": contender}
+        rows = [report.add(**names, direction=direction, **nothing_yet) for direction in ("forward", "backward")]
+        jobs.append(Job(kernel, size, contender, rows))
+    return sorted(jobs, key=lambda job: CONTENDERS.index(job.contender))
 
 
 def copy_bytes_per_second(device: torch.device, budget_s: float) -> float:
@@ -136,7 +119,6 @@ def copy_bytes_per_second(device: torch.device, budget_s: float) -> float:
 
 def _measure(job: Job, device: torch.device, copy: float, budget_s: float) -> None:
     """Fill the job's rows."""
-    figures: dict[str, Row] = {}
     try:
         ours, eager, inputs, mask = problem(job.kernel, job.size, device)
         call = ours if job.contender == "ours" else eager
@@ -144,10 +126,9 @@ def _measure(job: Job, device: torch.device, copy: float, budget_s: float) -> No
             torch.compiler.reset()
             call = torch.compile(eager, dynamic=False)
         status = as_accurate(_results(call, inputs, mask), _results(eager, inputs, mask), _truth(inputs, mask))
-        if status == OK:
-            figures = _figures(call, inputs, mask, device, copy, budget_s)
+        figures = _figures(call, inputs, mask, device, copy, budget_s) if status == OK else {}
     except Exception as error:  # a compiler that is missing, say: the row names it
-        status = f"not run: {first_line(error)}"
+        status, figures = f"not run: {first_line(error)}", {}
     for row in job.rows:
         row |= {"status": status, **figures.get(row["direction"], {})}
 
@@ -155,33 +136,40 @@ def _measure(job: Job, device: torch.device, copy: float, budget_s: float) -> No
 def _figures(
     call: Call, inputs: list[Tensor], mask: Tensor, device: torch.device, copy: float, budget_s: float
 ) -> dict[str, Row]:
-    """Of the forward and of the backward pass."""
-    seconds = _seconds(call, inputs, mask, device, budget_s)
-    return {
-        direction: {
-            "gigabytes": moved / 1e9,
-            "median_ms": time * 1e3,
-            "gb_per_s": moved / time / 1e9,
-            "of_copy": moved / time / copy,
-        }
-        for (direction, moved), time in zip(bytes_to_move(inputs, mask).items(), seconds, strict=True)
+    """Of the forward pass, as in training, and of the backward pass."""
+    leaves, (total, _) = _leaves(inputs), call(*inputs, mask)
+    passes = {
+        "forward": lambda: call(*inputs, mask),
+        "backward": lambda: torch.autograd.grad(total, leaves, retain_graph=True),
     }
+    figures = {}
+    for direction, moved in bytes_to_move(inputs, mask).items():
+        seconds = median_seconds(passes[direction], device, budget_s)
+        rate = moved / seconds
+        figures[direction] = dict(zip(FIGURES, (moved / 1e9, seconds * 1e3, rate / 1e9, rate / copy)))
+    return figures
 
 
 def bytes_to_move(inputs: list[Tensor], mask: Tensor) -> dict[str, int]:
-    """Forward every input once; backward the same and every gradient once."""
-    forward = sum(x.numel() * x.element_size() for x in (*inputs, mask))
-    return {"forward": forward, "backward": forward + sum(x.numel() * x.element_size() for x in _leaves(inputs))}
+    """What no kernel can do without, forward and backward; gradients are of predictions, or of all but the target.
+
+    masked_mse reads all predictions, targets and the mask, backward too, and writes every gradient. A tenth of the
+    values is masked, one here and one there: hardly 32 bytes in a row, the least that a GPU reads, are of no use.
+    linear_masked_mse reads the rows of hidden that count, never the others: forward with the layer, targets and mask,
+    backward with the weight and, in place of targets and mask, an fp32 error a row; it writes every gradient.
+    """
+    *linear, target = inputs
+    gradients = _bytes(*_leaves(inputs))
+    if len(linear) == 1:
+        forward = _bytes(*inputs, mask)
+        return {"forward": forward, "backward": forward + gradients}
+    hidden, weight, bias = linear
+    read = int(mask.sum()) * _bytes(hidden[0]) + _bytes(weight)
+    return {"forward": read + _bytes(bias, target, mask), "backward": read + 4 * len(hidden) + gradients}
 
 
-def _seconds(
-    call: Call, inputs: list[Tensor], mask: Tensor, device: torch.device, budget_s: float
-) -> tuple[float, float]:
-    """Median times of the forward pass, as in training, and of the backward pass."""
-    leaves = _leaves(inputs)
-    forward = median_seconds(lambda: call(*inputs, mask), device, budget_s)
-    total, _ = call(*inputs, mask)
-    return forward, median_seconds(lambda: torch.autograd.grad(total, leaves, retain_graph=True), device, budget_s)
+def _bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _leaves(inputs: list[Tensor]) -> list[Tensor]:
@@ -233,11 +221,11 @@ def _truth(inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
 def _sweep(report: Report, copy: float, deadline: Deadline) -> int:
     """Time choices of the kernels' constants, and write them by rate, the best first. Returns the exit status."""
     choices = list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (2, 4, 8, 16, 32)))
-    for kernel, size in SWEPT.items():
+    for kernel, size in AIMED_AT.items():
         _sweep_kernel(report, kernel, size, choices, copy, deadline)
     report.rows.sort(key=lambda row: (row["kernel"], -min(row["forward"] or 0, row["backward"] or 0)))
     report.write(_draw_sweep)
-    return 0
+    return int(report.stopped)
 
 
 def _sweep_kernel(
@@ -251,10 +239,9 @@ def _sweep_kernel(
     def fill_in(row: Row) -> None:
         try:
             module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = (row[name] for name in CONSTANTS)
-            row["status"] = as_accurate(_results(call, inputs, mask), plain, truth)
-            if row["status"] == OK:
-                figures = _figures(call, inputs, mask, report.device, copy, budget_s=0.05)
-                row |= {direction: figure["of_copy"] for direction, figure in figures.items()}
+            status = as_accurate(_results(call, inputs, mask), plain, truth)
+            figures = _figures(call, inputs, mask, report.device, copy, budget_s=0.05) if status == OK else {}
+            row |= {"status": status, **{direction: figure["of_copy"] for direction, figure in figures.items()}}
         except Exception as error:  # too many registers, say
             row["status"] = f"not run: {first_line(error)}"
         finally:
@@ -268,7 +255,7 @@ def _sweep_kernel(
     report.measure(rows, fill_in, deadline)
 
 
-def _draw_sweep(rows: list[Row], device: str, path: Path) -> None:
+def _draw_sweep(rows: list[Row]) -> Figure:
     import matplotlib.pyplot as plt
 
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
@@ -278,12 +265,10 @@ def _draw_sweep(rows: list[Row], device: str, path: Path) -> None:
             chosen = [row for row in rows if (row["kernel"], row["shipped"]) == (kernel, shipped)]
             axis.scatter([row["forward"] for row in chosen], [row["backward"] for row in chosen], color=colour)
         axis.set(title=f"{kernel}; shipped: orange", xlabel="forward, rate / copy", ylabel="backward, rate / copy")
-    figure.suptitle(device)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def _draw(rows: list[Row], device: str, path: Path) -> None:
+def _draw(rows: list[Row]) -> Figure:
     import matplotlib.pyplot as plt
 
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
@@ -300,6 +285,4 @@ def _draw(rows: list[Row], device: str, path: Path) -> None:
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=f"{kernel}, {which}", xscale="log", xlabel="values", ylabel="rate / copy", ylim=(0, None))
     axes[0, 0].legend()
-    figure.suptitle(device)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure

@@ -22,16 +22,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.bench_contenders import V, deterministic, make_problem, ours
-from kernels.bench_masked_mse import SWEPT
+from kernels.bench_masked_mse import AIMED_AT
 from kernels.bench_masked_mse import problem as make_mse_problem
 from kernels.bench_report import OK, OUT_OF_TIME, Deadline, Report, Row, add_common_arguments, the_device
 
-CASES = ("attention-64", "attention-32", *SWEPT, "attention-64-deterministic", "attention-32-deterministic")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CASES = ("attention-64", "attention-32", *AIMED_AT, "attention-64-deterministic", "attention-32-deterministic")
 """Kernel, head dimension, mode; what matters most first."""
 OURS = "^_(flash|masked_mse|linear_masked_mse)_"  # the names of their kernels
 
@@ -103,7 +107,7 @@ def profile(report: Report, cases: tuple[str, ...], ncu: str, deadline: Deadline
     """Fill the report. Returns whether a case failed; raises NoCountersError if none can succeed."""
     report.notes.append(
         f"Attention: one sample of {3 * V:,} tokens, 8 heads, bf16, block-causal with a key mask. masked_mse: "
-        f"{SWEPT['masked_mse']:,} values. linear_masked_mse: {SWEPT['linear_masked_mse']:,} rows."
+        f"{AIMED_AT['masked_mse']:,} values. linear_masked_mse: {AIMED_AT['linear_masked_mse']:,} rows."
     )
     report.notes.append(
         "In percent of the peak over the kernel's time: the pipes for matrices (tensor), exponentials (xu), "
@@ -223,7 +227,7 @@ def launch(case: str, device: torch.device, shrink: int = 1) -> None:
         problem = make_problem(3 * (V // shrink), int(rest[0]), 8, V // shrink, True, True, device)
         forward, leaves = partial(ours(problem), *problem.leaves), problem.leaves
     else:
-        call, _, inputs, mask = make_mse_problem(kernel, SWEPT[kernel] // shrink, device)
+        call, _, inputs, mask = make_mse_problem(kernel, AIMED_AT[kernel] // shrink, device)
         forward, leaves = lambda: call(*inputs, mask)[0], [x for x in inputs if x.requires_grad]
     only_backward = "deterministic" in rest  # the forward pass is the same as without
     with deterministic(only_backward):
@@ -247,7 +251,7 @@ def _seen_by_ncu(device: torch.device, seen: bool) -> Iterator[None]:
     torch.cuda.profiler.stop()
 
 
-def _draw(rows: list[Row], device: str, path: Path) -> None:
+def _draw(rows: list[Row]) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 1 + 0.9 * len(rows)), layout="constrained")
@@ -259,10 +263,9 @@ def _draw(rows: list[Row], device: str, path: Path) -> None:
         [y + 0.4 for y in range(len(rows))], [f"{row['case']}\n{row['kernel']}" for row in rows], fontsize=7
     )
     axis.invert_yaxis()
-    axis.set(title=device, xlabel="% of the peak", xlim=(0, 100))
+    axis.set(xlabel="% of the peak", xlim=(0, 100))
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

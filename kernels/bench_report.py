@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +30,12 @@ from tqdm import tqdm
 
 from kernels.triton_path import triton
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Row = dict[str, Any]
 J = TypeVar("J")
-Draw = Callable[[list[Row], str, Path], None]  # of the right rows, the device's name and the file
+Draw = Callable[[list[Row]], "Figure"]  # of the right rows
 OK = "ok"
 OUT_OF_TIME = "not run: out of time"  # of every row until its turn comes, so that a run cut short says the truth
 GPU_LOST = "not run: the GPU failed in an earlier one"
@@ -74,6 +78,10 @@ def minutes(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: write a number of minutes such as 2.5")
     return number
+
+
+class Stopped(BaseException):
+    """SIGTERM came. No Exception, so that nothing on the way takes it for a failure of what is measured."""
 
 
 class Deadline:
@@ -131,6 +139,7 @@ class Report:
     out: Path
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         if self.device.type == "cpu":
@@ -152,25 +161,48 @@ class Report:
         ]
 
     def measure(self, jobs: Iterable[J], fill_in: Callable[[J], None], deadline: Deadline) -> None:
-        """Take the jobs one by one, each with its rows, and save after each, as long as there is time and a GPU."""
-        for job in tqdm(list(jobs), desc=self.name, leave=False):
-            if deadline.passed():
-                return
-            fill_in(job)
-            self.save()
-            if _lost(self.device):
-                for row in self.rows:
-                    row["status"] = GPU_LOST if row["status"] == OUT_OF_TIME else row["status"]
-                return
+        """Take the jobs one by one, each with its rows, and save after each, as long as there is time and a GPU.
+
+        SIGTERM ends the job at work, whose rows stay as they are; a row has to be filled in in one step.
+        """
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stopped else self._stop)
+        try:
+            for job in tqdm(list(jobs), desc=self.name, leave=False):
+                if deadline.passed() or self.stopped:
+                    return
+                fill_in(job)
+                self.save()
+                if _lost(self.device):
+                    for row in self.rows:
+                        row["status"] = GPU_LOST if row["status"] == OUT_OF_TIME else row["status"]
+                    return
+        except Stopped:
+            return
+        finally:
+            if not self.stopped:
+                signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for good: `timeout` sends it twice, and only writing is left
+        self.stopped = True
+        raise Stopped
 
     def write(self, draw: Draw) -> int:
-        """Print the table and write all files. Returns the exit status: 1 if there are red rows."""
-        print(self._markdown())
+        """Print the table and write all files. Returns the exit status: 1 if there are red rows, or SIGTERM came."""
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(self._markdown(), flush=True)
         folder = self.save()
         if right := [row for row in self.rows if row["status"] == OK]:
-            draw(right, device_name(self.device), folder / f"{self.name}.png")
-        print(f"written to {folder}: {self.name}.csv, .md, .json" + (", .png" if right else ""))
-        return 1 if self.red else 0
+            import matplotlib.pyplot as plt
+
+            figure = draw(right)
+            figure.suptitle(device_name(self.device))
+            figure.savefig(folder / f"{self.name}.png", dpi=120)
+            plt.close(figure)
+        print(f"written to {folder}: {self.name}.csv, .md, .json" + (", .png" if right else ""), flush=True)
+        if not self.stopped:
+            signal.signal(signal.SIGTERM, before)
+        return 1 if self.red or self.stopped else 0
 
     def save(self) -> Path:
         """Write all files but the plot, which takes seconds; for after every step. Returns their folder."""

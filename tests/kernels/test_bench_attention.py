@@ -1,5 +1,9 @@
 import argparse
 import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +96,40 @@ def test_out_of_time_the_table_is_whole_and_says_so(tmp_path):
     assert {row["status"] for row in rows} == {OUT_OF_TIME}
     assert {row["tflop_per_s"] for row in rows} == {""}
     assert not list(tmp_path.glob("*/*.png"))
+
+
+COMPILES_FOR_LONG = """
+import sys, time
+from kernels import bench_contenders
+from launchers.bench import main
+
+def compile(problem):
+    print("compiling", flush=True)
+    time.sleep(600)
+
+bench_contenders.CONTENDERS["FlexAttention, compiled"] = compile
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ended_by_sigterm_it_leaves_the_table_and_the_plot_of_what_it_measured(tmp_path):
+    command = [sys.executable, "-c", COMPILES_FOR_LONG, "attention", "--quick", "--head-dims", "16", "--heads", "1"]
+    bench = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert bench.stdout.readline() == "compiling\n"
+        for _ in range(2):  # as `timeout` does
+            bench.send_signal(signal.SIGTERM)
+        said, _ = bench.communicate(timeout=60)
+    finally:
+        bench.kill()
+    assert bench.returncode == 1
+    statuses = {(row["contender"], row["status"]) for row in rows_written(tmp_path)}
+    assert {("ours", "ok"), ("FlexAttention, compiled", OUT_OF_TIME)} <= statuses
+    assert ("ours", OUT_OF_TIME) not in statuses
+    assert "| FlexAttention, compiled | forward |" in said
+    assert {path.suffix for path in tmp_path.glob("*/attention.*")} == {".csv", ".md", ".json", ".png"}
 
 
 def test_what_the_aims_are_about_comes_first(tmp_path):
