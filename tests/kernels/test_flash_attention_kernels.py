@@ -6,9 +6,12 @@ import random
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 from kernels import flash_attention, flash_attention_backward, flash_attention_forward
+from kernels.flash_attention_backward import launch_backward
+from kernels.flash_attention_forward import launch_forward
 from kernels.flash_attention_op import flash_attention_op
 from kernels.flash_attention_tiles import TILES, Tile
 from kernels.key_tiles import sort_key_tiles
@@ -184,8 +187,7 @@ def test_random_configurations(device, seed, monkeypatch):
 @pytest.mark.parametrize("architecture", [90, 80])
 @pytest.mark.parametrize(
     ("D", "Hkv", "dtype"),
-    [(16, 1, "float16"), (32, 2, "bfloat16"), (64, 2, "bfloat16"), (64, 1, "float32"), (128, 1, "bfloat16")]
-    + [(256, 2, "float16")],
+    [(16, 1, "half"), (32, 2, "half"), (64, 2, "bfloat16"), (64, 1, "float"), (128, 1, "bfloat16"), (256, 2, "half")],
 )
 def test_shipped_tiles(device, D, Hkv, dtype, architecture, monkeypatch):
     """Three blocks of 107 variables, whose borders cut the tiles, the last variables of each padding."""
@@ -256,6 +258,24 @@ def test_inputs_need_not_be_contiguous(device):
     for leaves in (views, turned, far_apart):
         assert not leaves[0].is_contiguous()
         torch.testing.assert_close(flash_attention(*leaves, causal_block=4), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("N", [128, 512])
+def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
+    """So it grows with N, not with N x N. On top comes what says where the padding is."""
+    B, H, D, M = 1, 2, 16, N
+    q, k, v = (x.detach() for x in inputs(device, B=B, N=N, M=M, Hq=H, Hkv=H, D=D, dtype=torch.bfloat16))
+    d_out, mask = torch.ones_like(q), torch.arange(M, device=device)[None] % 50 < 45
+    tracker = MemTracker()
+    tracker.track_external(q, k, v, d_out)
+    with tracker:
+        out, lse = launch_forward(q, k, v, mask, 64, 0.25)
+        launch_backward(d_out, q, k, v, out, lse, mask, 64, 0.25, deterministic=mode)
+    (peak,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+    values = B * N * H * D
+    counted = 2 * (4 * values + 4 * values) + 8 * B * N * H + (0 if mode else 4 * values)
+    assert counted <= peak <= 1.03 * counted
 
 
 def test_offsets_beyond_two_to_the_31_elements(device):

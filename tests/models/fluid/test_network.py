@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
+from kernels import triton_path
 from models.fluid.config import PRESETS, DecoderShape
 from models.fluid.network import Encodings, FluidDecoder, Projection
 
@@ -200,3 +203,30 @@ def test_projection_owns_its_weights():
     total, count = projection(hidden, target, torch.ones(2, 5, dtype=torch.bool))
     torch.testing.assert_close(total, (projection(hidden) - target).square().sum())
     assert count == 10
+
+
+def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
+    """Counted on fake tensors of the full size, 6,712 variables, with the GPU's operators and nothing recomputed."""
+    monkeypatch.setattr(triton_path, "INTERPRETED", True)
+    micro_batch, minutes, variables, states, d_model = 8, 3, 6712, 6174, PRESETS["large"].d_model
+    with torch.device("meta"):
+        model = FluidDecoder(PRESETS["large"], num_boundary=variables - states, num_states=states, history=minutes)
+    with FakeTensorMode():
+        parameters = {
+            name: torch.empty(parameter.shape, dtype=torch.bfloat16, requires_grad=True)
+            for name, parameter in model.named_parameters()
+        }
+        buffers = {name: torch.empty(buffer.shape) for name, buffer in model.named_buffers()}
+        x, target = torch.empty(micro_batch, minutes, variables), torch.empty(micro_batch, minutes, states)
+        mask = torch.empty(target.shape, dtype=torch.bool)
+        tracker = MemTracker()
+        tracker.track_external(x, target, mask, *parameters.values(), *buffers.values())
+        with tracker:
+            total, count = torch.func.functional_call(model, parameters | buffers, (x, target, mask))
+            (total / count).backward()
+    (peak,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+    inside_an_operator = 4 * micro_batch * minutes * variables * d_model  # where dQ is summed
+    kept_a_parameter = 4 + 4 + 4 + 4  # gradient, master weight and Adam's moments, in fp32 on one GPU
+    gib = (peak + inside_an_operator + kept_a_parameter * PARAMETERS["large"]) / 2**30
+    print(f"large, micro-batch {micro_batch}: {gib:.1f} GiB")
+    assert 25 < gib < 80e9 / 2**30 / 2
