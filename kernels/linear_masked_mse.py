@@ -109,8 +109,8 @@ def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
             h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
             weight_sum += e[:, None] * h
             bias_sum += e
-        if NEED_TARGET:
-            tl.store(grad_target + row, (-e).to(grad_target.dtype.element_ty), mask=inside & (part == 0))
+        if NEED_TARGET and part == 0:
+            tl.store(grad_target + row, (-e).to(grad_target.dtype.element_ty), mask=inside)
     if NEED_LINEAR:
         out = partials + tl.cast(program, tl.int64) * (d + 1)
         tl.store(out + column, tl.sum(weight_sum, 0), mask=column < d)
@@ -262,7 +262,7 @@ def linear_masked_mse(
             raise ValueError(f"{name} must be floating; got {x.dtype}")
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
-    check(hidden[..., 0], target, mask)
+    check(hidden[..., 0], target, mask, "hidden")
     if runs_on_triton(hidden, weight, bias, target, mask):
         sums, _ = _forward(hidden, weight, bias, target, mask)
         total, count = sums.unbind()

@@ -266,20 +266,23 @@ def runs_on_triton(*tensors: Tensor | None) -> bool:
     return all(x is None or (available(x) and x.dtype in (*DTYPES, torch.bool)) for x in tensors)
 
 
-def check(pred: Tensor, target: Tensor, mask: Tensor | None) -> None:
-    """ValueError, naming the argument, where a prediction, a target and a mask do not go together."""
-    if not pred.is_floating_point() or not target.is_floating_point():
-        raise ValueError(f"pred and target must be floating; got {pred.dtype} and {target.dtype}")
+def check(pred: Tensor, target: Tensor, mask: Tensor | None, name: str = "pred") -> None:
+    """ValueError where a prediction, a target and a mask do not go together; `name` is what the first one is called."""
+    for what, x in ((name, pred), ("target", target)):
+        if not x.is_floating_point():
+            raise ValueError(f"{what} must be floating; got {x.dtype}")
     if pred.shape != target.shape:
-        raise ValueError(f"target must have the shape of pred, {list(pred.shape)}; got {list(target.shape)}")
+        raise ValueError(f"target must be {list(pred.shape)} to go with {name}; got {list(target.shape)}")
     if target.device != pred.device:
-        raise ValueError(f"target is on {target.device}, pred on {pred.device}; they must be on one device")
+        raise ValueError(f"target is on {target.device}, {name} on {pred.device}; they must be on one device")
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask must be a tensor; got a {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask must be bool or floating; got {mask.dtype}")
     if mask.device != pred.device:
-        raise ValueError(f"mask is on {mask.device}, pred on {pred.device}; they must be on one device")
+        raise ValueError(f"mask is on {mask.device}, {name} on {pred.device}; they must be on one device")
     fits = mask.dim() <= pred.dim() and all(
         m in (1, p) for m, p in zip(reversed(mask.shape), reversed(pred.shape), strict=False)
     )

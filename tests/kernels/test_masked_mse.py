@@ -1,5 +1,7 @@
 """masked_mse and linear_masked_mse against their definitions."""
 
+import re
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -131,23 +133,38 @@ def test_activation_checkpointing_changes_nothing():
 
 
 BAD = {
-    "target must have the shape of pred": lambda p, t: masked_mse(p, t[:, :1]),
-    "must be floating": lambda p, t: masked_mse(p, t.int()),
+    "target must be [3, 5, 7] to go with pred; got [3, 1, 7]": lambda p, t: masked_mse(p, t[:, :1]),
+    "target must be [3, 5] to go with hidden": lambda p, t: linear(p, t),
+    "pred must be floating": lambda p, t: masked_mse(p.int(), t),
+    "target must be floating": lambda p, t: masked_mse(p, t.int()),
+    "hidden must be floating": lambda p, t: linear(p.int(), t[..., 0]),
+    "mask must be a tensor; got a list": lambda p, t: masked_mse(p, t, [True] * 7),
+    "mask must be a tensor; got a float": lambda p, t: linear(p, t[..., 0], mask=1.0),
     "mask must be bool or floating": lambda p, t: masked_mse(p, t, torch.ones(7, dtype=torch.int32)),
     "mask must broadcast": lambda p, t: masked_mse(p, t, torch.ones(4)),
-    "weight must be": lambda p, t: linear_masked_mse(p, torch.ones(3), torch.ones(1), t[..., 0]),
+    "weight must be [7]": lambda p, t: linear(p, t[..., 0], weight=torch.ones(3)),
     "target is on meta, pred on cpu": lambda p, t: masked_mse(p, t.to("meta")),
     "mask is on meta, pred on cpu": lambda p, t: masked_mse(p, t, torch.ones(7, device="meta")),
-    "weight is on meta, hidden on cpu": lambda p, t: linear_masked_mse(
-        p, torch.ones(7, device="meta"), torch.ones(1), t[..., 0]
-    ),
-    "bias must be floating": lambda p, t: linear_masked_mse(p, torch.ones(7), torch.ones(1).int(), t[..., 0]),
-    "of at least 1": lambda p, t: linear_masked_mse(p[..., :0], torch.ones(0), torch.ones(1), t[..., 0]),
-    "bias must be one number": lambda p, t: linear_masked_mse(p, torch.ones(7), torch.ones(7), t[..., 0]),
+    "target is on meta, hidden on cpu": lambda p, t: linear(p, t[..., 0].to("meta")),
+    "mask is on meta, hidden on cpu": lambda p, t: linear(p, t[..., 0], mask=torch.ones(5, device="meta")),
+    "weight is on meta, hidden on cpu": lambda p, t: linear(p, t[..., 0], weight=torch.ones(7, device="meta")),
+    "bias is on meta, hidden on cpu": lambda p, t: linear(p, t[..., 0], bias=torch.ones(1, device="meta")),
+    "weight is on cpu, hidden on meta": lambda p, t: linear(p.to("meta"), t[..., 0]),
+    "weight must be floating": lambda p, t: linear(p, t[..., 0], weight=torch.ones(7).int()),
+    "bias must be floating": lambda p, t: linear(p, t[..., 0], bias=torch.ones(1).int()),
+    "of at least 1": lambda p, t: linear(p[..., :0], t[..., 0], weight=torch.ones(0)),
+    "bias must be one number, of shape [] or [1]; got [2]": lambda p, t: linear(p, t[..., 0], bias=torch.ones(2)),
 }
+
+
+WEIGHT, BIAS = torch.ones(7), torch.ones(1)
+
+
+def linear(hidden, target, weight=WEIGHT, bias=BIAS, mask=None):
+    return linear_masked_mse(hidden, weight, bias, target, mask)
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_arguments_that_do_not_fit_are_named(message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         BAD[message](*values())
