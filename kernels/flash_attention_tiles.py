@@ -1,7 +1,10 @@
 """choose_tile: how many queries and keys a program of flash_attention works on at once, and with how many warps.
 
 A static table, so that a user's first step tunes nothing. `python -m kernels.compile_gate` prints what each entry needs
-in registers and shared memory; a launch function's `tile` overrides its entry, for a sweep on a device.
+in registers and shared memory, and what its inner loop asks for; `launchers/bench.py attention --sweep forward` times
+others on a device. Chosen among tiles that spill nothing, by the fewest instructions a score and by how many programs
+share a multiprocessor. Entries for 80 also serve other chips; those that lend a program less than an A100's 163 KiB of
+shared memory may refuse head dimensions above 128.
 """
 
 from __future__ import annotations

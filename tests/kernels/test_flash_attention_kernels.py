@@ -275,7 +275,7 @@ def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
     (peak,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
     values = B * N * H * D
     counted = 2 * (4 * values + 4 * values) + 8 * B * N * H + (0 if mode else 4 * values)
-    assert counted <= peak <= 1.03 * counted
+    assert counted <= peak <= 1.05 * counted
 
 
 def test_offsets_beyond_two_to_the_31_elements(device):
