@@ -61,7 +61,9 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
                         architecture, title, dtype, kernel, layout | block | more, _masked.NUM_WARPS, loads
                     )
             block = {"BLOCK_N": _linear.TILE // _linear.MAX_BLOCK_D, "BLOCK_D": _linear.MAX_BLOCK_D}
-            loads = _linear.TILE // (32 * _linear.NUM_WARPS) * (2 if dtype == "bf16" else 4) // 16
+            block |= {"PARTS": 1, "STAGES": _linear.STAGES}
+            # once before the loop for each tile that is fetched ahead, and once in it
+            loads = _linear.STAGES * _linear.TILE // (32 * _linear.NUM_WARPS) * (2 if dtype == "bf16" else 4) // 16
             needs = {"NEED_HIDDEN": 1, "NEED_LINEAR": 1, "NEED_TARGET": 1}
             for kernel, more in (
                 (_linear._linear_masked_mse_fwd_kernel, {"HAS_MASK": 1}),
@@ -77,7 +79,8 @@ def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the code."""
     compiled = _compile(configuration)
     usage = resources(compiled)
-    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
+    forms = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.shared\.global [^;]*, 0x10,"
+    wide = len(re.findall(forms, compiled.asm["ptx"]))
     return Usage(usage["REG"], max(usage["STACK"], usage["LOCAL"]), wide)
 
 

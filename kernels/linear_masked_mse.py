@@ -5,8 +5,8 @@
 
 Forward and backward each pass once over the hidden rows [N, d]; rows with m = 0 are not read. Between them stand the
 e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target;
-4 N d FLOPs each way: memory is the limit. Programs stride over the rows and write each a row of partial sums, which a
-second, tiny kernel adds up: no atomics, so the same bits in every run.
+4 N d FLOPs each way: memory is the limit. Programs stride over the rows and fetch the next ones while they work on
+some; each writes a row of partial sums, which a second, tiny kernel adds up: no atomics, so the same bits in every run.
 Dtype: products, differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the dtypes of
 the inputs. On CPUs, and for fp64, the prediction is torch's F.linear, in the dtype of hidden or autocast's.
 """
@@ -23,7 +23,7 @@ from kernels.column_sums import column_sums
 from kernels.masked_mse import check, masked_mse, runs_on_triton
 from kernels.triton_path import jit, num_multiprocessors, tl, triton
 
-TILE, MAX_BLOCK_D, NUM_WARPS, PROGRAMS_PER_SM = 4096, 128, 4, 8
+TILE, MAX_BLOCK_D, NUM_WARPS, PROGRAMS_PER_SM, STAGES = 4096, 512, 4, 8, 3
 
 
 @jit
@@ -41,11 +41,13 @@ def _linear_masked_mse_fwd_kernel(  # type: ignore[no-untyped-def]
     HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = tl.load(bias).to(tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_N], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = row < N
         if HAS_MASK:
@@ -53,15 +55,15 @@ def _linear_masked_mse_fwd_kernel(  # type: ignore[no-untyped-def]
         else:
             m = inside.to(tl.float32)
         counts = m != 0
-        products = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for start in range(0, d, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
+        pred = tl.zeros([BLOCK_N], tl.float32) + b
+        for part in range(PARTS):
+            column = part * BLOCK_D + tl.arange(0, BLOCK_D)
             some = counts[:, None] & (column < d)[None, :]
             h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
             w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
-            products += h * w[None, :]
-        t = tl.load(target + row, mask=counts, other=0).to(tl.float32)
-        difference = tl.where(counts, tl.sum(products, 1) + b - t, 0.0)
+            pred += tl.sum(h * w[None, :], 1)
+        t = tl.load(target + row, mask=inside, other=0).to(tl.float32)
+        difference = tl.where(counts, pred - t, 0.0)
         e = m * difference
         tl.store(error + row, e, mask=inside)
         total += e * difference
@@ -87,6 +89,7 @@ def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
     NEED_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program, part = tl.program_id(0), tl.program_id(1)
     scale = 2.0 * tl.load(grad_sum)
@@ -94,7 +97,7 @@ def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
     w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
     weight_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     bias_sum = tl.zeros([BLOCK_N], tl.float32)
-    for tile in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+    for tile in tl.range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = row < N
         e = tl.load(error + row, mask=inside, other=0)
@@ -127,8 +130,8 @@ def _tiling(hidden: Tensor) -> tuple[Tensor, int, dict[str, int]]:
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(d))
     block_n = TILE // block_d
     programs = max(1, min(triton.cdiv(N, block_n), PROGRAMS_PER_SM * num_multiprocessors(hidden.device)))
-    numbers = {"N": N, "d": d, "stride": rows.stride(0), "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": NUM_WARPS}
-    return rows, programs, numbers
+    numbers = {"N": N, "d": d, "stride": rows.stride(0), "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return rows, programs, numbers | {"STAGES": STAGES, "num_warps": NUM_WARPS}
 
 
 @torch.library.custom_op("trunkline::linear_masked_mse", mutates_args=())
@@ -149,6 +152,7 @@ def _forward(
             error,
             partials,
             HAS_MASK=mask is not None,
+            PARTS=triton.cdiv(numbers["d"], numbers["BLOCK_D"]),
             **numbers,
         )
         return column_sums(partials), error
