@@ -91,7 +91,7 @@ def test_masked_mse_is_as_accurate_as_plain_torch_in_the_same_dtype(device, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_masked_mse_is_as_accurate_as_plain_torch_in_the_same_dtype(device, dtype, kind):
-    for shape, d in [((3, 11, 9), 16), ((3, 11, 9), 100), ((2, 3, 5), 384)]:
+    for shape, d in [((3, 11, 9), 16), ((3, 11, 9), 100), ((2, 3, 5), 384), ((2, 3), 700)]:
         mask = masks(shape, device)[kind]
         leaves = linear_inputs(shape, d, dtype, device)
         assert_as_accurate(linear_masked_mse, plain_linear_masked_mse, linear_masked_mse_reference, leaves, mask)
