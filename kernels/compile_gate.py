@@ -75,8 +75,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
-USEFUL_FLOP = {"forward": 4, "backward": 10, "backward_gqa": 10}  # a score and a unit of head_dim
-PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}
+PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}  # of tiles; 2 head_dim operations a score each
 
 # "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
@@ -130,18 +129,17 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
 
 def rate_limit(configuration: Configuration, usage: Usage) -> tuple[str, float] | None:
     """What the inner loop asks most of, and the useful TFLOP/s at which that would be busy all the time."""
-    if configuration.name not in USEFUL_FLOP or configuration.dtype == "fp32":
+    if configuration.name not in PRODUCTS or configuration.dtype == "fp32":
         return None
-    tile, chip = configuration.tile, CHIPS[configuration.architecture]
-    scores = tile.block_m * tile.block_n * configuration.head_dim
+    tile, chip, head_dim = configuration.tile, CHIPS[configuration.architecture], configuration.head_dim
+    flop_a_channel = 2 * PRODUCTS[configuration.name] * tile.block_m * tile.block_n
     clocks = {
-        "tensor cores": 2 * PRODUCTS[configuration.name] * scores / chip.flop_per_clock,
+        "tensor cores": flop_a_channel * triton.next_power_of_2(head_dim) / chip.flop_per_clock,
         "exponentials": usage.loop["MUFU"] * tile.num_warps * 32 / 16,
         "issue": usage.loop.total() * tile.num_warps / 4,
     }
     what = max(clocks, key=lambda name: clocks[name])
-    per_clock = USEFUL_FLOP[configuration.name] * scores / clocks[what]
-    return what, per_clock * chip.multiprocessors * chip.clock_hz / 1e12
+    return what, flop_a_channel * head_dim / clocks[what] * chip.multiprocessors * chip.clock_hz / 1e12
 
 
 def table_row(configuration: Configuration, usage: Usage) -> str:
