@@ -2,8 +2,8 @@
 
 Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. What would make
 a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a multiprocessor
-lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); mask arithmetic in the loop that is to do
-without; on sm_90, products of 16-bit tiles that are no warp-group instructions, or that the assembler had to put one
+lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); for 16-bit tiles, mask arithmetic in the loop
+that is to do without, and on sm_90 products that are no warp-group instructions, or that the assembler had to put one
 after the other for want of registers.
 
 The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
@@ -122,6 +122,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append("no wgmma")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
+    if multiplies_tiles and not usage.loop:
+        broken.append("no inner loop found")
     if configuration.splits_loop and usage.loop["FSEL"]:
         broken.append("mask arithmetic in the inner loop")
     return broken

@@ -29,7 +29,6 @@ from kernels.flash_attention_forward import (
     heads_in_l2,
     load_rows,
     mask_and_tiles,
-    on_device_of,
     real_keys,
     store_rows,
     tile_and_head,
@@ -80,16 +79,15 @@ def _flash_bwd_kernel(
     k_tile = load_rows(k + b * k_stride_b + h * k_stride_h, first_key, in_tile, k_stride_m, real, D, BLOCK_D, True)
     v_tile = load_rows(v + b * v_stride_b + h * v_stride_h, first_key, in_tile, v_stride_m, real, D, BLOCK_D, True)
 
-    # Each key is seen from some row on. Rows that see none of these keys are neither visited nor read; the query tiles
-    # from `whole` to `full` have all their rows, see every key and need no mask. SPLIT gives them a loop of their own.
+    # Each key is seen from some row on. Rows that see none of these keys are neither visited nor read. Some query tiles
+    # in the middle have all their rows, see every key and need no mask: SPLIT gives them a loop of their own.
     num_tiles = tl.cdiv(N, BLOCK_M)
     seen_from = keys // causal_block * causal_block if CAUSAL else tl.zeros_like(keys)
     seen_from = tl.where(real, seen_from, num_tiles * BLOCK_M)
     first_row = tl.minimum(tl.min(seen_from), num_tiles * BLOCK_M)
     first_tile = first_row // BLOCK_M
-    full = tl.maximum(N // BLOCK_M, first_tile)
-    unmasked = tl.cdiv(tl.max(seen_from), BLOCK_M)
-    whole = tl.minimum(unmasked, full)
+    unmasked_to = tl.maximum(N // BLOCK_M, first_tile)
+    unmasked_from = tl.minimum(tl.cdiv(tl.max(seen_from), BLOCK_M), unmasked_to)
 
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -99,13 +97,13 @@ def _flash_bwd_kernel(
     if SPLIT:
         dk_sum, dv_sum = _sum_over_queries(
             dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse + of_head, delta + of_head, dq_sum + of_head * D,
-            q_stride_n, do_stride_n, q_stride_h, do_stride_h, whole, full, whole, full, unmasked, group, first_row,
-            seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, False, False,
+            q_stride_n, do_stride_n, q_stride_h, do_stride_h, unmasked_from, unmasked_to, unmasked_from, unmasked_to,
+            group, first_row, seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, False, False,
         )  # fmt: skip
     dk_sum, dv_sum = _sum_over_queries(
         dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse + of_head, delta + of_head, dq_sum + of_head * D,
-        q_stride_n, do_stride_n, q_stride_h, do_stride_h, first_tile, num_tiles, whole, full, unmasked, group,
-        first_row, seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, True, SPLIT,
+        q_stride_n, do_stride_n, q_stride_h, do_stride_h, first_tile, num_tiles, unmasked_from, unmasked_to,
+        group, first_row, seen_from, N, scale_log2, D, BLOCK_D, BLOCK_M, GROUPED, ADD_DQ, True, SPLIT,
     )  # fmt: skip
 
     offset = (b * M * Hkv + h) * D
@@ -116,18 +114,20 @@ def _flash_bwd_kernel(
 @jit
 def _sum_over_queries(
     dk_sum, dv_sum, k_tile, v_tile, q, d_out, lse, delta, dq_sum, q_stride_n, do_stride_n, q_stride_h, do_stride_h,
-    first, last, whole, full, unmasked, group, first_row, seen_from, N, scale_log2,
+    first, last, unmasked_from, unmasked_to, group, first_row, seen_from, N, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, GROUPED: tl.constexpr, ADD_DQ: tl.constexpr,
-    MASKED: tl.constexpr, SKIP_WHOLE: tl.constexpr,
+    MASKED: tl.constexpr, SKIP_UNMASKED: tl.constexpr,
 ):  # fmt: skip
-    """Over the query tiles from `first` to `last` of each head that shares the keys.
+    """dk_sum and dv_sum with the shares of the query tiles from `first` to `last`, of each head that shares the keys.
 
-    One loop for all heads: a loop around it would cost the registers that its software pipeline needs.
+    Those from `unmasked_from` to `unmasked_to` need no mask; SKIP_UNMASKED leaves them out. seen_from [BLOCK_N] is the
+    first row that sees each key. One loop for all heads: a loop around it would cost the registers that its software
+    pipeline needs.
     """
     count = last - first
-    if SKIP_WHOLE:
-        count -= full - whole
-        first = tl.where(first == whole, full, first)
+    if SKIP_UNMASKED:
+        count -= unmasked_to - unmasked_from
+        first = tl.where(first == unmasked_from, unmasked_to, first)
     query_tile, head = first, 0
     for _ in range(group * count):
         in_tile = tl.arange(0, BLOCK_M)
@@ -144,7 +144,7 @@ def _sum_over_queries(
         do_tile = load_rows(do_head, query_tile * BLOCK_M, in_tile, do_stride_n, inside, D, BLOCK_D, MASKED)
         s = dot(k_tile, tl.trans(q_tile), None)
         p = tl.exp2(s * scale_log2 - row_lse[None, :])
-        if MASKED and (SKIP_WHOLE or query_tile < unmasked):
+        if MASKED and (SKIP_UNMASKED or query_tile < unmasked_from or query_tile >= unmasked_to):
             p = tl.where(seen_from[:, None] <= rows[None, :], p, 0.0)
         dv_sum = dot(p.to(do_tile.dtype), do_tile, dv_sum)
         dp = dot(v_tile, tl.trans(do_tile), None)
@@ -154,8 +154,8 @@ def _sum_over_queries(
             dq = dot(tl.trans(ds), k_tile, None)
             add_rows(dq_sum + of_rows * D, query_tile * BLOCK_M, in_tile, dq, inside, D, BLOCK_D, MASKED)
         query_tile += 1
-        if SKIP_WHOLE:
-            query_tile = tl.where(query_tile == whole, full, query_tile)
+        if SKIP_UNMASKED:
+            query_tile = tl.where(query_tile == unmasked_from, unmasked_to, query_tile)
         if GROUPED:
             head += (query_tile == last).to(tl.int32)
             query_tile = tl.where(query_tile == last, first, query_tile)
@@ -278,7 +278,7 @@ def launch_backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dq_sum = lse if deterministic else lse.new_zeros(B, Hq, N, D)
-    with on_device_of(q):
+    with torch.cuda.device_of(q):
         _flash_bwd_delta_kernel[(triton.cdiv(N, delta_tile.block_m) * B * Hq,)](
             out, d_out, lse, delta, *out.stride()[:3], *d_out.stride()[:3], N, Hq,
             D=D, BLOCK_D=block_d, BLOCK_M=delta_tile.block_m, **delta_tile.options(),

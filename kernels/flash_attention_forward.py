@@ -15,7 +15,6 @@ the dtype of V, the rest fp32.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -178,7 +177,7 @@ def launch_forward(
     mask, key_tiles = mask_and_tiles(key_mask, tile.block_n, q)
     causal_block = binding_causal_block(causal_block, N, M)
     group = Hq // Hkv
-    with on_device_of(q):
+    with torch.cuda.device_of(q):  # Triton launches on the current one
         _flash_fwd_kernel[(triton.cdiv(N, tile.block_m) * B * Hq,)](
             q, k, v, out, lse, mask, key_tiles, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             B, N, M, Hq, group, causal_block or 0, softmax_scale * math.log2(math.e),
@@ -211,8 +210,3 @@ def heads_in_l2(bytes_per_head: int, num_heads: int) -> int:
 def addressable(x: Tensor) -> Tensor:
     """x as the kernels want it: its last dimension contiguous, its rows so near that 32-bit offsets span a tile."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**22 else x.contiguous()
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -68,8 +68,9 @@ def sort_key_tiles(mask: Tensor, block_n: int) -> Tensor:
 def tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):
     """(whole, total, gap_at, gap): `whole` tiles need no mask, those from there to `total` do; for nth_tile the rest.
 
-    key_tiles is what `sort_key_tiles` made of the mask. The places of the partly padded tiles follow those of all tiles
-    without padding, also of the ones that are out of sight: that is the gap.
+    Every query sees the first `seen_by_all` keys, none a key from `seen_by_any` on. key_tiles is what `sort_key_tiles`
+    made of the mask. The places of the partly padded tiles follow those of all tiles without padding, also of the ones
+    that are out of sight: that is the gap.
     """
     unmasked = seen_by_all // BLOCK_N
     end = tl.cdiv(seen_by_any, BLOCK_N)
@@ -86,4 +87,5 @@ def tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N: tl.constexpr
 
 @jit
 def nth_tile(key_tiles, i, gap_at, gap, HAS_MASK: tl.constexpr):
+    """The i-th key tile to visit, with what tiles_to_visit said."""
     return tl.load(key_tiles + tl.where(i < gap_at, i, i + gap)) if HAS_MASK else i

@@ -11,6 +11,7 @@ import pytest
 from kernels.compile_gate import Configuration, Usage, limits_broken, rate_limit
 
 ROOT = Path(__file__).parents[2]
+LOOP = Counter(HGMMA=8)
 
 
 def gate(*arguments):
@@ -44,13 +45,14 @@ def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
 @pytest.mark.parametrize(
     ("usage", "broken"),
     [
-        (Usage(168, 0, 0, 227 * 1024, True, False, Counter()), []),
-        (Usage(255, 40, 0, 0, True, False, Counter()), ["spills 40 bytes"]),
-        (Usage(255, 0, 16, 0, True, False, Counter()), ["spills 16 bytes"]),
-        (Usage(168, 0, 0, 227 * 1024 + 1, True, False, Counter()), ["needs 232449 bytes of shared memory"]),
-        (Usage(168, 0, 0, 0, False, False, Counter()), ["no wgmma"]),
-        (Usage(168, 0, 0, 0, True, True, Counter()), ["wgmma serialized"]),
-        (Usage(168, 0, 0, 0, True, False, Counter(FSEL=1)), ["mask arithmetic in the inner loop"]),
+        (Usage(168, 0, 0, 227 * 1024, True, False, LOOP), []),
+        (Usage(255, 40, 0, 0, True, False, LOOP), ["spills 40 bytes"]),
+        (Usage(255, 0, 16, 0, True, False, LOOP), ["spills 16 bytes"]),
+        (Usage(168, 0, 0, 227 * 1024 + 1, True, False, LOOP), ["needs 232449 bytes of shared memory"]),
+        (Usage(168, 0, 0, 0, False, False, LOOP), ["no wgmma"]),
+        (Usage(168, 0, 0, 0, True, True, LOOP), ["wgmma serialized"]),
+        (Usage(168, 0, 0, 0, True, False, Counter(HGMMA=8, FSEL=1)), ["mask arithmetic in the inner loop"]),
+        (Usage(168, 0, 0, 0, True, False, Counter()), ["no inner loop found"]),
     ],
 )
 def test_what_breaks_a_limit(usage, broken):

@@ -207,6 +207,7 @@ def test_projection_owns_its_weights():
 
 def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
     """Counted on fake tensors of the full size, 6,712 variables, with the GPU's operators and nothing recomputed."""
+    pytest.importorskip("triton")
     monkeypatch.setattr(triton_path, "INTERPRETED", True)
     micro_batch, minutes, variables, states, d_model = 8, 3, 6712, 6174, PRESETS["large"].d_model
     with torch.device("meta"):
@@ -229,4 +230,4 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
     kept_a_parameter = 4 + 4 + 4 + 4  # gradient, master weight and Adam's moments, in fp32 on one GPU
     gib = (peak + inside_an_operator + kept_a_parameter * PARAMETERS["large"]) / 2**30
     print(f"large, micro-batch {micro_batch}: {gib:.1f} GiB")
-    assert 25 < gib < 80e9 / 2**30 / 2
+    assert gib == pytest.approx(32.4, rel=0.02)  # as README says
