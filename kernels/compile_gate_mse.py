@@ -1,4 +1,4 @@
-"""python -m kernels.compile_gate_mse: what the kernels of squared errors need, compiled without a GPU.
+"""python -m kernels.compile_gate_mse: what the kernels of squared errors and of key tiles need, compiled without a GPU.
 
 They live by memory, so two things fail the gate: registers spilled to memory, and values that are not loaded 16 bytes
 at a time. (Where rows have an odd length they cannot be; the rows below are of 8 x something values, as V = 6,712.)
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from kernels.offline_compiler import compile_for, resources
 
 # the functions that the package exports have the names of these modules
-_column_sums, _linear, _masked = (
-    importlib.import_module(f"kernels.{name}") for name in ("column_sums", "linear_masked_mse", "masked_mse")
+_column_sums, _key_tiles, _linear, _masked = (
+    importlib.import_module(f"kernels.{name}")
+    for name in ("column_sums", "key_tiles", "linear_masked_mse", "masked_mse")
 )
 _IN_INPUT_DTYPE = {"pred", "grad_pred", "hidden", "weight", "bias", "grad_hidden"}
 _IN_FP32 = {"target", "grad_target", "grad_sum", "error", "partials", "out"}
@@ -71,6 +72,10 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
             ):
                 title = f"linear_masked_mse {'backward' if more is needs else 'forward'}"
                 yield Configuration(architecture, title, dtype, kernel, block | more, _linear.NUM_WARPS, loads)
+        for keys in (16, 32, 64, 128):
+            block = {"BLOCK_N": keys, "BLOCK_T": _key_tiles.TILES_AT_ONCE}
+            title = f"sort_key_tiles, {keys} keys a tile"
+            yield Configuration(architecture, title, "u8", _key_tiles._sort_key_tiles_kernel, block, 8, 0)
         sums = {"BLOCK_P": 64, "BLOCK_N": 32}
         yield Configuration(architecture, "column_sums", "fp32", _column_sums._column_sums_kernel, sums, 8, 0)
 
@@ -105,6 +110,8 @@ def _compile(configuration: Configuration) -> Any:
 
 
 def _type(argument: str, dtype: str) -> str:
+    if dtype == "u8":
+        return {"mask": "*u8", "out": "*i32"}.get(argument, "i32")
     if argument in _IN_INPUT_DTYPE:
         return f"*{dtype}"
     if argument in _IN_FP32:

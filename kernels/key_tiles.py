@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.triton_path import jit, tl, triton
 
-_TILES_AT_ONCE = 128
+TILES_AT_ONCE = 128
 
 
 @jit
@@ -60,7 +60,7 @@ def sort_key_tiles(mask: Tensor, block_n: int) -> Tensor:
     num_tiles = triton.cdiv(M, block_n)
     out = torch.empty(B, 3, num_tiles + 1, dtype=torch.int32, device=mask.device)
     with torch.cuda.device_of(mask):
-        _sort_key_tiles_kernel[(B,)](mask, out, M, num_tiles, BLOCK_N=block_n, BLOCK_T=_TILES_AT_ONCE, num_warps=8)
+        _sort_key_tiles_kernel[(B,)](mask, out, M, num_tiles, BLOCK_N=block_n, BLOCK_T=TILES_AT_ONCE, num_warps=8)
     return out
 
 
