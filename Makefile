@@ -4,6 +4,7 @@
 # make gpu-bench   on a machine with a GPU, in at most 8 minutes: the kernels' rates and what limits them, into
 #                  benchmarks/<device>/ and README.md, and their tests there; sets up nothing, PYTHON is any that has torch,
 #                  Triton, pytest-xdist, hypothesis, matplotlib and tqdm; ncu, NVIDIA's profiler, has to be on the PATH
+#                  or in /usr/local/cuda/bin
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
 #   WORKLOAD=fluid      what `make train` trains: fluid, or causal_lm; its configuration is configs/$(WORKLOAD)/demo.json

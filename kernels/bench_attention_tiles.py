@@ -6,7 +6,7 @@ sweep(...)   `python launchers/bench.py attention --sweep forward`, or another o
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +35,32 @@ def sweep(
     architecture = 90 if torch.cuda.get_device_capability()[0] in (9, 10) else 80
     report = Report(f"sweep_{name}", f"Tiles of flash_attention's {name} pass", device, out)
     report.notes.append(f"One sample of {tokens:,} tokens, {heads} heads, block-causal with a key mask.")
+    return _sweep(report, name, TILES[architecture, 16, name], head_dims, tokens, heads, deadline)
+
+
+def _sweep(
+    report: Report,
+    name: str,
+    table: dict[int, Tile],
+    head_dims: list[int],
+    tokens: int,
+    heads: int,
+    deadline: Deadline,
+) -> int:
     for head_dim in head_dims:
-        table = TILES[architecture, 16, name]
         shipped = table[triton.next_power_of_2(head_dim)]
         figures: Row = {"tflop_per_s": None, "status": OUT_OF_TIME}
-        rows = [
+        for tile in dict.fromkeys([shipped, *tiles()]):
             report.add(head_dim=head_dim, **tile._asdict(), shipped=tile == shipped, **figures)
-            for tile in dict.fromkeys([shipped, *tiles()])
-        ]
-        problem = make_problem(tokens, head_dim, heads, V, True, True, device)
-        checks = references(problem, upstream_of(problem))
-        report.measure(rows, partial(_fill_in, name=name, table=table, problem=problem, checks=checks), deadline)
+
+    @lru_cache(maxsize=1)  # made when its first row has its turn, kept for the others
+    def checked(head_dim: int) -> tuple[Problem, Checks]:
+        problem = make_problem(tokens, head_dim, heads, V, True, True, report.device)
+        return problem, references(problem, upstream_of(problem))
+
+    report.measure(report.rows, lambda row: _fill_in(row, name, table, *checked(row["head_dim"])), deadline)
     report.rows.sort(key=lambda row: (row["head_dim"], -(row["tflop_per_s"] or 0)))
-    report.write(_draw)
-    return int(report.stopped)
+    return report.write(_draw)
 
 
 def _fill_in(row: Row, name: str, table: dict[int, Tile], problem: Problem, checks: Checks) -> None:

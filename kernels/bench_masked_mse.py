@@ -13,7 +13,9 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -43,10 +45,17 @@ Call = Callable[..., tuple[Tensor, Tensor]]
 D_TOKEN = 384
 CONTENDERS = ("ours", "eager", "torch.compile")
 FIGURES = ("gigabytes", "median_ms", "gb_per_s", "of_copy")  # of a row, where its result is right
-CONSTANTS = ("tile", "num_warps", "programs_per_sm")  # of the kernels, which --sweep chooses
+CONSTANTS = {
+    "TILE": (1024, 2048, 4096, 8192),
+    "NUM_WARPS": (4, 8, 16),
+    "PROGRAMS_PER_SM": (2, 4, 8, 16, 32),
+    "STAGES": (2, 3, 4),
+}
+"""Constants that a kernel's module may have, and what --sweep tries for each."""
 AIM, STRETCH = 0.90, 0.95  # of the copy
 AIMED_AT = {"masked_mse": 2**28, "linear_masked_mse": 2**22}
-"""Values, rows and more: no cache holds them, and an H200 takes over 0.4 ms, several times what a launch takes."""
+"""Values and rows from which on the aim holds: no cache holds them, and an H200 takes over 0.4 ms, several times what
+a launch takes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=integers, metavar="N,...", help=f"numbers of rows of {D_TOKEN} for the linear one"
     )
     parser.add_argument(
-        "--sweep", action="store_true", help="time tiles, warps and programs of the kernels instead (GPU)"
+        "--sweep", action="store_true", help="time tiles, warps, programs and stages of the kernels instead (GPU)"
     )
 
 
@@ -220,39 +229,46 @@ def _truth(inputs: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 def _sweep(report: Report, copy: float, deadline: Deadline) -> int:
     """Time choices of the kernels' constants, and write them by rate, the best first. Returns the exit status."""
-    choices = list(itertools.product((1024, 2048, 4096, 8192), (4, 8, 16), (2, 4, 8, 16, 32)))
     for kernel, size in AIMED_AT.items():
-        _sweep_kernel(report, kernel, size, choices, copy, deadline)
-    report.rows.sort(key=lambda row: (row["kernel"], -min(row["forward"] or 0, row["backward"] or 0)))
-    report.write(_draw_sweep)
-    return int(report.stopped)
+        shipped = _constants(kernel)
+        choices = itertools.product(*(CONSTANTS[name] for name in shipped))
+        for choice in dict.fromkeys([tuple(shipped.values()), *choices]):
+            chosen = dict(zip(shipped, choice))
+            columns = {name.lower(): chosen.get(name) for name in CONSTANTS}
+            figures = {"forward": None, "backward": None, "status": OUT_OF_TIME}
+            report.add(kernel=kernel, values=size, **columns, shipped=chosen == shipped, **figures)
 
-
-def _sweep_kernel(
-    report: Report, kernel: str, size: int, choices: list[tuple[int, int, int]], copy: float, deadline: Deadline
-) -> None:
-    module: Any = importlib.import_module(f"kernels.{kernel}")
-    shipped = module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM
-    call, eager, inputs, mask = problem(kernel, size, report.device)
-    plain, truth = _results(eager, inputs, mask), _truth(inputs, mask)
+    @lru_cache(maxsize=1)  # made when its first row has its turn, kept for the others
+    def checked(kernel: str) -> tuple[Call, list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+        call, eager, inputs, mask = problem(kernel, AIMED_AT[kernel], report.device)
+        return call, inputs, mask, _results(eager, inputs, mask), _truth(inputs, mask)
 
     def fill_in(row: Row) -> None:
+        call, inputs, mask, plain, truth = checked(row["kernel"])
+        shipped, module = _constants(row["kernel"]), vars(_module(row["kernel"]))
         try:
-            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = (row[name] for name in CONSTANTS)
+            module |= {name: row[name.lower()] for name in shipped}
             status = as_accurate(_results(call, inputs, mask), plain, truth)
             figures = _figures(call, inputs, mask, report.device, copy, budget_s=0.05) if status == OK else {}
             row |= {"status": status, **{direction: figure["of_copy"] for direction, figure in figures.items()}}
         except Exception as error:  # too many registers, say
             row["status"] = f"not run: {first_line(error)}"
         finally:
-            module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM = shipped
+            module |= shipped
 
-    rows = []
-    for choice in dict.fromkeys([shipped, *choices]):
-        row = report.add(kernel=kernel, values=size, **dict(zip(CONSTANTS, choice)), shipped=choice == shipped)
-        row |= {"forward": None, "backward": None, "status": OUT_OF_TIME}
-        rows.append(row)
-    report.measure(rows, fill_in, deadline)
+    report.measure(report.rows, fill_in, deadline)
+    report.rows.sort(key=lambda row: (row["kernel"], -min(row["forward"] or 0, row["backward"] or 0)))
+    return report.write(_draw_sweep)
+
+
+def _module(kernel: str) -> ModuleType:
+    return importlib.import_module(f"kernels.{kernel}")  # `kernels` itself has the function under this name
+
+
+def _constants(kernel: str) -> dict[str, int]:
+    """Those that its module has, as they are now."""
+    module = vars(_module(kernel))
+    return {name: module[name] for name in CONSTANTS if name in module}
 
 
 def _draw_sweep(rows: list[Row]) -> Figure:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CASES = ("attention-64", "attention-32", *AIMED_AT, "attention-64-deterministic", "attention-32-deterministic")
 """Kernel, head dimension, mode; what matters most first."""
-OURS = "^_(flash|masked_mse|linear_masked_mse)_"  # the names of their kernels
+OURS = "^_(flash|sort_key_tiles|masked_mse|linear_masked_mse)_"  # the names of their kernels
 
 PEAK = "avg.pct_of_peak_sustained_elapsed"
 SHARES = {
@@ -64,6 +64,7 @@ METRICS = (
     *(STALL.format(reason) for reason in STALLS),
 )
 ROOT = Path(__file__).parents[1]
+IN_TOOLKIT = "/usr/local/cuda/bin/ncu"
 MS = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "msecond": 1, "ms": 1, "second": 1e3, "s": 1e3}
 
 
@@ -74,16 +75,20 @@ class NoCountersError(RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py profile`."""
     add_common_arguments(parser)
-    parser.add_argument("--ncu", default="ncu", metavar="PATH", help="NVIDIA's profiler (default: ncu on the PATH)")
+    parser.add_argument(
+        "--ncu", metavar="PATH", help=f"NVIDIA's profiler (default: ncu on the PATH, or else {IN_TOOLKIT})"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Profile, print and write. Returns the exit status."""
     deadline, device = Deadline(arguments.minutes), the_device()
-    ncu = shutil.which(arguments.ncu) or shutil.which("/usr/local/cuda/bin/ncu")
+    places = [arguments.ncu] if arguments.ncu is not None else ["ncu", IN_TOOLKIT]
+    ncu = next((found for place in places if (found := shutil.which(place))), None)
     if ncu is None:
         print(
-            f"error: no {arguments.ncu}: it comes with CUDA's toolkit, in Nsight Compute; --ncu says where it lies",
+            f"error: no {' and no '.join(places)}: it comes with CUDA's toolkit, in Nsight Compute; --ncu says where "
+            "it lies",
             file=sys.stderr,
         )
         return 2
@@ -118,7 +123,7 @@ def profile(report: Report, cases: tuple[str, ...], ncu: str, deadline: Deadline
 
     def fill_in(case: str) -> None:
         try:
-            launches = watch(case, ncu, deadline)
+            launches = watch(case, ncu)
             rows = [{"case": case, **_figures(launch), "status": OK} for launch in launches]
         except (RuntimeError, OSError) as error:
             if isinstance(error, NoCountersError):
@@ -163,10 +168,10 @@ def number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def watch(case: str, ncu: str, deadline: Deadline, metrics: tuple[str, ...] = METRICS) -> list[dict[str, str]]:
+def watch(case: str, ncu: str, metrics: tuple[str, ...] = METRICS) -> list[dict[str, str]]:
     """Run a case under ncu: of each launch of a kernel of ours, its name and its metrics.
 
-    Raises NoCountersError, or RuntimeError with what ncu and the case said.
+    Raises NoCountersError, or RuntimeError with what ncu and the case said, also where only some launches were seen.
     """
     with tempfile.TemporaryDirectory() as folder:
         found, output = Path(folder, "found.ncu-rep"), Path(folder, "output.txt")
@@ -174,15 +179,12 @@ def watch(case: str, ncu: str, deadline: Deadline, metrics: tuple[str, ...] = ME
         command += ["--kernel-name", f"regex:{OURS}", "--profile-from-start", "off"]
         command += ["--clock-control", "none", "--target-processes", "all"]
         command += [sys.executable, "-m", "kernels.bench_profile", case]
-        seconds = deadline.seconds_left()
         with output.open("w") as file:
             child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
         try:
-            child.wait(seconds if seconds < math.inf else None)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError("out of time while it ran") from None
+            child.wait()
         finally:
-            if child.poll() is None:
+            if child.poll() is None:  # SIGTERM came, or ctrl-c
                 os.killpg(child.pid, signal.SIGKILL)  # the case too, which would hold the GPU
                 child.wait()
         said, launches = output.read_text(errors="replace").splitlines(), []
@@ -191,7 +193,7 @@ def watch(case: str, ncu: str, deadline: Deadline, metrics: tuple[str, ...] = ME
             command += ["--print-units", "base", "--print-kernel-base", "function"]
             page = subprocess.run(command, capture_output=True, text=True, check=False)
             launches, said = read_raw_page(page.stdout), said + page.stderr.splitlines()
-    if launches:
+    if launches and child.returncode == 0:
         return launches
     complaints = [line for line in said if line.startswith(("==ERROR==", "==WARNING=="))]
     for line in complaints:
@@ -199,7 +201,7 @@ def watch(case: str, ncu: str, deadline: Deadline, metrics: tuple[str, ...] = ME
             raise NoCountersError(line)
     known = tuple(metric for metric in metrics if not any(metric.split(".")[0] in line for line in complaints))
     if 0 < len(known) < len(metrics):  # names come and go with ncu's version
-        return watch(case, ncu, deadline, known)
+        return watch(case, ncu, known)
     last = [line for line in said if line.strip() and not line.startswith("==")][-1:]
     raise RuntimeError("; ".join([*complaints, *last]) or f"{ncu} ended with status {child.returncode} and no word")
 

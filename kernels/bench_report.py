@@ -98,9 +98,10 @@ class Deadline:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
-    """The median time of `call`, run again and again for about `budget_s` seconds, and at least three times.
+    """The median time of `call`, run again and again for about `budget_s` seconds.
 
-    On a GPU by events, with the L2 cache overwritten before each run.
+    On a CPU at least three times, after one that is not timed. On a GPU by events, with the L2 cache overwritten before
+    each run, and at least once: do_bench runs the call at least seven times before it times any.
     """
     if device.type == "cuda":
         ms: float = triton.testing.do_bench(call, warmup=budget_s * 250, rep=budget_s * 1000, return_mode="median")

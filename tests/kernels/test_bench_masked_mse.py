@@ -1,7 +1,10 @@
 import argparse
 import csv
 import importlib
+import os
+import signal
 
+import pytest
 import torch
 
 from kernels import bench_masked_mse
@@ -77,20 +80,78 @@ def test_ours_comes_first_at_every_size(tmp_path):
     assert [job.contender for job in jobs] == ["ours"] * 3 + ["eager"] * 3 + ["torch.compile"] * 3
 
 
-def test_a_sweep_times_what_is_right_and_leaves_the_constants_alone(interpreter, tmp_path):
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Sweeps the kernels at these sizes with one choice beside the shipped one: the exit status and the report."""
+
+    def run(sizes, minutes=None):
+        monkeypatch.setattr(bench_masked_mse, "AIMED_AT", sizes)
+        choice = {"TILE": (1024,), "NUM_WARPS": (4,), "PROGRAMS_PER_SM": (2,), "STAGES": (2,)}
+        monkeypatch.setattr(bench_masked_mse, "CONSTANTS", choice)
+        report = Report("sweep", "", torch.device("cpu"), tmp_path)
+        return bench_masked_mse._sweep(report, 1e9, Deadline(minutes)), report
+
+    return run
+
+
+def test_a_sweep_times_what_is_right_and_leaves_the_constants_alone(interpreter, tmp_path, sweep, monkeypatch):
     # not masked_mse: the interpreter rounds its bf16 gradients towards zero, more than the check allows
     module = importlib.import_module("kernels.linear_masked_mse")
-    shipped = module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM
-    report = Report("sweep", "", torch.device("cpu"), tmp_path)
-    bench_masked_mse._sweep_kernel(report, "linear_masked_mse", 300, [(1024, 4, 2)], 1e9, Deadline(None))
-    assert shipped == (module.TILE, module.NUM_WARPS, module.PROGRAMS_PER_SM)
-    assert [(row["tile"], row["shipped"], row["status"]) for row in report.rows] == [
-        (shipped[0], True, OK),
-        (1024, False, OK),
-    ]
+    names = ("TILE", "NUM_WARPS", "PROGRAMS_PER_SM", "STAGES")
+    shipped, tiling, used = [getattr(module, name) for name in names], module._tiling, set()
+
+    def note(hidden):
+        used.add(tuple(getattr(module, name) for name in names))
+        return tiling(hidden)
+
+    monkeypatch.setattr(module, "_tiling", note)
+    status, report = sweep({"linear_masked_mse": 300})
+    assert status == 0
+    assert used == {tuple(shipped), (1024, 4, 2, 2)}
+    assert shipped == [getattr(module, name) for name in names]
+    found = {tuple(row[name.lower()] for name in names): (row["shipped"], row["status"]) for row in report.rows}
+    assert found == {tuple(shipped): (True, OK), (1024, 4, 2, 2): (False, OK)}
     assert all(row["forward"] > 0 and row["backward"] > 0 for row in report.rows)
-    assert report.write(bench_masked_mse._draw_sweep) == 0
     assert {path.suffix for path in tmp_path.glob("*/sweep.*")} == {".csv", ".md", ".json", ".png"}
+
+
+def test_a_sweep_that_finds_a_wrong_result_has_status_1(sweep, monkeypatch):
+    monkeypatch.setattr(bench_masked_mse, "as_accurate", lambda *_: "wrong: result 0")
+    status, report = sweep({"masked_mse": 1000})
+    assert status == 1
+    assert all(row["status"].startswith("wrong: ") and row["forward"] is None for row in report.rows)
+
+
+def test_a_sweep_out_of_time_has_all_rows_and_makes_no_problem(sweep, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench_masked_mse, "problem", lambda *arguments: made.append(arguments))
+    status, report = sweep({"masked_mse": 1000, "linear_masked_mse": 300}, minutes=0)
+    assert (status, made) == (0, [])
+    assert [(row["kernel"], row["stages"] is None, row["status"]) for row in report.rows] == [
+        *[("linear_masked_mse", False, OUT_OF_TIME)] * 2,
+        *[("masked_mse", True, OUT_OF_TIME)] * 2,
+    ]
+
+
+def test_a_sweep_that_is_stopped_makes_no_further_problem(sweep, monkeypatch):
+    made, make = [], problem
+
+    def note(kernel, size, device):
+        made.append(kernel)
+        return make(kernel, size, device)
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(bench_masked_mse, "problem", note)
+    monkeypatch.setattr(bench_masked_mse, "as_accurate", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status, report = sweep({"masked_mse": 1000, "linear_masked_mse": 300})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (status, made) == (1, ["masked_mse"])
+    assert [row["status"] for row in report.rows] == [OUT_OF_TIME] * 4
 
 
 def test_a_sweep_needs_a_gpu(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -44,15 +46,15 @@ def page(*kernels, metrics=FORWARD):
 def ncu(tmp_path):
     """Makes a program that behaves like ncu: notes how it was called, leaves a report, and prints a page of it."""
 
-    def make(text, says="==PROF== Connected to process 77", unknown="", status=0, seconds=0):
+    def make(text, says="==PROF== Connected to process 77", unknown="", status=0, first=""):
         path = tmp_path / "ncu"
         path.write_text(
             f"""#!{sys.executable}
-import json, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
 with open({str(tmp_path / "calls")!r}, "a") as file:
     file.write(json.dumps(arguments) + "\\n")
-time.sleep({seconds})
+{first}
 if "--import" in arguments:
     print({text!r})
 elif {unknown!r} and {unknown!r} in " ".join(arguments):
@@ -104,7 +106,7 @@ def test_ncu_is_told_what_to_watch(tmp_path, ncu):
     assert options["--metrics"].split(",") == list(METRICS)
     assert options["--clock-control"] == "none"
     assert options["--profile-from-start"] == "off"
-    assert options["--kernel-name"] == "regex:^_(flash|masked_mse|linear_masked_mse)_"
+    assert options["--kernel-name"] == f"regex:{OURS}"
     assert reading[:2] == ["--import", options["--export"]]
     assert reading[2:5] == ["--csv", "--page", "raw"]
 
@@ -133,6 +135,14 @@ def test_one_case_that_fails_stops_no_other(tmp_path, ncu):
     assert json.loads(next(tmp_path.glob("out/*/profile.json")).read_text())["rows"] == report.rows
 
 
+def test_a_case_that_dies_after_a_launch_has_failed(tmp_path, ncu):
+    program = ncu(page("_flash_fwd_kernel"), says="RuntimeError: an illegal access", status=1)
+    report, failed = profiled(tmp_path, program)
+    assert failed
+    (row,) = report.rows
+    assert (row["kernel"], row["status"]) == (None, "not run: RuntimeError: an illegal access")
+
+
 def test_without_permission_nothing_else_is_tried(tmp_path, ncu):
     says = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
     with pytest.raises(NoCountersError, match="ERR_NVGPUCTRPERM"):
@@ -144,9 +154,28 @@ def test_what_there_is_no_time_for_says_so(tmp_path, ncu):
     report, failed = profiled(tmp_path, ncu(page("_flash_fwd_kernel")), CASES[:2], minutes=0)
     assert not failed
     assert [row["status"] for row in report.rows] == [OUT_OF_TIME] * 2
-    report, failed = profiled(tmp_path, ncu(page("_flash_fwd_kernel"), seconds=60), CASES[:1], minutes=0.01)
-    assert failed
-    assert report.rows[0]["status"] == "not run: out of time while it ran"
+
+
+def test_what_has_begun_in_time_is_finished(tmp_path, ncu):
+    program = ncu(page("_flash_fwd_kernel"), first="time.sleep(1)")
+    report, failed = profiled(tmp_path, program, CASES[:2], minutes=0.01)
+    assert not failed
+    assert [row["status"] for row in report.rows] == [OK, OUT_OF_TIME]
+
+
+def test_sigterm_kills_ncu_and_leaves_what_was_measured(tmp_path, ncu, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    note = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    program = ncu("", first=f"{note}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)")
+    try:
+        report, failed = profiled(tmp_path, program, CASES[:2])
+        assert report.write(bench_profile._draw) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not failed
+    assert [row["status"] for row in report.rows] == [OUT_OF_TIME] * 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_numbers_are_read_and_other_cells_have_none():
@@ -154,12 +183,23 @@ def test_numbers_are_read_and_other_cells_have_none():
     assert [number(text) for text in (None, "", "n/a", "nan", "inf")] == [None] * 5
 
 
-@pytest.mark.parametrize(("flags", "missing"), [(["--ncu", "no-such-program"], "no no-such-program"), ([], "GPU")])
-def test_what_is_missing_is_said_in_a_line(tmp_path, ncu, capsys, flags, missing):
+@pytest.mark.parametrize(
+    ("flags", "on_the_path", "in_toolkit", "missing"),
+    [
+        ([], False, False, "no ncu and no "),
+        ([], True, False, "GPU"),
+        ([], False, True, "GPU"),
+        (["--ncu", "no-such-program"], True, True, "no no-such-program:"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_line(tmp_path, ncu, capsys, monkeypatch, flags, on_the_path, in_toolkit, missing):
+    ncu("")
+    monkeypatch.setenv("PATH", str(tmp_path if on_the_path else tmp_path / "empty"))
+    monkeypatch.setattr(bench_profile, "IN_TOOLKIT", str(tmp_path / "ncu" if in_toolkit else tmp_path / "empty"))
+    monkeypatch.setattr(bench_profile, "the_device", lambda: torch.device("cpu"))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    arguments = parser.parse_args(["--ncu", ncu(""), "--out", str(tmp_path / "out"), *flags])
-    assert run(arguments) == 2
+    assert run(parser.parse_args(["--out", str(tmp_path / "out"), *flags])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert missing in line
@@ -179,4 +219,5 @@ def test_every_case_launches_kernels_that_ncu_is_told_to_watch(interpreter, monk
     launch(case, torch.device("cpu"), shrink=400 if "attention" in case else 2**18)
     watched = {name for name in launched if re.search(OURS, name)}
     assert watched >= {f"_{'flash' if 'attention' in case else case}_{which}_kernel" for which in ("fwd", "bwd")}
+    assert ("_sort_key_tiles_kernel" in watched) == ("attention" in case)
     assert ("_flash_bwd_dq_kernel" in watched) == ("deterministic" in case)

@@ -73,7 +73,7 @@ def test_only_our_own_have_to_run(tmp_path):
     assert report.red == [failed]
 
 
-def test_a_call_is_timed_at_least_three_times():
+def test_a_cpu_is_timed_at_least_three_times():
     calls = []
     assert 0 <= median_seconds(lambda: calls.append(0), torch.device("cpu"), budget_s=0) < 0.1
     assert len(calls) >= 4
