@@ -104,7 +104,7 @@ gpu-bench:
 	@status=0; export PYTHONPATH=.; \
 	timeout -k 8 66 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks || status=1; \
 	timeout -k 8 184 $(PYTHON) launchers/bench.py attention --minutes 2.6 --out benchmarks || status=1; \
-	timeout -k 6 86 $(PYTHON) launchers/bench.py profile --minutes 1.2 --out benchmarks || status=1; \
+	timeout -k 6 86 $(PYTHON) launchers/bench.py profile --minutes 1.0 --out benchmarks || status=1; \
 	timeout -k 16 -s INT --foreground 86 $(PYTHON) -m pytest -m "gpu and not slow" $(in_order) $(gpu_tests) || status=1; \
 	timeout -k 2 13 $(PYTHON) -m kernels.bench_summary --write || status=1; \
 	exit $$status
