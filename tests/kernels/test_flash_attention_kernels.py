@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import flash_attention, flash_attention_backward, flash_attention_forward
 from kernels.flash_attention_backward import launch_backward
-from kernels.flash_attention_forward import launch_forward
+from kernels.flash_attention_forward import heads_in_l2, launch_forward
 from kernels.flash_attention_op import flash_attention_op
 from kernels.flash_attention_tiles import TILES, Tile
 from kernels.key_tiles import sort_key_tiles
@@ -294,6 +294,13 @@ def test_offsets_beyond_two_to_the_31_elements(device):
                     far[i] = torch.as_strided(memory, near[i].shape, strides).copy_(near[i])
                     for got, expected in zip(out_and_gradients(*far), want, strict=True):
                         torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def test_few_keys_do_not_put_more_heads_to_work_than_there_are():
+    """Kernels multiply this by a number of tiles, in 32 bits: it must not exceed what the grid holds."""
+    assert heads_in_l2(bytes_per_head=2 * 16 * 2, num_heads=8) == 8
+    assert heads_in_l2(bytes_per_head=5_000_000, num_heads=8) == 5
+    assert heads_in_l2(bytes_per_head=10**9, num_heads=8) == 1
 
 
 def out_and_gradients(q, k, v, upstream):
