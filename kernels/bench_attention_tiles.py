@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.bench_contenders import Problem, V, deterministic, make_problem, ours, references, results, upstream_of
 from kernels.bench_report import OK, OUT_OF_TIME, Deadline, Report, Row, as_accurate, first_line, median_seconds
-from kernels.flash_attention_tiles import TILES, Tile
+from kernels.flash_attention_tiles import TILES, Tile, architecture_of
 from kernels.triton_path import triton
 
 if TYPE_CHECKING:
@@ -32,10 +32,9 @@ def sweep(
     if device.type != "cuda":
         print("error: --sweep needs a GPU", file=sys.stderr)
         return 2
-    architecture = 90 if torch.cuda.get_device_capability()[0] in (9, 10) else 80
     report = Report(f"sweep_{name}", f"Tiles of flash_attention's {name} pass", device, out)
     report.notes.append(f"One sample of {tokens:,} tokens, {heads} heads, block-causal with a key mask.")
-    return _sweep(report, name, TILES[architecture, 16, name], head_dims, tokens, heads, deadline)
+    return _sweep(report, name, TILES[architecture_of(device), 16, name], head_dims, tokens, heads, deadline)
 
 
 def _sweep(

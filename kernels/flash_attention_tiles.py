@@ -111,5 +111,9 @@ TILES |= {
 
 def choose_tile(name: str, q: Tensor, block_d: int) -> Tile:
     """The tile of a pass over q with the head dimension padded to block_d."""
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return TILES[90 if hopper else 80, 8 * q.element_size(), name][block_d]
+    return TILES[architecture_of(q.device), 8 * q.element_size(), name][block_d]
+
+
+def architecture_of(device: torch.device) -> int:
+    """Whose entries of TILES a device uses: 90 for Hopper and Blackwell, and where there is no GPU; else 80."""
+    return 90 if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10) else 80

@@ -6,8 +6,8 @@
 Forward and backward each pass once over the hidden rows [N, d]; rows with m = 0 are not read. Between them stand the
 e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target;
 4 N d FLOPs each way: memory is the limit. Programs stride over the rows and fetch the next ones while they work on some
-(forward only up to d = 512). Each writes a row of partial sums, which a second, tiny kernel adds up: no atomics, so the
-same bits in every run.
+(in the forward pass up to d = 512). Each writes a row of partial sums, which a second, tiny kernel adds up: no atomics,
+so the same bits in every run.
 Dtype: products, differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the dtypes of
 the inputs. On CPUs, and for fp64, the prediction is torch's F.linear, in the dtype of hidden or autocast's.
 """

@@ -163,7 +163,7 @@ def test_what_has_begun_in_time_is_finished(tmp_path, ncu):
     assert [row["status"] for row in report.rows] == [OK, OUT_OF_TIME]
 
 
-def test_sigterm_kills_ncu_and_leaves_what_was_measured(tmp_path, ncu, monkeypatch):
+def test_sigterm_kills_ncu_and_leaves_what_was_measured(tmp_path, ncu):
     before = signal.getsignal(signal.SIGTERM)
     note = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
     program = ncu("", first=f"{note}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)")

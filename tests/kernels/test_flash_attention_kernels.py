@@ -74,9 +74,12 @@ def some_keys(B, M, device="cpu", seed=1):
     return mask.to(device)
 
 
-def gradients(out, leaves, seed=2, retain_graph=False):
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.device, out.dtype)
-    return torch.autograd.grad(out, leaves, upstream, retain_graph=retain_graph)
+def upstream_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.device, out.dtype)
+
+
+def gradients(out, leaves, retain_graph=False):
+    return torch.autograd.grad(out, leaves, upstream_of(out), retain_graph=retain_graph)
 
 
 def dense_in_the_same_dtype(q, k, v, causal_block=None, key_mask=None, softmax_scale=None):
@@ -119,8 +122,7 @@ def gradients_of_a_rounded_output(leaves, error, causal_block=None, key_mask=Non
     seen = visible_pairs(q.shape[1], k.shape[1], causal_block, key_mask, q.device)
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) * scale
     lse = scores.masked_fill(~seen, -1e30).logsumexp(-1)
-    upstream = torch.randn(error.shape, generator=torch.Generator().manual_seed(2)).to(error.device, leaves[0].dtype)
-    shift = (upstream * error).sum(-1).transpose(1, 2)
+    shift = (upstream_of(error) * error).sum(-1).transpose(1, 2)
     return *torch.autograd.grad((shift * lse).sum(), (q, k)), torch.zeros_like(v)
 
 
