@@ -24,7 +24,8 @@ from typing import Any
 
 from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
-from engine.files import sync
+from engine.files import entry, sync, unused
+from engine.reading import read_object, read_whole, reason
 from engine.sharded_files import Digests, add_digests, file_names
 from engine.sharded_state import Snapshot
 
@@ -32,7 +33,8 @@ MANIFEST = "MANIFEST.json"
 TRAINER = "trainer.json"
 BACKEND = "backend"
 _FORMAT = 2
-_TAG = re.compile(r"step-(\d{8,})")
+_TAG = re.compile(r"(aside-)?step-([0-9]{8,})(\.[0-9]+)?")
+_MAX_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run. Every method is called on all ranks."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep_last: int) -> None:
-        self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
+    def __init__(self, folder: Path, ranks: Ranks, keep_last: int, keep_best: bool = False) -> None:
+        self.folder, self.ranks, self.keep_last, self.keep_best = folder, ranks, keep_last, keep_best
         self._saving: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -59,7 +61,7 @@ class Checkpoints:
         def clear() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*self.folder.glob(".staging-*"), *self.folder.glob(".trash-*")]:
-                shutil.rmtree(leftover)
+                _remove(leftover)
 
         self._on_main(clear, "use", self.folder)
         # a save talks to the other ranks while training does
@@ -67,6 +69,8 @@ class Checkpoints:
 
     def save(self, snapshot: Snapshot, state: dict[str, Any], probe_loss: float, in_background: bool = True) -> Path:
         """Write a checkpoint of step `state["step"]`, then drop those past `keep_last`.
+
+        With `keep_best` that of `state["best_step"]` is kept beside them.
 
         The files of a snapshot are written by a thread of their own unless `in_background` is false. A save that is
         still under way is waited for first.
@@ -86,7 +90,7 @@ class Checkpoints:
                 manifest = {"format": _FORMAT, "step": step, "files": entries}
                 proof = {"probe_loss": repr(probe_loss), "digests": {key: f"{n:016x}" for key, n in digests.items()}}
                 self._on_main(lambda: self._publish(staging, final, manifest | proof), "write", final)
-                self._on_main(self._prune, "prune", self.folder)
+                self._on_main(lambda: self._prune(state.get("best_step")), "prune", self.folder)
             except Exception as problem:
                 self._problem = problem
 
@@ -126,7 +130,7 @@ class Checkpoints:
 
         def choose() -> Checkpoint | str | None:
             problems = []
-            for path in sorted(self._tags(), reverse=True):
+            for path in sorted(self._tags(), key=_step, reverse=True):
                 try:
                     return verify(path)
                 except CheckpointError as error:
@@ -156,9 +160,8 @@ class Checkpoints:
 
         def rename() -> None:
             for path in self._tags():
-                if int(path.name.removeprefix("step-")) > step:
-                    target = self.folder / f"aside-{path.name}"
-                    shutil.rmtree(target, ignore_errors=True)
+                if _step(path) > step:
+                    target = unused(self.folder / f"aside-{path.name}")
                     path.rename(target)
                     print(
                         f"note: {path} is past the step that this run goes on from; renamed to {target.name}",
@@ -174,14 +177,14 @@ class Checkpoints:
         return found
 
     def _tags(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if _TAG.fullmatch(path.name)]
+        return [path for path in self.folder.glob("step-*") if is_tag(path)]
 
     def _on_main(self, work: Callable[[], None], verb: str, path: Path) -> None:
         on_main(work, self.ranks, f"{path}: cannot {verb} it")
 
     def _stage(self, staging: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
-        (staging / BACKEND).mkdir(parents=True)
+        (staging / BACKEND).mkdir(parents=True, exist_ok=True)  # a network file system keeps what is open elsewhere
         (staging / TRAINER).write_text(json.dumps(state, indent=1))
 
     def _write_and_hash(self, staging: Path, snapshot: Snapshot) -> tuple[dict[str, dict[str, Any]], Digests]:
@@ -193,7 +196,7 @@ class Checkpoints:
             digests = snapshot.write(staging / BACKEND, self.ranks.rank, self.ranks.world_size)
             written = [staging / BACKEND / name for name in file_names(self.ranks.rank, self.ranks.world_size)]
             for path in [*written, staging / TRAINER] if self.ranks.is_main else written:
-                mine[path.relative_to(staging).as_posix()] = _entry(path, sync=True)
+                mine[path.relative_to(staging).as_posix()] = entry(path, sync=True)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.filename:
@@ -212,55 +215,93 @@ class Checkpoints:
             os.fsync(file.fileno())
         for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
             sync(path)
+        trash = unused(self.folder / f".trash-{final.name}")
         if final.exists():  # left by a run that was resumed from before this step
-            final.rename(self.folder / f".trash-{final.name}")
+            final.rename(trash)
         staging.rename(final)
         sync(self.folder)
-        shutil.rmtree(self.folder / f".trash-{final.name}", ignore_errors=True)
+        _remove(trash)
 
-    def _prune(self) -> None:
-        for path in sorted(self._tags())[: -self.keep_last]:
-            trash = self.folder / f".trash-{path.name}"
+    def _prune(self, best_step: int | None) -> None:
+        for path in sorted(self._tags(), key=_step)[: -self.keep_last]:
+            if self.keep_best and _step(path) == best_step:
+                continue
+            trash = unused(self.folder / f".trash-{path.name}")
             path.rename(trash)  # so that a folder which is half deleted is never taken for a checkpoint
-            shutil.rmtree(trash)
+            _remove(trash)
+
+
+def is_tag(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, "step-" and the step in eight digits or more."""
+    tag = _TAG.fullmatch(path.name)
+    return tag is not None and path.name == f"step-{int(tag[2]):08d}" and path.is_dir()
+
+
+def _step(path: Path) -> int:
+    """The step that the name of a checkpoint's folder tells: names are ordered as numbers, not as text."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    """Delete what is no longer wanted, and nothing that a link leads to. What cannot be deleted now, such as a file
+    that a network file system keeps while it is open elsewhere, is left for the next start."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest.
+    """Check every file of a checkpoint against its manifest. What the manifest does not list is named and ignored.
 
     Raises:
         CheckpointError: names the checkpoint, the file and the reason.
     """
     manifest = _read_json(path, MANIFEST)
-    if _manifest_text(manifest) != (path / MANIFEST).read_text():
+    if _manifest_text(manifest).encode() != read_whole(path / MANIFEST, _MAX_MANIFEST_BYTES):
         raise CheckpointError(f"{path}: {MANIFEST} is damaged: its own checksum does not fit")
     try:
-        files, probe_loss = dict(manifest["files"]), float(manifest["probe_loss"])
+        files, step, probe_loss = dict(manifest["files"]), manifest["step"], float(manifest["probe_loss"])
         digests = {str(key): int(value, 16) for key, value in manifest["digests"].items()}
-        readable = manifest["format"] == _FORMAT and TRAINER in files
+        readable = manifest["format"] == _FORMAT and TRAINER in files and type(step) is int
     except (KeyError, TypeError, ValueError, AttributeError):
         readable = False
     if not readable:
         raise CheckpointError(f"{path}: {MANIFEST} is not one that this version can read")
-    for name, entry in files.items():
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise CheckpointError(f"{path}: {MANIFEST} names a file outside the checkpoint: {name!r}")
-        file = path / relative
+    tag = _TAG.fullmatch(path.name)
+    if tag is not None and int(tag[2]) != step:
+        raise CheckpointError(
+            f"{path}: {MANIFEST} is of step {step}: this is a copy of another checkpoint under a wrong name; rename it "
+            f"to step-{step:08d}, or remove it"
+        )
+    for name, wanted in files.items():
+        _check_file(path, name, wanted)
+    state = _read_json(path, TRAINER)
+    if state.get("step") != step:
+        raise CheckpointError(f"{path}: {TRAINER} is of step {state.get('step')!r}, but {MANIFEST} of {step}")
+    own = {MANIFEST, *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
+    if extra := sorted({found.relative_to(path).as_posix() for found in path.rglob("*")} - own):
+        more = f" and {len(extra) - 3} more" if extra[3:] else ""
+        print(f"note: {path}: not in its manifest, and ignored: {', '.join(extra[:3])}{more}", flush=True)
+    return Checkpoint(path, state, digests, probe_loss)
+
+
+def _check_file(path: Path, name: str, wanted: Any) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise CheckpointError(f"{path}: {MANIFEST} names a file outside the checkpoint: {name!r}")
+    file = path / relative
+    try:
         if any(part.is_symlink() for part in (file, *file.parents[: len(relative.parts)])):
             raise CheckpointError(f"{path}: {name} is a symbolic link; a checkpoint holds plain files")
-        try:
-            found = _entry(file)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
-        if not isinstance(entry, dict) or found["bytes"] != entry.get("bytes"):
-            raise CheckpointError(f"{path}: {name} has {found['bytes']} bytes; its manifest says {entry.get('bytes')}")
-        if found["sha256"] != entry.get("sha256"):
-            raise CheckpointError(f"{path}: {name} is damaged: its SHA-256 differs from the manifest's")
-    extra = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - set(files) - {MANIFEST}
-    if extra:
-        raise CheckpointError(f"{path}: {min(extra)} is not in the manifest; remove it or use another checkpoint")
-    return Checkpoint(path, _read_json(path, TRAINER), digests, probe_loss)
+        found = entry(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name!r:.100} cannot be read: {reason(error)}") from error
+    if not isinstance(wanted, dict) or found["bytes"] != wanted.get("bytes"):
+        says = wanted.get("bytes") if isinstance(wanted, dict) else wanted
+        raise CheckpointError(f"{path}: {name} has {found['bytes']} bytes; its manifest says {says!r:.100}")
+    if found["sha256"] != wanted.get("sha256"):
+        raise CheckpointError(f"{path}: {name} is damaged: its SHA-256 differs from the manifest's")
 
 
 def _manifest_text(manifest: dict[str, Any]) -> str:
@@ -269,27 +310,11 @@ def _manifest_text(manifest: dict[str, Any]) -> str:
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
+    if (path / name).is_symlink():
+        raise CheckpointError(f"{path}: {name} is a symbolic link; a checkpoint holds plain files")
     try:
-        value = json.loads((path / name).read_text())
+        return read_object(path / name, _MAX_MANIFEST_BYTES, finite=False, follow=False)
     except OSError as error:
-        raise CheckpointError(f"{path}: {name} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: {name} cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {name} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} is damaged: it does not hold an object")
-    return value
-
-
-def _entry(path: Path, sync: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        if sync:
-            os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest

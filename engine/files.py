@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import DataError
+from engine.reading import open_regular
 
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
@@ -43,12 +49,36 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError.
+
+    Some mounts (FUSE, SMB, some network file systems) know no fsync of a folder and refuse it; they order its names
+    themselves, so that is no error. A file's content is never let off.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or `path`.2, `path`.3, ...: the first name that nothing has."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def entry(path: Path, sync: bool = False) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a regular file, which may be no link; on the disk first if `sync`. Raises OSError."""
+    with open_regular(path, follow=False) as file:
+        found = hashlib.sha256()
+        while block := file.read(1 << 20):
+            found.update(block)
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": found.hexdigest()}
 
 
 @contextmanager

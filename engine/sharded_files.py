@@ -9,7 +9,7 @@ the same for every way of splitting it.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.randomness import finalise_array
+from engine.reading import read_object, reason
 
 VALUE = "value"
 BUFFER = "#buffer"
 Digests = dict[str, int]
 """By "<parameter>:<key>": the sum over the elements of a 64-bit hash of place and bits, modulo 2^64."""
 
+_INDEX_NAME = re.compile(r"rank-[0-9]{5,}-of-([0-9]{5,})\.json")
+_MAX_INDEX_BYTES = 1 << 30
 _CHUNK = 1 << 16  # as much as a core keeps near it
 _SPREAD = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -39,16 +42,11 @@ class ShardedFiles:
         self.folder = folder
         self._indices: list[tuple[Path, dict[str, Any]]] = []
         self._open: dict[Path, Any] = {}
-        paths = sorted(folder.glob("rank-*-of-*.json"))
-        if not paths or [path.name for path in paths] != [
-            file_names(rank, len(paths))[1] for rank in range(len(paths))
-        ]:
-            raise CheckpointError(f"{folder}: expected rank-00000-of-N.json and those that follow; found {len(paths)}")
-        for path in paths:
+        for path in _written_together(folder):
             try:
-                index = json.loads(path.read_text())["fragments"]
+                index = read_object(path, _MAX_INDEX_BYTES, finite=False, follow=False)["fragments"]
             except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
+                raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
             self._indices.append((path.with_suffix(".safetensors"), index))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.keys: dict[str, list[str]] = {}
@@ -110,6 +108,22 @@ class ShardedFiles:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
         return self._open[path]
+
+
+def _written_together(folder: Path) -> list[Path]:
+    """The indices of all ranks, in their order. Raises CheckpointError unless one whole set of them is there.
+
+    What else lies there, such as a copy that a file manager made of one, is passed over.
+    """
+    names = {path.name for path in folder.glob("rank-*-of-*.json")}
+    world_sizes = {int(found[1]) for name in names if (found := _INDEX_NAME.fullmatch(name))}
+    sets = [[file_names(rank, size)[1] for rank in range(size)] for size in world_sizes if size <= len(names)]
+    whole = [each for each in sets if each and names.issuperset(each)]
+    if len(whole) != 1:
+        raise CheckpointError(
+            f"{folder}: expected rank-00000-of-N.json and those that follow, of one N; found {sorted(names)[:3]}"
+        )
+    return [folder / name for name in whole[0]]
 
 
 def digest(values: Tensor, start: int) -> int:

@@ -6,6 +6,7 @@ An unknown key is an error that names the nearest known one, and so is a value o
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import typing
 from collections.abc import Sequence
@@ -15,8 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.errors import ConfigError
-
-MAX_JSON_BYTES = 16 * 2**20
+from engine.reading import MAX_JSON_BYTES, parse_json, read_whole, reason
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -30,31 +30,27 @@ class Strict(BaseModel):
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file's object. Sizes are bounded; repeated keys, NaN and Infinity are errors. Raises ConfigError."""
+    """A JSON file's object. Size and depth are bounded; repeated keys, NaN and Infinity are errors. Raises ConfigError."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES // 2**20} MiB; this is not a configuration")
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for key in (keys := [key for key, _ in pairs]):
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path}: the key '{key}' stands twice in one object; keep one of them")
-        return dict(pairs)
-
-    def no_constant(name: str) -> None:
-        raise ConfigError(f"{path}: {name} is not JSON; write a number")
+        if len(whole := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in whole if keys.count(key) > 1)
+            raise ConfigError(f"{path}: the key '{twice}' stands twice in one object; keep one of them")
+        return whole
 
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_repeats, parse_constant=no_constant)
+        value = parse_json(read_whole(path, MAX_JSON_BYTES), pairs_hook=no_repeats)
+    except OSError as error:
+        remedy = "this is not a configuration" if error.errno == errno.EFBIG else "check the path"
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}); {remedy}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a JSON text in UTF-8 ({type(error).__name__})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object {{...}}, found {show(value)}")
     return value

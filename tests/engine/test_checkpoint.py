@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from engine.checkpoint import BACKEND, MANIFEST, TRAINER, Checkpoints, verify
 from engine.distributed import Ranks
 from engine.errors import CheckpointError
-from engine.sharded_files import file_names
+from engine.sharded_files import ShardedFiles, file_names
 from engine.sharded_state import Snapshot, capture, restore
 from tests.engine.test_sharded_state import Alone
 
@@ -79,11 +82,118 @@ def test_any_single_flipped_bit_is_seen(tmp_path: Path) -> None:
     verify(folder)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    (tmp_path / "step-00000001" / BACKEND / "extra.pt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"extra.pt is not in the manifest"):
-        verify(tmp_path / "step-00000001")
+STRAY = {
+    "a desktop's note": lambda folder: (folder / ".DS_Store").write_bytes(b"x"),
+    "an editor's backup": lambda folder: (folder / "trainer.json~").write_text("{}"),
+    "a file that is open elsewhere": lambda folder: (folder / BACKEND / ".nfs0000000001").write_bytes(b"x"),
+    "a copy of an index": lambda folder: shutil.copy(folder / INDEX, folder / BACKEND / "rank-00000-of-00001 (1).json"),
+    "a part of another world": lambda folder: shutil.copy(
+        folder / INDEX, folder / BACKEND / "rank-00001-of-00002.json"
+    ),
+    "an empty folder": lambda folder: (folder / "new folder").mkdir(),
+    "a named pipe": lambda folder: os.mkfifo(folder / BACKEND / "pipe"),
+    "a link to nowhere": lambda folder: (folder / "link").symlink_to("nowhere"),
+}
+
+
+@pytest.mark.fault("{stray} in every checkpoint")
+@pytest.mark.parametrize("stray", STRAY)
+def test_a_stray_file_is_named_and_ignored_and_goes_with_its_checkpoint(
+    tmp_path: Path, stray: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = save(tmp_path, 1, 2, 3)
+    for step in (1, 2, 3):
+        STRAY[stray](tmp_path / f"step-{step:08d}")
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state == {"step": 3}
+    assert ShardedFiles(found.path / BACKEND).shapes == {"weight": (20, 64)}
+    said = capsys.readouterr().out
+    assert said.count("not in its manifest, and ignored") == 1
+    assert "step-00000003" in said
+    checkpoints.set_aside_after(2)
+    checkpoints.keep_last = 1
+    checkpoints.save(snapshot(), {"step": 4}, probe_loss=0.5, in_background=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside-step-00000003", "step-00000004"]
+
+
+@pytest.mark.fault("a step folder that is a copy of another")
+def test_a_copy_under_the_name_of_another_step_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = save(tmp_path, 12)
+    shutil.copytree(tmp_path / "step-00000012", tmp_path / "step-00000020")
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.path.name == "step-00000012"
+    assert "step-00000020: MANIFEST.json is of step 12" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "step-00000012", tmp_path / "copy of the twelfth")  # no name that says a step
+    assert checkpoints.load(tmp_path / "copy of the twelfth").state == {"step": 12}
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 99_999_998, 99_999_999, 100_000_000, keep_last=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-99999999", "step-100000000"}
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state["step"] == 100_000_000
+    checkpoints.set_aside_after(99_999_999)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-99999999", "aside-step-100000000"}
+
+
+def test_the_checkpoint_of_the_best_step_is_kept_where_asked(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, ALONE, keep_last=1, keep_best=True)
+    checkpoints.open_for_writing()
+    for step, best_step in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 5)):
+        checkpoints.save(snapshot(), {"step": step, "best_step": best_step}, probe_loss=0.5, in_background=False)
+        kept = {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()}
+        assert kept == {step, best_step} - {0}
+
+
+HOSTILE = {
+    "nested 100,000 deep": lambda file: file.write_text("[" * 100_000),
+    "nested 900 deep": lambda file: file.write_text('{"a":' * 900 + "1" + "}" * 900),
+    "a named pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+    "a link": lambda file: (shutil.move(file, file.parents[2] / "there"), file.symlink_to(file.parents[2] / "there")),
+}
+
+
+@pytest.mark.fault("{name} of the newest checkpoint is {what}")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_file_of_another_kind_is_named_at_once(
+    tmp_path: Path, name: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = save(tmp_path, 1, 2)
+    HOSTILE[what](tmp_path / "step-00000002" / name)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state == {"step": 1}
+    said = capsys.readouterr().out
+    assert "step-00000002" in said
+    assert name in said
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+def test_a_mount_that_knows_no_fsync_of_folders_can_be_used(
+    tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    if error == errno.EIO:
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            save(tmp_path, 1)
+        return
+    assert save(tmp_path, 1).newest() is not None
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(error, os.strerror(error))))
+    with pytest.raises(CheckpointError, match=r"cannot write this checkpoint"):
+        save(tmp_path, 2)  # a file's content must reach the disk
 
 
 @pytest.mark.fault("symbolic link in a checkpoint")
@@ -97,16 +207,17 @@ def test_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("manifest that names {name}")
-@pytest.mark.parametrize("name", ["../outside.pt", "/etc/hostname"])
+@pytest.mark.parametrize("name", ["../outside.pt", "/etc/hostname", "a\0b", "n" * 5000, "\ud800"])
 def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path, name: str) -> None:
-    from engine.checkpoint import _entry, _manifest_text
+    from engine.checkpoint import _manifest_text
+    from engine.files import entry
 
     save(tmp_path, 1)
     (tmp_path / "outside.pt").write_bytes(b"hostile")
     folder = tmp_path / "step-00000001"
-    files = {TRAINER: _entry(folder / TRAINER), name: {"bytes": 7, "sha256": "0"}}
+    files = {TRAINER: entry(folder / TRAINER), name: {"bytes": 7, "sha256": "0"}}
     (folder / MANIFEST).write_text(_manifest_text(json.loads((folder / MANIFEST).read_text()) | {"files": files}))
-    with pytest.raises(CheckpointError, match="names a file outside"):
+    with pytest.raises(CheckpointError, match="names a file outside|cannot be read"):
         verify(folder)
 
 
@@ -168,7 +279,14 @@ def test_checkpoints_past_the_resumed_step_are_set_aside_not_lost(tmp_path: Path
 
 def test_folders_that_are_not_checkpoints_are_passed_over(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 5)
-    for name in ("step-00000009x", "step-7", "xstep-00000009", "step-../../00000001".replace("/", "_")):
+    for name in (
+        "step-0000000\u0669",
+        "step-000000009",
+        "step-00000009x",
+        "step-7",
+        "xstep-00000009",
+        "step-../../00000001".replace("/", "_"),
+    ):
         (tmp_path / name).mkdir()
     found = checkpoints.newest()
     assert found is not None
