@@ -27,7 +27,9 @@ class Best(Strict):
     """Which validation metric decides the best weights."""
 
     metric: str = "loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["auto", "min", "max"] = Field(
+        default="auto", description="whether lower or higher is better; auto: as the task states of the metric"
+    )
 
 
 class EarlyStopping(Strict):
@@ -57,6 +59,7 @@ class Training(Strict):
     save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
     async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
+    keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
     log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
     best: Best = Best()
     early_stopping: EarlyStopping | None = None

@@ -6,7 +6,7 @@ No model is built and no device is used; at most one output file is held in memo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,16 +18,17 @@ from engine.checkpoint import BACKEND, Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.files import save_tensors, write_json
 from engine.sharded_files import VALUE, Digests, ShardedFiles, digest
-from engine.weights import INDEX, WEIGHTS
+from engine.weights import INDEX, WEIGHTS, metadata_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_weights(
     found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None,
-    called: Callable[[str], str | None] = lambda name: name,
+    called: Callable[[str], str | None] = lambda name: name, facts: Mapping[str, float] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write a checkpoint's parameters and buffers into `out` and return the files. `called` is `Task.weight_name`.
+    """Write a checkpoint's parameters and buffers into `out` and return the files. `called` is `Task.weight_name`,
+    `facts` what the files say of themselves.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.
     Floating-point tensors are cast to `dtype` if it is given; else they keep the checkpoint's precision.
@@ -51,7 +52,7 @@ def export_weights(
                 tensors[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
                 sizes += tensors[new].nbytes
                 bar.update()
-            save_tensors(tensors, out / name, {"format": "pt"})
+            save_tensors(tensors, out / name, metadata_of(facts or {}))
             _compare(out / name, tensors)
     if len(shards) > 1:
         places = {new: name for name, shard in zip(names, shards, strict=True) for new in shard.values()}

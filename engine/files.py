@@ -45,7 +45,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
         save_file(tensors, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:  # it wraps what the system said
         raise OSError(None, str(error), str(path)) from error
+    _sort_metadata(path)
     path.chmod(0o666 & ~_UMASK)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which safetensors writes in a random one: equal weights are equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def sync(path: Path) -> None:
@@ -70,9 +85,12 @@ def unused(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def entry(path: Path, sync: bool = False) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a regular file, which may be no link; on the disk first if `sync`. Raises OSError."""
-    with open_regular(path, follow=False) as file:
+def entry(path: Path, sync: bool = False, follow: bool = False) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a regular file, and it is on the disk if `sync`. A link is refused unless `follow`.
+
+    Raises OSError.
+    """
+    with open_regular(path, follow) as file:
         found = hashlib.sha256()
         while block := file.read(1 << 20):
             found.update(block)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,10 @@ class OverheadTask:
     def notes(self) -> list[str]:
         """There are none."""
         return []
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """There is no metric but the loss."""
+        return None
 
     def weight_name(self, name: str) -> str:
         """The model's own."""

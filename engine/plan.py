@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import RunConfig
 from engine.deepspeed_section import BatchSizes, batch_sizes, parameter_dtype
+from engine.direction import with_direction
 from engine.errors import ConfigError, TrunklineError
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.order import GlobalBatches
@@ -26,6 +27,7 @@ def make_plan(
     Batch sizes are the configured ones unless given. Activations are those that autograd keeps for one micro-batch,
     counted by running the loss on fake tensors, which have shapes but no memory; null where the model cannot run so.
     """
+    config = with_direction(config, task)
     sizes = sizes or batch_sizes(config.deepspeed, world_size)
     samples = len(task.datasets()["train"])  # type: ignore[arg-type]
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)

@@ -15,6 +15,10 @@ class Progress:
     step: int = 0
     best: float | None = None
     best_step: int = 0
+    best_metric: str = ""
+    best_mode: str = ""
+    best_weights: str = ""
+    """Of what was judged so far: the metric and its direction, and the SHA-256 of the best one's model.safetensors."""
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -24,6 +28,7 @@ class Progress:
     def judge(self, value: float, best: Best, stopping: EarlyStopping | None) -> bool:
         """Take note of an evaluation's metric at the present step. True if it is the best so far."""
         sign = 1 if best.mode == "min" else -1
+        self.best_metric, self.best_mode = best.metric, best.mode
         better = math.isfinite(value) and (self.best is None or sign * value < sign * self.best)
         gained = better and (
             self.best is None or sign * (self.best - value) >= (stopping.min_delta if stopping else 0.0)
@@ -32,6 +37,11 @@ class Progress:
         if better:
             self.best, self.best_step = value, self.step
         return better
+
+    def forget_best(self) -> None:
+        """Judge anew: no evaluation has been made yet."""
+        self.best, self.best_step, self.best_weights, self.evaluations_without_gain = None, 0, "", 0
+        self.best_metric = self.best_mode = ""
 
     def out_of_patience(self, stopping: EarlyStopping | None) -> bool:
         """Whether it is time to stop early."""

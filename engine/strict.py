@@ -30,7 +30,7 @@ class Strict(BaseModel):
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file's object. Size and depth are bounded; repeated keys, NaN and Infinity are errors. Raises ConfigError."""
+    """A JSON file's object, of bounded size and depth; repeated keys, NaN, Infinity are errors. Raises ConfigError."""
     path = Path(path)
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

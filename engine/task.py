@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class Task(Protocol):
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set."""
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """Whether lower ("min") or higher ("max") is better of a metric that `summarize` names, parts included; None
+        where neither is, or the name is not known. Of "loss" it is never asked: that is what training lowers."""
 
     def flops_per_sample(self) -> float:
         """Useful floating-point operations of one sample's forward and backward pass, without recomputation."""

@@ -18,11 +18,14 @@ from tqdm import tqdm
 
 from engine import nonfinite
 from engine.assembly import Assembly
+from engine.assets import keep_assets
 from engine.backends import Backend, Stepped
+from engine.best import BEST, FINAL, settle
 from engine.checkpoint import Checkpoints
 from engine.clipping import clip_norm, note_norm
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes, parameter_dtype
+from engine.direction import with_direction
 from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
 from engine.errors import ConfigError, TrunklineError
 from engine.evaluation import evaluate, to_device
@@ -38,6 +41,7 @@ from engine.progress import Progress
 from engine.randomness import mix, seed_torch
 from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.selftest import collective_self_test
+from engine.sharded_state import persistent_buffers
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
@@ -75,6 +79,7 @@ class Trainer:
         resume: str = "none",
         accept_new_data: bool = False,
     ) -> None:
+        config = with_direction(config, task)
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         settings = config.training
         if settings.deterministic:  # the call imports the compiler, which takes seconds
@@ -88,7 +93,7 @@ class Trainer:
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)
-        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
+        self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
         known = identity(task, config, backend, ranks.world_size, self.batches)
         found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data)
@@ -109,6 +114,11 @@ class Trainer:
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
         self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
+        held = self.backend.module
+        names = [name for named in (held.named_parameters(), persistent_buffers(held)) for name, _ in named]
+        keep_assets(folder, task, config, names, ranks)
+        for note in settle(folder, self.progress, settings.best, found, self.checkpoints, ranks):
+            self._say(f"note: {note}")
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._draws = mix(settings.seed, 1, ranks.rank)
         self._stop_signal: int | None = None
@@ -206,7 +216,7 @@ class Trainer:
                 if finished:
                     break
                 self.watchdog.note(progress.step, "reading the next batch")
-        self._save_weights("final", {"step": progress.step})
+        self._save_weights(FINAL, {"step": progress.step})
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
         while self.progress.step < self.total_steps:
@@ -308,7 +318,7 @@ class Trainer:
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
-            self._save_weights("best", {"step": progress.step, name: metrics[name]})
+            progress.best_weights = self._save_weights(BEST, {"step": progress.step, name: metrics[name]})
         self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
         over = progress.out_of_patience(settings.early_stopping)
         if over:
@@ -332,6 +342,11 @@ class Trainer:
             name = self.config.training.best.metric
             if name not in metrics:
                 raise ConfigError(f"training.best.metric: '{name}' is not measured{nearest(name, list(metrics))}")
+            if self.config.training.best.mode == "auto":
+                raise ConfigError(
+                    f"training.best.mode: whether a higher or a lower '{name}' is better is not known: set it to min "
+                    "or max"
+                )
             return metrics
         self._make_room(self.micro.halve_evaluation, shortage)
         return self._metrics(num_samples)
@@ -370,9 +385,9 @@ class Trainer:
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
         return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
 
-    def _save_weights(self, name: str, facts: dict[str, float]) -> None:
+    def _save_weights(self, name: str, facts: dict[str, float]) -> str:
         self.watchdog.note(self.progress.step, f"writing {name}/")
-        save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
+        return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._stop_signal = number  # acted on at the end of the step, by all ranks together

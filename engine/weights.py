@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from engine.backends import Backend
 from engine.config import RunConfig
-from engine.distributed import Ranks, on_main
+from engine.digests import check_digests, replace_files
+from engine.distributed import Ranks, from_main, on_main
 from engine.errors import CheckpointError
-from engine.files import replace_whole, save_tensors, write_json
-from engine.strict import read_json_object
+from engine.files import save_tensors, write_json
+from engine.reading import open_regular
+from engine.strict import read_json_object, show
 from engine.task import Task
 
 WEIGHTS = "model.safetensors"
@@ -23,10 +26,10 @@ INDEX = "model.safetensors.index.json"
 
 def save_weights(
     folder: Path, backend: Backend, task: Task, config: RunConfig, facts: dict[str, float], ranks: Ranks
-) -> None:
-    """Write the model's whole weights. Called on all ranks.
+) -> str:
+    """Write the model's whole weights; returns the SHA-256 of their file. Called on all ranks.
 
-    Every file is replaced in one rename, the weights last, so that the folder is whole at any moment.
+    The folder is whole at any moment: see engine.digests.
 
     Raises:
         CheckpointError: on all ranks, if a file could not be written.
@@ -37,22 +40,52 @@ def save_weights(
         if ranks.is_main and called is not None:
             tensors[called] = tensor.contiguous()
 
-    def write() -> None:
-        write_assets(folder, task, config)
-        metadata = {"format": "pt"} | {key: repr(value) for key, value in facts.items()}
-        replace_whole(folder / WEIGHTS, lambda draft: save_tensors(tensors, draft, metadata))
+    written: dict[str, dict[str, Any]] = {}
 
-    on_main(write, ranks, f"{folder}: cannot write these weights")
+    def write(draft: Path) -> None:
+        write_assets(draft, task, config)
+        save_tensors(tensors, draft / WEIGHTS, metadata_of(facts))
+
+    on_main(lambda: written.update(replace_files(folder, write)), ranks, f"{folder}: cannot write these weights")
+    return from_main(written[WEIGHTS]["sha256"] if ranks.is_main else "", ranks)
+
+
+def metadata_of(facts: Mapping[str, float]) -> dict[str, str]:
+    """What a file of weights says of itself."""
+    return {"format": "pt"} | {key: repr(value) for key, value in facts.items()}
+
+
+def saved_facts(folder: Path) -> dict[str, float]:
+    """What was noted with `folder`'s weights (step, metric), which are not loaded; nothing if that cannot be read."""
+    try:
+        with open_regular(folder / WEIGHTS), safe_open(folder / WEIGHTS, framework="pt") as file:
+            return _facts(file.metadata())
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
+def _facts(metadata: Mapping[str, str] | None) -> dict[str, float]:
+    return {key: float(value) for key, value in (metadata or {}).items() if key != "format"}
 
 
 def find_weights(run: Path) -> Path:
-    """The folder with a run's weights: best/, else final/, else `run` itself. Raises CheckpointError."""
+    """The folder with a run's weights: best/, else final/, else `run` itself.
+
+    Raises CheckpointError if there is none, or if a file in it is not the one that was written.
+    """
     for folder in (run / "best", run / "final", run):
         if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+            check_digests(folder)
             return folder
     raise CheckpointError(
         f"{run}: no {WEIGHTS} here, nor in best/ or final/ of it: give the folder of a run that has evaluated or ended"
     )
+
+
+def described(folder: Path) -> str:
+    """One line for whoever uses `folder`'s weights: which they are."""
+    facts = ", ".join(f"{key} {value:.6g}" for key, value in saved_facts(folder).items())
+    return f"weights: {folder}{f' ({facts})' if facts else ''}"
 
 
 def write_assets(folder: Path, task: Task, config: RunConfig, dtype: str = "float32") -> None:
@@ -71,10 +104,15 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return [folder / WEIGHTS]
-    names = sorted(set(read_json_object(index).get("weight_map", {}).values()))
-    if not names or any(name != Path(name).name or not name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{index}: weight_map must name .safetensors files of this folder; found {names[:3]}")
-    return [folder / name for name in names]
+    places = read_json_object(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(
+        isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names
+    ):
+        raise CheckpointError(
+            f"{index}: weight_map must name .safetensors files of this folder; found {show(names[:3] or places)}"
+        )
+    return [folder / name for name in sorted(set(names))]
 
 
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -88,9 +126,9 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for path in _files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_regular(path), safe_open(path, framework="pt") as file:
                 found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                facts |= {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+                facts |= _facts(file.metadata())
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}

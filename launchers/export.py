@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from engine.assets import Assets
 from engine.checkpoint import Checkpoints
 from engine.config import load_config
+from engine.digests import record_digests
 from engine.distributed import Ranks
 from engine.errors import CheckpointError, TrunklineError
 from engine.export import DTYPES, export_weights
@@ -49,10 +51,17 @@ def _export(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
     config = load_config(arguments.run / "config.json", sections=config_sections)
-    task = make_task(config)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name)
-    write_assets(arguments.out, task, config, arguments.dtype or "float32")
+    dtype, shard_bytes = DTYPES.get(arguments.dtype), int(arguments.max_shard_gib * 2**30)
+    if Assets.are_in(arguments.run):
+        assets = Assets(arguments.run)
+        files = export_weights(found, arguments.out, shard_bytes, dtype, assets.weight_name)
+        assets.copy_to(arguments.out, arguments.dtype or "float32")
+    else:  # a run of an earlier version, whose task says it, with the data at hand
+        config = load_config(arguments.run / "config.json", sections=config_sections)
+        task = make_task(config)
+        files = export_weights(found, arguments.out, shard_bytes, dtype, task.weight_name)
+        write_assets(arguments.out, task, config, arguments.dtype or "float32")
+    record_digests(arguments.out)
     size = sum(file.stat().st_size for file in files)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
     return 0

@@ -67,6 +67,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
     from engine.backends import choose_backend
+    from engine.best import outcome
     from engine.find_micro_batch import find_micro_batch
     from engine.report import write_report
     from engine.trainer import Trainer
@@ -80,9 +81,10 @@ def _train(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     if arguments.find_micro_batch:
         find_micro_batch(trainer)
-    trainer.run()
+    progress = trainer.run()
     if ranks.is_main:
-        print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")
+        best = trainer.config.training.best
+        print(f"done: {folder} holds {outcome(folder, progress, best, write_report(folder))}")
     return 0
 
 

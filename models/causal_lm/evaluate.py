@@ -26,6 +26,7 @@ from engine.files import write_json
 from engine.hardware import choose_device
 from engine.loading import evaluation_loader
 from engine.task import Batch, Sums, add_sums
+from engine.weights import described
 from models.causal_lm.config import CausalLMModel
 from models.causal_lm.dpo import PolicyAndReference
 from models.causal_lm.network import CausalLM, make_network
@@ -78,6 +79,8 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Evaluate a run's weights and what they started from. Raises CheckpointError, ConfigError or DataError."""
     folder, data, model = load_sections(run)
+    if progress:
+        print(described(folder))
     if store is not None:
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
 from engine.hardware import choose_device
+from engine.weights import described
 from models.causal_lm.tokenizer import leading_ids, pad_id, stop_ids
 from models.causal_lm.trained import Trained, load_trained
 
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _generation_options(arguments)
     prompts = list(_prompts(arguments))
     trained = load_trained(arguments.run, choose_device(arguments.device), DTYPES[arguments.dtype])
+    print(described(trained.folder), file=sys.stderr)  # what is written goes to stdout
     torch.manual_seed(arguments.seed or 0)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     if arguments.chat and not prompts:

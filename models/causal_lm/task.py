@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,12 @@ from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.network import CausalLM, hf_config_of, make_network
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
+
+DIRECTIONS: dict[str, Literal["min", "max"]] = {
+    "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
+    "rewards/accuracies": "max", "prefers_chosen": "max",
+}  # fmt: skip
+"""Which way a metric is better. What the frozen reference prefers is no merit of the model's."""
 
 KIND_OF = {"pretrain": "text", "sft": "conversations", "dpo": "preferences"}
 
@@ -97,6 +103,10 @@ class LanguageModelTask:
         """ "loss": nats a token over all tokens; "perplexity": its exponential."""
         loss = float(sums["loss"] / sums["tokens"])
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """See `DIRECTIONS`."""
+        return DIRECTIONS.get(metric)
 
     def flops_per_sample(self) -> float:
         """Matrix products and visible attention pairs of an average sample, forward and backward (3 x forward)."""

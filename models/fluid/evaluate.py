@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engine.errors import DataError
 from engine.hardware import choose_device
+from engine.weights import described
 from models.fluid.baselines import Persistence, Ridge, fit_ridge
 from models.fluid.evaluation_report import write_report
 from models.fluid.metrics import Errors
@@ -155,5 +156,5 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(write_report(result, trained, out))
     plot_evaluation(result, trained.schema, out / "evaluation.png")
-    print(f"wrote {out}/evaluation.md, evaluation.json and evaluation.png")
+    print(f"{described(trained.folder)}\nwrote {out}/evaluation.md, evaluation.json and evaluation.png")
     return 0

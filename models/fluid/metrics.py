@@ -10,7 +10,7 @@ and degrees do not add. R2 = 1 - SSE / SST, where SST is about the mean of each 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from models.fluid.schema import Schema, parse_column, unit
 
 ALL = "all"
 Scores = dict[str, float]
+DIRECTIONS: dict[str, Literal["min", "max"]] = {"mse": "min", "mae": "min", "rmse": "min", "r2": "max"}
+"""Which way a score is better."""
 
 
 @dataclass(frozen=True)

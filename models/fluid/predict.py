@@ -22,6 +22,7 @@ import torch
 
 from engine.errors import DataError
 from engine.hardware import choose_device
+from engine.weights import described
 from models.fluid.csv_cases import read_case
 from models.fluid.metrics import Errors
 from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         scale = normalization.scale[: schema.num_boundary].cpu().numpy()
         store = Store.open(arguments.store or trained.data.store)
         start = nearest_start(store, schema, case.boundary[0], scale, history)
-    print(f"start: {start.source}")
+    print(f"{described(trained.folder)}\nstart: {start.source}")
 
     prediction = predict_day(trained, case.boundary, start, progress=True)
     persistence = np.broadcast_to(start.states[-1], prediction.shape)

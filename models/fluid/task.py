@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from engine.randomness import normal
 from engine.task import Batch, Sums
 from models.fluid.config import FluidData, FluidModel
 from models.fluid.data import FluidWindows, Sample, collate
-from models.fluid.metrics import Errors, flat_scores
+from models.fluid.metrics import DIRECTIONS, Errors, flat_scores
 from models.fluid.network import FluidDecoder
 from models.fluid.normalization import Normalization
 from models.fluid.ridge import JITTER, NormalEquations
@@ -92,6 +92,10 @@ class FluidTask:
             **flat_scores(model.scores(self.schema)),
             **flat_scores(persistence.scores(self.schema), "persistence_"),
         }
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """Errors are better low and R2 high, of each group and unit too. Persistence does not depend on the model."""
+        return DIRECTIONS.get(metric.split("/")[0])
 
     def flops_per_sample(self) -> float:
         """The decoder's matrix products and visible attention pairs, forward and backward (three times forward)."""

@@ -202,6 +202,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
 def rewrite(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
@@ -211,8 +217,19 @@ BAD_RUNS = {
     "weights cut short": (lambda run: cut(run / "best/model.safetensors"), "model.safetensors"),
     "a schema that is gone": (lambda run: (run / "best/schema.json").unlink(), "schema.json"),
     "a configuration of another model": (
-        lambda run: rewrite(run / "best/config.json", '"nano"', '"tiny"'), "has shape|lacks|holds"),
-    "a configuration that is not JSON": (lambda run: (run / "best/config.json").write_text("{"), "config.json: line 1"),
+        lambda run: rewrite(run / "best/config.json", '"nano"', '"tiny"'), "config.json: is not the file that was"),
+    "a configuration of another model, meant": (
+        lambda run: (rewrite(run / "best/config.json", '"nano"', '"tiny"'), (run / "best/digests.json").unlink()),
+        "has shape|lacks|holds"),
+    "a configuration that is not JSON": (
+        lambda run: ((run / "best/config.json").write_text("{"), (run / "best/digests.json").unlink()),
+        "config.json: line 1"),
+    "a flipped bit in the weights": (lambda run: flip(run / "best/model.safetensors"), "safetensors: is not the file"),
+    "a flipped bit in an asset": (lambda run: flip(run / "best/schema.json"), "schema.json: is not the file"),
+    "digests that are no JSON": (lambda run: (run / "best/digests.json").write_text("[" * 9**5), "digests.json: c"),
+    "digests of files elsewhere": (
+        lambda run: rewrite(run / "best/digests.json", "schema.json", "../schema.json"), "digests.json: cannot"),
+    "digests of another kind": (lambda run: (run / "best/digests.json").write_text('{"files": [1]}'), "digests.json:"),
 }  # fmt: skip
 
 
