@@ -28,6 +28,25 @@ def test_the_newest_checkpoint_gives_the_final_weights(toy: Path, tmp_path: Path
     assert json.loads((tmp_path / "out/config.json").read_text())["workload"] == "fluid"
 
 
+def test_the_training_data_is_not_needed(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(toy / "run", tmp_path / "run")
+    monkeypatch.setattr("models.fluid.task.Store.open", None)  # whoever opens it fails
+    monkeypatch.chdir(tmp_path)
+    assert main(["--run", "run", "--out", "out", "--dtype", "float16"]) == 0
+    assert load_trained(tmp_path / "out", torch.device("cpu")).schema == load_trained(toy / "run", "cpu").schema
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in (toy / "run/best").iterdir()}
+    (tmp_path / "run/assets/schema.json").write_text("{}")
+    assert main(["--run", "run", "--out", "again"]) == 2
+
+
+def test_a_run_of_an_earlier_version_is_exported_with_its_data(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/assets")
+    assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert load_trained(tmp_path / "out", torch.device("cpu")).facts == {}
+
+
 def test_shards_have_an_index_and_can_be_loaded(toy: Path, tmp_path: Path) -> None:
     assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out"), "--max-shard-gib", "1e-4"]) == 0
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
