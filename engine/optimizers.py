@@ -28,6 +28,12 @@ def is_deepspeed_only(section: Optimizer) -> bool:
     return section.type.lower() in [name.lower() for name in DEEPSPEED_ONLY]
 
 
+def same_name(name: str) -> str:
+    """One name for all spellings of an optimizer, and for "Adam" and "AdamW", whose states are the same."""
+    names = {known.lower(): known for known in DEEPSPEED_ONLY} | {"adam": "AdamW", "adamw": "AdamW"}
+    return names.get(name.lower(), name)
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], section: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of a run over these parameters. Raises ConfigError for a name or a parameter that is unknown."""
     cls, params = _resolve(section)

@@ -11,6 +11,7 @@ learning rate, are the new configuration's.
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from engine.backends import Backend
@@ -28,6 +30,8 @@ from engine.distributed import Ranks, from_main
 from engine.errors import CheckpointError, ConfigError
 from engine.evaluation import to_device
 from engine.loading import collate
+from engine.meaning import meaning
+from engine.optimizers import same_name
 from engine.order import GlobalBatches
 from engine.sharded_state import restore
 from engine.task import Batch, Task
@@ -44,8 +48,8 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         LAYOUT: f"{backend} ZeRO {section.zero_optimization.stage}, {precision}, "
         f"{world_size} rank{'s' * (world_size > 1)}",
         "workload": config.workload,
-        "model": config.model.model_dump(mode="json"),
-        "optimizer": section.optimizer.type,
+        "model": meaning(config.model),
+        "optimizer": same_name(section.optimizer.type),
         "data": task.fingerprint(),
         "num_samples": batches.num_samples,
         "global_batch_size": batches.global_batch_size,
@@ -54,9 +58,16 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
 
 
 def find_checkpoint(
-    resume: str, checkpoints: Checkpoints, identity: dict[str, Any], total_steps: int, accept_new_data: bool
+    resume: str,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    total_steps: int,
+    accept_new_data: bool,
+    model: type[BaseModel] | None = None,
 ) -> Checkpoint | None:
     """The checkpoint to go on from, verified and fitting this run; None to start at step 0. Called on all ranks.
+
+    `model` is the class of the model section, by which the checkpoint's is read: what is compared is what it means.
 
     Raises:
         ConfigError: `resume` is none, but the folder holds checkpoints.
@@ -86,7 +97,7 @@ def find_checkpoint(
             raise CheckpointError(
                 f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
             )
-    _check_identity(found, identity, accept_new_data)
+    _check_identity(found, identity, accept_new_data, model)
     if found.state["step"] > total_steps:
         raise CheckpointError(
             f"{found.path}: is at step {found.state['step']}, past this run's last step {total_steps}"
@@ -94,9 +105,11 @@ def find_checkpoint(
     return found
 
 
-def _check_identity(found: Checkpoint, identity: dict[str, Any], accept_new_data: bool) -> None:
+def _check_identity(
+    found: Checkpoint, identity: dict[str, Any], accept_new_data: bool, model: type[BaseModel] | None
+) -> None:
     for key, mine in identity.items():
-        theirs = found.state.get(key)
+        theirs = _meant(key, found.state.get(key), model)
         if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
             continue
         remedy = "--accept-new-data goes on with the data set as it is now" if key in DATA else "make them equal"
@@ -104,6 +117,18 @@ def _check_identity(found: Checkpoint, identity: dict[str, Any], accept_new_data
             f"{found.path}: was written with {key} {theirs!r}, but this run has {mine!r}; {remedy}, or start afresh "
             "in another --output-dir"
         )
+
+
+def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:
+    """What a checkpoint says, as `identity` says it: an earlier version wrote it down as it was spelt."""
+    if key == "optimizer" and isinstance(value, str):
+        return same_name(value)
+    if key == "model" and model is not None:
+        try:
+            return meaning(model.model_validate_json(json.dumps(value)))
+        except ValueError:  # of another workload, or of another version of this one
+            return value
+    return value
 
 
 def load_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks) -> None:

@@ -96,7 +96,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
         known = identity(task, config, backend, ranks.world_size, self.batches)
-        found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data)
+        found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data, type(config.model))
         if resume == "auto" and found is None:
             self._say(f"{folder} holds no checkpoint yet: starting at step 0")
 

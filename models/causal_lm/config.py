@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from engine.meaning import HOW, FolderPath
 from engine.strict import Strict
 
 
@@ -31,7 +32,7 @@ PRESETS = {
 class CausalLMData(Strict):
     """Where the prepared data set is and how sequences are cut from it."""
 
-    store: str = Field(description="folder that launchers/prepare.py wrote")
+    store: FolderPath = Field(description="folder that launchers/prepare.py wrote")
     max_length: int = Field(512, ge=2, description="tokens a sample at most")
     packing: bool = Field(
         default=False,
@@ -66,7 +67,7 @@ class CausalLMModel(Strict):
     """The network (a preset, six widths, or the folder of a Hugging Face model) and what it is trained for."""
 
     objective: Annotated[Pretrain | SFT | DPO, Field(discriminator="type")]
-    path: str | None = Field(None, description="folder with the weights that training starts from")
+    path: FolderPath | None = Field(None, description="folder with the weights that training starts from")
     preset: Literal["tiny", "small", "medium", "large"] | None = None
     vocab_size: int | None = Field(None, ge=1)
     hidden_size: int | None = Field(None, ge=16)
@@ -74,7 +75,7 @@ class CausalLMModel(Strict):
     num_heads: int | None = Field(None, ge=1)
     num_kv_heads: int | None = Field(None, ge=1)
     intermediate_size: int | None = Field(None, ge=1)
-    attention: Literal["auto", "trunkline", "sdpa", "eager"] = Field(
+    attention: Annotated[Literal["auto", "trunkline", "sdpa", "eager"], HOW] = Field(
         "auto", description="auto: kernels.flash_attention where it can do the model's attention, else what torch has"
     )
 
@@ -85,6 +86,10 @@ class CausalLMModel(Strict):
             return PRESETS[self.preset]
         widths = [getattr(self, name) for name in LlamaShape._fields]
         return LlamaShape(*widths)
+
+    def in_full(self) -> CausalLMModel:
+        """The same with its widths in place of the preset."""
+        return self if self.preset is None else self.model_copy(update={"preset": None} | self.shape._asdict())
 
     @model_validator(mode="after")
     def _one_source(self) -> CausalLMModel:

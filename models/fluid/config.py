@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from engine.meaning import FolderPath
 from engine.strict import Strict
 
 
@@ -32,7 +33,7 @@ PRESETS = {
 class FluidData(Strict):
     """Where the prepared data set is and how windows are cut from it."""
 
-    store: str = Field(description="folder that launchers/prepare.py wrote")
+    store: FolderPath = Field(description="folder that launchers/prepare.py wrote")
     history: int = Field(3, ge=1, le=1439, description="minutes the model sees, T")
     normalization: Literal["standard", "minmax", "robust"] = Field(
         "standard", description="per column: mean and deviation, range to [-1, 1], or median and quartiles"
@@ -75,6 +76,10 @@ class FluidModel(Strict):
             return PRESETS[self.preset]
         widths = (self.d_model, self.num_heads, self.num_layers, self.d_ff, self.d_token)
         return DecoderShape(*[width for width in widths if width is not None])
+
+    def in_full(self) -> FluidModel:
+        """The same with its widths in place of the preset."""
+        return self.model_copy(update={"preset": None} | self.shape._asdict())
 
     @model_validator(mode="after")
     def _one_complete_shape(self) -> FluidModel:
