@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.deepspeed_section import Fp16
-from engine.errors import TrunklineError
 
 
 @dataclass
@@ -30,17 +29,13 @@ class LossScaler:
         return cls(scale, dynamic, settings, hysteresis=settings.hysteresis)
 
     def update(self, overflow: bool) -> None:
-        """Take note of a step. Raises TrunklineError if the gradient overflowed at the lowest scale allowed."""
+        """Take note of a step. At the lowest scale allowed an overflow changes nothing: whoever counts steps that are
+        skipped (training.nonfinite_limit) ends the run."""
         if not self.dynamic:
             return
         full, lowest = self.settings.hysteresis, self.settings.min_loss_scale
         if overflow:
             if full == 1 or self.hysteresis == 1:
-                if self.scale == lowest:
-                    raise TrunklineError(
-                        f"the gradient is not finite at the lowest loss scale, deepspeed.fp16.min_loss_scale = "
-                        f"{lowest:g}; lower deepspeed.optimizer.params.lr, set deepspeed.gradient_clipping, or use bf16"
-                    )
                 self.scale = max(self.scale / 2, lowest)
             else:
                 self.hysteresis -= 1

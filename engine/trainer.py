@@ -174,7 +174,7 @@ class Trainer:
             # a run that had stopped early is over, also when it is resumed
             for micro_batches in self._micro_batches() if not progress.out_of_patience(settings.early_stopping) else ():
                 logged = (progress.step + 1) % settings.log_every == 0 or progress.step + 1 == self.total_steps
-                lr = self.backend.learning_rate() if logged else math.nan
+                lr, scale = self.backend.learning_rate() if logged else math.nan, self.backend.loss_scale()
                 made = self._step(micro_batches, with_sums=logged)
                 if made is None:  # memory ran out: the loader begins again at this step, with smaller micro-batches
                     meter.restart(progress.step)
@@ -187,7 +187,7 @@ class Trainer:
                     self.checkpoints.wait()  # raises it, on all ranks in the same step
 
                 if stepped.skipped:
-                    self._skipped(micro_batches)
+                    self._skipped(micro_batches, scale)
                 else:
                     progress.skipped_in_a_row = 0
                     if settings.adaptive_clipping is not None:
@@ -287,13 +287,15 @@ class Trainer:
         total = sum_over_ranks(sums, self.ranks)
         return {key: float(value / weight) if weight else math.nan for key, value in total.items()}
 
-    def _skipped(self, micro_batches: list[Batch]) -> None:
+    def _skipped(self, micro_batches: list[Batch], scale_before: float) -> None:
         progress, limit = self.progress, self.config.training.nonfinite_limit
-        progress.skipped_steps += 1
-        progress.skipped_in_a_row += 1
         scale = self.backend.loss_scale()
+        progress.skipped_steps += 1
+        # halvings are how fp16 finds its loss scale, and end at the lowest: there, the steps count
+        progress.skipped_in_a_row += scale >= scale_before
         if scale > 1:
-            where = f"the fp16 loss scale is now {scale:g}"
+            lowest = scale <= self.config.deepspeed.fp16.min_loss_scale
+            where = f"the fp16 loss scale is now {scale:g}{', deepspeed.fp16.min_loss_scale' if lowest else ''}"
         else:
             seed_torch(self._draws, progress.step - 1)
             with self.backend.gathered() as model:

@@ -112,6 +112,8 @@ class DeepSpeedBackend:
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
         self._ranks = ranks
+        if hasattr(scaler := self._dynamic_scaler(), "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # the trainer ends the run, and not at the first such step
         self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.distributed import start
+from engine.errors import TrunklineError
 from engine.randomness import seed_torch
 from engine.trainer import Trainer
 from engine.weights import load_weights
@@ -77,3 +79,34 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> Non
     weight = model.enter.weight.detach()
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, weight.bfloat16().float())  # what is saved is the master copy
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_halvings_of_the_loss_scale_are_no_failures(tmp_path: Path, limit: int) -> None:
+    """DeepSpeed has no fp16 on the CPU."""
+    fp16 = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
+    config = tiny_config(tmp_path, training={"steps": 30, "nonfinite_limit": limit}, deepspeed={"fp16": fp16})
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run", backend="fsdp")
+    progress = trainer.run()
+    assert progress.skipped_steps > 10
+    assert progress.skipped_in_a_row == 0
+    assert progress.step == 30
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("lowest", [1.0, 4096.0])
+@pytest.mark.parametrize("hysteresis", [1, 2])
+def test_at_the_lowest_loss_scale_skipped_steps_count(tmp_path: Path, lowest: float, hysteresis: int) -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 14, "hysteresis": hysteresis, "min_loss_scale": lowest}
+    config = tiny_config(
+        tmp_path, data={"poison": list(range(40))}, training={"steps": 60, "nonfinite_limit": 4},
+        deepspeed={"fp16": fp16},
+    )  # fmt: skip
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run", backend="fsdp")
+    with pytest.raises(TrunklineError, match=r"4 in a row: stopped \(training.nonfinite_limit = 4\)") as caught:
+        trainer.run()
+    halvings = 14 - round(math.log2(lowest))
+    assert trainer.progress.step == halvings + 4
+    assert trainer.backend.loss_scale() == lowest
+    assert ("deepspeed.fp16.min_loss_scale" in str(caught.value)) == (lowest > 1)
+    assert ("rank 0: loss nan" in str(caught.value)) == (lowest == 1)
