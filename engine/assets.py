@@ -1,16 +1,15 @@
-"""<run>/assets/: what stands beside a run's weights, and what its tensors are called in files; written at its start.
+"""<run>/assets/: what stands beside a run's weights, written at its start.
 
-With it a checkpoint becomes whole weights when the training data is gone, which a task needs to say both.
+With it a checkpoint becomes whole weights when the training data is gone, from which a task makes these files.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from engine.config import RunConfig
-from engine.digests import DIGESTS, check_digests, replace_files
+from engine.digests import DIGESTS, DRAFT, check_digests, replace_files
 from engine.distributed import Ranks, on_main
 from engine.errors import CheckpointError
 from engine.files import write_json
@@ -19,53 +18,31 @@ from engine.task import Task
 from engine.weights import write_assets
 
 ASSETS = "assets"
-_NAMES = "weight_names.json"
+_CONFIG = "config.json"
 
 
-def keep_assets(run: Path, task: Task, config: RunConfig, names: Iterable[str], ranks: Ranks) -> None:
-    """Write <run>/assets/. `names` are those of the model's parameters and buffers. Called on all ranks.
-
-    Raises CheckpointError on all ranks, if a file could not be written.
-    """
-
-    def write(folder: Path) -> None:
-        write_assets(folder, task, config)
-        write_json(folder / _NAMES, {name: task.weight_name(name) for name in names})
-
-    on_main(lambda: replace_files(run / ASSETS, write), ranks, f"{run / ASSETS}: cannot write what belongs to weights")
+def keep_assets(run: Path, task: Task, config: RunConfig, ranks: Ranks) -> None:
+    """Write <run>/assets/. Called on all ranks. Raises CheckpointError on all, if a file could not be written."""
+    folder = run / ASSETS
+    on_main(
+        lambda: replace_files(folder, lambda draft: write_assets(draft, task, config)),
+        ranks,
+        f"{folder}: cannot write it",
+    )
 
 
-class Assets:
-    """The assets of a run. Raises CheckpointError, also later, if a file is damaged or does not fit."""
+def has_assets(run: Path) -> bool:
+    """Whether the run kept them; those of earlier versions did not."""
+    return (run / ASSETS / _CONFIG).is_file()
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / ASSETS
-        check_digests(self.folder)
-        try:
-            self._names = read_object(self.folder / _NAMES)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / _NAMES}: cannot be read: {reason(error)}") from error
 
-    @staticmethod
-    def are_in(run: Path) -> bool:
-        """Whether the run has them; runs of earlier versions do not."""
-        return (run / ASSETS / _NAMES).is_file()
-
-    @property
-    def weight_name(self) -> Callable[[str], str | None]:
-        """See `Task.weight_name`."""
-
-        def called(name: str) -> str | None:
-            if name not in self._names:
-                raise CheckpointError(
-                    f"{self.folder / _NAMES}: does not know the tensor {name}: the checkpoint is of another run"
-                )
-            return self._names[name]
-
-        return called
-
-    def copy_to(self, folder: Path, dtype: str) -> None:
-        """Write them beside weights of `dtype`. Raises OSError."""
-        leave_out = shutil.ignore_patterns(_NAMES, DIGESTS, ".draft")
-        shutil.copytree(self.folder, folder, ignore=leave_out, dirs_exist_ok=True)
-        write_json(folder / "config.json", read_object(self.folder / "config.json") | {"dtype": dtype})
+def copy_assets(run: Path, out: Path, dtype: str = "float32") -> None:
+    """Put a run's assets beside weights of `dtype`. Raises CheckpointError if they are damaged, OSError."""
+    folder = run / ASSETS
+    check_digests(folder)
+    try:
+        config = read_object(folder / _CONFIG)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / _CONFIG}: cannot be read: {reason(error)}") from error
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(DIGESTS, DRAFT), dirs_exist_ok=True)
+    write_json(out / _CONFIG, config | {"dtype": dtype})

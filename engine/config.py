@@ -176,7 +176,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {setting}: expected dotted.key=value, such as --set training.seed=1")
     try:
         return key, json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return key, text
 
 

@@ -21,7 +21,7 @@ from engine.files import entry, sync, write_json
 from engine.reading import read_object, reason
 
 DIGESTS = "digests.json"
-_DRAFT = ".draft"
+DRAFT = ".draft"
 
 States = dict[str, list[dict[str, Any] | None]]
 
@@ -32,7 +32,7 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> dict[str, di
     Files that an earlier call has put there and this one does not are removed; anything else there is left alone.
     Raises OSError.
     """
-    draft = folder / _DRAFT
+    draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
@@ -97,7 +97,7 @@ def _found(path: Path) -> dict[str, Any] | None:
 
 def _files(folder: Path) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return [name for name in names if name != DIGESTS and not name.startswith(f"{_DRAFT}/")]
+    return [name for name in names if name != DIGESTS and not name.startswith(f"{DRAFT}/")]
 
 
 def _read(folder: Path) -> States:

@@ -23,6 +23,7 @@ from engine.errors import TrunklineError
 from engine.files import replace_whole
 from engine.memory import Shortage
 from engine.plan import readable_size
+from engine.reading import read_object, reason
 
 MEMORY = "memory.json"
 
@@ -141,14 +142,22 @@ class MicroBatches:
 
     def _read(self) -> tuple[int, int, str] | None:
         try:
-            found = json.loads(self.path.read_text())
-            if found["for"] != self.facts or found["micro_batch_size"] not in divisors(self.sizes):
+            found = read_object(self.path)
+            if found["for"] != self.facts:
                 return None
-            return int(found["micro_batch_size"]), int(found["evaluation_micro_batch_size"]), str(found["why"])
+            micro, evaluation = found["micro_batch_size"], found["evaluation_micro_batch_size"]
+            if type(micro) is not int or micro not in divisors(self.sizes):
+                raise ValueError(f"micro_batch_size {micro!r:.80} does not divide the global batch")
+            if type(evaluation) is not int or not 1 <= evaluation <= self.sizes.global_batch_size:
+                raise ValueError(f"evaluation_micro_batch_size {evaluation!r:.80} is no number of samples")
+            return micro, evaluation, str(found["why"])[:1000]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
-            print(f"warning: {self.path} cannot be read; starting with the configured micro-batch", flush=True)
+        except (OSError, ValueError, KeyError) as error:
+            print(
+                f"warning: {self.path} is left aside ({reason(error)}); starting with the configured micro-batch",
+                flush=True,
+            )
             return None
 
 

@@ -65,7 +65,9 @@ def parse_json(
     Raises ValueError; json.JSONDecodeError, which is one, where it can say the place.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-    hooks: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+    hooks: dict[str, Any] = (
+        {"parse_constant": _no_constant, "parse_float": _finite, "parse_int": _bounded} if finite else {}
+    )
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook, **hooks)
     except RecursionError as error:
@@ -106,8 +108,14 @@ def _children(value: Any) -> list[Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is larger than any number that a program holds")
+        shown = text if len(text) <= 20 else f"{text[:20]}..."
+        raise ValueError(f"{shown} is larger than any number that a program holds")
     return value
+
+
+def _bounded(text: str) -> int:
+    _finite(text)
+    return int(text)
 
 
 def _no_constant(name: str) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError
+from engine.reading import read_object
 from engine.report_plots import Panel, Series, plot_panels
 from engine.trackers import read_metrics
 
@@ -57,7 +58,10 @@ def write_report(run_folder: Path) -> Path:
     history = History(sorted(read_metrics(metrics), key=lambda row: row["step"]))
     config, plan = _read(run_folder / "config.json"), _read(run_folder / "plan.json")
     report = run_folder / "report"
-    report.mkdir(exist_ok=True)
+    try:
+        report.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{report}: cannot be made ({error.strerror}); move away what is there") from error
     pictures = _draw(history, config, report)
     summary = report / "summary.md"
     draft = report / ".summary.md.draft"
@@ -68,20 +72,21 @@ def write_report(run_folder: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _best(history: History, config: dict[str, Any]) -> tuple[str, Series, int | None]:
     """Name of the metric that decides, its values, and the step of its best value, if it was ever measured."""
-    best = (config.get("training") or {}).get("best") or {}
-    name, sign = best.get("metric", "loss"), 1 if best.get("mode", "min") == "min" else -1
+    training = config.get("training")
+    best = training.get("best") if isinstance(training, dict) else None
+    best = best if isinstance(best, dict) else {}
+    name, sign = str(best.get("metric", "loss")), -1 if best.get("mode") == "max" else 1
     series = history.series("val", name)
     order = sorted(zip(series.values, series.steps, strict=True), key=lambda pair: (sign * pair[0], pair[1]))
     return name, series, order[0][1] if order else None
@@ -166,11 +171,11 @@ def _summary(
 def _facts(history: History, config: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
     name, deciding, best_step = _best(history, config)
     facts = []
-    if "parameters" in plan:
+    if _is_number(plan.get("parameters")):
         facts.append(("parameters", f"{plan['parameters']:,}"))
-    if "world_size" in plan:
+    if _is_number(plan.get("world_size")):
         facts.append(("ranks", f"{plan['world_size']:,}"))
-    planned = plan.get("steps")
+    planned = plan["steps"] if _is_number(plan.get("steps")) else None
     facts.append(("steps", f"{history.last_step:,}" + (f" of {planned:,}" if planned else "")))
     if best_step is not None:
         value = deciding.values[deciding.steps.index(best_step)]

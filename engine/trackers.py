@@ -13,6 +13,7 @@ installed is an error, at the start.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from engine.errors import ConfigError
+from engine.reading import open_regular, parse_json, read_whole
 
 
 class Tracker(Protocol):
@@ -121,6 +123,7 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
+                open_regular(path).close()  # before a named pipe makes the writer wait
                 _withdraw_after(path, resume_step)
             return cls(path)
         except OSError as error:
@@ -148,7 +151,7 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, NaN and infinities restored. A torn or damaged line is left out."""
     rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
         for line in lines:
             row = _parse(line)
             if row is not None:
@@ -159,10 +162,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith("\n") else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not line.endswith("\n"):
+        return None
+    nonfinite = row.get("nonfinite", {})
+    whole = isinstance(nonfinite, dict) and all(value in ("nan", "inf", "-inf") for value in nonfinite.values())
+    return row if whole else None
 
 
 def _withdraw_after(path: Path, step: int) -> None:
@@ -265,7 +272,7 @@ _KINDS: dict[str, tuple[str, str, Callable[[Path, dict[str, Any], int], Tracker]
 
 
 def _remembered(path: Path, resume_step: int) -> str | None:
-    return path.read_text().strip() if resume_step and path.exists() else None
+    return read_whole(path, 1 << 10).decode().strip() if resume_step and path.exists() else None
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -20,7 +20,7 @@ from engine import nonfinite
 from engine.assembly import Assembly
 from engine.assets import keep_assets
 from engine.backends import Backend, Stepped
-from engine.best import BEST, FINAL, settle
+from engine.best import BEST, FINAL, BestWeights
 from engine.checkpoint import Checkpoints
 from engine.clipping import clip_norm, note_norm
 from engine.config import RunConfig
@@ -41,7 +41,6 @@ from engine.progress import Progress
 from engine.randomness import mix, seed_torch
 from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.selftest import collective_self_test
-from engine.sharded_state import persistent_buffers
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers
@@ -114,10 +113,8 @@ class Trainer:
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
         self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
-        held = self.backend.module
-        names = [name for named in (held.named_parameters(), persistent_buffers(held)) for name, _ in named]
-        keep_assets(folder, task, config, names, ranks)
-        for note in settle(folder, self.progress, settings.best, found, self.checkpoints, ranks):
+        keep_assets(folder, task, config, ranks)
+        for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self._say(f"note: {note}")
         self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
         self._draws = mix(settings.seed, 1, ranks.rank)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.distributed import Ranks
+from engine.reading import read_object
 
 EXIT_CODE = 76
 """Of a process that was ended because the run hung."""
@@ -99,8 +100,11 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path(rank).read_text())
-        except (OSError, ValueError):
+            note = read_object(self._path(rank), 1 << 16)
+            return {"count": int(note["count"]), "step": int(note["step"]), "doing": str(note["doing"])} | {
+                key: float(note[key]) for key in ("seconds", "at")
+            }
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _path(self, rank: int) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.assets import Assets
+from engine.assets import copy_assets, has_assets
 from engine.checkpoint import Checkpoints
 from engine.config import load_config
 from engine.digests import record_digests
@@ -20,7 +20,7 @@ from engine.errors import CheckpointError, TrunklineError
 from engine.export import DTYPES, export_weights
 from engine.impostors import refuse_shadowed
 from engine.weights import write_assets
-from models.registry import config_sections, make_task
+from models.registry import config_sections, make_task, weights_task
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -51,15 +51,14 @@ def _export(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
     config = load_config(arguments.run / "config.json", sections=config_sections)
-    dtype, shard_bytes = DTYPES.get(arguments.dtype), int(arguments.max_shard_gib * 2**30)
-    if Assets.are_in(arguments.run):
-        assets = Assets(arguments.run)
-        files = export_weights(found, arguments.out, shard_bytes, dtype, assets.weight_name)
-        assets.copy_to(arguments.out, arguments.dtype or "float32")
-    else:  # a run of an earlier version, whose task says it, with the data at hand
-        config = load_config(arguments.run / "config.json", sections=config_sections)
-        task = make_task(config)
-        files = export_weights(found, arguments.out, shard_bytes, dtype, task.weight_name)
+    config = load_config(arguments.run / "config.json", sections=config_sections)
+    kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
+    task = weights_task(config) if kept else make_task(config)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name)
+    if kept:
+        copy_assets(arguments.run, arguments.out, arguments.dtype or "float32")
+    else:
         write_assets(arguments.out, task, config, arguments.dtype or "float32")
     record_digests(arguments.out)
     size = sum(file.stat().st_size for file in files)

@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace) -> int:
     progress = trainer.run()
     if ranks.is_main:
         best = trainer.config.training.best
-        print(f"done: {folder} holds {outcome(folder, progress, best, write_report(folder))}")
+        print(f"done: {folder} holds {outcome(folder, best, progress, write_report(folder))}")
     return 0
 
 

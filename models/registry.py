@@ -24,7 +24,8 @@ class Workload:
     """Where a workload's parts are, as "module:name", so that listing workloads imports none of them.
 
     `evaluate` and `predict` name modules with add_arguments(parser) and run(arguments), which the launchers of those
-    names enter. `flags` gives short command-line flags of launchers/train.py: flag -> dotted key of the configuration.
+    names enter. `weights` makes a task that has no data, for the names of its weights. `flags` gives short command-line
+    flags of launchers/train.py: flag -> dotted key of the configuration.
     """
 
     data: str
@@ -32,6 +33,7 @@ class Workload:
     task: str
     evaluate: str
     predict: str
+    weights: str | None = None
     flags: dict[str, str] = field(default_factory=dict)
 
     def open(self, room: str) -> ModuleType:
@@ -46,6 +48,7 @@ WORKLOADS = {
         task="models.fluid.task:FluidTask",
         evaluate="models.fluid.evaluate",
         predict="models.fluid.predict",
+        weights="models.fluid.task:weights_task",
         flags={"--store": "data.store"},
     ),
     "causal_lm": Workload(
@@ -54,6 +57,7 @@ WORKLOADS = {
         task="models.causal_lm.task:make_task",
         evaluate="models.causal_lm.evaluate",
         predict="models.causal_lm.predict",
+        weights="models.causal_lm.task:weights_task",
         flags={"--store": "data.store", "--model-path": "model.path"},
     ),
 }
@@ -69,6 +73,12 @@ def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
 def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
     return _load(WORKLOADS[config.workload].task)(config.data, config.model)
+
+
+def weights_task(config: RunConfig) -> Task:
+    """The task of a run for what it says of weights alone. It needs no data where the workload can do without."""
+    workload = WORKLOADS[config.workload]
+    return _load(workload.weights)(config.data, config.model) if workload.weights else make_task(config)
 
 
 def workload_of_run(run: Path) -> Workload:

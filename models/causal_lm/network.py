@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.digests import check_digests
 from engine.errors import CheckpointError, ConfigError
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.transformers_attention import NAME as TRUNKLINE
@@ -61,6 +62,7 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     folder = Path(model.path)
+    check_digests(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.path: {folder} holds no config.json; give the folder of a Hugging Face model")
     try:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from engine.errors import DataError
+from engine.reading import read_object, reason
 from models.causal_lm.sources import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class SplitEntry:
     learned: int
     longest: int
     digests: dict[str, str]
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        return self.sequences, self.tokens, self.learned, self.longest
 
 
 _COUNTED_AT_ONCE = 1 << 24
@@ -161,6 +166,9 @@ class Store:
             store = cls(root, index)
             if store.kind not in KINDS or set(store.entries) != set(SPLITS):
                 raise ValueError("not a known kind, or not the splits train and val")
+            counts = [store.vocab_size, *(n for each in store.entries.values() for n in each.counts)]
+            if any(type(count) is not int or not 0 <= count < 1 << 53 for count in counts):
+                raise ValueError("a count that is none")
             described = store_fingerprint(store.kind, store.vocab_size, store.entries, index["tokenizer"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{root / 'store.json'}: damaged ({error!r}): {again(root)}") from error
@@ -246,12 +254,10 @@ def _read_index(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{root}: no prepared data set here (no store.json): make one with `{_PREPARE} {root} ...`")
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_object(path, _MAX_JSON_BYTES)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({error}): {again(root)}") from error
-    if not isinstance(index, dict) or index.get("version") != VERSION:
-        found = index.get("version") if isinstance(index, dict) else None
-        raise DataError(f"{path}: store version {found!r} where {VERSION} is read: {again(root)}")
+        raise DataError(f"{path}: damaged ({reason(error)}): {again(root)}") from error
+    version = index.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DataError(f"{path}: store version {version!r:.80} where {VERSION} is read: {again(root)}")
     return index

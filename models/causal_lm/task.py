@@ -43,6 +43,13 @@ def make_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
     return (PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)(data, model)
 
 
+def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
+    """The task for what it says of weights alone: it has no data."""
+    task = object.__new__(PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)
+    task.data, task.model, task.hf_config = data, model, hf_config_of(model, data.max_length)
+    return task
+
+
 class LanguageModelTask:
     """Next-token prediction over a prepared data set: pre-training and SFT."""
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from engine.errors import DataError
+from engine.reading import read_json, reason
 
 GROUPS = ("B", "C", "H", "N", "P", "R", "T&E")
 BOUNDARY = "Boundary"
@@ -121,7 +122,7 @@ class Schema:
     @classmethod
     def from_json(cls, value: Any) -> Schema:
         """Inverse of `to_json`. Raises DataError if `value` is not a schema."""
-        if not isinstance(value, dict) or value.get("version") != _VERSION:
+        if not isinstance(value, dict) or type(value.get("version")) is not int or value["version"] != _VERSION:
             raise DataError(f"not a schema of version {_VERSION}")
         boundary, groups = value.get("boundary"), value.get("groups")
         if not _is_names(boundary) or not isinstance(groups, dict) or not all(map(_is_names, groups.values())):
@@ -139,10 +140,10 @@ class Schema:
         """Read `folder`/schema.json. Raises DataError if it is absent or damaged."""
         path = folder / "schema.json"
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise DataError(f"larger than {_MAX_BYTES >> 20} MiB")
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, DataError) as error:
+            return cls.from_json(read_json(path, _MAX_BYTES))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as a schema: {reason(error)}") from error
+        except DataError as error:
             raise DataError(f"{path}: cannot be read as a schema: {error}") from error
 
 

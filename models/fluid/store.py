@@ -26,6 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from engine.errors import DataError
+from engine.reading import open_regular, read_object, reason
 from models.fluid.schema import Schema
 from models.fluid.statistics import STATISTICS
 
@@ -34,7 +35,8 @@ VERSION = 1
 MAX_OPEN_MAPS = 8
 MAX_OPEN_FILES = 256
 
-_MAX_JSON_BYTES = 256 << 20
+MAX_INDEX_BYTES = 256 << 20
+_MOST_MINUTES = 1 << 31
 _PREPARE = "python launchers/prepare.py fluid --source ROOT --out"
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -86,9 +88,13 @@ class Store:
         root = Path(root)
         index = _read_index(root)
         try:
-            minutes, fingerprint = int(index["minutes"]), str(index["fingerprint"])
+            minutes, fingerprint = index["minutes"], str(index["fingerprint"])
+            if type(minutes) is not int or not 0 < minutes <= _MOST_MINUTES:
+                raise ValueError(f"minutes {minutes!r:.80}")
             splits = {
-                split: {str(name): CaseEntry(str(case["day"]), dict(case["digests"])) for name, case in cases.items()}
+                _name(split): {
+                    _name(name): CaseEntry(str(case["day"]), dict(case["digests"])) for name, case in cases.items()
+                }
                 for split, cases in index["splits"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -225,7 +231,7 @@ class _RowFile:
         self._path, self._shape = path, (rows, columns)
         header = npy_header(rows, columns)
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_regular(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error}: was the data set removed?") from error
         if os.pread(self._file.fileno(), len(header), 0) != header:
@@ -268,20 +274,26 @@ def _read_index(root: Path) -> dict[str, Any]:
             )
         raise DataError(f"{root}: no prepared data set here (no store.json): make one with `{_PREPARE} {root}`")
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise DataError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, DataError) as error:
-        raise DataError(f"{path}: damaged ({error}): {_again(root)}") from error
-    if not isinstance(index, dict) or index.get("version") != VERSION:
-        found = index.get("version") if isinstance(index, dict) else None
-        raise DataError(f"{path}: store version {found!r} where {VERSION} is read: {_again(root)}")
+        index = read_object(path, MAX_INDEX_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({reason(error)}): {_again(root)}") from error
+    version = index.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DataError(f"{path}: store version {version!r:.80} where {VERSION} is read: {_again(root)}")
     return index
+
+
+def _name(name: str) -> str:
+    """What names a folder of the store, as store.json says it. Raises ValueError for what leads elsewhere."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"a split or case named {name!r:.80}")
+    return name
 
 
 def _read_statistics(root: Path, schema: Schema) -> dict[str, np.ndarray]:
     path = root / "statistics.safetensors"
     try:
+        open_regular(path).close()
         statistics = load_file(path)
     except Exception as error:  # safetensors raises its own exception for a damaged file, OSError for a missing one
         raise DataError(f"{path}: cannot be read ({error}): {_again(root)}") from error

@@ -21,9 +21,20 @@ from safetensors.numpy import save_file
 
 from engine.errors import DataError
 from engine.files import sync
+from engine.reading import open_regular, read_object, read_whole
 from models.fluid.schema import MINUTES, Schema
 from models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
-from models.fluid.store import SPLITS, VERSION, CaseEntry, Store, file_digest, npy_header, npy_size, store_fingerprint
+from models.fluid.store import (
+    MAX_INDEX_BYTES,
+    SPLITS,
+    VERSION,
+    CaseEntry,
+    Store,
+    file_digest,
+    npy_header,
+    npy_size,
+    store_fingerprint,
+)
 
 PARTIAL = ".partial"
 
@@ -101,7 +112,7 @@ def write_case(
 def read_record(folder: Path, schema: Schema) -> tuple[CaseEntry, dict[str, Any] | None] | None:
     """(entry, source) of a case's folder that `write_case` made; None if there is none, or not a whole one."""
     try:
-        record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+        record = read_object(folder / "case.json")
         if record["version"] != VERSION:
             return None
         entry = CaseEntry(record["day"], record["digests"])
@@ -112,7 +123,7 @@ def read_record(folder: Path, schema: Schema) -> tuple[CaseEntry, dict[str, Any]
             if (folder / name).stat().st_size != npy_size(MINUTES, columns):
                 return None
         return entry, record["source"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -147,7 +158,8 @@ def is_finished(
 ) -> bool:
     """Whether `root` is a whole store of exactly these cases and notes, so that `finish_store` would not change it."""
     try:
-        if (root / "store.json").read_text(encoding="utf-8") != _index_text(schema, _ordered(splits), MINUTES, notes):
+        text = read_whole(root / "store.json", MAX_INDEX_BYTES).decode()
+        if text != _index_text(schema, _ordered(splits), MINUTES, notes):
             return False
         Store.open(root)
     except (OSError, ValueError, DataError):
@@ -187,7 +199,8 @@ def write_atomically(path: Path, text: str) -> None:
 def _read_moments(folder: Path, schema: Schema) -> np.ndarray:
     path = folder / "moments.npy"
     try:
-        moments = np.load(path, allow_pickle=False)
+        with open_regular(path) as file:
+            moments = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}): remove {folder} and prepare the data set again") from error
     if moments.shape != (2, 5, schema.num_variables):

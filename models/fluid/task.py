@@ -126,6 +126,13 @@ class FluidTask:
         return {}
 
 
+def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
+    """The task for what it says of weights alone: it has no data."""
+    task = object.__new__(FluidTask)
+    task.data, task.model = data, model
+    return task
+
+
 def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:
     """A decoder of the configured shape for a network's columns; its statistics are yet to be filled in."""
     if model.linear_skip and data.history < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
+from engine.reading import read_object
 from engine.strict import read_json_object, validated
 from engine.weights import find_weights, load_weights
 from models.fluid.config import FluidData, FluidModel
@@ -48,10 +48,7 @@ def load_trained(run: Path, device: torch.device) -> Trained:
 
 def _read_network(path: Path) -> dict[str, Any] | None:
     """network.json, or None where there is none or it is not an object: without it only the map is left out."""
-    if not path.is_file() or path.stat().st_size > _LARGEST_NETWORK:
-        return None
     try:
-        network = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_object(path, _LARGEST_NETWORK)
+    except (OSError, ValueError):
         return None
-    return network if isinstance(network, dict) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.best import outcome
+from engine.best import BestWeights, outcome
 from engine.checkpoint import verify
 from engine.config import RunConfig
 from engine.digests import check_digests
@@ -62,7 +63,7 @@ def train(folder: Path, config: RunConfig, resume: str = "none", task: type[Scor
 
 def said(trainer: Trainer) -> str:
     best = trainer.config.training.best
-    return outcome(trainer.folder, trainer.progress, best, trainer.folder / "report/summary.md")
+    return outcome(trainer.folder, best, trainer.progress, trainer.folder / "report/summary.md")
 
 
 def weights_of(checkpoint: Path, out: Path) -> dict[str, torch.Tensor]:
@@ -214,10 +215,9 @@ def test_a_best_of_an_earlier_version_is_recognised_by_step_and_value(tmp_path: 
     run = tmp_path / "run"
     trainer = train(run, config_of(tmp_path, steps=4))
     (run / "best/digests.json").unlink()
-    from engine.best import _is_best
-
-    best, progress = trainer.config.training.best, trainer.progress
-    progress.best_weights = ""
-    assert _is_best(run / "best", progress, best)
+    progress = replace(trainer.progress, best_weights="")
+    best = BestWeights(run, trainer.task, trainer.config.training.best, progress)
+    assert best.settle(None, start()) == []
+    assert (run / "best").exists()
     progress.best_step = 2
-    assert not _is_best(run / "best", progress, best)
+    assert "renamed to aside-best-step-4" in best.settle(None, start())[0]
