@@ -41,7 +41,7 @@ def copy_assets(run: Path, out: Path, dtype: str = "float32") -> None:
     folder = run / ASSETS
     check_digests(folder)
     try:
-        config = read_object(folder / _CONFIG)
+        config = read_object(folder / _CONFIG, finite=False)  # transformers writes Infinity
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _CONFIG}: cannot be read: {reason(error)}") from error
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns(DIGESTS, DRAFT), dirs_exist_ok=True)

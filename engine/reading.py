@@ -2,6 +2,7 @@
 
     open_regular(path)        a regular file, open for reading; never waits, as a named pipe would make a reader wait
     read_whole(path, most)    its bytes
+    check_regular(folder)     that whoever reads a folder's files will not wait either
     parse_json(data)          a JSON value
     read_json(path, most)     the JSON value that a file holds
     read_object(path, most)   the same, which must be an object
@@ -53,6 +54,14 @@ def read_whole(path: str | Path, most: int, follow: bool = True) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"larger than {most / 2**20:g} MiB", str(path))
     return data
+
+
+def check_regular(folder: str | Path) -> None:
+    """Raise OSError if a folder for programs of others to read holds what would make them wait: a pipe, a device."""
+    for name in sorted(os.listdir(folder)):
+        place = os.path.join(folder, name)
+        if not os.path.isdir(place) and os.path.exists(place):
+            open_regular(place).close()
 
 
 def parse_json(

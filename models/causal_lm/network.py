@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.digests import check_digests
 from engine.errors import CheckpointError, ConfigError
+from engine.reading import check_regular
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.transformers_attention import NAME as TRUNKLINE
 from kernels.transformers_attention import register_with_transformers
@@ -66,8 +67,9 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.path: {folder} holds no config.json; give the folder of a Hugging Face model")
     try:
+        check_regular(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:

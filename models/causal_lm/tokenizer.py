@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from engine.reading import check_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,6 +89,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder}: holds no tokenizer (no tokenizer.json): give the folder of a Hugging Face tokenizer"
         )
     try:
+        check_regular(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise almost anything for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]

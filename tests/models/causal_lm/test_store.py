@@ -200,3 +200,21 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="choose another --out"):
         write(tmp_path / "store")
     assert os.listdir(tmp_path / "store") == ["diary.txt"]
+
+
+INDICES: dict[str, tuple[object, str]] = {
+    "nested deep": ("[" * 100_000, r"damaged \(nested more than 64 deep\)"),
+    "version true": ({"version": True}, "store version True where 1 is read"),
+    "a size that is a word": ({"vocab_size": "300"}, r"damaged \(ValueError\('a count that is none'\)\)"),
+    "a size without end": ({"vocab_size": 10**400}, r"damaged \(10+\.\.\. is larger than any number"),
+    "splits that are a list": ({"splits": [1]}, r"damaged \("),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_of_other_types_is_named(store: Store, name: str) -> None:
+    change, message = INDICES[name]
+    path = store.root / "store.json"
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))  # type: ignore[operator]
+    with pytest.raises(DataError, match=rf"store\.json: {message}"):
+        Store.open(store.root)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -126,13 +127,35 @@ def _edit_index(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
+def _pipe(name: str) -> Callable[[Path], object]:
+    return lambda root: ((root / name).unlink(), os.mkfifo(root / name))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished": (lambda r: (r / "store.json").unlink(), "preparation of this data set was not finished"),
     "index cut": (lambda r: _cut(r / "store.json") or _cut(r / "store.json"), r"store\.json: damaged"),
     "index of another kind": (
         lambda r: (r / "store.json").write_text("[]"),
-        r"store\.json: store version None where 1",
+        r"store\.json: damaged \(it does not hold an object",
     ),
+    "index of version true": (_edit_index(version=True), r"store\.json: store version True where 1 is read"),
+    "index of a day without end": (
+        _edit_index(minutes=10**400),
+        r"store\.json: damaged \(1000.* is larger than any number",
+    ),
+    "index of minutes in words": (_edit_index(minutes="1440"), r"store\.json: damaged \(ValueError\(\"minutes '1440'"),
+    "index with a case elsewhere": (
+        _edit_index(splits={"train": {"../../etc": {"day": "", "digests": {}}}}),
+        r"store\.json: damaged .*a split or case",
+    ),
+    "index nested deep": (
+        lambda r: (r / "store.json").write_text("[" * 100_000),
+        r"store\.json: damaged \(nested more",
+    ),
+    "schema nested deep": (lambda r: (r / "schema.json").write_text("[" * 100_000), r"schema\.json: .* nested more"),
+    "schema a pipe": (_pipe("schema.json"), r"schema\.json: .*it is a named pipe, where a file is expected"),
+    "statistics a pipe": (_pipe("statistics.safetensors"), r"statistics\.safetensors: .*it is a named pipe"),
+    "state a pipe": (_pipe("val/v/state.npy"), r"val/v/state\.npy: is missing"),
     "index of a later version": (_edit_index(version=7), r"store\.json: store version 7 where 1 is read"),
     "index without cases": (_edit_index(splits=None), r"store\.json: damaged"),
     "a case more": (_edit_index(splits={"train": {}}), r"store\.json and schema\.json do not belong together"),
