@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,14 @@ def find_checkpoint(
     else:
         path = Path(resume)
         found = None
-        is_run, is_folder = from_main(((path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks)
+        is_run, is_folder = from_main((os.path.isdir(path / "checkpoints"), os.path.isdir(path)), checkpoints.ranks)
         if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
         elif is_folder:
             found = checkpoints.load(path)
         if found is None:
             raise CheckpointError(
-                f"--resume {resume}: there is no checkpoint in it; give a run's folder or a checkpoint's"
+                f"--resume {resume:.200}: there is no checkpoint in it; give a run's folder or a checkpoint's"
             )
     _check_identity(found, identity, accept_new_data, model)
     if found.state["step"] > total_steps:

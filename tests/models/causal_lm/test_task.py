@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.distributed import start
-from engine.errors import ConfigError, TrunklineError
+from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.order import FILLER, GlobalBatches
 from engine.randomness import seed_torch
 from engine.schedules import learning_rates
@@ -210,6 +212,34 @@ def test_final_is_a_folder_that_transformers_opens_with_the_same_logits(
         assert tokenizer.decode(tokenizer("What is a list?")["input_ids"]) == "What is a list?"
         assert tokenizer.eos_token_id in GenerationConfig.from_pretrained(folder).eos_token_id
         assert json.loads((folder / "config.json").read_text())["workload"] == "causal_lm"
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "dpo"])
+def test_weights_are_exported_when_the_data_is_gone(
+    stores: Path, pretrained: Path, tmp_path: Path, objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": str(pretrained / "best")} if objective == "dpo" else {}
+    train(toy_config(tmp_path, stores, objective, model=model, training={"steps": 1}), tmp_path / "run")
+    monkeypatch.setattr("models.causal_lm.task.Store.open", None)  # whoever opens it fails
+    assert export(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    for name in {path.name for path in (tmp_path / "run/final").iterdir()} - {"digests.json"}:
+        final, out = (folder / name for folder in (tmp_path / "run/final", tmp_path / "out"))
+        if name == "model.safetensors":
+            one, two = load_file(final), load_file(out)
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key], two[key]) for key in one)
+        else:
+            assert final.read_bytes() == out.read_bytes(), name
+
+
+def test_a_damaged_model_is_not_trained_on(stores: Path, pretrained: Path, tmp_path: Path) -> None:
+    shutil.copytree(pretrained / "best", tmp_path / "base")
+    weights = tmp_path / "base/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 2
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"base/model.safetensors: is not the file that was written"):
+        make_task(toy_config(tmp_path, stores, "dpo", model={"path": str(tmp_path / "base")}))
 
 
 def test_a_store_of_another_tokenizer_is_refused(stores: Path, pretrained: Path, tmp_path: Path) -> None:

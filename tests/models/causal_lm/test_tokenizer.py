@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_folders_without_a_usable_tokenizer_are_errors(tmp_path: Path) -> None:
     (tmp_path / "cut/tokenizer.json").write_text(text[: len(text) // 2])
     with pytest.raises(ConfigError, match="cut: not a tokenizer that can be loaded"):
         load_tokenizer(tmp_path / "cut")
+
+
+def test_a_pipe_in_a_folder_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="it is a named pipe, where a file is expected"):
+        load_tokenizer(tmp_path)
