@@ -102,7 +102,7 @@ def _wait(lock: Path) -> None:
         elif time.monotonic() - since > _QUIET_S - 0.5:
             raise ConfigError(
                 f"{lock}: a compilation that was killed left this file behind; no process here has it open, and "
-                "nothing beside it changes. Delete it and start again (or wait, if another machine compiles into this folder)"
+                "nothing beside it changes. Delete it and start again, unless another machine compiles into this folder"
             )
 
 

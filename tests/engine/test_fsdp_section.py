@@ -90,11 +90,14 @@ def test_a_refused_key_is_named_with_what_to_use_instead(key: str) -> None:
     others: dict[type, Any] = {bool: not passing[0], int: 12345, float: 2.0, str: "info", dict: ASKING.get(key)}
     other = others[type(passing[0])]
     name = key.removeprefix("zero_optimization.")
-    stage = {"zero_optimization": {"stage": 3 if name[:6] == "stage3" else ZERO_STAGES.get(name, (2,))[0]}}
+    stage = 3 if name[:6] == "stage3" else ZERO_STAGES.get(name, (1,))[0]
+    base = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if key[:2] in ("bf", "fp"):
+        base[key[:4]] = {"enabled": True}
     with pytest.raises(ConfigError, match=rf"run.json: (.|\n)*deepspeed\.{key}[.\w]*: .*{re.escape(rule.instead)}"):
-        check(laid_over(stage, nested(key, other)))
+        check(laid_over(base, nested(key, other)))
     for value in rule.passing:
-        check(laid_over(stage, nested(key, value)))
+        check(laid_over(base, nested(key, value)))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +113,12 @@ def test_a_refused_key_is_named_with_what_to_use_instead(key: str) -> None:
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            "offload_param has no effect at stage 2: remove it, or set stage to 3",
+            "offload_param has no effect at stage 2: remove",
         ),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "3 does not divide the number of ranks, 4"),
         (
             {"zero_optimization": {"stage": 0, "zero_hpz_partition_size": 2}},
-            "zero_hpz_partition_size has no effect at stage 0",
+            "partition_size has no effect at stage 0",
         ),
         ({"communication_data_type": "fp8"}, "'fp32', 'bf16' or 'fp16', found \"fp8\""),
     ],
