@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from engine.deepspeed_parts import (
     ZERO_DEFAULTS,
@@ -225,12 +226,19 @@ class DeepSpeedSection(Part):
             raise ValueError('must be a positive integer or "auto"')
         return value
 
+    @field_validator("train_micro_batch_size_per_gpu")
+    @classmethod
+    def _something_to_derive_from(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if value == "auto" and info.data.get("train_batch_size", 0) is None:
+            raise PydanticCustomError(
+                "told", '"auto" is derived from train_batch_size (the global batch), which is not given: write it'
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeedSection:
         if self.bf16.enabled and self.fp16.enabled:
             raise ValueError("bf16.enabled and fp16.enabled are both true; choose one precision")
-        if self.train_batch_size is None and not isinstance(self.train_micro_batch_size_per_gpu, int):
-            raise ValueError("train_batch_size (the global batch) is missing; this key is required")
         precision = "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
         if self.data_types is not None and self.data_types.param_dtype not in (None, precision):
             raise ValueError(

@@ -18,6 +18,7 @@ from engine.errors import ConfigError, TrunklineError
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.schedules import learning_rates
 from engine.sharded_state import Fragment, capture, restore
+from engine.strict import show
 
 
 def check_optimizer(section: DeepSpeedSection, backend: str, total_steps: int, device: torch.device) -> None:
@@ -30,7 +31,7 @@ def check_optimizer(section: DeepSpeedSection, backend: str, total_steps: int, d
         return
     try:
         whole = _Probe(optimizer, device, flat=False)
-        learning_rates(section.scheduler, 0.0, total_steps, [0, total_steps], whole.optimizer)
+        learning_rates(section.scheduler, 0.0, total_steps, [0, min(total_steps, 1000)], whole.optimizer)
         whole = _Probe(optimizer, device, flat=False)
         groups = whole.groups()
         whole.step()
@@ -59,8 +60,10 @@ _WHOLE = "it changes an element by what others of its parameter are, and {where}
 
 
 def _refused(optimizer: Optimizer, why: str) -> ConfigError:
-    remedy = "" if why.endswith("use AdamW") else "; use AdamW"
-    return ConfigError(f"deepspeed.optimizer.type: {optimizer.type} is not supported: {why}{remedy}")
+    return ConfigError(
+        f"deepspeed.optimizer: {optimizer.type} with {show(optimizer.params)} is not supported here: "
+        f"{why.removesuffix('; use AdamW')}; use AdamW with its defaults"
+    )
 
 
 class _Probe:

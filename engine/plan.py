@@ -42,6 +42,7 @@ def make_plan(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = activation_bytes(task, model, config, sizes.micro_batch_size)
     states = _state_bytes(config, parameters, trainable, world_size)
+    shown, origins = _decided(config, sizes, parameters)
     return {
         "workload": config.workload,
         "parameters": parameters,
@@ -60,21 +61,25 @@ def make_plan(
         "memory_bytes": states | {"activations": activations},
         "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
         "flops_per_sample": task.flops_per_sample(),
-        "config": _shown(config, parameters),
-        "origins": dict(sorted(config.origins.items())),
+        "config": shown,
+        "origins": dict(sorted(origins.items())),
     }  # fmt: skip
 
 
-def _shown(config: RunConfig, parameters: int) -> dict[str, Any]:
-    """The configuration of record, and what is left to the engine or to DeepSpeed by "auto"."""
-    shown = config.as_dict()
-    zero = shown["deepspeed"]["zero_optimization"]
-    size = bucket_size(parameters)
-    left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
-    zero |= {
-        key: value for key, value in left.items() if config.origins.get(f"deepspeed.zero_optimization.{key}") == "auto"
+def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration of record with what ranks and model decide in place of "auto", and the origins of its keys."""
+    shown, origins = config.as_dict(), dict(config.origins)
+    section = shown["deepspeed"]
+    zero, size = section["zero_optimization"], bucket_size(parameters)
+    ranks = {
+        "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
+        "gradient_accumulation_steps": sizes.grad_accum_steps,
     }
-    return shown
+    for key in [key for key in ranks if section[key] == "auto"]:
+        section[key], origins[f"deepspeed.{key}"] = ranks[key], "auto"
+    left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
+    zero |= {key: left[key] for key in left if origins.get(f"deepspeed.zero_optimization.{key}") == "auto"}
+    return shown, origins
 
 
 def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:

@@ -95,7 +95,7 @@ def typed(model: type[BaseModel], values: dict[str, Any], owner: str) -> dict[st
             kind: Any = issue["type"]
             if kind == "extra_forbidden":
                 hint = nearest(str(issue["loc"][-1]), list(model.model_fields))
-                kind = PydanticCustomError("unknown_key", "{text}", {"text": f"unknown to {owner}{hint}"})
+                kind = PydanticCustomError("told", "{text}", {"text": f"unknown to {owner}{hint}"})
             lines.append({"type": kind, "loc": issue["loc"], "input": issue["input"], "ctx": issue.get("ctx", {})})
         raise ValidationError.from_exception_data(model.__name__, lines) from error
 
@@ -107,7 +107,7 @@ def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
         return f"{key}: unknown key{nearest(parts[-1], known)}"
     if issue["type"] == "missing":
         return f"{key}: missing; this key is required"
-    if issue["type"] == "unknown_key":
+    if issue["type"] == "told":
         return f"{key}: {issue['msg']}"
     if issue["input"] == "auto":
         return f'{key}: nothing decides "auto" here; write the value that is meant, or remove the key'
