@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def compilation_watched(is_main: bool) -> Iterator[None]:
             )
         try:
             return torch_load(name, *arguments, **options)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise ConfigError(
                 f"DeepSpeed's {name} cannot be compiled: {str(error).splitlines()[0]}; the compiler's messages stand "
                 "above. Mend what they name, or use the optimizer AdamW, which needs no compiler"
@@ -108,7 +109,7 @@ def _wait(lock: Path) -> None:
 
 def _changes(folder: Path) -> float:
     with contextlib.suppress(OSError):  # a file may go while it is looked at
-        return max(entry.stat().st_mtime for entry in folder.iterdir())
+        return max((entry.stat().st_mtime for entry in folder.iterdir()), default=0.0)
     return 0.0
 
 
