@@ -59,7 +59,7 @@ def changed(folder: Path, key: str, value: Any) -> Path:
         ("deepspeed.zero_optimization.overlap_com", True, "did you mean 'overlap_comm'?"),
         ("deepspeed.bf16", {"enable": True}, "deepspeed.bf16.enable: unknown key; did you mean 'enabled'?"),
         ("deepspeed.optimizer", {"params": {"lr": 1}}, "deepspeed.optimizer.type: missing"),
-        ("deepspeed.optimizer", {"type": "AdamW"}, "optimizer.params.lr is missing"),
+        ("deepspeed.optimizer", {"type": "AdamW"}, "deepspeed.optimizer.params.lr: missing"),
         ("deepspeed.elasticity", {}, "'elasticity' is not supported here: train_batch_size is the global batch"),
     ],
 )  # fmt: skip
