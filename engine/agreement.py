@@ -101,6 +101,7 @@ class _Meeting:
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
         self.store, self.rank, self.timeout_s = dist.PrefixStore("agreement", store), rank, timeout_s
         self.others = range(1, world_size)
+        self.listeners = len(self.others)
         self.over = False
 
     def compare(self, record: Mapping[str, Any]) -> None:
@@ -151,6 +152,7 @@ class _Meeting:
             if time.monotonic() > deadline:
                 if any(words.values()):
                     return words
+                self.listeners = len(words)
                 absent = f"has not come within {self.timeout_s:g} s: it was not started, hangs, or cannot reach rank 0"
                 return {rank: absent for rank in self.others if rank not in words}
             time.sleep(pause)
@@ -193,7 +195,7 @@ class _Meeting:
         """Rank 0 may hold the store, so it leaves last."""
         heard = self.store.add(f"{base}/heard", 0 if self.rank == 0 else 1)
         deadline = time.monotonic() + _GRACE_S
-        while self.rank == 0 and heard < len(self.others) and time.monotonic() < deadline:
+        while self.rank == 0 and heard < self.listeners and time.monotonic() < deadline:
             time.sleep(0.05)
             heard = self.store.add(f"{base}/heard", 0)
 

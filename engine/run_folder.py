@@ -11,8 +11,8 @@ that are forked from this one (loader workers) close the file at once, so that n
 
 The rule for network file systems: the lock holds between machines on NFS 4, on NFS 3 with its lock service, on CephFS,
 GPFS and BeeGFS with global locks, and on Lustre that is mounted with `flock`. On NFS it is free a lease (about 90 s)
-after its machine died. Where locks are kept to one machine (`nolock`, `local_lock`, `localflock`), starts on two machines
-are not told apart; where there are none, a warning says so.
+after its machine died. Where locks are kept to one machine (`nolock`, `local_lock`, `localflock`), starts on two
+machines are not told apart; where there are none, a warning says so.
 """
 
 from __future__ import annotations
