@@ -262,13 +262,15 @@ def _present() -> _Meeting | None:
 
 
 def _connect(launch: Launch, timeout_s: float) -> dist.Store:
-    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, and keeps what is in it
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     where = f"{launch.address}:{launch.port}"
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             launch.address, launch.port, launch.world_size, is_master=launch.rank == 0 and not of_launcher,
             timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
+        return dist.PrefixStore(f"start-{attempt}", store)
     except dist.DistError as error:
         if launch.rank == 0:
             raise ConfigError(
