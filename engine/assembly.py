@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from engine.agreement import agree, tensor_digests
 from engine.backends import Backend, prepare_backend
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
@@ -61,6 +62,10 @@ class Assembly:
         """Plan, model, backend and probe, as they are at step 0."""
         seed_torch(self.config.training.seed, 0)
         model = self.task.build_model()
+        if self.ranks.world_size > 1 and not hasattr(
+            self, "plan"
+        ):  # before a backend shards it, or gives rank 0's to all
+            agree(tensor_digests(model), last=True)
         self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
         model = apply_options(model, self.config.training)
         self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps)

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from engine.errors import CheckpointError
+from engine import agreement
+from engine.errors import CheckpointError, ConfigError
+from engine.launch import local_world_size, read_launch
 from engine.task import Sums
 
 T = TypeVar("T")
@@ -34,44 +36,63 @@ class Ranks:
 
 
 def launched_world_size() -> int:
-    """The number of ranks that the launcher announced: deepspeed and torchrun both set WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of ranks that the launcher announced. Raises ConfigError."""
+    return read_launch().world_size
 
 
 def start(timeout_s: float = 1800.0) -> Ranks:
-    """Join the processes that `deepspeed` or `torchrun` started; alone, be a world of one. NCCL on GPUs, else gloo."""
-    world_size = launched_world_size()
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    """Join the processes that were started together (engine.launch says by whom); alone, be a world of one. NCCL on
+    GPUs, else gloo.
+
+    Raises:
+        ConfigError: on all ranks, if they do not all come within `timeout_s`, or differ in code or kind of device.
+    """
+    launch = read_launch()
+    device = _device(launch.local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
         _share_cores()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
-        if "MASTER_ADDR" in os.environ and world_size > 1:
-            dist.init_process_group(backend, timeout=timeout)
+        if launch.world_size > 1:
+            facts = {"WORLD_SIZE": launch.world_size, "device": device.type}
+            store = agreement.meet(launch, facts | agreement.code_version(), timeout_s)
         else:
+            store = dist.HashStore()
+            if launch.note:
+                print(f"note: {launch.note}", flush=True)
             # DeepSpeed reads these even where there is nobody to meet
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            os.environ |= {"RANK": "0", "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": "1"}
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "29500")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Ranks(rank, world_size, local_rank, device)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return Ranks(launch.rank, launch.world_size, launch.local_rank, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none. Raises ConfigError where there are too few."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return torch.device("cuda", local_rank)
+    raise ConfigError(
+        f"LOCAL_RANK={local_rank}: this machine shows {count} GPU{'s' * (count > 1)} to this process "
+        f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'is not set')}); start one rank for each GPU"
+    )
 
 
 def _share_cores() -> None:
     """Give each rank of this machine its share of the cores, where the launcher and the user did not."""
     if "OMP_NUM_THREADS" not in os.environ:
-        # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
 def stop() -> None:
     """Leave the process group; without this a rank aborts at exit."""
+    agreement.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
 

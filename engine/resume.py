@@ -1,8 +1,9 @@
 """Which checkpoint a run goes on from, and whether it may.
 
-    none       start at step 0; refused where an earlier run's checkpoints lie
-    auto       the newest good checkpoint of the run's own folder; step 0 if it never saved one
-    PATH       a run's folder or one checkpoint
+    none       start at step 0; refused where an earlier run has left anything
+    auto       the newest good checkpoint of the run's own folder; step 0 if it never saved one, and then what it logged
+               until it was killed is set aside; refused where its checkpoints are gone
+    PATH       a run's folder or one checkpoint; refused where another run has left anything
 
 A checkpoint does not depend on the backend, the ZeRO stage, the precision or the number of ranks: those may differ. The
 model, the optimizer, the order of samples and the data set must not. Optimizer and schedule settings, such as the
@@ -27,13 +28,14 @@ from engine.backends import Backend
 from engine.checkpoint import BACKEND, Checkpoint, Checkpoints
 from engine.config import RunConfig
 from engine.deepspeed_section import parameter_dtype
-from engine.distributed import Ranks, from_main
+from engine.distributed import Ranks, from_main, on_main
 from engine.errors import CheckpointError, ConfigError
 from engine.evaluation import to_device
 from engine.loading import collate
 from engine.meaning import meaning
 from engine.optimizers import same_name
 from engine.order import GlobalBatches
+from engine.run_folder import had_checkpoints, records, set_records_aside
 from engine.sharded_state import restore
 from engine.task import Batch, Task
 
@@ -71,24 +73,37 @@ def find_checkpoint(
     `model` is the class of the model section, by which the checkpoint's is read: what is compared is what it means.
 
     Raises:
-        ConfigError: `resume` is none, but the folder holds checkpoints.
+        ConfigError: the folder holds what an earlier run has left, and it would be lost.
         CheckpointError: nothing can be loaded, or it is of a run that differs in what `identity` tells.
     """
     own = checkpoints.folder
+    left = from_main(records(own.parent), checkpoints.ranks)
+    remedy = "give another --output-dir, or move the folder away or delete it"
     if resume == "none":
-        if from_main(any(own.glob("step-*")), checkpoints.ranks):
+        if left:
             raise ConfigError(
-                f"{own.parent}: holds checkpoints of an earlier run; go on with --resume auto, or give another "
-                "--output-dir"
+                f"{own.parent}: holds {' and '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
             )
         return None
     if resume == "auto":
         found = checkpoints.newest()
         if found is None:
+            if from_main(had_checkpoints(own.parent), checkpoints.ranks):
+                raise CheckpointError(
+                    f"{own.parent}: holds {' and '.join(left)} of an earlier run, but its checkpoints are gone, so "
+                    f"--resume auto has nothing to go on from; put them back, {remedy}"
+                )
+            on_main(lambda: set_records_aside(own.parent), checkpoints.ranks, f"{own.parent}: cannot be used")
             return None
     else:
         path = Path(resume)
         found = None
+        inside = from_main(own.parent.resolve() in (path.resolve(), *path.resolve().parents), checkpoints.ranks)
+        if left and not inside:
+            raise ConfigError(
+                f"{own.parent}: holds {' and '.join(left)} of an earlier run, and --resume {resume} is another one; go "
+                f"on with --resume auto, {remedy}"
+            )
         is_run, is_folder = from_main((os.path.isdir(path / "checkpoints"), os.path.isdir(path)), checkpoints.ranks)
         if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()

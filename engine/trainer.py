@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import nonfinite
+from engine.agreement import agree, class_version, leaves
 from engine.assembly import Assembly
 from engine.assets import keep_assets
 from engine.backends import Backend, Stepped
@@ -41,6 +42,7 @@ from engine.progress import Progress
 from engine.randomness import mix, seed_torch
 from engine.readiness import ready
 from engine.resume import LAYOUT, find_checkpoint, identity
+from engine.run_folder import claim, release
 from engine.selftest import collective_self_test
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
@@ -86,6 +88,9 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         require_trackers(settings.trackers)
+        agree(
+            leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
+        )
         if ranks.world_size > 1:
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
@@ -94,9 +99,11 @@ class Trainer:
         self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
+        known = identity(task, config, backend, ranks.world_size, self.batches)
+        agree(leaves(known) | class_version(task))
+        claim(folder, ranks)
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
-        known = identity(task, config, backend, ranks.world_size, self.batches)
         found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data, type(config.model))
         if resume == "auto" and found is None:
             self._say(f"{folder} holds no checkpoint yet: starting at step 0")
@@ -158,6 +165,7 @@ class Trainer:
         finally:
             self.watchdog.stop()
             self.trackers.close()
+            release(self.folder)
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return self.progress

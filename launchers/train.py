@@ -12,8 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+from engine.agreement import agree, tell
 from engine.config import RunConfig, load_config
-from engine.distributed import launched_world_size, start, stop
+from engine.distributed import launched_world_size, lost_a_rank, start, stop
 from engine.errors import ConfigError, TrunklineError
 from engine.impostors import refuse_shadowed
 from models.registry import WORKLOADS, config_sections, make_task
@@ -24,14 +25,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _train(arguments)
-    except TrunklineError as error:
-        from engine.trainer import InterruptedRunError
+    except Exception as error:
+        status = _explain(error)
+        tell(str(error) or type(error).__name__)  # the ranks that wait at the start for this one
+        if status is None:
+            raise
+        return status
 
-        stopped = isinstance(error, InterruptedRunError)
-        rank = os.environ.get("RANK", "0")
-        where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
-        print(f"{where}{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
-        return 75 if stopped else 2
+
+def _explain(error: Exception) -> int | None:
+    """Print what a person can act on, and return the exit status; None for an error of the program."""
+    if lost_a_rank(error):
+        error = TrunklineError(f"another rank has ended during the start, so this one stops: {str(error)[:200]}")
+    if not isinstance(error, TrunklineError):
+        return None
+    from engine.trainer import InterruptedRunError
+
+    stopped = isinstance(error, InterruptedRunError)
+    rank = os.environ.get("RANK", "0")
+    where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
+    print(f"{where}{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
+    return 75 if stopped else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     refuse_shadowed()
+    launched_world_size()  # a launch that does not fit together is named before anything else is
     flags = {key.removeprefix("set "): value for key, value in vars(arguments).items() if key.startswith("set ")}
     settings = [f"{key}={value}" for key, value in flags.items() if value is not None] + arguments.set
     config = load_config(arguments.config, sections=config_sections, settings=settings, deepspeed=arguments.deepspeed)
@@ -77,6 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
     ranks = start(timeout_s=2 * config.training.hang_timeout_s)  # the watchdog, which names the rank, comes first
+    agree({"--find-micro-batch": arguments.find_micro_batch})
     trainer = Trainer(
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,

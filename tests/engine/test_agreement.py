@@ -1,0 +1,178 @@
+"""Ranks that differ do not train: every rank hears which one, in what, and both values."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine.agreement import agree, leaves, tell, tensor_digests
+from engine.distributed import start
+from engine.errors import TrunklineError
+from engine.trainer import Trainer
+from tests.distributed import run_distributed_test
+from tests.engine.tiny import TinyTask, tiny_config
+
+
+def said(start_up: Callable[[], Any]) -> str:
+    """What a start-up raises, by class and words; nothing if it raises nothing."""
+    try:
+        start_up()
+    except TrunklineError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class OtherData(TinyTask):
+    def fingerprint(self) -> str:
+        return f"store-{os.environ['RANK']}"
+
+
+class OtherWeight(TinyTask):
+    """Draws one weight from a generator that nobody has seeded."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.blocks[1].norm.weight.data[3] = random.SystemRandom().random()
+        return model
+
+
+class OtherBuffer(TinyTask):
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.offset.fill_(int(os.environ["RANK"]))
+        return model
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], type[TinyTask], dict[str, Any], str]] = {
+    "seed": ({"training": {"seed": 7}}, TinyTask, {}, "training.seed is 7, but 42 on rank 0"),
+    "rate": (
+        {"deepspeed": {"optimizer": {"params": {"lr": 0.1}}}}, TinyTask, {},
+        "deepspeed.optimizer.params.lr is 0.1, but 0.01 on rank 0"),
+    "steps": ({"training": {"steps": 9}}, TinyTask, {}, "training.steps is 9, but 12 on rank 0"),
+    "time-out": ({"training": {"hang_timeout_s": 60.0}}, TinyTask, {}, "training.hang_timeout_s is 60.0, but 1800.0 on rank 0"),
+    "backend": ({}, TinyTask, {"backend": "fsdp"}, '--backend is "fsdp", but "deepspeed" on rank 0'),
+    "resume": ({}, TinyTask, {"resume": "auto"}, '--resume is "auto", but "none" on rank 0'),
+    "data": ({}, OtherData, {}, 'data is "store-1", but "store-0" on rank 0'),
+    "weight": ({}, OtherWeight, {}, 'initial value of blocks.1.norm.weight is "float32 [8] '),
+    "buffer": ({}, OtherBuffer, {}, 'initial value of offset is "float32 [1] '),
+}  # fmt: skip
+
+
+def start_differently(rank: int, world_size: int, folder: Path, layouts: list[tuple[str, int]]) -> dict[str, str]:
+    heard = {}
+    for backend, stage in layouts:
+        for name, (sections, task, options, _) in DIFFERENCES.items():
+            if stage and task is TinyTask:  # found before there is a model
+                continue
+            section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
+            own: dict[str, Any] = sections if rank == 1 else {}
+            config = tiny_config(folder / str(rank), **own | {"deepspeed": section | own.get("deepspeed", {})})
+            start_up = partial(Trainer, task(config.data, config.model), config, start(), folder / name)
+            heard[f"{name} {backend} {stage}"] = said(
+                partial(start_up, **{"backend": backend} | (options if rank == 1 else {}))
+            )
+    return heard
+
+
+@pytest.mark.distributed
+def test_what_ranks_may_not_differ_in_is_named_on_all_of_them(tmp_path: Path) -> None:
+    layouts = [("deepspeed", 0), ("deepspeed", 3), ("fsdp", 3)]
+    one, two = run_distributed_test(start_differently, 2, tmp_path, layouts, backend=None)
+    assert one == two
+    for case, heard in one.items():
+        assert heard.startswith("DisagreementError"), case
+        assert f"rank 1: {DIFFERENCES[case.split()[0]][3]}" in heard, heard
+
+
+def start_alone(rank: int, world_size: int, faults: dict[int, dict[str, str]]) -> tuple[str, float]:
+    os.environ |= faults.get(rank, {})
+    began = time.monotonic()
+    if "LATE" in os.environ:
+        return "", 0.0
+    return said(lambda: start(timeout_s=2.0)), time.monotonic() - began
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("faults", "heard"),
+    [
+        ({1: {"LATE": "1"}}, ["rank 1: has not come within 2 s", ""]),
+        ({1: {"WORLD_SIZE": "3"}}, ["rank 1: WORLD_SIZE is 3, but 2 on rank 0"] * 2),
+        ({0: {"LATE": "1"}}, ["", "does not reach rank 0 there"]),
+        ({1: {"RANK": "2", "WORLD_SIZE": "3"}, 0: {"WORLD_SIZE": "3"}}, ["rank 1: has not come within 2 s"] * 2),
+    ],
+)
+def test_a_rank_that_is_missing_or_of_another_world_is_named_in_time(
+    faults: dict[int, dict[str, str]], heard: list[str]
+) -> None:
+    for (found, seconds), expected in zip(run_distributed_test(start_alone, 2, faults, backend=None), heard):
+        assert expected in found
+        assert bool(found) == bool(expected)
+        assert seconds < 30
+
+
+def start_twice_as_rank_one(rank: int, world_size: int) -> str:
+    os.environ["WORLD_SIZE"] = "2"
+    if rank == 2:
+        time.sleep(1.0)
+        os.environ |= {"RANK": "1", "LOCAL_RANK": "1"}
+    heard = said(lambda: start(timeout_s=30.0))
+    if not heard:
+        dist.barrier()
+        time.sleep(2.0)  # the third one reads the store
+    return heard
+
+
+@pytest.mark.distributed
+def test_two_processes_of_one_rank_are_told_apart() -> None:
+    zero, one, two = run_distributed_test(start_twice_as_rank_one, 3, backend=None)
+    assert zero == one == ""
+    assert "is rank 1 already, and so is process" in two
+
+
+def fail_alone(rank: int, world_size: int, failing: int, begun: bool) -> tuple[str, float]:
+    if begun:
+        start(timeout_s=60.0)
+    began = time.monotonic()
+    if rank == failing:
+        tell("data.store: nowhere is not there")
+        return "", time.monotonic() - began
+    return said(lambda: agree({"training.seed": 1}) if begun else start(timeout_s=60.0)), time.monotonic() - began
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_start_ends_the_start_of_the_others(failing: int, begun: bool) -> None:
+    heard = run_distributed_test(fail_alone, 2, failing, begun, backend=None)
+    assert all(seconds < 20 for _, seconds in heard)
+    assert re.search(rf"rank {failing}:? cannot start: data.store: nowhere is not there", heard[1 - failing][0])
+
+
+def test_a_digest_of_a_tensor_depends_on_every_bit_the_shape_and_the_dtype() -> None:
+    def digest(tensor: torch.Tensor) -> str:
+        module = nn.Module()
+        module.register_buffer("x", tensor)
+        return tensor_digests(module)["initial value of x"]
+
+    zeros = torch.zeros(6)
+    others = [-zeros, zeros.double(), zeros.view(2, 3), zeros.bfloat16(), zeros.index_fill(0, torch.tensor([5]), 1e-45)]
+    assert len({digest(tensor) for tensor in [zeros, *others]}) == 6
+    turned = torch.arange(6.0).view(2, 3).t()
+    assert digest(turned) == digest(turned.contiguous())
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
+
+
+def test_nested_values_are_named_by_dotted_keys() -> None:
+    assert leaves({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
