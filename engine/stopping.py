@@ -161,11 +161,25 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _forget_in_a_child() -> None:
+# A child has the parent's handlers and pipe until it forgets them. A signal that comes to it before must wait, or the
+# parent would take it for its own.
+_masks = threading.local()
+
+
+def _before_a_fork() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_a_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _after_a_fork_in_the_child() -> None:
     global _listener
     if _listener is not None:
         _listener.forget_in_a_child()
         _listener = None
+    _after_a_fork()
 
 
-os.register_at_fork(after_in_child=_forget_in_a_child)
+os.register_at_fork(before=_before_a_fork, after_in_parent=_after_a_fork, after_in_child=_after_a_fork_in_the_child)

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from engine.errors import ConfigError
 
 _ROWS_KEPT = 100_000
-_SHARE_OF_TIME = 0.05  # of a run, at most, is spent on a tracker that fails
+_SOON_S = 0.1  # a tracker that fails sooner is asked at every row
+_SHARE_OF_TIME = 0.05  # of a run, at most, is spent on one that takes longer
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -102,7 +103,8 @@ class _Queue:
                 self.rows.popleft()
         except Exception as error:  # whatever a tracker's library raises, the run is worth more
             ended = time.monotonic()
-            self._not_before = ended + (ended - began) / _SHARE_OF_TIME
+            if ended - began > _SOON_S:
+                self._not_before = ended + (ended - began) / _SHARE_OF_TIME
             if not self._warned:
                 _warn(f"{self.name} fails ({type(error).__name__}: {error}); what it does not take is tried again")
             self._warned = True
