@@ -25,14 +25,18 @@ _PIECE = 4096
 _PATIENCE_MS = 1000
 
 
-def keep_printing() -> None:
-    """From now on no print fails or waits for long. Closed descriptors are opened, or the next file would be one."""
+def keep_printing(*streams: str) -> None:
+    """From now on no print to these `streams` (default "stdout", "stderr") fails or waits for long.
+
+    Leave out standard output where it carries a result: losing that must be an error. Standard descriptors that are
+    closed are opened, or the next file would be one of them.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free
-    for name in _STREAMS:
+    for name in streams or _STREAMS:
         setattr(sys, name, _Lasting(getattr(sys, name)))
 
 

@@ -3,7 +3,7 @@
     listen()                the first thing that a program does, before the imports that take seconds
     with deferred(): ...    in here a request is only noted: look at `requested()` now and then, save, and end
 
-Outside of `deferred` a request ends the process at once, with one line and EXIT_CODE. That is as safe as kill -9, from
+Outside of `deferred` a request ends the process at once, with one line. That is as safe as kill -9, from
 which every file is whole, and it works where an exception does not: in an import, or in a call that waits for another
 rank. So a thread listens; Python's own handlers run only between two instructions of the main thread.
 
@@ -29,6 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 EXIT_CODE = 75
 """Of a run that was stopped and is worth resuming: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
+_GO_ON = "with no step under way: nothing is lost; go on with --resume auto"
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "deepspeed.launcher.runner",
               "deepspeed.launcher.launch"}  # fmt: skip
@@ -49,12 +50,24 @@ def request(reason: str) -> None:
     _reasons.append(reason)
 
 
-def listen() -> None:
-    """Listen for requests from now on. Signals are heard only if this is the main thread, as Python demands."""
+def listen(exit_code: int = EXIT_CODE, advice: str = _GO_ON) -> None:
+    """Listen for requests from now on. Signals are heard only if this is the main thread, as Python demands.
+
+    Args:
+        exit_code, advice: how the process ends, and with which line after "stopped: by SIGTERM, ", if not `deferred`.
+    """
     global _listener
     if _listener is None:
         _reasons.clear()
-        _listener = _Listener()
+        _listener = _Listener(exit_code, advice)
+
+
+def listen_no_more() -> None:
+    """Put the former handlers back."""
+    global _listener, _deferring
+    if _listener is not None:
+        _listener.close()
+    _listener, _deferring = None, 0
 
 
 @contextmanager
@@ -64,7 +77,7 @@ def deferred() -> Iterator[None]:
     After an error, or a request that was noted, one that listens goes on to defer: it is on its way out, and a second
     request must not cut that short.
     """
-    global _deferring, _listener
+    global _deferring
     _deferring += 1
     if _listener is not None:
         yield
@@ -74,13 +87,12 @@ def deferred() -> Iterator[None]:
     try:
         yield
     finally:
-        if _listener is not None:  # it is None in a forked child
-            _listener.close()
-        _listener, _deferring = None, 0
+        listen_no_more()
 
 
 class _Listener:
-    def __init__(self) -> None:
+    def __init__(self, exit_code: int, advice: str) -> None:
+        self._exit_code, self._advice = exit_code, advice
         self._handlers: dict[signal.Signals, Any] = {}
         self._launchers = _launchers()
         self._heard, self._wake = os.pipe()
@@ -124,20 +136,18 @@ class _Listener:
                 self._launchers = []
                 request("the loss of its launcher")
             if _reasons and not _deferring:
-                _leave(_reasons[0])
+                self._leave(_reasons[0])
+
+    def _leave(self, reason: str) -> None:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        with suppress(OSError):
+            os.write(2, f"{where}stopped: by {reason}, {self._advice}\n".encode())
+        os._exit(self._exit_code)
 
 
 def _note(number: int, _frame: Any) -> None:
     request(signal.Signals(number).name)
-
-
-def _leave(reason: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f"rank {rank}: "
-    line = f"{where}stopped: by {reason}, with no step under way: nothing is lost; go on with --resume auto\n"
-    with suppress(OSError):
-        os.write(2, line.encode())
-    os._exit(EXIT_CODE)
 
 
 def _launchers() -> list[psutil.Process]:

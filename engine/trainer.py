@@ -113,8 +113,7 @@ class Trainer:
         self.attempts = Attempts(ranks)
         self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
         self._heaviest_fit, self._evaluation_fits = -1, False  # nothing is known before the first of each
-        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found)
-        self._begin("building the model")
+        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self._begin)
         self.assembly.build(self.micro.sizes)
         self._begin("loading the checkpoint" if found is not None else "writing the plan")
         self.progress = self.assembly.take_up()
@@ -143,7 +142,11 @@ class Trainer:
             yield
 
     def _begin(self, doing: str) -> None:
-        self.watchdog.note(0, doing, works=True)
+        self.watchdog.note(self._step_now, doing, works=True)
+
+    @property
+    def _step_now(self) -> int:
+        return self.progress.step if hasattr(self, "progress") else 0
 
     @contextmanager
     def _naming_a_lost_rank(self) -> Iterator[None]:
@@ -152,9 +155,8 @@ class Trainer:
         except Exception as error:
             if not lost_a_rank(error):
                 raise
-            step = self.progress.step if hasattr(self, "progress") else 0
             raise LostRankError(
-                f"another rank has ended, so this one stops, at step {step}: {str(error).splitlines()[0]}"
+                f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
                 f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
             ) from error
 
@@ -419,7 +421,7 @@ class Trainer:
 
     def rebuild(self) -> None:
         """Put the run together again for the batch sizes in force. Called on all ranks."""
-        self.watchdog.note(self.progress.step, "rebuilding the model for other micro-batches", works=True)
+        self._begin("rebuilding the model for other micro-batches")
         self.assembly.rebuild(self.micro.sizes, self.progress, self.checkpoints)
         self._heaviest_fit, self._evaluation_fits = -1, False
 

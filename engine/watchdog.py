@@ -17,18 +17,22 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed as dist
 
 from engine.distributed import Ranks
 from engine.files import pieces_written
 
 EXIT_CODE = 76
 """Of a process that was ended because the run hung."""
+
+_WAITING = os.path.dirname(dist.__file__)
 
 
 class Watchdog:
@@ -46,6 +50,7 @@ class Watchdog:
         self._every_s = min(10.0, timeout_s / 8)
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._watched = 0
         self._starting = False
 
     def note(self, step: int, doing: str, works: bool = False) -> None:
@@ -73,6 +78,7 @@ class Watchdog:
             self._path(self.ranks.rank).unlink(missing_ok=True)  # of a run that was killed
         self.note(self._note[1], "starting", works=self._starting)
         self._done = threading.Event()
+        self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -100,19 +106,27 @@ class Watchdog:
             with contextlib.suppress(OSError):  # a full disk is for the next save to report
                 draft = self._path(self.ranks.rank).with_suffix(".draft")
                 note = {"count": count, "step": step, "doing": doing, "seconds": seconds, "at": time.time()}
-                draft.write_text(json.dumps(note))
+                draft.write_text(json.dumps(note | self._place()))
                 draft.replace(self._path(self.ranks.rank))
             if seconds > self.timeout_s and not self._another_gets_on():
                 print(self._report(), file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)  # the main thread is inside a call that nothing interrupts
 
     def _work(self) -> tuple[int, ...]:
-        """Numbers of which one changes when there is work done: pieces, MiB of files, seconds of processors."""
+        """Numbers of which one changes when there is work done: pieces and MiB of files, tenths of a second of CPU."""
         moved = 0
         with contextlib.suppress(OSError, psutil.Error):  # not every kernel counts
             counters = psutil.Process().io_counters()
             moved = (counters.read_chars + counters.write_chars) >> 20
-        return pieces_written(), moved, int(sum(os.times()[:4])) if self._starting else 0
+        return pieces_written(), moved, int(10 * sum(os.times()[:4])) if self._starting else 0
+
+    def _place(self) -> dict[str, Any]:
+        """Where the watched thread is, and whether it waits for other ranks."""
+        frame = sys._current_frames().get(self._watched)
+        if frame is None:
+            return {"place": "", "waits": False}
+        place = f", in {frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+        return {"place": place, "waits": any(_WAITING in f.f_code.co_filename for f, _ in traceback.walk_stack(frame))}
 
     def _another_gets_on(self) -> bool:
         notes = (self._read(rank) for rank in range(self.ranks.world_size) if rank != self.ranks.rank)
@@ -122,7 +136,9 @@ class Watchdog:
         """Who is where, and which ranks the others wait for: those that are behind, or silent."""
         notes = {rank: self._read(rank) for rank in range(self.ranks.world_size)}
         silent_s = 4 * self._every_s
-        furthest = max((note["count"] for note in notes.values() if note), default=0)
+        # in the same place: whoever waits is further than whoever does not
+        progress = {rank: (note["count"], note["waits"]) for rank, note in notes.items() if note}
+        furthest = max(progress.values(), default=(0, False))
         lines, missing = [], []
         for rank, note in notes.items():
             if note is None:
@@ -130,10 +146,10 @@ class Watchdog:
                 missing.append(rank)
                 continue
             silence = time.time() - note["at"]
-            line = f"  rank {rank}: step {note['step']}, {note['doing']}, for {note['seconds']:.0f} s"
+            line = f"  rank {rank}: step {note['step']}, {note['doing']}, for {note['seconds']:.0f} s{note['place']}"
             if silence > silent_s:
                 line += f"; last heard of {silence:.0f} s ago: it is stopped, or its machine is"
-            if silence > silent_s or note["count"] < furthest:
+            if silence > silent_s or progress[rank] < furthest:
                 missing.append(rank)
             lines.append(line)
         who = f"waiting for rank {', '.join(map(str, missing))}" if missing else "all ranks are in the same place"

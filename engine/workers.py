@@ -9,6 +9,7 @@ and needs its workers until then. They cannot tell another's TERM from their par
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 from multiprocessing.context import ForkContext, ForkProcess
@@ -18,6 +19,14 @@ from multiprocessing.process import BaseProcess
 from engine.stopping import SIGNALS
 
 _PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """From now on this process, which multiprocessing started, is killed when its parent ends, however that is."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it was gone before
+        os._exit(1)
 
 
 class _Popen(Popen):
@@ -31,7 +40,6 @@ class _Worker(ForkProcess):
         return _Popen(process_obj)
 
     def start(self) -> None:
-        self._parent = os.getpid()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what is blocked at a fork stays so in the child
         try:
             super().start()
@@ -39,9 +47,8 @@ class _Worker(ForkProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == self._parent:  # else it was gone before
-            super().run()
+        end_with_parent()
+        super().run()
 
 
 class _Workers(ForkContext):

@@ -78,10 +78,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from engine.find_micro_batch import find_micro_batch
     from engine.report import write_report
     from engine.trainer import Trainer
+    from engine.watchdog import Watchdog
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
-    ranks = start(timeout_s=2 * config.training.hang_timeout_s)  # the watchdog, which names the rank, comes first
+    limit_s = config.training.hang_timeout_s
+    # the watchdog, which names the rank, comes first
+    ranks = start(2 * limit_s, joining=lambda ranks: Watchdog(folder / ".ranks", ranks, limit_s).starting())
     trainer = Trainer(
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,
