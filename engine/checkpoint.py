@@ -24,7 +24,7 @@ from typing import Any
 
 from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
-from engine.files import entry, sync, unused
+from engine.files import entry, note_written, sync, unused
 from engine.reading import read_object, read_whole, reason
 from engine.sharded_files import Digests, add_digests, file_names
 from engine.sharded_state import Snapshot
@@ -213,6 +213,7 @@ class Checkpoints:
             file.write(_manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
+        note_written()
         for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
             sync(path)
         trash = unused(self.folder / f".trash-{final.name}")

@@ -42,7 +42,7 @@ def launched_world_size() -> int:
 
 def start(timeout_s: float = 1800.0) -> Ranks:
     """Join the processes that were started together (engine.launch says by whom); alone, be a world of one. NCCL on
-    GPUs, else gloo.
+    GPUs, else gloo. Collectives wait twice as long as `timeout_s`: a watchdog, which names the rank, comes first.
 
     Raises:
         ConfigError: on all ranks, if they do not all come within `timeout_s`, or differ in code or kind of device.
@@ -66,7 +66,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
             os.environ |= {"RANK": "0", "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": "1"}
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", "29500")
-        timeout = datetime.timedelta(seconds=timeout_s)
+        timeout = datetime.timedelta(seconds=2 * timeout_s)
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     return Ranks(launch.rank, launch.world_size, launch.local_rank, device)
 

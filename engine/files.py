@@ -24,6 +24,19 @@ from engine.reading import open_regular
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+_pieces = itertools.count()
+_pieces_written = 0
+
+
+def note_written() -> None:
+    """A piece of work on files is done: something was written, read back or brought to the disk."""
+    global _pieces_written
+    _pieces_written = next(_pieces)  # by any thread
+
+
+def pieces_written() -> int:
+    """A number that changes when work on files gets on. A watchdog tells a slow disk from a hang by it."""
+    return _pieces_written
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,6 +45,7 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     draft = path.with_name(f".{path.name}.draft")
     write(draft)
     draft.replace(path)
+    note_written()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,6 +61,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
         raise OSError(None, str(error), str(path)) from error
     _sort_metadata(path)
     path.chmod(0o666 & ~_UMASK)
+    note_written()
 
 
 def _sort_metadata(path: Path) -> None:
@@ -77,6 +92,7 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+    note_written()
 
 
 def unused(path: Path) -> Path:
@@ -94,8 +110,10 @@ def entry(path: Path, sync: bool = False, follow: bool = False) -> dict[str, Any
         found = hashlib.sha256()
         while block := file.read(1 << 20):
             found.update(block)
+            note_written()
         if sync:
             os.fsync(file.fileno())
+            note_written()
         return {"bytes": file.tell(), "sha256": found.hexdigest()}
 
 

@@ -6,17 +6,16 @@ Read `Trainer.__init__` for how a run is put together and `Trainer.run` for what
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import nonfinite
+from engine import nonfinite, stopping
 from engine.agreement import agree, class_version, leaves
 from engine.assembly import Assembly
 from engine.assets import keep_assets
@@ -33,10 +32,12 @@ from engine.evaluation import evaluate, to_device
 from engine.files import write_json
 from engine.hardware import peak_flops
 from engine.loading import training_loader
+from engine.lookout import Lookout, StopRequested
 from engine.memory import Attempts, OutOfMemory, Shortage
 from engine.meter import Meter, brief
 from engine.micro_batch import MicroBatches, memory_facts
 from engine.order import GlobalBatches
+from engine.output import lasting_output
 from engine.plan import render_summary, total_steps
 from engine.progress import Progress
 from engine.randomness import mix, seed_torch
@@ -58,6 +59,10 @@ class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
 
+class LostRankError(TrunklineError):
+    """Another rank has ended."""
+
+
 class Trainer:
     """One run of one task.
 
@@ -71,6 +76,7 @@ class Trainer:
         accept_new_data: go on from a checkpoint although the data set has changed.
     """
 
+    @lasting_output()
     def __init__(
         self,
         task: Task,
@@ -83,17 +89,26 @@ class Trainer:
     ) -> None:
         config = with_direction(config, task)
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
+        require_trackers(config.training.trackers)
+        agree(
+            leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
+        )
+        claim(folder, ranks)
+        self.watchdog = Watchdog(folder / ".ranks", ranks, config.training.hang_timeout_s)
+        with self.starting():
+            self._put_together(backend, resume, accept_new_data)
+
+    def _put_together(self, backend: str, resume: str, accept_new_data: bool) -> None:
+        task, config, ranks, folder = self.task, self.config, self.ranks, self.folder
         settings = config.training
         if settings.deterministic:  # the call imports the compiler, which takes seconds
             torch.use_deterministic_algorithms(True)
 
-        require_trackers(settings.trackers)
-        agree(
-            leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
-        )
         if ranks.world_size > 1:
+            self._begin("testing the collectives")
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        self._begin("reading the data")
         self.dataset = task.datasets()["train"]
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self._lengths = getattr(self.dataset, "lengths", None)
@@ -101,7 +116,7 @@ class Trainer:
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         known = identity(task, config, backend, ranks.world_size, self.batches)
         agree(leaves(known) | class_version(task))
-        claim(folder, ranks)
+        self._begin("looking for checkpoints")
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
         found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data, type(config.model))
@@ -111,8 +126,9 @@ class Trainer:
         self.attempts = Attempts(ranks)
         self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
         self._heaviest_fit, self._evaluation_fits = -1, False  # nothing is known before the first of each
-        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found)
+        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self._begin)
         self.assembly.build(self.micro.sizes)
+        self._begin("loading the checkpoint" if found is not None else "writing the plan")
         self.progress = self.assembly.take_up()
         if found is not None:
             self.checkpoints.set_aside_after(self.progress.step)
@@ -125,21 +141,47 @@ class Trainer:
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self._say(f"note: {note}")
-        self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
+        self.trackers = make_trackers(
+            settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main, self.progress.evaluation_due
+        )
         self._draws = mix(settings.seed, 1, ranks.rank)
-        self._stop_signal: int | None = None
         self._flags = {
             (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=ranks.device)
             for stop in (False, True)
             for failed in (False, True)
         }
-        self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """What all ranks do within, before `run`, is watched, and a rank that is lost meanwhile is an error."""
+        with self.watchdog.starting(), self._naming_a_lost_rank():
+            yield
+
+    def _begin(self, doing: str) -> None:
+        self.watchdog.note(self._step_now, doing, works=True)
+
+    @property
+    def _step_now(self) -> int:
+        return self.progress.step if hasattr(self, "progress") else 0
+
+    @contextmanager
+    def _naming_a_lost_rank(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not lost_a_rank(error):
+                raise
+            raise LostRankError(
+                f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
+                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
+            ) from error
 
     @property
     def backend(self) -> Backend:
         """The model under training; another object after memory ran out."""
         return self.assembly.backend
 
+    @lasting_output()
     def run(self) -> Progress:
         """Train to the last step, to an early stop or to a signal; leave best/ and final/ behind.
 
@@ -148,32 +190,48 @@ class Trainer:
             TrunklineError: too many steps in a row had to be skipped, a checkpoint could not be written, or another
                 rank has ended.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.watchdog.start()
-        try:
-            self._train()
-            self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written")
-            self.checkpoints.wait()
-        except Exception as error:
-            if not lost_a_rank(error):
-                self.checkpoints.settle()
+        with stopping.deferred():
+            self.watchdog.start()
+            try:
+                with self._naming_a_lost_rank():
+                    self._train()
+                    self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written", works=True)
+                    self.checkpoints.wait()
+            except Exception as error:
+                if not isinstance(error, LostRankError):
+                    self.checkpoints.settle()
                 raise
-            raise TrunklineError(
-                f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
-                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
-            ) from error
-        finally:
-            self.watchdog.stop()
-            self.trackers.close()
-            release(self.folder)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            finally:
+                self.watchdog.stop()
+                self.trackers.close()
+                release(self.folder)
         return self.progress
 
     def _train(self) -> None:
+        try:
+            self._make_steps()
+        except StopRequested:
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> NoReturn:
+        step, found = self.progress.step, self.assembly.found
+        why = stopping.requested()
+        if why is None:
+            stopping.request(why := "a signal to another rank")
+        saved = step == self.assembly.first_step and (found is None or found.path.parent == self.checkpoints.folder)
+        if not saved:
+            self.watchdog.note(step, "saving a checkpoint", works=True)
+            self.save()
+            self.checkpoints.wait()
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        raise InterruptedRunError(f"by {why} {where}; go on with --resume auto --output-dir {self.folder}")
+
+    def _make_steps(self) -> None:
         settings, progress = self.config.training, self.progress
         self.watchdog.note(progress.step, "evaluating")
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
+        if progress.evaluation_due:  # a stop broke it off
+            self._evaluate()
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
         unit, flops = self.task.unit, self.task.flops_per_sample()
         meter = Meter(self.micro.sizes, self.ranks.device, progress.step, unit, flops, peak)
@@ -208,18 +266,15 @@ class Trainer:
                 bar.update()
 
                 finished = progress.step == self.total_steps
+                progress.evaluation_due = progress.step % settings.eval_every == 0 or finished
+                if stop:
+                    raise StopRequested
                 with meter.paused():
-                    if progress.step % settings.eval_every == 0 or finished:
+                    if progress.evaluation_due:
                         finished |= self._evaluate()
-                    if progress.step % settings.save_every == 0 or finished or stop:
-                        self.watchdog.note(progress.step, "saving a checkpoint")
+                    if progress.step % settings.save_every == 0 or finished:
+                        self.watchdog.note(progress.step, "saving a checkpoint", works=True)
                         self.save()
-                if stop and not finished:
-                    self.checkpoints.wait()
-                    raise InterruptedRunError(
-                        f"by a signal after step {progress.step}, which is saved; go on with --resume auto "
-                        f"--output-dir {self.folder}"
-                    )
                 if finished:
                     break
                 self.watchdog.note(progress.step, "reading the next batch")
@@ -274,7 +329,7 @@ class Trainer:
         weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {
             "weight": torch.stack(weights).sum() if weights[1:] else weights[0],
-            "flags": self._flags[self._stop_signal is not None, self.checkpoints.failed],
+            "flags": self._flags[stopping.requested() is not None, self.checkpoints.failed],
         }
         agreed = sum_over_ranks(mine, self.ranks)
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
@@ -328,6 +383,7 @@ class Trainer:
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
             progress.best_weights = self._save_weights(BEST, {"step": progress.step, name: metrics[name]})
+        progress.evaluation_due = False
         self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
         over = progress.out_of_patience(settings.early_stopping)
         if over:
@@ -338,12 +394,18 @@ class Trainer:
         return over
 
     def _metrics(self, num_samples: int | None) -> dict[str, float]:
+        lookout = Lookout(self.ranks)
+
+        def before_batch() -> None:
+            self.watchdog.note(self.progress.step, "evaluating")
+            lookout.look()
+
         try:
             with self.attempt(self._evaluation_fits):
                 metrics = evaluate(
                     self.task, self.backend.model, self.ranks, num_samples=num_samples,
                     micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
-                    before_batch=lambda: self.watchdog.note(self.progress.step, "evaluating"),
+                    before_batch=before_batch,
                 )  # fmt: skip
         except OutOfMemory as error:
             shortage = error.shortage
@@ -383,7 +445,7 @@ class Trainer:
 
     def rebuild(self) -> None:
         """Put the run together again for the batch sizes in force. Called on all ranks."""
-        self.watchdog.note(self.progress.step, "rebuilding the model for other micro-batches")
+        self._begin("rebuilding the model for other micro-batches")
         self.assembly.rebuild(self.micro.sizes, self.progress, self.checkpoints)
         self._heaviest_fit, self._evaluation_fits = -1, False
 
@@ -395,11 +457,8 @@ class Trainer:
         return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> str:
-        self.watchdog.note(self.progress.step, f"writing {name}/")
+        self.watchdog.note(self.progress.step, f"writing {name}/", works=True)
         return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self._stop_signal = number  # acted on at the end of the step, by all ranks together
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(

@@ -6,6 +6,13 @@ One GPU or none: `python launchers/train.py --config ...` does the same on a sin
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from engine.output import keep_printing
+    from engine.stopping import listen
+
+    keep_printing()
+    listen()
+
 import argparse
 import json
 import os
@@ -17,6 +24,7 @@ from engine.config import RunConfig, load_config
 from engine.distributed import launched_world_size, lost_a_rank, start, stop
 from engine.errors import ConfigError, TrunklineError
 from engine.impostors import refuse_shadowed
+from engine.stopping import EXIT_CODE
 from models.registry import WORKLOADS, config_sections, make_task
 
 
@@ -45,7 +53,7 @@ def _explain(error: Exception) -> int | None:
     rank = os.environ.get("RANK", "0")
     where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
     print(f"{where}{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
-    return 75 if stopped else 2
+    return EXIT_CODE if stopped else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,14 +99,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
-    ranks = start(timeout_s=2 * config.training.hang_timeout_s)  # the watchdog, which names the rank, comes first
+    limit_s = config.training.hang_timeout_s
+    ranks = start(limit_s)
     agree({"--find-micro-batch": arguments.find_micro_batch})
     trainer = Trainer(
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,
     )  # fmt: skip
     if arguments.find_micro_batch:
-        find_micro_batch(trainer)
+        with trainer.starting():
+            find_micro_batch(trainer)
     progress = trainer.run()
     if ranks.is_main:
         best = trainer.config.training.best

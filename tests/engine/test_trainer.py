@@ -140,8 +140,8 @@ def interrupted_then_resumed(folder: Path, config: RunConfig, at: int) -> Traine
         return step()
 
     trainer.backend.step = step_then_signal  # type: ignore[method-assign]
-    with pytest.raises(InterruptedRunError, match=rf"after step {at + 1}, which is saved; .*--resume auto"):
-        trainer.run()
+    with pytest.raises(InterruptedRunError, match=rf"by SIGTERM after step {at}, which is saved; .*--resume auto"):
+        trainer.run()  # in the evaluation of that step
     return train(folder, config, resume="auto")
 
 

@@ -44,6 +44,28 @@ def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[s
     assert plan == json.loads((toy / "run/plan.json").read_text())
 
 
+@pytest.mark.fault("output {where}, in a folder whose name it cannot show")
+@pytest.mark.parametrize(
+    "where",
+    [
+        "2>&1 | head -1; exit ${PIPESTATUS[0]}",
+        pytest.param(">/dev/full 2>&1", marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_ends_well_wherever_its_output_goes(toy: Path, tmp_path: Path, where: str) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xc3\xa9-\xff"  # an accent, and a byte that is no UTF-8
+    command = [sys.executable, "launchers/train.py", "--config", toy / "config.json", "--output-dir", folder]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {where}', "bash", *command, "--set", "training.steps=2"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, timeout=240, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert (Path(os.fsdecode(folder)) / "report/summary.md").exists()
+    assert b"Traceback" not in done.stdout + done.stderr
+
+
 def test_the_micro_batch_is_looked_for_where_that_is_wanted(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
