@@ -57,6 +57,7 @@ class LanguageModelTask:
         self.tokenizer = self.store.tokenizer()
         self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
+        self._attention_notes: list[str] = []
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
     def build_model(self) -> nn.Module:
@@ -108,8 +109,9 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, split by split, and which attention the network uses."""
-        return [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        """What was left out of the data, split by split, and once there is a network which attention it uses."""
+        found = [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        return found + self._attention_notes
 
     def weight_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
@@ -129,6 +131,8 @@ class LanguageModelTask:
 
     def _network(self) -> CausalLM:
         network = make_network(self.model, self.hf_config)
+        why = f"; {network.attention_note}" if network.attention_note else ""
+        self._attention_notes = [f"attention: {network.attention}{why}"]
         if self.data.packing and not network.packs:
             raise ConfigError(
                 f"data.packing: documents packed into one row change one another's loss in the model of "
