@@ -35,12 +35,13 @@ def save_weights(
     for name, tensor in backend.full_state():
         called = task.weight_name(name)
         if ranks.is_main and called is not None:
-            tensors[called] = tensor.contiguous()
+            tensors[called] = tensor
 
     def write() -> None:
         write_assets(folder, task, config)
         metadata = {"format": "pt"} | {key: repr(value) for key, value in facts.items()}
-        replace_whole(folder / WEIGHTS, lambda draft: save_tensors(tensors, draft, metadata))
+        found = {name: tensor.contiguous() for name, tensor in task.file_tensors(tensors).items()}
+        replace_whole(folder / WEIGHTS, lambda draft: save_tensors(found, draft, metadata))
 
     on_main(write, ranks, f"{folder}: cannot write these weights")
 

@@ -51,7 +51,9 @@ def _export(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.run / "config.json", sections=config_sections)
     task = make_task(config)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name)
+    files = export_weights(
+        found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name, task.file_tensors
+    )
     write_assets(arguments.out, task, config, arguments.dtype or "float32")
     size = sum(file.stat().st_size for file in files)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")

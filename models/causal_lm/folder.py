@@ -4,6 +4,8 @@
     tensor_shapes(folder)      the tensors in its files of weights, by name, from their headers alone
     read_generation(folder)    generation_config.json as it is, or nothing
     reading(folder)            what transformers raises within becomes a CheckpointError that names the folder
+
+Pickled weights (.bin) are read without running what they hold.
 """
 
 from __future__ import annotations
@@ -136,7 +138,9 @@ def _files(folder: Path) -> list[Path]:
     names = list(entries.values()) if isinstance(entries, dict) else []
     suffix = place.name.split(".")[1]
     if not names or any(not isinstance(name, str) or name != Path(name).name for name in names):
-        raise CheckpointError(f"model.path: {place}: weight_map must name files of this folder; found {str(entries)[:80]}")
+        raise CheckpointError(
+            f"model.path: {place}: weight_map must name files of this folder; found {str(entries)[:80]}"
+        )
     files = [folder / name for name in sorted(set(names))]
     if missing := [path.name for path in files if path.suffix != f".{suffix}" or not path.is_file()]:
         raise CheckpointError(f"model.path: {place}: weight_map names {missing[0]}, which is no .{suffix} file here")

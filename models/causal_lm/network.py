@@ -99,7 +99,7 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
         for place, attention in enumerate([*attentions, "eager"]):
             try:
                 lm = build(attention)
-            except (ValueError, KeyError) as error:  # some families lack one, or have a table of attentions of their own
+            except (ValueError, KeyError) as error:  # some families lack one, or have a table of their own
                 if place == len(attentions):
                     raise
                 lacking = brief(error)
@@ -123,7 +123,7 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
 def _check_fit(folder: Path, found: dict[str, Any]) -> None:
     """Raises CheckpointError that lists the tensors of which transformers did not find what the network needs."""
     wrong = sorted(found["missing_keys"]) + [
-        f"{name} is {list(theirs)} where {list(ours)} is wanted" for name, theirs, ours in sorted(found["mismatched_keys"])
+        f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])
     ]
     if wrong:
         raise CheckpointError(

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from kernels.packed_attention import packing_tables
 from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from models.causal_lm.network import CausalLM, hf_config_of, make_network
+from models.causal_lm.file_format import FileFormat, shell_of
+from models.causal_lm.folder import tensor_shapes
+from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
 
@@ -57,7 +60,7 @@ class LanguageModelTask:
         self.tokenizer = self.store.tokenizer()
         self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
-        self._attention_notes: list[str] = []
+        self._model_notes: list[str] = []
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
     def build_model(self) -> nn.Module:
@@ -109,13 +112,17 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, split by split, and once there is a network which attention it uses."""
+        """What was left out of the data, split by split, and once there is a network what of it is as it is."""
         found = [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
-        return found + self._attention_notes
+        return found + self._model_notes
 
     def weight_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
         return name.removeprefix("lm.")
+
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the folder holds them that training starts from; see models.causal_lm.file_format."""
+        return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer and generation_config.json; config.json is the Hugging Face model's."""
@@ -129,10 +136,23 @@ class LanguageModelTask:
         config.pop("_name_or_path", None)
         return json.loads(json.dumps(config, default=str))
 
+    @cached_property
+    def _shell(self) -> Any:
+        return shell_of(self.hf_config)
+
+    @cached_property
+    def _file_format(self) -> FileFormat:
+        return FileFormat(self._shell, tensor_shapes(Path(self.model.path)) if self.model.path else None)
+
     def _network(self) -> CausalLM:
         network = make_network(self.model, self.hf_config)
         why = f"; {network.attention_note}" if network.attention_note else ""
-        self._attention_notes = [f"attention: {network.attention}{why}"]
+        self._model_notes = [f"attention: {network.attention}{why}"]
+        if left_out := self._file_format.left_out:
+            self._model_notes.append(
+                f"{len(left_out)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s, and are neither "
+                f"trained nor written: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
+            )
         if self.data.packing and not network.packs:
             raise ConfigError(
                 f"data.packing: documents packed into one row change one another's loss in the model of "
@@ -146,22 +166,18 @@ class LanguageModelTask:
 
     def _forward_flops(self) -> float:
         """Of all training samples, divided by their number."""
-        from transformers import AutoModelForCausalLM
-
         config: Any = self.hf_config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(self.hf_config)
+        heads = getattr(config, "num_attention_heads", None) or 0
         matrices = sum(
             parameter.numel()
-            for module in network.modules() if not isinstance(module, nn.Embedding)
+            for module in self._shell.modules() if not isinstance(module, nn.Embedding)
             for parameter in module.parameters(recurse=False) if parameter.ndim == 2
         )  # fmt: skip
         lengths, longest = self.store.split("train").lengths.astype(np.float64), self.data.max_length
         pieces, rest = np.divmod(lengths, longest) if self.store.kind == "text" else (0.0, lengths.clip(max=longest))
         tokens = (pieces * longest + rest).sum()
         pairs = (pieces * longest * (longest + 1) / 2 + rest * (rest + 1) / 2).sum()
-        attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * pairs
+        attention = 4.0 * config.num_hidden_layers * heads * head_dim_of(config) * pairs
         return float((2.0 * matrices * tokens + attention) / max(1, len(self._datasets["train"])))
 
     def _check_vocabulary(self) -> None:

@@ -9,9 +9,8 @@ import torch
 
 from models.causal_lm.config import CausalLMModel, Pretrain
 
-SIZES: dict[str, Any] = dict.fromkeys(
-    ("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size", "attention_hidden_size", "word_embed_proj_dim"), 32
-)
+SIZES: dict[str, Any] = dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size"), 32)
+SIZES |= dict.fromkeys(("attention_hidden_size", "word_embed_proj_dim"), 32)
 SIZES |= dict.fromkeys(
     (
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
@@ -29,7 +28,7 @@ SIZES |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "shared_expert_intermedia
 SIZES |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "mamba_n_heads", "conv_kernel"), 4)
 SIZES |= dict.fromkeys(("state_size", "time_step_rank", "mamba_d_state", "mamba_d_conv"), 4)
 SIZES |= dict.fromkeys(("num_key_value_heads", "n_group", "topk_group", "first_k_dense_replace"), 1)
-SIZES |= {"attn_layer_offset": 1, "expert_layer_offset": 1, "sliding_window": 8, "rotary_dim": 8, "vocab_size": 97}
+SIZES |= {"attn_layer_offset": 1, "expert_layer_offset": 1, "sliding_window": 64, "rotary_dim": 8, "vocab_size": 97}
 SIZES |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "is_decoder": True}
 
 EXTRA: dict[str, dict[str, Any]] = {

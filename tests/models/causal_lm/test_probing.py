@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.errors import ConfigError, TrunklineError
+from engine.errors import ConfigError
 from kernels.packed_attention import packing_tables
 from models.causal_lm.network import CausalLM, hf_config_of, make_network
 from tests.models.causal_lm.families import saved, tiny_config
@@ -128,7 +128,8 @@ def test_every_family_that_can_be_made_small_is_causal_or_refused(family: str, t
         pytest.skip(f"it cannot be made small: {error}")
     try:
         network = made(family, tmp_path)
-    except TrunklineError as error:
-        assert "cannot be trained to predict the next token" in str(error)
-    else:
-        check(network, tmp_path)
+    except ConfigError as error:
+        if "cannot be trained to predict the next token" not in str(error):
+            raise
+        return
+    check(network, tmp_path)
