@@ -96,7 +96,7 @@ def _plan(
 def _together(shells: dict[str, Tensor], file_tensors: FileTensors) -> list[list[str]]:
     """The smallest sets of tensors of which each gives whole tensors of files, by trying on tensors without values."""
     whole = {name: tensor.shape for name, tensor in file_tensors(shells).items()}
-    groups: dict[tuple[str, bool], list[str]] = {}  # of those that make no whole alone, by the first that they are part of
+    groups: dict[tuple[str, bool], list[str]] = {}  # those that make no whole alone by the first that they are part of
     for name, shell in shells.items():
         try:
             part = {new: tensor.shape for new, tensor in file_tensors({name: shell}).items()}

@@ -122,9 +122,23 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 with safe_open(path, framework="pt") as file:
                     found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             else:
-                state = torch.load(path, map_location="meta", weights_only=True)
+                state = _unpickled(path)
                 found |= {name: tuple(tensor.shape) for name, tensor in state.items()}
     return found
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors without values. Raises CheckpointError for whatever else the file holds."""
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError(type(state))
+    except Exception as error:  # torch's own words say how to let it run
+        raise CheckpointError(
+            f"model.path: {path}: damaged, or holds more than tensors, which would run as code: give a folder with "
+            "model.safetensors"
+        ) from error
+    return state
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from kernels.transformers_attention import NAME as TRUNKLINE
 from kernels.transformers_attention import register_with_transformers
 from models.causal_lm.config import CausalLMModel, LlamaShape
 from models.causal_lm.data import IGNORE
-from models.causal_lm.folder import brief, read_config, reading
+from models.causal_lm.folder import brief, read_config, reading, tensor_shapes
 from models.causal_lm.probing import NotCausalError, settle
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
         return lm
 
     with nullcontext() if folder is None else reading(folder):
+        if folder is not None:
+            tensor_shapes(folder)  # which names the file that is damaged
         attentions, lacking = attentions_of(model, hf_config), ""
         for place, attention in enumerate([*attentions, "eager"]):
             try:

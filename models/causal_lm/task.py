@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine.errors import ConfigError
+from engine.files import write_json
+from engine.strict import read_json_object
 from engine.task import Batch, Sums
 from kernels.packed_attention import packing_tables
 from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.file_format import FileFormat, shell_of
-from models.causal_lm.folder import tensor_shapes
+from models.causal_lm.folder import read_generation, tensor_shapes, token_ids
 from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
+from models.causal_lm.tokenizer import load_tokenizer, pad_id, special_ids, stop_ids
 
 KIND_OF = {"pretrain": "text", "sft": "conversations", "dpo": "preferences"}
 
@@ -60,6 +61,7 @@ class LanguageModelTask:
         self.tokenizer = self.store.tokenizer()
         self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
+        self._generation = read_generation(Path(model.path)) if model.path else {}
         self._model_notes: list[str] = []
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
@@ -125,14 +127,23 @@ class LanguageModelTask:
         return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
-        """The tokenizer and generation_config.json; config.json is the Hugging Face model's."""
-        from transformers import GenerationConfig
+        """The tokenizer and generation_config.json; config.json is the Hugging Face model's.
 
-        shutil.copytree(self.store.root / "tokenizer", folder, dirs_exist_ok=True)
-        stops = stop_ids(self.tokenizer)
-        generation = GenerationConfig(eos_token_id=stops, pad_token_id=self.pad_id)
-        generation.save_pretrained(folder)
-        config = self.hf_config.to_dict() | {"eos_token_id": self.tokenizer.eos_token_id}
+        What the model that training starts from says of generation is kept, with all its stops.
+        """
+        ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
+        shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
+        eos, special = self.tokenizer.eos_token_id, set(special_ids(self.tokenizer))
+        own = [token for token in token_ids(self.hf_config.eos_token_id, "eos_token_id") if token in special]
+        stops = token_ids(self._generation.get("eos_token_id"), "eos_token_id") or own
+        write_json(
+            folder / "generation_config.json",
+            {"pad_token_id": self.pad_id} | self._generation
+            | {"eos_token_id": list(dict.fromkeys([*stops, *stop_ids(self.tokenizer)]))},
+        )  # fmt: skip
+        config = self.hf_config.to_dict() | {"eos_token_id": [*own, eos] if own and eos not in own else own or eos}
+        if "tokenizer_class" not in read_json_object(folder / "tokenizer_config.json"):
+            config["tokenizer_class"] = type(self.tokenizer).__name__  # else the model's type would decide
         config.pop("_name_or_path", None)
         return json.loads(json.dumps(config, default=str))
 
@@ -149,9 +160,10 @@ class LanguageModelTask:
         why = f"; {network.attention_note}" if network.attention_note else ""
         self._model_notes = [f"attention: {network.attention}{why}"]
         if left_out := self._file_format.left_out:
+            shown = f"{', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
             self._model_notes.append(
-                f"{len(left_out)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s, and are neither "
-                f"trained nor written: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
+                f"{len(left_out)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s, and neither "
+                f"trained nor written: {shown}"
             )
         if self.data.packing and not network.packs:
             raise ConfigError(

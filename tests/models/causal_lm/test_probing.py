@@ -32,7 +32,7 @@ def in_eager_mode(folder: Path, network: CausalLM, ids: torch.Tensor, targets: t
 
     lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     lm.load_state_dict(network.lm.state_dict())
-    logits = torch.cat([lm(input_ids=row[None]).logits for row in ids])
+    logits = torch.cat([lm(input_ids=row[None], use_cache=False).logits for row in ids])
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
