@@ -46,7 +46,8 @@ def export_weights(
     files = ShardedFiles(found.path / BACKEND)
     shards = _plan(files, max_shard_bytes, dtype, called, file_tensors)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(n + 1, len(shards)) for n in range(len(shards))]
-    sizes, places = 0, {}
+    sizes = 0
+    places: dict[str, str] = {}
     with tqdm(total=sum(map(len, shards)), desc="export", unit="tensor") as bar:
         for name, shard in zip(names, shards, strict=True):
             held: dict[str, Tensor] = {}

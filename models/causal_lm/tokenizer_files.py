@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # config.json decides which class a tokenizer is given; templates of other names lie in a folder of their own
-_PATTERNS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab.*", "merges.txt")
-_PATTERNS += ("*.model", "tokenizer.model*", "*.tiktoken", "tekken.json")
-_PATTERNS += ("chat_template.*", "additional_chat_templates/*")
+_PATTERNS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab.*", "merges.txt", "*.model",
+    "tokenizer.model*", "*.tiktoken", "tekken.json", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
 
 
 def copy_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, out: Path) -> None:
@@ -74,7 +75,8 @@ def overridden(tokenizer: PreTrainedTokenizerFast, folder: Path, texts: Sequence
     )
     if not different:
         return None
+    name = type(tokenizer).__name__
     return (
-        f"tokenizer: {different} of {len(texts)} texts that were tried have other tokens by {path} alone: it is overridden "
-        f"by transformers' {type(tokenizer).__name__}, for which tokenizer_config.json asks and whose tokens the store has"
+        f"tokenizer: {different} of {len(texts)} texts that were tried have other tokens by {path} alone: it is "
+        f"overridden by transformers' {name}, for which tokenizer_config.json asks and whose tokens the store has"
     )
