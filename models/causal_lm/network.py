@@ -113,7 +113,8 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     try:
         if not attentions:
             raise NotCausalError(f"{model.attention}: {lacking}")
-        network.attention_note = settle(network, attentions)
+        if lm.device.type != "meta":  # else there are no values to look at
+            network.attention_note = settle(network, attentions)
     except NotCausalError as error:
         others = "" if model.attention == "auto" else '; set model.attention to "auto"'
         raise ConfigError(f"{name}{where} cannot be trained to predict the next token: {error}{others}") from error

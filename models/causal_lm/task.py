@@ -62,6 +62,7 @@ class LanguageModelTask:
         self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
         self._generation = read_generation(Path(model.path)) if model.path else {}
+        self._own_stops = self._stops_of_config()
         self._model_notes: list[str] = []
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
@@ -133,8 +134,7 @@ class LanguageModelTask:
         """
         ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
         shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
-        eos, special = self.tokenizer.eos_token_id, set(special_ids(self.tokenizer))
-        own = [token for token in token_ids(self.hf_config.eos_token_id, "eos_token_id") if token in special]
+        eos, own = self.tokenizer.eos_token_id, self._own_stops
         stops = token_ids(self._generation.get("eos_token_id"), "eos_token_id") or own
         write_json(
             folder / "generation_config.json",
@@ -200,6 +200,13 @@ class LanguageModelTask:
                 f"data.store: {self.data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
                 f"{known}: prepare the data with the model's own tokenizer (--tokenizer), or choose a larger vocabulary"
             )
+
+    def _stops_of_config(self) -> list[int]:
+        """The eos_token_id of config.json, but for what is no mark: the default of a family is 2, whatever 2 is."""
+        config: Any = self.hf_config
+        own = getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None)
+        special = special_ids(self.tokenizer)
+        return [token for token in token_ids(own, f"{self.model.path}/config.json: eos_token_id") if token in special]
 
     def _check_tokenizer(self) -> None:
         """An id must mean what it means to the model that training starts from; new tokens may be added."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # config.json decides which class a tokenizer is given; templates of other names lie in a folder of their own
 _PATTERNS = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab.*", "merges.txt", "*.model",
-    "tokenizer.model*", "*.tiktoken", "tekken.json", "chat_template.*", "additional_chat_templates/*",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab.*", "merges.txt",
+    "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
 
 
