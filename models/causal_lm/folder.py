@@ -2,6 +2,7 @@
 
     read_config(folder)        config.json as transformers' configuration
     tensor_shapes(folder)      the tensors in its files of weights, by name, from their headers alone
+    read_tensors(folder, ..)   some of them, with their values
     read_generation(folder)    generation_config.json as it is, or nothing
     reading(folder)            what transformers raises within becomes a CheckpointError that names the folder
 
@@ -127,10 +128,26 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors without values. Raises CheckpointError for whatever else the file holds."""
+def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """These tensors of the folder's files, as they are. Raises CheckpointError."""
+    found: dict[str, torch.Tensor] = {}
+    for path in _files(folder):
+        with reading(folder, path.name):
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    found |= {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+            else:
+                state = _unpickled(path, "cpu")
+                found |= {name: state[name].clone() for name in names if name in state}
+    if missing := [name for name in names if name not in found]:
+        raise CheckpointError(f"model.path: {folder}: has lost {missing[0]} since the run began: put its files back")
+    return found
+
+
+def _unpickled(path: Path, device: str = "meta") -> dict[str, torch.Tensor]:
+    """A file's tensors, by default without values. Raises CheckpointError for whatever else the file holds."""
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError(type(state))
     except Exception as error:  # torch's own words say how to let it run

@@ -147,6 +147,8 @@ def attentions_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> list[str
     asked = [name for name in _NOT_OURS if getattr(text, name, None)]
     if asked == ["layer_types"] and set(text.layer_types) == {"full_attention"}:
         asked = []
+    if "attn_logit_softcapping" in asked:  # which torch's attention leaves out
+        return ["eager"]
     return ["sdpa", "eager"] if asked or not 16 <= head_dim_of(text) <= 256 else [TRUNKLINE, "sdpa", "eager"]
 
 

@@ -28,7 +28,7 @@ from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.file_format import FileFormat, shell_of
-from models.causal_lm.folder import read_generation, tensor_shapes, token_ids
+from models.causal_lm.folder import read_generation, token_ids
 from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer, pad_id, special_ids, stop_ids
@@ -153,17 +153,17 @@ class LanguageModelTask:
 
     @cached_property
     def _file_format(self) -> FileFormat:
-        return FileFormat(self._shell, tensor_shapes(Path(self.model.path)) if self.model.path else None)
+        return FileFormat(self._shell, Path(self.model.path) if self.model.path else None)
 
     def _network(self) -> CausalLM:
         network = make_network(self.model, self.hf_config)
         why = f"; {network.attention_note}" if network.attention_note else ""
         self._model_notes = [f"attention: {network.attention}{why}"]
-        if left_out := self._file_format.left_out:
-            shown = f"{', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
+        if beside := self._file_format.beside:
+            shown = f"{', '.join(beside[:3])}{', ...' if beside[3:] else ''}"
             self._model_notes.append(
-                f"{len(left_out)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s, and neither "
-                f"trained nor written: {shown}"
+                f"{len(beside)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s: they are not "
+                f"trained, and are written as they are: {shown}"
             )
         if self.data.packing and not network.packs:
             raise ConfigError(

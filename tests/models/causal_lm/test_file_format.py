@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.distributed import start
+from engine.errors import CheckpointError
 from engine.trainer import Trainer
 from launchers.export import main as export
 from models.causal_lm.file_format import FileFormat, shell_of
-from models.causal_lm.folder import read_config, tensor_shapes
+from models.causal_lm.folder import read_config
 from models.registry import make_task
 from tests.models.causal_lm.families import saved, tiny_config
 from tests.models.causal_lm.toy_language import toy_config
@@ -30,6 +31,19 @@ def gemma3(vocab_size: int = 97) -> Any:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def qwen3_5(folder: Path) -> None:
+    """A text model that transformers opens alone, out of one that sees pictures and drafts further tokens."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32}
+    text = tiny_config("qwen3_5_text").to_dict()
+    config = Qwen3_5Config(text_config=text, vision_config=vision | {"patch_size": 4})
+    torch.manual_seed(0)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    further = {"mtp.norm.weight": torch.randn(4).to(torch.bfloat16)}
+    save_file(tensors_of(folder) | further, folder / "model.safetensors", {"format": "pt"})
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -47,8 +61,7 @@ def as_written(folder: Path) -> dict[str, Tensor]:
 
     config = read_config(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    written = FileFormat(shell_of(config), tensor_shapes(folder))
-    assert not written.left_out
+    written = FileFormat(shell_of(config), folder)
     once = dict(lm.named_parameters()) | dict(lm.named_buffers())
     held = lm.state_dict()
     return written({name: value.detach() for name, value in once.items() if name in held})
@@ -61,15 +74,29 @@ def test_a_network_is_turned_back_into_the_folder_s_tensors(family: str, tmp_pat
     equal(as_written(tmp_path), tensors_of(tmp_path))
 
 
-def test_a_model_with_pictures_keeps_its_prefixes_of_today_and_of_before(tmp_path: Path) -> None:
-    saved(gemma3(), tmp_path / "today")
-    today = tensors_of(tmp_path / "today")
-    equal(as_written(tmp_path / "today"), today)
-    assert any("vision_tower" in name for name in today)
-    shutil.copytree(tmp_path / "today", tmp_path / "before")
-    before = {name.replace("language_model.", "language_model.model.", 1): value for name, value in today.items()}
-    save_file(before, tmp_path / "before/model.safetensors", {"format": "pt"})
-    equal(as_written(tmp_path / "before"), before)
+def test_a_model_with_pictures_keeps_either_kind_of_prefixes(tmp_path: Path) -> None:
+    saved(gemma3(), tmp_path)
+    inner = tensors_of(tmp_path)
+    assert {name.split(".")[0] for name in inner} == {"language_model", "multi_modal_projector", "vision_tower"}
+    equal(as_written(tmp_path), inner)
+    outer = {f"model.{name.replace('language_model.model.', 'language_model.')}": inner[name] for name in inner}
+    save_file(outer, tmp_path / "model.safetensors", {"format": "pt"})
+    equal(as_written(tmp_path), outer)
+
+
+def test_what_the_network_does_not_have_is_kept_as_it_is(tmp_path: Path) -> None:
+    qwen3_5(tmp_path)
+    wanted = tensors_of(tmp_path)
+    equal(as_written(tmp_path), wanted)
+    shell = shell_of(read_config(tmp_path))
+    beside = FileFormat(shell, tmp_path).beside
+    assert "mtp.norm.weight" in beside
+    assert any("visual" in name for name in beside)
+    assert not any("language_model" in name for name in beside)
+    made = FileFormat(shell, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        made({name: torch.zeros_like(value, device="cpu") for name, value in shell.state_dict().items()})
 
 
 def test_a_folder_without_the_models_prefix_and_one_that_holds_a_tied_tensor_twice(tmp_path: Path) -> None:
@@ -84,12 +111,15 @@ def test_a_folder_without_the_models_prefix_and_one_that_holds_a_tied_tensor_twi
     equal(as_written(tmp_path / "llama"), twice)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+@pytest.mark.parametrize("family", ["mixtral", "gemma3", "llama"])
 def test_a_run_writes_and_exports_the_folder_s_tensors(family: str, stores: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "base"
     saved(gemma3(512) if family == "gemma3" else tiny_config(family, vocab_size=512), base)
+    if family == "llama":  # with what the network does not have
+        beside = {"mtp.norm.weight": torch.randn(4, dtype=torch.bfloat16), "model.visual.proj.weight": torch.ones(3, 2)}
+        save_file(tensors_of(base) | beside, base / "model.safetensors", {"format": "pt"})
     shutil.copytree(stores / "text/tokenizer", base, dirs_exist_ok=True)
     optimizer = {"type": "SGD", "params": {"lr": 0.0}}  # so that the values are the folder's too
     config = toy_config(
