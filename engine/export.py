@@ -20,15 +20,19 @@ from engine.files import save_tensors, write_json
 from engine.sharded_files import VALUE, Digests, ShardedFiles, digest
 from engine.weights import INDEX, WEIGHTS, metadata_of
 
+FileTensors = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_weights(
     found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None,
-    called: Callable[[str], str | None] = lambda name: name, facts: Mapping[str, float] | None = None,
+    called: Callable[[str], str | None] = lambda name: name, file_tensors: FileTensors = lambda tensors: tensors,
+    facts: Mapping[str, float] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Write a checkpoint's parameters and buffers into `out` and return the files. `called` is `Task.weight_name`,
-    `facts` what the files say of themselves.
+    """Write a checkpoint's parameters and buffers into `out` and return the files.
+
+    `called` and `file_tensors` are the task's `weight_name` and `file_tensors`, `facts` what the files say of themselves.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.
     Floating-point tensors are cast to `dtype` if it is given; else they keep the checkpoint's precision.
@@ -41,21 +45,23 @@ def export_weights(
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")
     out.mkdir(parents=True, exist_ok=True)
     files = ShardedFiles(found.path / BACKEND)
-    shards = _plan(files, max_shard_bytes, dtype, called)
+    shards = _plan(files, max_shard_bytes, dtype, called, file_tensors)
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(n + 1, len(shards)) for n in range(len(shards))]
     sizes = 0
+    places: dict[str, str] = {}
     with tqdm(total=sum(map(len, shards)), desc="export", unit="tensor") as bar:
         for name, shard in zip(names, shards, strict=True):
-            tensors: dict[str, Tensor] = {}
+            held: dict[str, Tensor] = {}
             for key, new in shard.items():
                 whole = _read(files, key, found.digests)
-                tensors[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
-                sizes += tensors[new].nbytes
+                held[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
                 bar.update()
+            tensors = {key: tensor.contiguous() for key, tensor in file_tensors(held).items()}
+            sizes += sum(tensor.nbytes for tensor in tensors.values())
+            places |= dict.fromkeys(tensors, name)
             save_tensors(tensors, out / name, metadata_of(facts or {}))
             _compare(out / name, tensors)
     if len(shards) > 1:
-        places = {new: name for name, shard in zip(names, shards, strict=True) for new in shard.values()}
         index = {"metadata": {"total_size": sizes}, "weight_map": places}
         write_json(out / INDEX, index)
         names.append(INDEX)
@@ -63,25 +69,45 @@ def export_weights(
 
 
 def _plan(
-    files: ShardedFiles, max_shard_bytes: int, dtype: torch.dtype | None, called: Callable[[str], str | None]
-) -> list[dict[str, str]]:
-    """Which tensors go into which file, and by which names, in the model's order.
+    files: ShardedFiles, max_shard_bytes: int, dtype: torch.dtype | None, called: Callable[[str], str | None],
+    file_tensors: FileTensors,
+) -> list[dict[str, str]]:  # fmt: skip
+    """Which of the checkpoint's tensors go into which file, and what the task calls them, in the model's order.
 
-    A tensor above the limit has a file of its own.
+    What is converted together stays together. If that is above the limit, it has a file of its own.
     """
+    keys: dict[str, str] = {}
+    shells: dict[str, Tensor] = {}
+    for key, shape, own in _tensors(files):
+        if (name := called(key)) is not None:
+            keys[name] = key
+            kind = dtype if dtype is not None and own.is_floating_point else own
+            shells[name] = torch.empty(shape, dtype=kind, device="meta")
     shards: list[dict[str, str]] = [{}]
     room = max_shard_bytes
-    for key, shape, own in _tensors(files):
-        name = called(key)
-        if name is None:
-            continue
-        size = math.prod(shape) * (dtype.itemsize if dtype is not None and own.is_floating_point else own.itemsize)
+    for group in _together(shells, file_tensors):
+        size = sum(tensor.nbytes for tensor in file_tensors({name: shells[name] for name in group}).values())
         if size > room and shards[-1]:
             shards.append({})
             room = max_shard_bytes
-        shards[-1][key] = name
+        shards[-1] |= {keys[name]: name for name in group}
         room -= size
     return shards
+
+
+def _together(shells: dict[str, Tensor], file_tensors: FileTensors) -> list[list[str]]:
+    """The smallest sets of tensors of which each gives whole tensors of files, by trying on tensors without values."""
+    whole = {name: tensor.shape for name, tensor in file_tensors(shells).items()}
+    groups: dict[tuple[str, bool], list[str]] = {}  # those that make no whole alone by the first that they are part of
+    for name, shell in shells.items():
+        try:
+            part = {new: tensor.shape for new, tensor in file_tensors({name: shell}).items()}
+        except Exception:  # it cannot be converted without others
+            part = {}
+        alone = bool(part) and part.items() <= whole.items()
+        groups.setdefault((name if alone else min(part, default=""), alone), []).append(name)
+    made = [new for group in groups.values() for new in file_tensors({name: shells[name] for name in group})]
+    return list(groups.values()) if sorted(made) == sorted(whole) else [list(shells)]
 
 
 def _tensors(files: ShardedFiles) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -146,6 +146,10 @@ class OverheadTask:
         """The model's own."""
         return name
 
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own."""
+        return tensors
+
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """There are none."""
         return {}

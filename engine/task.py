@@ -79,7 +79,13 @@ class Task(Protocol):
         """Lines for whoever starts the run: what of the data was left out, what of the model is frozen."""
 
     def weight_name(self, name: str) -> str | None:
-        """What a parameter or buffer of the model is called in files of weights; None leaves it out of them."""
+        """What a parameter or buffer of the model is called by `file_tensors`; None leaves it out of files."""
+
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What files of weights hold for these tensors: other names, or others cut from them or put together of them.
+
+        Given the whole model's, or some that make up others of their own; also without values, on the device "meta".
+        """
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.

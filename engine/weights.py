@@ -38,13 +38,14 @@ def save_weights(
     for name, tensor in backend.full_state():
         called = task.weight_name(name)
         if ranks.is_main and called is not None:
-            tensors[called] = tensor.contiguous()
+            tensors[called] = tensor
 
     written: dict[str, dict[str, Any]] = {}
 
     def write(draft: Path) -> None:
         write_assets(draft, task, config)
-        save_tensors(tensors, draft / WEIGHTS, metadata_of(facts))
+        found = {name: tensor.contiguous() for name, tensor in task.file_tensors(tensors).items()}
+        save_tensors(found, draft / WEIGHTS, metadata_of(facts))
 
     on_main(lambda: written.update(replace_files(folder, write)), ranks, f"{folder}: cannot write these weights")
     return from_main(written[WEIGHTS]["sha256"] if ranks.is_main else "", ranks)

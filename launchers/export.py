@@ -58,11 +58,11 @@ def _export(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
     config = load_config(arguments.run / "config.json", sections=config_sections)
-    config = load_config(arguments.run / "config.json", sections=config_sections)
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    files = export_weights(found, arguments.out, int(arguments.max_shard_gib * 2**30), dtype, task.weight_name)
+    shard_bytes = int(arguments.max_shard_gib * 2**30)
+    files = export_weights(found, arguments.out, shard_bytes, dtype, task.weight_name, task.file_tensors)
     if kept:
         copy_assets(arguments.run, arguments.out, arguments.dtype or "float32")
     else:

@@ -9,6 +9,7 @@ and its attention, which is kernels.flash_attention where that can do what the m
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.digests import check_digests
 from engine.errors import CheckpointError, ConfigError
-from engine.reading import check_regular
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.transformers_attention import NAME as TRUNKLINE
 from kernels.transformers_attention import register_with_transformers
 from models.causal_lm.config import CausalLMModel, LlamaShape
 from models.causal_lm.data import IGNORE
-from models.causal_lm.probing import settle
+from models.causal_lm.folder import brief, read_config, reading, tensor_shapes
+from models.causal_lm.probing import NotCausalError, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -60,19 +61,11 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
     """The configuration of the model's folder, or of a new Llama. Raises CheckpointError or ConfigError."""
     if model.path is None:
         return llama_config(model.shape, max_length)
-    from transformers import AutoConfig
-
     folder = Path(model.path)
     check_digests(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"model.path: {folder} holds no config.json; give the folder of a Hugging Face model")
-    try:
-        check_regular(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
+    config = read_config(folder)
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
+    if isinstance(longest, int) and 0 < longest < max_length:
         raise ConfigError(
             f"data.max_length is {max_length}, but the model of {folder} knows {longest} positions: set it to "
             f"{longest} or less"
@@ -81,63 +74,90 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
 
 
 def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
-    """The network, in fp32: initialised from torch's global generator, or with the weights of `model.path`."""
+    """The network, in fp32: initialised from torch's global generator, or with the weights of `model.path`.
+
+    Raises CheckpointError if the folder's weights do not fit, and ConfigError if no attention makes the model causal.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # every rank would draw one, in the middle of what the run says
-    loader: Any = AutoModelForCausalLM
     register_with_transformers()
-    attention = attention_of(model, hf_config)
-    if model.path is None:
-        return CausalLM(loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32))
+    loader: Any = AutoModelForCausalLM
+    folder = None if model.path is None else Path(model.path)
 
-    def load(attention: str | None) -> Any:
-        return loader.from_pretrained(
-            model.path, config=hf_config, attn_implementation=attention, dtype=torch.float32, local_files_only=True,
-            output_loading_info=True,
+    def build(attention: str) -> Any:
+        if folder is None:
+            return loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
+        lm, found = loader.from_pretrained(
+            folder, config=hf_config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False, weights_only=True,
         )  # fmt: skip
+        _check_fit(folder, found)
+        return lm
 
-    try:
-        try:
-            lm, found = load(attention)
-        except (ValueError, KeyError):  # some families have a table of attentions of their own
-            if model.attention != "auto":
-                raise
-            lm, found = load(None)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"model.path: {model.path}: transformers cannot load it: {error}") from error
-    if found["missing_keys"] or found["mismatched_keys"]:
-        wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in found[kind])
-        raise CheckpointError(
-            f"model.path: {model.path}: its weights do not fit its config.json; missing or of another shape: "
-            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
-        )
+    with nullcontext() if folder is None else reading(folder):
+        if folder is not None:
+            tensor_shapes(folder)  # which names the file that is damaged
+        attentions, lacking = attentions_of(model, hf_config), ""
+        for place, attention in enumerate([*attentions, "eager"]):
+            try:
+                lm = build(attention)
+            except (ValueError, KeyError) as error:  # some families lack one, or have a table of their own
+                if place == len(attentions):
+                    raise
+                lacking = brief(error)
+            else:
+                attentions = attentions[place:]
+                break
+    name, where = type(lm).__name__, f" of {model.path}" if model.path else ""
     network = CausalLM(lm)
     try:
-        settle(network, may_switch=model.attention == "auto")
+        if not attentions:
+            raise NotCausalError(f"{model.attention}: {lacking}")
+        if lm.device.type != "meta":  # else there are no values to look at
+            network.attention_note = settle(network, attentions)
+    except NotCausalError as error:
+        others = "" if model.attention == "auto" else '; set model.attention to "auto"'
+        raise ConfigError(f"{name}{where} cannot be trained to predict the next token: {error}{others}") from error
     except Exception as error:  # a model of other people's raises what it likes
-        raise CheckpointError(
-            f"model.path: {model.path}: {type(lm).__name__} cannot be run with attention {network.attention}: {error}"
-        ) from error
+        raise CheckpointError(f"{name}{where} cannot be run: {brief(error)}") from error
     return network
+
+
+def _check_fit(folder: Path, found: dict[str, Any]) -> None:
+    """Raises CheckpointError that lists the tensors of which transformers did not find what the network needs."""
+    wrong = sorted(found["missing_keys"]) + [
+        f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
+            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
+        )
 
 
 _NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi", "layer_types")
 """Configuration keys that, where they are set, ask for an attention that flash_attention is not."""
 
 
-def attention_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> str | None:
-    """The attention implementation that transformers is told to use; None leaves it the choice."""
+def attentions_of(model: CausalLMModel, hf_config: PreTrainedConfig) -> list[str]:
+    """The attentions of transformers that may be used, the best first."""
     if model.attention != "auto":
-        return model.attention
+        return [model.attention]
     text: Any = hf_config.get_text_config()
     asked = [name for name in _NOT_OURS if getattr(text, name, None)]
     if asked == ["layer_types"] and set(text.layer_types) == {"full_attention"}:
         asked = []
-    heads = getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return None if asked or not 16 <= head_dim <= 256 else TRUNKLINE
+    if "attn_logit_softcapping" in asked:  # which torch's attention leaves out
+        return ["eager"]
+    return ["sdpa", "eager"] if asked or not 16 <= head_dim_of(text) <= 256 else [TRUNKLINE, "sdpa", "eager"]
+
+
+def head_dim_of(config: Any) -> int:
+    """Channels of an attention head; 0 where a model has no such thing."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
 
 
 class LinearLoss(nn.Linear):
@@ -161,6 +181,7 @@ class CausalLM(nn.Module):
     """Negative log-likelihoods of tokens under `lm`, a transformers causal language model.
 
     fused: the loss is taken in the head; else from the logits that the model makes.
+    attention_note: why another attention is used than the best that the configuration allows.
     packs: documents packed into a row leave one another alone.
     """
 
@@ -169,6 +190,7 @@ class CausalLM(nn.Module):
         self.lm = lm
         self._no_split_modules = sorted(lm._no_split_modules or ())
         self.packs = True
+        self.attention_note: str | None = None
         head = lm.get_output_embeddings()
         self.fused = type(head) is nn.Linear
         if self.fused:

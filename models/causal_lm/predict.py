@@ -23,7 +23,7 @@ from tqdm import tqdm
 from engine.errors import ConfigError, DataError
 from engine.hardware import choose_device
 from engine.weights import described
-from models.causal_lm.tokenizer import leading_ids, pad_id, stop_ids
+from models.causal_lm.tokenizer import leading_ids, pad_id
 from models.causal_lm.trained import Trained, load_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +129,7 @@ def _generate(trained: Trained, ids: list[int], stream: bool, options: dict[str,
     out = trained.lm.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        eos_token_id=stop_ids(trained.tokenizer),
+        eos_token_id=trained.stops,
         pad_token_id=pad_id(trained.tokenizer),
         max_new_tokens=count,
         streamer=TextStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,

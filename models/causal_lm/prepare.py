@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from models.causal_lm.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from models.causal_lm.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
 
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
 _WORTH_A_PROCESS = 8 << 20  # characters: a process needs seconds to start
 _LARGEST_TEMPLATE = 1 << 20
+_TRIED, _TRIED_CHARACTERS = 64, 10_000  # records, and of each text in them, by which tokenizers are compared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +145,13 @@ def prepare(
         "chat template": None if chat_template is None else _template(chat_template),
     }
     if (out / "store.json").is_file():
-        return _finished(out, made_from), False
+        store = _finished(out, made_from)
+        if given is not None and given.backend_tokenizer.to_str() != store.tokenizer().backend_tokenizer.to_str():
+            raise ConfigError(
+                f"{out}: its tokens are not those of {tokenizer}, which an earlier version did not copy faithfully: "
+                "remove that folder and run the same command again"
+            )
+        return store, False
 
     records, skipped = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction)
     counts, size = _survey(records, skipped, sources, progress)
@@ -150,9 +159,17 @@ def prepare(
     with draft_of(out) as draft:
         training = (text for _, split, record in records.good() if split == "train" for text in texts(record))
         used = train_tokenizer(training, vocab_size) if given is None else given
+        folder = draft / "tokenizer"
+        if tokenizer is None:
+            used.save_pretrained(folder)
+        else:
+            copy_tokenizer(used, tokenizer, folder)
         if chat_template is not None:
             used.chat_template = made_from["chat template"]
-        used.save_pretrained(draft / "tokenizer")
+            set_chat_template(folder, made_from["chat template"])
+        tried = [text[:_TRIED_CHARACTERS] for _, _, record in islice(records.good(), _TRIED) for text in texts(record)]
+        same_tokens(used, load_tokenizer(folder), tried, tokenizer or folder)
+        overrides = overridden(used, folder, tried)
         good = (((place, split), record) for place, split, record in records.good())
         workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // _WORTH_A_PROCESS))
         with (
@@ -173,7 +190,7 @@ def prepare(
                     seconds = bar.format_dict["elapsed"]
                     bar.set_postfix_str(f"{tokens / max(seconds, 1e-9):,.0f} tokens/s")
             _check_counts(counts, sources, records.has_val)
-            notes = {"made_from": made_from, "skipped": skipped.to_json(), "records": counts}
+            notes = {"made_from": made_from, "overrides": overrides, "skipped": skipped.to_json(), "records": counts}
             return writer.finish(out, **notes), True
 
 
@@ -274,4 +291,5 @@ def _summary(store: Store) -> str:
             f"  {split}: {store.index['records'][split]:,} records, {entry.tokens:,} tokens{learned}; "
             f"the longest has {entry.longest:,}"
         )
-    return "\n".join(text + [f"  {line}" for line in lines(store.index["skipped"])])
+    overrides = [line] if (line := store.index.get("overrides")) else []
+    return "\n".join(text + [f"  {line}" for line in [*overrides, *lines(store.index["skipped"])]])

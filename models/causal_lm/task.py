@@ -11,23 +11,27 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine.errors import ConfigError
+from engine.files import write_json
+from engine.strict import read_json_object
 from engine.task import Batch, Sums
 from kernels.packed_attention import packing_tables
 from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from models.causal_lm.network import CausalLM, hf_config_of, make_network
+from models.causal_lm.file_format import FileFormat, shell_of
+from models.causal_lm.folder import read_generation, token_ids
+from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
+from models.causal_lm.tokenizer import load_tokenizer, pad_id, special_ids, stop_ids
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -70,6 +74,9 @@ class LanguageModelTask:
         self.tokenizer = self.store.tokenizer()
         self._check_tokenizer()
         self.pad_id = pad_id(self.tokenizer)
+        self._generation = read_generation(Path(model.path)) if model.path else {}
+        self._own_stops = self._stops_of_config()
+        self._model_notes: list[str] = []
         self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
 
     def build_model(self) -> nn.Module:
@@ -125,27 +132,56 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, split by split, and which attention the network uses."""
-        return [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        """What was left out of the data, split by split, and once there is a network what of it is as it is."""
+        found = [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        return found + self._model_notes
 
     def weight_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
         return name.removeprefix("lm.")
 
-    def save_assets(self, folder: Path) -> dict[str, Any]:
-        """The tokenizer and generation_config.json; config.json is the Hugging Face model's."""
-        from transformers import GenerationConfig
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the folder holds them that training starts from; see models.causal_lm.file_format."""
+        return self._file_format(tensors)
 
-        shutil.copytree(self.store.root / "tokenizer", folder, dirs_exist_ok=True)
-        stops = stop_ids(self.tokenizer)
-        generation = GenerationConfig(eos_token_id=stops, pad_token_id=self.pad_id)
-        generation.save_pretrained(folder)
-        config = self.hf_config.to_dict() | {"eos_token_id": self.tokenizer.eos_token_id}
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """The tokenizer and generation_config.json; config.json is the Hugging Face model's.
+
+        What the model that training starts from says of generation is kept, with all its stops.
+        """
+        ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
+        shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
+        eos, own = self.tokenizer.eos_token_id, self._own_stops
+        stops = token_ids(self._generation.get("eos_token_id"), "eos_token_id") or own
+        write_json(
+            folder / "generation_config.json",
+            {"pad_token_id": self.pad_id} | self._generation
+            | {"eos_token_id": list(dict.fromkeys([*stops, *stop_ids(self.tokenizer)]))},
+        )  # fmt: skip
+        config = self.hf_config.to_dict() | {"eos_token_id": [*own, eos] if own and eos not in own else own or eos}
+        if "tokenizer_class" not in read_json_object(folder / "tokenizer_config.json"):
+            config["tokenizer_class"] = type(self.tokenizer).__name__  # else the model's type would decide
         config.pop("_name_or_path", None)
         return json.loads(json.dumps(config, default=str))
 
+    @cached_property
+    def _shell(self) -> Any:
+        return shell_of(self.hf_config)
+
+    @cached_property
+    def _file_format(self) -> FileFormat:
+        return FileFormat(self._shell, Path(self.model.path) if self.model.path else None)
+
     def _network(self) -> CausalLM:
         network = make_network(self.model, self.hf_config)
+        why = f"; {network.attention_note}" if network.attention_note else ""
+        self._model_notes = [f"attention: {network.attention}{why}"]
+        if beside := self._file_format.beside:
+            shown = f"{', '.join(beside[:3])}{', ...' if beside[3:] else ''}"
+            self._model_notes.append(
+                f"{len(beside)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s: they are not "
+                f"trained, and are written as they are: {shown}"
+            )
         if self.data.packing and not network.packs:
             raise ConfigError(
                 f"data.packing: documents packed into one row change one another's loss in the model of "
@@ -159,22 +195,18 @@ class LanguageModelTask:
 
     def _forward_flops(self) -> float:
         """Of all training samples, divided by their number."""
-        from transformers import AutoModelForCausalLM
-
         config: Any = self.hf_config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(self.hf_config)
+        heads = getattr(config, "num_attention_heads", None) or 0
         matrices = sum(
             parameter.numel()
-            for module in network.modules() if not isinstance(module, nn.Embedding)
+            for module in self._shell.modules() if not isinstance(module, nn.Embedding)
             for parameter in module.parameters(recurse=False) if parameter.ndim == 2
         )  # fmt: skip
         lengths, longest = self.store.split("train").lengths.astype(np.float64), self.data.max_length
         pieces, rest = np.divmod(lengths, longest) if self.store.kind == "text" else (0.0, lengths.clip(max=longest))
         tokens = (pieces * longest + rest).sum()
         pairs = (pieces * longest * (longest + 1) / 2 + rest * (rest + 1) / 2).sum()
-        attention = 4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * pairs
+        attention = 4.0 * config.num_hidden_layers * heads * head_dim_of(config) * pairs
         return float((2.0 * matrices * tokens + attention) / max(1, len(self._datasets["train"])))
 
     def _check_vocabulary(self) -> None:
@@ -185,6 +217,13 @@ class LanguageModelTask:
                 f"data.store: {self.data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
                 f"{known}: prepare the data with the model's own tokenizer (--tokenizer), or choose a larger vocabulary"
             )
+
+    def _stops_of_config(self) -> list[int]:
+        """The eos_token_id of config.json, but for what is no mark: the default of a family is 2, whatever 2 is."""
+        config: Any = self.hf_config
+        own = getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None)
+        special = special_ids(self.tokenizer)
+        return [token for token in token_ids(own, f"{self.model.path}/config.json: eos_token_id") if token in special]
 
     def _check_tokenizer(self) -> None:
         """An id must mean what it means to the model that training starts from; new tokens may be added."""

@@ -145,6 +145,12 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({tokenizer.eos_token_id} | ({turn_end} if turn_end is not None else set()))
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that stand for no text; other added tokens do."""
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The padding token, or EOS where there is none; which one matters to nothing, since padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -12,8 +12,9 @@ from engine.errors import CheckpointError
 from engine.strict import read_json_object, validated
 from engine.weights import find_weights
 from models.causal_lm.config import CausalLMData, CausalLMModel
+from models.causal_lm.folder import token_ids
 from models.causal_lm.network import hf_config_of, make_network
-from models.causal_lm.tokenizer import load_tokenizer
+from models.causal_lm.tokenizer import load_tokenizer, stop_ids
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Trained:
     tokenizer: Any
     data: CausalLMData
     model: CausalLMModel
+
+    @property
+    def stops(self) -> list[int]:
+        """The tokens that end a generated text: by the tokenizer, and by generation_config.json."""
+        own = self.lm.generation_config.eos_token_id
+        return sorted({*stop_ids(self.tokenizer), *token_ids(own, f"{self.folder}: eos_token_id")})
 
 
 def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:

@@ -142,6 +142,9 @@ class TinyTask:
     def weight_name(self, name: str) -> str | None:
         return name
 
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
     def save_assets(self, folder: Path) -> dict[str, Any]:
         (folder / "note.txt").write_text("tiny")
         return {"model_type": "tiny"}

@@ -1,0 +1,100 @@
+"""FileFormat: a network's tensors as the folder holds them that they came from.
+
+transformers renames and fuses tensors when it loads a folder: the experts of a layer become one tensor, a prefix moves.
+What is written is put back, so that the names and the shapes are those of the folder, for whatever reads it next. What
+the folder holds beside the network (a part that sees pictures, heads for further tokens) is written as it was.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.causal_lm.folder import read_tensors, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class FileFormat:
+    """Turns the tensors of a network into those of files.
+
+    Args:
+        shell: transformers' model, which may be without values (on the device "meta").
+        folder: where its tensors came from; None for a new model, which gets the names that transformers gives.
+
+    beside: the folder's tensors that the network does not have.
+    Raises CheckpointError for a folder that cannot be read.
+    """
+
+    def __init__(self, shell: Any, folder: Path | None) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._shell, self._folder = shell, folder
+        self._file_name: dict[str, str] = {}  # by the network's name, of tensors that are only renamed
+        shared: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in shell.named_parameters(remove_duplicate=False):
+            shared[id(parameter)].append(name)
+        self._names = {name: names for names in shared.values() for name in names}  # all those of a tied tensor
+        self._first = next(iter(shared.values()))
+        self.beside: list[str] = []
+        if folder is None:
+            return
+        self._shapes = tensor_shapes(folder)
+        transforms = get_model_conversion_mapping(shell)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        known = shell.state_dict()
+        for name in sorted(self._shapes):
+            ours, converted = rename_source_key(name, renamings, converters, shell.base_model_prefix, known)
+            if ours not in known and name in known:  # a name that is ours already
+                ours, converted = name, None
+            if ours in known and converted is None:
+                self._file_name[ours] = name
+        shell._weight_conversions = [entry for entry in transforms if entry.was_used()]
+        written = self({name: torch.empty_like(tensor) for name, tensor in shell.state_dict().items()})
+        self.beside = sorted(self._shapes.keys() - written.keys())
+
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same values under the files' names. Tensors that belong together there must be given together.
+
+        What the folder holds beside the network comes with the network's first tensor. Raises CheckpointError if it
+        cannot be read any more.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            files = [self._file_name[twin] for twin in self._names.get(name, [name]) if twin in self._file_name]
+            for place, file_name in enumerate(files):
+                found[file_name] = tensor.clone() if place else tensor  # tensors of a file do not share memory
+            if not files:
+                rest[name] = tensor
+        if rest:
+            found |= revert_weight_conversion(self._shell, rest)
+        if (
+            self.beside
+            and (first := next((tensors[name] for name in self._first if name in tensors), None)) is not None
+        ):
+            found |= self._read_beside(first.device)
+        return found
+
+    def _read_beside(self, device: torch.device) -> dict[str, Tensor]:
+        assert self._folder is not None
+        if device.type == "meta":
+            return {name: torch.empty(self._shapes[name], device=device) for name in self.beside}
+        return read_tensors(self._folder, self.beside)
+
+
+def shell_of(hf_config: PreTrainedConfig) -> Any:
+    """transformers' model without values."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
