@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from engine.errors import DataError
 from models.causal_lm.packing import pack
-from models.causal_lm.sources import Kind
+from models.causal_lm.records import Kind
 from models.causal_lm.store import Sequences
 
 IGNORE = -100

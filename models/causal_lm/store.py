@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from engine.errors import DataError
-from models.causal_lm.sources import KINDS, Kind
+from models.causal_lm.records import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from engine.errors import DataError
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, Piece, collate, collate_pairs
+from models.causal_lm.records import Kind
 from models.causal_lm.rendering import Rendered
-from models.causal_lm.sources import Kind
 from models.causal_lm.store import Sequences
 from models.causal_lm.store_writer import StoreWriter, draft_of
 from models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
