@@ -30,6 +30,7 @@ from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.file_format import FileFormat, shell_of
 from models.causal_lm.folder import read_generation, token_ids
 from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
+from models.causal_lm.skipped import remarks
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer, pad_id, special_ids, stop_ids
 
@@ -132,9 +133,11 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, split by split, and once there is a network what of it is as it is."""
-        found = [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
-        return found + self._model_notes
+        """What was left out of the data, of all records and then split by split, and once there is a network what of
+        it is as it is."""
+        said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)]
+        said += [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        return said + self._model_notes
 
     def weight_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""

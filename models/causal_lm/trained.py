@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.weights import find_weights
 from models.causal_lm.config import CausalLMData, CausalLMModel
 from models.causal_lm.folder import token_ids
 from models.causal_lm.network import hf_config_of, make_network
+from models.causal_lm.rendering import Renderer
 from models.causal_lm.tokenizer import load_tokenizer, stop_ids
 
 
@@ -32,6 +34,11 @@ class Trained:
         """The tokens that end a generated text: by the tokenizer, and by generation_config.json."""
         own = self.lm.generation_config.eos_token_id
         return sorted({*stop_ids(self.tokenizer), *token_ids(own, f"{self.folder}: eos_token_id")})
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What writes conversations as the model learned them."""
+        return Renderer(self.tokenizer, f"the chat template of {self.folder}")
 
 
 def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:

@@ -9,7 +9,8 @@ import pytest
 
 from engine.errors import ConfigError, DataError
 from models.causal_lm import sources
-from models.causal_lm.sources import Conversation, Kind, Place, Preference, Problem, Text, find_files, read_records
+from models.causal_lm.records import Conversation, Kind, Preference, Text
+from models.causal_lm.sources import Place, Problem, find_files, read_records
 
 USER, ANSWER, OTHER = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
 
