@@ -23,12 +23,12 @@ Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import autocast_dtype, check_integer, check_positive, check_tensors
+from kernels.first_order import first_order
 from kernels.flash_attention_op import flash_attention_op
 from kernels.triton_path import available
 
@@ -50,12 +50,14 @@ def flash_attention(
     gradients); D from 16 to 256; N and M are free and need not be equal.
     `causal_block` = c lets query i see key j iff j // c <= i // c (1: causal; None: every key).
     `key_mask` [B, M] bool is True at real keys. A query that sees no key returns 0 and passes no gradient.
-    `softmax_scale` multiplies q.k before the softmax; D ** -0.5 unless given.
+    `softmax_scale` multiplies q.k before the softmax; D ** -0.5 unless given. It is a number; one that is learned, a
+    tensor, belongs to q.
 
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together, RuntimeError where it is differentiated twice, or in
+    forward mode.
     """
     _check(q, k, v, causal_block, key_mask, softmax_scale)
-    q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
+    q, k, v = (x.to(autocast_dtype(x)) for x in first_order("flash_attention", q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     N, M = q.shape[1], k.shape[1]
     if q.numel() == 0 or M == 0:
@@ -74,14 +76,6 @@ def flash_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # or torch's kernel falls to a dense one
     out = _attend(q, k, v, causal_block, scale)
     return out if sees is None else out[..., :-_EXTRA].masked_fill(~sees, 0).to(dtype)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """That of autocast, where it is on and x takes part in it, else x's own."""
-    device = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: float) -> Tensor:
@@ -143,11 +137,11 @@ def _sees_any_key(key_mask: Tensor, num_queries: int, causal_block: int | None) 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, key_mask: Tensor | None, softmax_scale: float | None
 ) -> None:
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            found = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor [batch, sequence, heads, head_dim]; got {found}")
-        if _autocast_dtype(x) != _autocast_dtype(q) or x.dtype not in _DTYPES:
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be a tensor [batch, sequence, heads, head_dim]; got shape {list(x.shape)}")
+        if autocast_dtype(x) != autocast_dtype(q) or x.dtype not in _DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v must share one of bf16, fp16, fp32, fp64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; they must be on one device")
@@ -160,16 +154,13 @@ def _check(
         raise ValueError(f"head_dim must lie between 16 and 256; q has {D}")
     if k.shape[2] == 0 or Hq % k.shape[2]:
         raise ValueError(f"the {Hq} heads of q must be a multiple of the {k.shape[2]} heads of k")
-    if causal_block is not None and (
-        not isinstance(causal_block, int) or isinstance(causal_block, bool) or causal_block < 1
-    ):
-        raise ValueError(f"causal_block must be None or an integer of at least 1; got {causal_block!r}")
-    if softmax_scale is not None and not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale must be finite and above 0; got {softmax_scale!r}")
+    if causal_block is not None:
+        check_integer("causal_block", causal_block, least=1)
+    if softmax_scale is not None:
+        check_positive("softmax_scale", softmax_scale)
     if key_mask is not None:
         expected = [B, k.shape[1]]
-        if not isinstance(key_mask, Tensor):
-            raise ValueError(f"key_mask must be a bool tensor {expected}; got {type(key_mask).__name__}")
+        check_tensors(key_mask=key_mask)
         if key_mask.dtype != torch.bool or list(key_mask.shape) != expected:
             raise ValueError(f"key_mask must be bool {expected}; got {key_mask.dtype} {list(key_mask.shape)}")
         if key_mask.device != q.device:

@@ -138,7 +138,9 @@ def real_keys(key_mask, keys, M, HAS_MASK: tl.constexpr, MASKED: tl.constexpr):
 def load_rows(base, first, rows, stride, real, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
     """[rows, BLOCK_D] from row `first` on; 0 past column D and, if CHECKED, wherever a row is not real."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + first.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    per_16_bytes: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
+    start = tl.multiple_of(base + first.to(tl.int64) * stride, 16)
+    pointers = start + (tl.multiple_of(rows[:, None] * stride, (per_16_bytes, per_16_bytes)) + columns[None, :])
     if D < BLOCK_D:
         if CHECKED:
             return tl.load(pointers, mask=real[:, None] & (columns < D)[None, :], other=0.0)

@@ -16,26 +16,28 @@ products are rounded to that dtype once more on a CPU, as those of torch's own l
 softmax, the losses, the sums over chunks and the bias are in fp32 (all of it in fp64 for fp64). Where hidden is fp16,
 its gradient stays in fp32 until it meets the loss scale, and on a GPU the g_i, most of which are below fp16's least
 number, are multiplied by 2^12 for the products. fp16 on a CPU is computed in fp32, 4 to 125 times as fast there.
-Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), whose kernel takes over on a GPU if it is
-installed, for sums in bf16 and fp32; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024).
+Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024); Wijmans et al., "Cut Your Losses in
+Large-Vocabulary Language Models" (2024).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd.function import once_differentiable
+
+from kernels.arguments import autocast_dtype, check_integer, check_tensors
+from kernels.first_order import no_forward_mode, no_second_order
 
 # A chunk's logits in fp32. On a CPU, 16 to 64 MiB took the same time, for weights of 10,000 x 128.
 CHUNK_BYTES = 2**25
 # A chunk reads W twice, and reads and writes its gradient: with fewer rows the products would wait for memory.
 MIN_ROWS = 512
 _FP16_SCALE = 2.0**12
+_NAME = "linear_cross_entropy"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -54,33 +56,16 @@ def linear_cross_entropy(
     """-log softmax(hidden @ weight.T + bias)[target]: the sum over rows, a scalar, or with "none" each, [N]; fp32.
 
     hidden [N, d], weight [V, d], bias [V], all bf16, fp16, fp32 or fp64 (which gives fp64); targets [N] int64. Rows
-    whose target is `ignore_index` give 0 and no gradient. Differentiable once in hidden, weight and bias.
+    whose target is `ignore_index` give 0 and no gradient, whatever they hold. Under autocast hidden, weight and bias may
+    differ in dtype. Differentiable once in hidden, weight and bias.
 
-    Raises ValueError for arguments that do not fit together, and on a CPU for targets outside of [0, V).
+    Raises ValueError for arguments that do not fit together, and on a CPU for targets outside of [0, V); RuntimeError
+    where it is differentiated twice, or in forward mode.
     """
-    device = hidden.device.type
-    dtype = hidden.dtype
-    if hidden.is_floating_point() and dtype != torch.float64 and torch.amp.is_autocast_available(device):
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    _check(hidden, weight, targets, bias, ignore_index, reduction, autocast=dtype != hidden.dtype)
-    training = torch.is_grad_enabled()
-    liger = _liger() if hidden.is_cuda and reduction == "sum" and dtype in (torch.bfloat16, torch.float32) else None
-    if liger is not None and training and hidden.requires_grad:  # it has no gradient of weight without one of hidden
-        like_hidden = [hidden.to(dtype), weight.to(dtype), targets, None if bias is None else bias.to(dtype)]
-        return liger.apply(*like_hidden, None, ignore_index, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+    dtype = _check(hidden, weight, targets, bias, ignore_index, reduction)
     if reduction == "sum":
-        return _Sum.apply(hidden, weight, bias, targets, ignore_index, dtype, training)
+        return _Sum.apply(hidden, weight, bias, targets, ignore_index, dtype, torch.is_grad_enabled())
     return _Rows.apply(hidden, weight, bias, targets, ignore_index, dtype)
-
-
-@functools.cache
-def _liger() -> Any:
-    """Liger Kernel's function, or None where there is none that sums the gradient of weight in fp32."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
-    except ImportError:
-        return None
-    return Function if "accum_dtype" in inspect.signature(Function.forward).parameters else None
 
 
 class _Sum(torch.autograd.Function):
@@ -97,14 +82,21 @@ class _Sum(torch.autograd.Function):
     ) -> Tensor:
         needs = tuple(training and need for need in ctx.needs_input_grad[:3])
         losses, gradients = _sweep(hidden, weight, bias, targets, ignore_index, dtype, needs)
-        ctx.save_for_backward(*gradients)
+        loss = losses.sum()
+        ctx.save_for_backward(loss, *gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return losses.sum()
+        return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx.saved_tensors, grad, ctx.dtypes), None, None, None, None
+        loss, *gradients = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = _scaled(gradients, grad, ctx.dtypes)
+        return *no_second_order(_NAME, loss, grad, *scaled), None, None, None, None
+
+    @staticmethod
+    def jvp(*_: Any) -> NoReturn:
+        no_forward_mode(_NAME)
 
 
 class _Rows(torch.autograd.Function):
@@ -118,24 +110,31 @@ class _Rows(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        losses, _ = _sweep(hidden, weight, bias, targets, ignore_index, dtype)
+        ctx.save_for_backward(losses, hidden, weight, bias, targets)
         ctx.ignore_index, ctx.dtype = ignore_index, dtype
-        return _sweep(hidden, weight, bias, targets, ignore_index, dtype)[0]
+        return losses
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        # The largest is taken out, so that what is left, times hidden, fits fp16 whatever the loss scale is.
-        largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
-        _, gradients = _sweep(
-            hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, ctx.needs_input_grad[:3], grad / largest
-        )
-        dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return *_scaled(gradients, largest, dtypes), None, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        losses, hidden, weight, bias, targets = ctx.saved_tensors
+        needs, dtypes = ctx.needs_input_grad[:3], (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        with torch.no_grad():
+            grad = upstream.where(targets != ctx.ignore_index, 0)
+            # The largest is taken out, so that what is left, times hidden, fits fp16 whatever the loss scale is.
+            largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
+            _, gradients = _sweep(
+                hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest
+            )
+            scaled = _scaled(gradients, largest, dtypes)
+        return *no_second_order(_NAME, losses, upstream, *scaled), None, None, None
+
+    @staticmethod
+    def jvp(*_: Any) -> NoReturn:
+        no_forward_mode(_NAME)
 
 
-def _scaled(gradients: Gradients, factor: Tensor, dtypes: tuple[torch.dtype | None, ...]) -> Gradients:
+def _scaled(gradients: Sequence[Tensor | None], factor: Tensor, dtypes: tuple[torch.dtype | None, ...]) -> Gradients:
     """The gradients times a scalar. It is not rounded to bf16 first, which it would be beside a tensor of bf16."""
     hidden, weight, bias = (
         None if gradient is None else (gradient.to(factor.dtype) * factor).to(dtype)
@@ -252,9 +251,11 @@ def _check(
     bias: Tensor | None,
     ignore_index: int,
     reduction: str,
-    autocast: bool,
-) -> None:
-    if reduction not in ("sum", "none"):
+) -> torch.dtype:
+    """The dtype of the products."""
+    check_tensors(hidden=hidden, weight=weight, targets=targets, **({} if bias is None else {"bias": bias}))
+    check_integer("ignore_index", ignore_index, least=-(2**63))
+    if not isinstance(reduction, str) or reduction not in ("sum", "none"):
         raise ValueError(f"reduction must be 'sum' or 'none'; got {reduction!r}")
     if hidden.dim() != 2 or hidden.shape[1] < 1:
         raise ValueError(f"hidden must be [N, d], d at least 1; got {list(hidden.shape)}")
@@ -265,13 +266,13 @@ def _check(
         raise ValueError(f"bias must be [{V}] to go with weight {list(weight.shape)}; got {list(bias.shape)}")
     if targets.dtype != torch.int64 or list(targets.shape) != [N]:
         raise ValueError(f"targets must be int64 [{N}]; got {targets.dtype} {list(targets.shape)}")
+    dtype = autocast_dtype(hidden)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets)):
         if x is None:
             continue
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
-        narrow = autocast and x.dtype in _DTYPES[:3]
-        if name != "targets" and not narrow and (x.dtype not in _DTYPES or x.dtype != hidden.dtype):
+        if name != "targets" and (x.dtype not in _DTYPES or autocast_dtype(x) != dtype):
             raise ValueError(
                 f"{name} has dtype {x.dtype}; hidden ({hidden.dtype}), weight and bias must share one of bf16, fp16, "
                 "fp32, fp64, or be cast by autocast"
@@ -284,3 +285,4 @@ def _check(
                 f"targets must lie in [0, {V}), the rows of weight, or be ignore_index {ignore_index}; row {row} has "
                 f"{int(targets[row])}"
             )
+    return dtype

@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import check_tensors
 from kernels.column_sums import column_sums
+from kernels.first_order import first_order
 from kernels.masked_mse import check, masked_mse, runs_on_triton
 from kernels.triton_path import jit, num_multiprocessors, tl, triton
 
@@ -255,6 +257,7 @@ def linear_masked_mse(
 
     Raises ValueError for arguments that do not fit together.
     """
+    check_tensors(hidden=hidden, weight=weight, bias=bias, target=target)
     if hidden.dim() < 1 or hidden.shape[-1] < 1 or weight.shape != hidden.shape[-1:]:
         raise ValueError(
             f"weight must be [{hidden.shape[-1] if hidden.dim() else 'd'}], the last dimension of hidden "
@@ -269,8 +272,10 @@ def linear_masked_mse(
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
     check(hidden[..., 0], target, mask, "hidden")
     if runs_on_triton(hidden, weight, bias, target, mask):
-        sums, _ = _forward(hidden, weight, bias, target, mask)
+        sums, _ = _forward(*first_order("linear_masked_mse", hidden, weight, bias, target), mask)
         total, count = sums.unbind()
         return total, count.detach()
+    if mask is not None:  # of a row that does not count nothing may reach the gradient of weight, not even 0 x NaN
+        hidden = hidden.masked_fill((mask == 0).expand(target.shape)[..., None], 0)
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     return masked_mse(F.linear(hidden, weight[None], bias.reshape(1)).squeeze(-1), target, mask)

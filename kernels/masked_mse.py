@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_tensors
 from kernels.column_sums import column_sums
+from kernels.first_order import first_order
 from kernels.triton_path import available, jit, num_multiprocessors, tl, triton
 
 TILE, NUM_WARPS, PROGRAMS_PER_SM = 4096, 8, 8
@@ -247,7 +249,7 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tupl
     """
     check(pred, target, mask)
     if runs_on_triton(pred, target, mask):
-        total, count = _forward(pred, target, mask).unbind()
+        total, count = _forward(*first_order("masked_mse", pred, target), mask).unbind()
         return total, count.detach()
     accumulator = torch.float64 if pred.dtype == torch.float64 else torch.float32
     if mask is None:
@@ -268,6 +270,7 @@ def runs_on_triton(*tensors: Tensor | None) -> bool:
 
 def check(pred: Tensor, target: Tensor, mask: Tensor | None, name: str = "pred") -> None:
     """ValueError where a prediction, a target and a mask do not go together; `name` is what the first one is called."""
+    check_tensors(**{name: pred, "target": target})
     for what, x in ((name, pred), ("target", target)):
         if not x.is_floating_point():
             raise ValueError(f"{what} must be floating; got {x.dtype}")
@@ -277,8 +280,7 @@ def check(pred: Tensor, target: Tensor, mask: Tensor | None, name: str = "pred")
         raise ValueError(f"target is on {target.device}, {name} on {pred.device}; they must be on one device")
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask must be a tensor; got a {type(mask).__name__}")
+    check_tensors(mask=mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask must be bool or floating; got {mask.dtype}")
     if mask.device != pred.device:

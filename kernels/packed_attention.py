@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.arguments import check_tensors
+from kernels.first_order import first_order
 from kernels.flash_attention import flash_attention
 
 SMALLEST_BUCKET = 16
@@ -131,6 +133,7 @@ def packed_attention(
     Raises ValueError for arguments that do not fit together.
     """
     buckets = _check(q, k, v, tables)
+    q, k, v = first_order("packed_attention", q, k, v)
     B, L = q.shape[:2]
     unpack = torch.cat([index.flatten() for index in buckets])  # [J], the position of each place
     repack = tables["repack"].flatten()  # [B L], the place of each position
@@ -154,12 +157,16 @@ def packed_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor]) -> list[Tensor]:
     """For each bucket, smallest first, the positions of its documents, [K, M]."""
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or x.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"{name} must be [batch, sequence, heads, head_dim], of one batch and sequence with q "
                 f"{list(q.shape)}; got {list(x.shape)}"
             )
+    if not isinstance(tables, dict):
+        raise ValueError(f"tables must be those of packing_tables, a dict; got a {type(tables).__name__}")
+    check_tensors(**{f"tables[{name!r}]": table for name, table in tables.items()})
     sizes = sorted(int(name.removeprefix(_UNPACK)) for name in tables if name.startswith(_UNPACK))
     if not sizes or "repack" not in tables:
         raise ValueError(f"tables must be those of packing_tables, 'unpack_...' and 'repack'; got {sorted(tables)}")

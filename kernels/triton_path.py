@@ -7,6 +7,7 @@ Everything imports without Triton too. It is read once, at import, whether Trito
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -28,8 +29,14 @@ def available(tensor: Tensor) -> bool:
 
 
 def jit(function: Any) -> Any:
-    """triton.jit, or the function as it is where there is no Triton to run it."""
-    return function if triton is None else triton.jit(function)
+    """triton.jit, or the function as it is where there is no Triton to run it.
+
+    Kernels learn nothing from the values of arguments named "..._stride_...": one compiled kernel serves all of them.
+    """
+    if triton is None:
+        return function
+    strides = [name for name in inspect.signature(function).parameters if "_stride_" in name]
+    return triton.jit(function, do_not_specialize=strides)
 
 
 def num_multiprocessors(device: torch.device) -> int:
