@@ -290,6 +290,25 @@ def test_workers_that_hang_end_with_their_parent_and_do_not_keep_it(parent: str)
         wait_until(lambda: not members(process.pid), 20.0)
 
 
+IDLE_POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from engine.workers import end_with_parent
+
+pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), end_with_parent)
+pool.submit(print, "working", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_pool_of_a_preparation_that_is_killed_does_not_stay() -> None:
+    with running([sys.executable, "-c", IDLE_POOL]) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "working\n"
+        process.kill()
+        wait_until(lambda: not members(process.pid), 20.0)
+
+
 @pytest.mark.fault("{number} during the start")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_during_the_start_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
