@@ -53,10 +53,6 @@ class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
 
-class LostRankError(TrunklineError):
-    """Another rank has ended."""
-
-
 class Trainer:
     """One run of one task.
 
@@ -157,7 +153,7 @@ class Trainer:
         except Exception as error:
             if not lost_a_rank(error):
                 raise
-            raise LostRankError(
+            raise TrunklineError(
                 f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
                 f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
             ) from error
@@ -184,7 +180,7 @@ class Trainer:
                     self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written", works=True)
                     self.checkpoints.wait()
             except Exception as error:
-                if not isinstance(error, LostRankError):
+                if not lost_a_rank(error.__cause__):
                     self.checkpoints.settle()
                 raise
             finally:

@@ -94,7 +94,11 @@ def _train(arguments: argparse.Namespace) -> int:
             find_micro_batch(trainer)
     trainer.run()
     if ranks.is_main:
-        print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")
+        try:
+            report = str(write_report(folder).relative_to(folder))
+        except OSError as error:  # the run is done all the same
+            report = f"no report ({error}); `python -m engine.report {folder}` writes it once there is room"
+        print(f"done: {folder} holds best/, final/ and {report}")
     return 0
 
 
