@@ -131,9 +131,9 @@ class BestWeights:
         return True
 
 
-def outcome(folder: Path, best: Best, progress: Progress, report: Path) -> str:
+def outcome(folder: Path, best: Best, progress: Progress, report: str) -> str:
     """What a finished run's folder holds, and why there is no best/ if there is none."""
-    last = f"{FINAL}/ and {report.relative_to(folder)}"
+    last = f"{FINAL}/ and {report}"
     if progress.best is None:
         return f"{last}; no {BEST}/: no evaluation has measured a finite {best.metric}"
     value = f"{best.metric} {progress.best:.6g} at step {progress.best_step}"

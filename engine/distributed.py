@@ -160,6 +160,6 @@ def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
         raise CheckpointError(problem)
 
 
-def lost_a_rank(error: Exception) -> bool:
+def lost_a_rank(error: BaseException | None) -> bool:
     """Whether a collective failed because another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

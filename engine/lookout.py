@@ -1,4 +1,4 @@
-"""Whether any rank was asked to stop, agreed over all ranks, where steps do not tell: between evaluation batches."""
+"""Whether any rank was asked to stop, agreed over all ranks, between two batches of a step or of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from engine import stopping
 from engine.distributed import Ranks, sum_over_ranks
 
-_EVERY_MS = 500
+EVERY_MS = 500
+"""How often, about: a look is an all-reduce, and waits for what a GPU has to do."""
 
 
 class StopRequested(Exception):  # noqa: N818  # not an error: the run has to be saved
@@ -17,7 +18,7 @@ class StopRequested(Exception):  # noqa: N818  # not an error: the run has to be
 
 
 class Lookout:
-    """Looks about twice a second: how many calls lie between two looks follows from the ranks' common time."""
+    """How many calls lie between two looks follows from the ranks' common time, so that all look at the same calls."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -35,6 +36,6 @@ class Lookout:
         stop, took_ms = sum_over_ranks({"facts": facts}, self.ranks)["facts"].tolist()
         if stop:
             raise StopRequested
-        within = int(self._stride * _EVERY_MS * self.ranks.world_size / max(took_ms, 1.0))
+        within = int(self._stride * EVERY_MS * self.ranks.world_size / max(took_ms, 1.0))
         self._left = self._stride = max(1, min(within, 2 * self._stride))
         self._looked = now

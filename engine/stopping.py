@@ -3,9 +3,9 @@
     listen()                the first thing that a program does, before the imports that take seconds
     with deferred(): ...    in here a request is only noted: look at `requested()` now and then, save, and end
 
-Outside of `deferred` a request ends the process at once, with one line. That is as safe as kill -9, from
-which every file is whole, and it works where an exception does not: in an import, or in a call that waits for another
-rank. So a thread listens; Python's own handlers run only between two instructions of the main thread.
+After `listen`, and outside of `deferred`, a request ends the process at once, with one line. That is as safe as
+kill -9, which leaves every file whole, and it works where an exception does not: in an import, or in a call that waits
+for another rank. So a thread listens; Python's own handlers run only between two instructions of the main thread.
 
 A signal that is ignored when listening begins stays ignored if it is HUP or INT: so `nohup` and shells ask for it. A
 launcher that dies may leave its ranks behind. A rank therefore knows the torchrun or deepspeed processes that it
@@ -77,13 +77,14 @@ def deferred() -> Iterator[None]:
     After an error, or a request that was noted, one that listens goes on to defer: it is on its way out, and a second
     request must not cut that short.
     """
-    global _deferring
+    global _deferring, _listener
     _deferring += 1
     if _listener is not None:
         yield
         _deferring -= not _reasons
         return
-    listen()
+    _reasons.clear()
+    _listener = _Listener()
     try:
         yield
     finally:
@@ -91,9 +92,12 @@ def deferred() -> Iterator[None]:
 
 
 class _Listener:
-    def __init__(self, exit_code: int, advice: str) -> None:
+    """Without an `exit_code` it notes requests and never ends the process."""
+
+    def __init__(self, exit_code: int | None = None, advice: str = "") -> None:
         self._exit_code, self._advice = exit_code, advice
         self._handlers: dict[signal.Signals, Any] = {}
+        self._woken_before: int | None = None
         self._launchers = _launchers()
         self._heard, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -107,7 +111,7 @@ class _Listener:
                     self._handlers[number] = handler
 
     def close(self) -> None:
-        self._restore(getattr(self, "_woken_before", -1))
+        self._restore(self._woken_before)
         os.write(self._wake, b"\0")  # the thread ends, and closes the pipe
 
     def forget_in_a_child(self) -> None:
@@ -116,8 +120,8 @@ class _Listener:
         os.close(self._wake)
         os.close(self._heard)
 
-    def _restore(self, wake: int) -> None:
-        if self._handlers:
+    def _restore(self, wake: int | None) -> None:
+        if wake is not None and self._woken_before is not None:
             signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
@@ -135,15 +139,12 @@ class _Listener:
             elif not all(map(_is_alive, self._launchers)):
                 self._launchers = []
                 request("the loss of its launcher")
-            if _reasons and not _deferring:
-                self._leave(_reasons[0])
-
-    def _leave(self, reason: str) -> None:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"rank {rank}: "
-        with suppress(OSError):
-            os.write(2, f"{where}stopped: by {reason}, {self._advice}\n".encode())
-        os._exit(self._exit_code)
+            if _reasons and not _deferring and self._exit_code is not None:
+                rank = os.environ.get("RANK", "0")
+                where = "" if rank == "0" else f"rank {rank}: "
+                with suppress(OSError):
+                    os.write(2, f"{where}stopped: by {_reasons[0]}, {self._advice}\n".encode())
+                os._exit(self._exit_code)
 
 
 def _note(number: int, _frame: Any) -> None:

@@ -59,10 +59,6 @@ class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
 
-class LostRankError(TrunklineError):
-    """Another rank has ended."""
-
-
 class Trainer:
     """One run of one task.
 
@@ -144,6 +140,8 @@ class Trainer:
         self.trackers = make_trackers(
             settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main, self.progress.evaluation_due
         )
+        self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
+        self._lookout = Lookout(ranks)
         self._draws = mix(settings.seed, 1, ranks.rank)
         self._flags = {
             (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=ranks.device)
@@ -171,7 +169,7 @@ class Trainer:
         except Exception as error:
             if not lost_a_rank(error):
                 raise
-            raise LostRankError(
+            raise TrunklineError(
                 f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
                 f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
             ) from error
@@ -198,7 +196,7 @@ class Trainer:
                     self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written", works=True)
                     self.checkpoints.wait()
             except Exception as error:
-                if not isinstance(error, LostRankError):
+                if not lost_a_rank(error.__cause__):
                     self.checkpoints.settle()
                 raise
             finally:
@@ -214,15 +212,13 @@ class Trainer:
             self._save_and_stop()
 
     def _save_and_stop(self) -> NoReturn:
-        step, found = self.progress.step, self.assembly.found
-        why = stopping.requested()
+        step, why = self.progress.step, stopping.requested()
         if why is None:
             stopping.request(why := "a signal to another rank")
-        saved = step == self.assembly.first_step and (found is None or found.path.parent == self.checkpoints.folder)
-        if not saved:
-            self.watchdog.note(step, "saving a checkpoint", works=True)
+        self.watchdog.note(step, "saving a checkpoint", works=True)
+        if step not in (0, self._saved_step):
             self.save()
-            self.checkpoints.wait()
+        self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise InterruptedRunError(f"by {why} {where}; go on with --resume auto --output-dir {self.folder}")
 
@@ -336,6 +332,7 @@ class Trainer:
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
         for batch in micro_batches:
+            self._lookout.look()  # a step that is broken off is made again from its beginning
             self.watchdog.note(self.progress.step, "forward, backward and reduction of the gradients")
             part = self.task.loss(self.backend.model, batch)
             loss = part["loss"].detach()
@@ -394,11 +391,9 @@ class Trainer:
         return over
 
     def _metrics(self, num_samples: int | None) -> dict[str, float]:
-        lookout = Lookout(self.ranks)
-
         def before_batch() -> None:
             self.watchdog.note(self.progress.step, "evaluating")
-            lookout.look()
+            self._lookout.look()
 
         try:
             with self.attempt(self._evaluation_fits):
@@ -453,6 +448,7 @@ class Trainer:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
         self.checkpoints.wait()  # so that no two copies of the state are held at once
+        self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
         return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
 

@@ -33,6 +33,8 @@ from engine.reading import read_object
 EXIT_CODE = 76
 """Of a process that was ended because the run hung."""
 
+_IDLE_BYTES = 1 << 20
+_IDLE_SHARE = 0.05
 _WAITING = os.path.dirname(dist.__file__)
 
 
@@ -93,15 +95,16 @@ class Watchdog:
             self.folder.rmdir()  # by the last one
 
     def _watch(self) -> None:
-        seen, work = 0, None
+        seen = 0
         ticked = got_on = time.monotonic()
+        work = self._work()
         while not self._done.wait(self._every_s):
             now = time.monotonic()
             count, step, doing, since, works = self._note
-            before, work = work, self._work() if works else None
+            before, work = work, self._work()
             if count != seen:
                 seen, got_on = count, since
-            if work != before or now - ticked > 2 * self._every_s:
+            if (works and self._gets_on(before, work, now - ticked)) or now - ticked > 2 * self._every_s:
                 got_on = now
             ticked, seconds = now, now - got_on
             with contextlib.suppress(OSError):  # a full disk is for the next save to report
@@ -113,13 +116,18 @@ class Watchdog:
                 print(self._report(), file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)  # the main thread is inside a call that nothing interrupts
 
-    def _work(self) -> tuple[int, ...]:
-        """Numbers of which one changes when there is work done: pieces and MiB of files, tenths of a second of CPU."""
+    def _work(self) -> tuple[int, int, float]:
+        """Up to now: pieces of files, bytes read and written, seconds of processors."""
         moved = 0
         with contextlib.suppress(OSError, psutil.Error):  # not every kernel counts
             counters = psutil.Process().io_counters()
-            moved = (counters.read_chars + counters.write_chars) >> 20
-        return pieces_written(), moved, int(10 * sum(os.times()[:4])) if self._starting else 0
+            moved = counters.read_chars + counters.write_chars
+        return pieces_written(), moved, sum(os.times()[:4])
+
+    def _gets_on(self, before: tuple[int, int, float], work: tuple[int, int, float], seconds: float) -> bool:
+        """Whether work was done. A process that only waits reads and computes a little, too."""
+        pieces, moved, cpu_s = (after - earlier for after, earlier in zip(work, before, strict=True))
+        return bool(pieces) or moved > _IDLE_BYTES or (self._starting and cpu_s > _IDLE_SHARE * seconds)
 
     def _place(self) -> dict[str, Any]:
         """Where the watched thread is, and whether it waits for other ranks."""

@@ -112,7 +112,11 @@ def _train(arguments: argparse.Namespace) -> int:
     progress = trainer.run()
     if ranks.is_main:
         best = trainer.config.training.best
-        print(f"done: {folder} holds {outcome(folder, best, progress, write_report(folder))}")
+        try:
+            report = str(write_report(folder).relative_to(folder))
+        except OSError as error:  # the run is done all the same
+            report = f"no report ({error}); `python -m engine.report {folder}` writes it once there is room"
+        print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
     return 0
 
 

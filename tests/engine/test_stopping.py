@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch import nn
 
-from engine import stopping
+from engine import lookout, stopping
 from engine.distributed import start
 from engine.task import Batch, Sums
 from engine.trackers import read_metrics
@@ -42,6 +43,11 @@ class Signalled(TinyTask):
         if self.batches == self.at:
             os.kill(os.getpid(), self.number)
         return super().evaluate(model, batch)
+
+
+@pytest.fixture(autouse=True)
+def _look_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookout, "EVERY_MS", 0)
 
 
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -69,19 +75,14 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_onc
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, training={"steps": 2})
-    task = Signalled(config, signal.SIGTERM, at=1)
-    with pytest.raises(InterruptedRunError, match="by SIGTERM after step 1, which is saved"):
-        Trainer(task, config, start(), tmp_path / "run").run()  # the first look is one batch, so a step follows
-    config = tiny_config(tmp_path, data={"samples": 40}, training={"steps": 2})
-    trainer = Trainer(Signalled(config, signal.SIGTERM, at=9), config, start(), tmp_path / "other")
-    with stopping.deferred():
-        stopping.request("the test")
-        with pytest.raises(InterruptedRunError, match=r"by the test before the first step; .*--resume auto"):
-            trainer.run()
-    assert list((tmp_path / "other/checkpoints").iterdir()) == []
+    trainer = Trainer(Signalled(config, signal.SIGTERM, at=1), config, start(), tmp_path / "run")
+    with pytest.raises(InterruptedRunError, match=r"by SIGTERM before the first step; .*--resume auto"):
+        trainer.run()
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def stop_rank_1(rank: int, world_size: int, folder: Path) -> tuple[str, int]:
+    lookout.EVERY_MS = 0
     section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     config = tiny_config(folder / f"config-{rank}", training={"eval_every": 2}, deepspeed=section)
     task = Signalled(config, signal.SIGUSR1, at=1 + 1 if rank else 0)
@@ -98,6 +99,54 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_in_the_same_batch(tmp_
     assert "by SIGUSR1 after step 2" in said_1
     assert batches_0 == batches_1 < 1 + 6
     assert (tmp_path / "run/checkpoints/step-00000002/MANIFEST.json").exists()
+
+
+class SignalledInAStep(TinyTask):
+    """Sends this process a signal in its nth micro-batch of training, counted from 1, and counts them."""
+
+    def __init__(self, config: Any, at: int) -> None:
+        super().__init__(config.data, config.model)
+        self.at, self.micro_batches = at, 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        if model.training and torch.is_grad_enabled():
+            self.micro_batches += 1
+            if self.micro_batches == self.at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(model, batch)
+
+
+def break_off_a_step(rank: int, world_size: int, folder: Path) -> list[int]:
+    lookout.EVERY_MS = 0
+    made = []
+    for backend, stage in (("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 0), ("fsdp", 3)):
+        section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
+        name = f"{backend}{stage}"
+        config = tiny_config(
+            folder / f"{name}-{rank}", data={"noise": 0.1}, model={"dropout": 0.2}, training={"steps": 5},
+            deepspeed=section | {"train_batch_size": 8},
+        )  # fmt: skip
+        Trainer(TinyTask(config.data, config.model), config, start(), folder / f"{name}-whole", backend).run()
+        planned = 1  # whatever a plan and a probe look at with gradients
+        task = SignalledInAStep(config, at=0)
+        task.at = 0 if rank else 2 * (8 // world_size) + planned + 2
+        with pytest.raises(InterruptedRunError):
+            Trainer(task, config, start(), folder / name, backend).run()
+        made.append(task.micro_batches)
+        Trainer(TinyTask(config.data, config.model), config, start(), folder / name, backend, "auto").run()
+    return made
+
+
+@pytest.mark.distributed
+def test_a_step_is_broken_off_after_a_micro_batch_and_made_again_exactly(tmp_path: Path) -> None:
+    made = run_distributed_test(break_off_a_step, 2, tmp_path, backend=None)
+    assert made[0] == made[1]
+    for name in ("deepspeed0", "deepspeed2", "deepspeed3", "fsdp0", "fsdp3"):
+        found, wanted = (tmp_path / name / "checkpoints", rows(tmp_path / f"{name}-whole", "train"))
+        losses = [[row["loss"] for row in lines] for lines in (rows(tmp_path / name, "train"), wanted)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 5
+        assert sorted(path.name for path in found.glob("step-*"))[0] == "step-00000002"
 
 
 def test_a_run_outside_the_main_thread_trains_without_handlers(tmp_path: Path) -> None:
@@ -238,6 +287,25 @@ def test_workers_that_hang_end_with_their_parent_and_do_not_keep_it(parent: str)
         else:
             process.communicate("\n", timeout=60)
             assert process.returncode == 0
+        wait_until(lambda: not members(process.pid), 20.0)
+
+
+IDLE_POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from engine.workers import end_with_parent
+
+pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), end_with_parent)
+pool.submit(print, "working", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_pool_of_a_preparation_that_is_killed_does_not_stay() -> None:
+    with running([sys.executable, "-c", IDLE_POOL]) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "working\n"
+        process.kill()
         wait_until(lambda: not members(process.pid), 20.0)
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import lookout
 from engine.config import RunConfig
 from engine.deepspeed_section import batch_sizes
 from engine.distributed import start
@@ -146,8 +147,11 @@ def interrupted_then_resumed(folder: Path, config: RunConfig, at: int) -> Traine
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, stage: int) -> None:
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
+    tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With dropout, noise, ragged batches, early stopping and a best metric to remember."""
+    monkeypatch.setattr(lookout, "EVERY_MS", 0)
     config = tiny_config(
         tmp_path,
         data={"noise": 0.2},

@@ -156,7 +156,7 @@ def test_time_in_which_the_process_was_suspended_does_not_count(tmp_path: Path) 
 @pytest.mark.distributed
 def test_the_rank_that_is_left_says_that_another_has_ended(tmp_path: Path) -> None:
     with pytest.raises(
-        AssertionError, match=r"(?s)rank 0 failed.*LostRankError: another rank has ended, .*step 3.*--resume auto"
+        AssertionError, match=r"(?s)rank 0 failed.*TrunklineError: another rank has ended, .*step 3.*--resume auto"
     ):
         run_distributed_test(train, 2, tmp_path, "kill", backend=None, timeout_s=60)
 

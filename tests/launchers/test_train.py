@@ -44,6 +44,16 @@ def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[s
     assert plan == json.loads((toy / "run/plan.json").read_text())
 
 
+def test_a_run_is_done_although_its_report_cannot_be_written(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").write_text("a file in the way of the folder")
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run"), "--set", "training.steps=1"]
+    assert train.main(flags) == 0
+    assert "final/ and no report (" in capsys.readouterr().out
+
+
 @pytest.mark.fault("output {where}, in a folder whose name it cannot show")
 @pytest.mark.parametrize(
     "where",
