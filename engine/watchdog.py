@@ -104,8 +104,9 @@ class Watchdog:
             before, work = work, self._work()
             if count != seen:
                 seen, got_on = count, since
-            if (works and self._gets_on(before, work, now - ticked)) or now - ticked > 2 * self._every_s:
+            if works and self._gets_on(before, work, now - ticked):
                 got_on = now
+            got_on = min(now, got_on + max(0.0, now - ticked - 2 * self._every_s))
             ticked, seconds = now, now - got_on
             with contextlib.suppress(OSError):  # a full disk is for the next save to report
                 draft = self._path(self.ranks.rank).with_suffix(".draft")

@@ -63,7 +63,7 @@ def train(folder: Path, config: RunConfig, resume: str = "none", task: type[Scor
 
 def said(trainer: Trainer) -> str:
     best = trainer.config.training.best
-    return outcome(trainer.folder, best, trainer.progress, trainer.folder / "report/summary.md")
+    return outcome(trainer.folder, best, trainer.progress, "report/summary.md")
 
 
 def weights_of(checkpoint: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -94,21 +94,6 @@ def test_a_rank_that_hangs_during_the_start_is_named(tmp_path: Path, fault: str)
     assert f"rank 1: step 0, {place}, for " in said
 
 
-def join(rank: int, world_size: int, folder: Path) -> None:
-    if rank:
-        time.sleep(3600)
-    sys.stderr = (folder / "stderr").open("w")
-    start(600, joining=lambda ranks: Watchdog(folder / ".ranks", ranks, 1.0).starting())
-
-
-@pytest.mark.fault("a rank that never joins the others")
-@pytest.mark.distributed
-def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="exit code 76"):
-        run_distributed_test(join, 2, tmp_path, backend=None, timeout_s=60)
-    assert "rank 1: left no note" in (tmp_path / "stderr").read_text()
-
-
 def save_slowly(rank: int, world_size: int, folder: Path) -> int:
     """On rank 1 each file takes 1.2 s to come to the disk; rank 0 waits for it."""
     fsync = os.fsync
