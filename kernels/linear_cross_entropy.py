@@ -123,9 +123,7 @@ class _Rows(torch.autograd.Function):
             grad = upstream.where(targets != ctx.ignore_index, 0)
             # The largest is taken out, so that what is left, times hidden, fits fp16 whatever the loss scale is.
             largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
-            _, gradients = _sweep(
-                hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest
-            )
+            _, gradients = _sweep(hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest)
             scaled = _scaled(gradients, largest, dtypes)
         return *no_second_order(_NAME, losses, upstream, *scaled), None, None, None
 
