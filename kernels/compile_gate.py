@@ -1,10 +1,11 @@
 """python -m kernels.compile_gate: what every shipped tile of flash_attention needs in registers and shared memory.
 
-Compiles the kernels for each of SHARED_MEMORY_LIMIT with Triton and the assembler that it brings: no GPU is needed. What
-would make a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a
-multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); rows that are not loaded 16
-bytes at a time; for 16-bit tiles, mask arithmetic in the loop that is to do without, and on sm_90 products that are no warp-group instructions, or that the assembler had to put one
-after the other for want of registers.
+Compiles the kernels for each architecture of SHARED_MEMORY_LIMIT with Triton and the assembler that it brings: no GPU
+is needed. What would make a tile slow or unusable fails it: registers spilled to memory; more registers or shared
+memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); rows that are
+not loaded 16 bytes at a time; for 16-bit tiles, mask arithmetic in the loop that is to do without, and on sm_90
+products that are no warp-group instructions, or that the assembler had to put one after the other for want of
+registers.
 
 The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
 multiprocessor for a tile of scores, and says what is asked the most: tensor cores, exponentials (16 a clock) or issued
@@ -15,6 +16,7 @@ does; but of two tiles it tells which one leaves less to wait for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import tempfile
 from collections import Counter
@@ -81,21 +83,30 @@ CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
 PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}  # of tiles; 2 head_dim operations a score each
 
 # "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
+SHARES_TILES_WITH = {86: 80, 89: 86, 100: 90, 120: 86}  # most of them
+HEAD_DIMS = (16, 24, 32, 40, 64, 72, 128, 256)
 PATTERNS = ((True, True), (True, False), (False, True), (False, False))  # a causal block, a key mask
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
-    """All of them, or one a tile of the 16-bit table: bf16, block-causal with a key mask, which holds the most code.
+    """All of them, or one for each tile of the 16-bit table, of some architectures for those that are their own alone:
+    bf16, block-causal with a key mask, which holds the most code.
 
-    Strides make no difference: no kernel learns anything from them.
+    Strides make no difference: no kernel learns anything from them. Nor does "backward_delta" from the pattern.
     """
-    for architecture in SHARED_MEMORY_LIMIT:
-        for name in PASSES if every else ("forward", "backward_delta", "backward", "backward_gqa", "backward_dq"):
-            for head_dim in (16, 24, 32, 40, 64, 72, 128, 256) if every else (16, 32, 64, 128, 256):
-                for dtype in ("bf16", "fp16", "fp32") if every else ("bf16",):
-                    for causal, masked in PATTERNS if every and name != "backward_delta" else PATTERNS[:1]:
-                        yield Configuration(architecture, name, dtype, head_dim, causal, masked)
+    if every:
+        for architecture, name in itertools.product(SHARED_MEMORY_LIMIT, PASSES):
+            patterns = PATTERNS if name != "backward_delta" else PATTERNS[:1]
+            for head_dim, dtype, pattern in itertools.product(HEAD_DIMS, ("bf16", "fp16", "fp32"), patterns):
+                yield Configuration(architecture, name, dtype, head_dim, *pattern)
+        return
+    names = [name for name in PASSES if name != "backward_dkdv"]
+    for architecture, name, head_dim in itertools.product(SHARED_MEMORY_LIMIT, names, (16, 32, 64, 128, 256)):
+        configuration = Configuration(architecture, name, "bf16", head_dim, causal=True, masked=True)
+        others = configuration._replace(architecture=SHARES_TILES_WITH.get(architecture, architecture)).tile
+        if architecture not in SHARES_TILES_WITH or configuration.tile != others:
+            yield configuration
 
 
 def measure(configuration: Configuration) -> Usage:

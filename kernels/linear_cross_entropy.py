@@ -56,8 +56,8 @@ def linear_cross_entropy(
     """-log softmax(hidden @ weight.T + bias)[target]: the sum over rows, a scalar, or with "none" each, [N]; fp32.
 
     hidden [N, d], weight [V, d], bias [V], all bf16, fp16, fp32 or fp64 (which gives fp64); targets [N] int64. Rows
-    whose target is `ignore_index` give 0 and no gradient, whatever they hold. Under autocast hidden, weight and bias may
-    differ in dtype. Differentiable once in hidden, weight and bias.
+    whose target is `ignore_index` give 0 and no gradient, whatever they hold. Under autocast hidden, weight and bias
+    may differ in dtype. Differentiable once in hidden, weight and bias.
 
     Raises ValueError for arguments that do not fit together, and on a CPU for targets outside of [0, V); RuntimeError
     where it is differentiated twice, or in forward mode.
