@@ -15,7 +15,7 @@ def check_tensors(**tensors: Any) -> None:
     """ValueError for what is no tensor."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor; got {_kind(x)}")
+            raise ValueError(f"{name} must be a tensor; got a {type(x).__name__}")
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -32,7 +32,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.80}"
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -1,10 +1,11 @@
 """python -m kernels.compile_gate: what every shipped tile of flash_attention needs in registers and shared memory.
 
-Compiles the kernels for sm_90 and sm_80 with Triton and the assembler that it brings: no GPU is needed. What would make
-a tile slow or unusable fails it: registers spilled to memory; more registers or shared memory than a multiprocessor
-lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); for 16-bit tiles, mask arithmetic in the loop
-that is to do without, and on sm_90 products that are no warp-group instructions, or that the assembler had to put one
-after the other for want of registers.
+Compiles the kernels for each architecture of SHARED_MEMORY_LIMIT with Triton and the assembler that it brings: no GPU
+is needed. What would make a tile slow or unusable fails it: registers spilled to memory; more registers or shared
+memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute capabilities"); rows that are
+not loaded 16 bytes at a time; for 16-bit tiles, mask arithmetic in the loop that is to do without, and on sm_90
+products that are no warp-group instructions, or that the assembler had to put one after the other for want of
+registers.
 
 The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
 multiprocessor for a tile of scores, and says what is asked the most: tensor cores, exponentials (16 a clock) or issued
@@ -15,6 +16,7 @@ does; but of two tiles it tells which one leaves less to wait for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import tempfile
 from collections import Counter
@@ -24,12 +26,14 @@ from typing import Any, NamedTuple
 
 from kernels import flash_attention_backward as backward
 from kernels import flash_attention_forward as forward
-from kernels.flash_attention_tiles import TILES, Tile
-from kernels.offline_compiler import compile_for, product_loops, resources, run_tool
+from kernels.flash_attention_tiles import ARCHITECTURES, TILES, Tile
+from kernels.offline_compiler import compile_for, product_loops, resources, run_tool, wide_loads
 from kernels.triton_path import triton
 
 REGISTERS = 65_536  # of a multiprocessor
-SHARED_MEMORY_LIMIT = {90: 227 * 1024, 80: 163 * 1024}
+SHARED_MEMORY_LIMIT = {
+    architecture: kib * 1024 for architecture, kib in {90: 227, 80: 163, 86: 99, 89: 99, 100: 227, 120: 99}.items()
+}
 
 
 class Configuration(NamedTuple):
@@ -44,7 +48,7 @@ class Configuration(NamedTuple):
     def tile(self) -> Tile:
         bits = 32 if self.dtype == "fp32" else 16
         name = "backward" if self.name in ("backward_gqa", "backward_dkdv") else self.name
-        return TILES[self.architecture, bits, name][triton.next_power_of_2(self.head_dim)]
+        return TILES[ARCHITECTURES[self.architecture], bits, name][triton.next_power_of_2(self.head_dim)]
 
     @property
     def splits_loop(self) -> bool:
@@ -65,6 +69,7 @@ class Usage(NamedTuple):
     shared_bytes: int
     wgmma: bool
     wgmma_serialized: bool
+    wide_loads: int  # 16 bytes each
     loop: Counter[str]  # the machine instructions of the inner loop
 
 
@@ -78,17 +83,30 @@ CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
 PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}  # of tiles; 2 head_dim operations a score each
 
 # "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
+SHARES_TILES_WITH = {86: 80, 89: 86, 100: 90, 120: 86}  # most of them
+HEAD_DIMS = (16, 24, 32, 40, 64, 72, 128, 256)
+PATTERNS = ((True, True), (True, False), (False, True), (False, False))  # a causal block, a key mask
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
-    """All of them, or one a tile of the 16-bit table: bf16, block-causal with a key mask, which holds the most code."""
-    for architecture in (90, 80):
-        for name in PASSES if every else ("forward", "backward_delta", "backward", "backward_gqa", "backward_dq"):
-            for head_dim in (16, 32, 64, 80, 128, 256) if every else (16, 32, 64, 128, 256):
-                for dtype in ("bf16", "fp16", "fp32") if every else ("bf16",):
-                    for causal, masked in ((True, True), (True, False), (False, False)) if every else ((True, True),):
-                        yield Configuration(architecture, name, dtype, head_dim, causal, masked)
+    """All of them, or one for each tile of the 16-bit table, of some architectures for those that are their own alone:
+    bf16, block-causal with a key mask, which holds the most code.
+
+    Strides make no difference: no kernel learns anything from them. Nor does "backward_delta" from the pattern.
+    """
+    if every:
+        for architecture, name in itertools.product(SHARED_MEMORY_LIMIT, PASSES):
+            patterns = PATTERNS if name != "backward_delta" else PATTERNS[:1]
+            for head_dim, dtype, pattern in itertools.product(HEAD_DIMS, ("bf16", "fp16", "fp32"), patterns):
+                yield Configuration(architecture, name, dtype, head_dim, *pattern)
+        return
+    names = [name for name in PASSES if name != "backward_dkdv"]
+    for architecture, name, head_dim in itertools.product(SHARED_MEMORY_LIMIT, names, (16, 32, 64, 128, 256)):
+        configuration = Configuration(architecture, name, "bf16", head_dim, causal=True, masked=True)
+        others = configuration._replace(architecture=SHARES_TILES_WITH.get(architecture, architecture)).tile
+        if architecture not in SHARES_TILES_WITH or configuration.tile != others:
+            yield configuration
 
 
 def measure(configuration: Configuration) -> Usage:
@@ -106,7 +124,9 @@ def measure(configuration: Configuration) -> Usage:
             remarks = run_tool(assembler, f"-arch=sm_{architecture}a", file.name, "-o", "/dev/null")
     serialized = "wgmma.mma_async instructions are serialized" in remarks
     loop = Counter(name.split(".")[0] for name in min(product_loops(compiled), key=len, default=[]))
-    return Usage(usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized, loop)
+    return Usage(
+        usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized, wide_loads(ptx), loop
+    )
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
@@ -120,6 +140,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     multiplies_tiles = configuration.name != "backward_delta" and configuration.dtype != "fp32"
     if configuration.architecture == 90 and multiplies_tiles and not usage.wgmma:
         broken.append("no wgmma")
+    if usage.wide_loads < (least := least_wide_loads(configuration)):
+        broken.append(f"{usage.wide_loads} loads of 16 bytes, not {least}")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
     if multiplies_tiles and not usage.loop:
@@ -129,9 +151,18 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     return broken
 
 
+def least_wide_loads(configuration: Configuration) -> int:
+    """Those of a thread that bring in each of the tiles once; of one that is too small for its threads, none."""
+    tile = configuration.tile
+    queries, keys = {"forward": (1, 2), "backward_delta": (2, 0)}.get(configuration.name, (2, 2))
+    row_bytes = triton.next_power_of_2(configuration.head_dim) * (4 if configuration.dtype == "fp32" else 2)
+    of_queries, of_keys = (rows * row_bytes // (16 * 32 * tile.num_warps) for rows in (tile.block_m, tile.block_n))
+    return queries * of_queries + keys * of_keys
+
+
 def rate_limit(configuration: Configuration, usage: Usage) -> tuple[str, float] | None:
     """What the inner loop asks most of, and the useful TFLOP/s at which that would be busy all the time."""
-    if configuration.name not in PRODUCTS or configuration.dtype == "fp32":
+    if configuration.name not in PRODUCTS or configuration.dtype == "fp32" or configuration.architecture not in CHIPS:
         return None
     tile, chip, head_dim = configuration.tile, CHIPS[configuration.architecture], configuration.head_dim
     flop_a_channel = 2 * PRODUCTS[configuration.name] * tile.block_m * tile.block_n
@@ -178,9 +209,7 @@ def _compile(configuration: Configuration) -> Any:
         "ADD_DQ": pass_ != "backward_dkdv",
         "SPLIT": configuration.splits_loop,
     }
-    return compile_for(
-        architecture, kernel, constants, partial(_type, dtype=dtype), lambda name: "_stride_" in name, tile.options()
-    )
+    return compile_for(architecture, kernel, constants, partial(_type, dtype=dtype), lambda _: False, tile.options())
 
 
 def _type(argument: str, dtype: str) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from kernels.offline_compiler import compile_for, resources
+from kernels.offline_compiler import compile_for, resources, wide_loads
 
 # the functions that the package exports have the names of these modules
 _column_sums, _key_tiles, _linear, _masked = (
@@ -84,9 +83,7 @@ def measure(configuration: Configuration) -> Usage:
     """Compile one configuration and read what it needs off the code."""
     compiled = _compile(configuration)
     usage = resources(compiled)
-    forms = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.shared\.global [^;]*, 0x10,"
-    wide = len(re.findall(forms, compiled.asm["ptx"]))
-    return Usage(usage["REG"], max(usage["STACK"], usage["LOCAL"]), wide)
+    return Usage(usage["REG"], max(usage["STACK"], usage["LOCAL"]), wide_loads(compiled.asm["ptx"]))
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:

@@ -65,7 +65,11 @@ def flash_attention(
         nothing = k[:, :0].sum() + v[:, :0].sum()
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + nothing
     if available(q) and q.dtype != torch.float64:
-        return flash_attention_op(q, k, v, key_mask, causal_block, scale)[0]
+        D = q.shape[-1]
+        if D % 8:  # rows of whole 16 bytes; the zeros change no score
+            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+        out = flash_attention_op(q, k, v, key_mask, causal_block, scale)[0]
+        return out[..., :D] if D % 8 else out
     dtype, sees = q.dtype, None
     if key_mask is not None:
         sees = _sees_any_key(key_mask, N, causal_block)[:, :, None, None]

@@ -266,7 +266,7 @@ def launch_backward(
     tile = tile or choose_tile("backward", q, block_d)
     dq_tile = dq_tile or choose_tile("backward_dq", q, block_d)
     delta_tile = choose_tile("backward_delta", q, block_d)
-    q, k, v, d_out = (addressable(x) for x in (q, k, v, d_out))
+    q, k, v, out, d_out = (addressable(x) for x in (q, k, v, out, d_out))
     mask, key_tiles = mask_and_tiles(key_mask, dq_tile.block_n if deterministic else None, q)
     causal_block = binding_causal_block(causal_block, N, M)
     group = Hq // Hkv

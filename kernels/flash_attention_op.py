@@ -19,7 +19,7 @@ from kernels.flash_attention_forward import launch_forward
 def flash_attention_op(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal_block: int | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of checked arguments with at least one query and one key."""
+    """(out, lse) of checked arguments with at least one query and one key, D a multiple of 8."""
     return launch_forward(q, k, v, key_mask, causal_block, softmax_scale)
 
 

@@ -56,8 +56,8 @@ def linear_cross_entropy(
     """-log softmax(hidden @ weight.T + bias)[target]: the sum over rows, a scalar, or with "none" each, [N]; fp32.
 
     hidden [N, d], weight [V, d], bias [V], all bf16, fp16, fp32 or fp64 (which gives fp64); targets [N] int64. Rows
-    whose target is `ignore_index` give 0 and no gradient, whatever they hold. Under autocast hidden, weight and bias may
-    differ in dtype. Differentiable once in hidden, weight and bias.
+    whose target is `ignore_index` give 0 and no gradient, whatever they hold. Under autocast hidden, weight and bias
+    may differ in dtype. Differentiable once in hidden, weight and bias.
 
     Raises ValueError for arguments that do not fit together, and on a CPU for targets outside of [0, V); RuntimeError
     where it is differentiated twice, or in forward mode.
@@ -123,9 +123,7 @@ class _Rows(torch.autograd.Function):
             grad = upstream.where(targets != ctx.ignore_index, 0)
             # The largest is taken out, so that what is left, times hidden, fits fp16 whatever the loss scale is.
             largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
-            _, gradients = _sweep(
-                hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest
-            )
+            _, gradients = _sweep(hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest)
             scaled = _scaled(gradients, largest, dtypes)
         return *no_second_order(_NAME, losses, upstream, *scaled), None, None, None
 

@@ -1,4 +1,4 @@
-"""compile_for, resources, product_loops: a Triton kernel compiled for a GPU that need not be there, and its code.
+"""compile_for, resources, product_loops, wide_loads: a Triton kernel compiled for a GPU that need not be there.
 
 Triton compiles for any architecture, and brings the assembler and the disassembler that tell.
 """
@@ -57,9 +57,15 @@ def product_loops(compiled: Any) -> list[list[str]]:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
             body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
-            if any(x.startswith(("HGMMA", "HMMA")) for x in body):
+            if any(x.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
                 loops.append(body)
     return loops
+
+
+def wide_loads(ptx: str) -> int:
+    """How many instructions load 16 bytes from memory."""
+    forms = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.shared\.global [^;]*, 0x10,"
+    return len(re.findall(forms, ptx))
 
 
 def _cuobjdump(option: str, compiled: Any) -> str:

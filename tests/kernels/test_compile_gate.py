@@ -1,4 +1,4 @@
-"""The shipped tiles of flash_attention, compiled for sm_90 and sm_80 without a GPU."""
+"""The shipped tiles of flash_attention, compiled for six architectures without a GPU."""
 
 import os
 import subprocess
@@ -26,33 +26,40 @@ def gate(*arguments):
     return done
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-def test_a_tile_of_each_kind_fits_its_architecture(architecture):
+@pytest.mark.parametrize(("architecture", "tiles"), [("sm_90", 25), ("sm_80", 25), ("sm_86|sm_1.0", 1 + 3 + 5)])
+def test_a_tile_of_each_kind_fits_its_architecture(architecture, tiles):
     done = gate("--only", architecture)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" registers, ") == 5 * 5
+    assert done.stdout.count(" registers, ") == tiles
+
+
+def test_a_key_mask_without_a_causal_block_and_rows_of_8_modulo_16_values_fit_too():
+    done = gate("--every", "--only", r"sm_90 (forward bf16 D=64 full.mask|(forward|backward) bf16 D=72 causal.mask)")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(" registers, ") == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
     done = gate("--every", "--only", f"{architecture} .* {dtype} ")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" registers, ") == 6 * 6 * 3
+    assert done.stdout.count(" registers, ") == 8 * (5 * 4 + 1)  # head dimensions, passes, patterns
 
 
 @pytest.mark.parametrize(
     ("usage", "broken"),
     [
-        (Usage(168, 0, 0, 227 * 1024, True, False, LOOP), []),
-        (Usage(255, 40, 0, 0, True, False, LOOP), ["spills 40 bytes"]),
-        (Usage(255, 0, 16, 0, True, False, LOOP), ["spills 16 bytes"]),
-        (Usage(168, 0, 0, 227 * 1024 + 1, True, False, LOOP), ["needs 232449 bytes of shared memory"]),
-        (Usage(168, 0, 0, 0, False, False, LOOP), ["no wgmma"]),
-        (Usage(168, 0, 0, 0, True, True, LOOP), ["wgmma serialized"]),
-        (Usage(168, 0, 0, 0, True, False, Counter(HGMMA=8, FSEL=1)), ["mask arithmetic in the inner loop"]),
-        (Usage(168, 0, 0, 0, True, False, Counter()), ["no inner loop found"]),
+        (Usage(168, 0, 0, 227 * 1024, True, False, 99, LOOP), []),
+        (Usage(255, 40, 0, 0, True, False, 99, LOOP), ["spills 40 bytes"]),
+        (Usage(255, 0, 16, 0, True, False, 99, LOOP), ["spills 16 bytes"]),
+        (Usage(168, 0, 0, 227 * 1024 + 1, True, False, 99, LOOP), ["needs 232449 bytes of shared memory"]),
+        (Usage(168, 0, 0, 0, False, False, 99, LOOP), ["no wgmma"]),
+        (Usage(168, 0, 0, 0, True, True, 99, LOOP), ["wgmma serialized"]),
+        (Usage(168, 0, 0, 0, True, False, 99, Counter(HGMMA=8, FSEL=1)), ["mask arithmetic in the inner loop"]),
+        (Usage(168, 0, 0, 0, True, False, 99, Counter()), ["no inner loop found"]),
+        (Usage(168, 0, 0, 0, True, False, 7, LOOP), ["7 loads of 16 bytes, not 8"]),
     ],
 )
 def test_what_breaks_a_limit(usage, broken):
@@ -71,5 +78,15 @@ def test_what_breaks_a_limit(usage, broken):
 def test_the_busiest_part_of_a_multiprocessor_limits_the_rate(loop, what, clocks):
     configuration = Configuration(90, "forward", "bf16", 64, True, True)
     assert configuration.tile[:3] == (128, 64, 8)
-    limit = rate_limit(configuration, Usage(128, 0, 0, 0, True, False, Counter(loop)))
+    limit = rate_limit(configuration, Usage(128, 0, 0, 0, True, False, 99, Counter(loop)))
     assert limit == (what, pytest.approx(4 * 64 * 128 * 64 / clocks * 132 * 1.83e9 / 1e12))
+
+
+@pytest.mark.parametrize(("architecture", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_shared_memory_is_that_of_the_architecture(architecture, kib):
+    configuration = Configuration(architecture, "backward_delta", "bf16", 64, False, False)
+    usage = Usage(64, 0, 0, kib * 1024, False, False, 99, Counter())
+    assert limits_broken(configuration, usage) == []
+    assert limits_broken(configuration, usage._replace(shared_bytes=kib * 1024 + 1)) == [
+        f"needs {kib * 1024 + 1} bytes of shared memory"
+    ]

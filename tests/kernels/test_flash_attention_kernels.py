@@ -374,3 +374,37 @@ def test_takes_part_in_autocast(device):
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, flash_attention(*(x.bfloat16() for x in leaves)), rtol=0, atol=0)
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_reach_the_kernels_at_multiples_of_16_bytes(device, dtype):
+    """Which their loads take for granted. What lies so already is not copied."""
+    B, N, H, D, bytes_each = 2, 5, 3, 24, torch.finfo(dtype).bits // 8
+    flat = torch.randn(B * N * H * 32 + 16).to(device, dtype)
+    fitting = flat[: B * N * H * 32].view(B, N, H, 32)
+    for x in (
+        fitting,
+        fitting[..., 8:],
+        fitting[..., :D],
+        fitting.transpose(1, 2),
+        flat[8:][: B * N * H * D].view(B, N, H, D),
+    ):
+        assert flash_attention_forward.addressable(x).data_ptr() == x.data_ptr()
+    for x in (
+        flat[1 : 1 + B * N * H * D].view(B, N, H, D),  # contiguous, but not from a multiple of 16 bytes on
+        fitting[..., 1 : 1 + D],
+        flat[: B * N * H * (D + 1)].view(B, N, H, D + 1)[..., :D],
+        fitting.transpose(2, 3)[:, :, :D],
+    ):
+        copy = flash_attention_forward.addressable(x)
+        assert torch.equal(copy, x)
+        assert all(at * bytes_each % 16 == 0 for at in copy.stride()[:-1])
+        assert (copy.data_ptr() % 16, copy.stride(-1)) == (0, 1)
+
+
+@pytest.mark.parametrize("D", [17, 20, 24, 40, 72])
+def test_head_dimensions_and_places_that_16_does_not_divide(device, D):
+    q, k, v = (torch.cat([x[..., :1], x], dim=-1).detach()[..., 1:] for x in inputs(device, N=20, M=20, D=D))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert leaves[0].stride(2) == D + 1
+    assert_as_accurate_as_dense_torch(leaves, causal_block=10, key_mask=some_keys(2, 20, device))

@@ -250,6 +250,13 @@ def test_without_gradients_only_the_logits_are_computed(small_chunks, grad):
         ("hidden has dtype torch.int64", {"hidden": torch.ones(4, 8, dtype=torch.int64)}),
         (r"in \[0, 10\), the rows of weight, .* -100; row 2 has 10", {"targets": torch.tensor([0, -100, 10, 11])}),
         (r"in \[0, 10\), the rows of weight, .* -100; row 3 has -1", {"targets": torch.tensor([0, -100, 9, -1])}),
+        *(
+            ("ignore_index must be an integer .*; got", {"ignore_index": i})
+            for i in (None, True, -100.0, 2**63, torch.tensor(-100))
+        ),
+        ("reduction must be 'sum' or 'none'", {"reduction": torch.ones(2)}),
+        ("hidden must be a tensor; got a list", {"hidden": [[1.0] * 8] * 4}),
+        ("bias must be a tensor; got a float", {"bias": 0.0}),
         ("weight is on meta, hidden on cpu", {"weight": torch.ones(10, 8, device="meta")}),
     ],
 )
@@ -257,3 +264,37 @@ def test_what_does_not_go_together_is_refused(message, arguments):
     defaults = {"hidden": torch.ones(4, 8), "weight": torch.ones(10, 8), "targets": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**defaults | arguments)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("low", [["hidden"], ["weight"], ["bias"], ["hidden", "bias"], ["hidden", "weight", "bias"]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_inputs_of_several_dtypes(device, dtype, low, reduction):
+    """As torch's own linear does; what is in autocast's dtype already, a hidden state say, is left as it is."""
+    names = ("hidden", "weight", "bias")
+    *parameters, targets = inputs(dtype=torch.float32, device=device)
+    mixed = [
+        x.detach().to(dtype if name in low else torch.float32).requires_grad_()
+        for name, x in zip(names, parameters, strict=True)
+    ]
+    rounded = [x.detach().to(dtype).float().requires_grad_() for x in mixed]
+    with torch.autocast(device.type, dtype=dtype):
+        got = results(linear_cross_entropy, *mixed, targets, reduction=reduction)
+    want = results(linear_cross_entropy_reference, *rounded, targets, reduction=reduction)
+    assert [x.dtype for x in got[1:]] == [x.dtype for x in mixed]
+    for ours, reference in zip(got, want, strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps * reference.abs().max()
+        torch.testing.assert_close(ours.float(), reference, rtol=0, atol=float(tolerance))
+    with pytest.raises(ValueError, match="must share one of") if len(low) < 3 else contextlib.nullcontext():
+        linear_cross_entropy(*mixed[:2], targets, bias=mixed[2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_comes_back_to_ignored_rows_does_not_matter(small_chunks, device, value):
+    hidden, weight, bias, targets = inputs(device=device)
+    losses = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="none")
+    upstream = torch.ones_like(losses).masked_fill(targets == -100, value)
+    got = torch.autograd.grad(losses, (hidden, weight, bias), upstream)
+    total = linear_cross_entropy_reference(hidden, weight, targets, bias=bias)
+    for ours, reference in zip(got, torch.autograd.grad(total, (hidden, weight, bias)), strict=True):
+        torch.testing.assert_close(ours, reference)

@@ -168,3 +168,41 @@ def linear(hidden, target, weight=WEIGHT, bias=BIAS, mask=None):
 def test_arguments_that_do_not_fit_are_named(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         BAD[message](*values())
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["bool", "float", "row"])
+def test_hidden_rows_that_do_not_count_reach_no_gradient(garbage, kind):
+    """0 x NaN is NaN: a product with a gradient of 0 would not do."""
+    (hidden, _), (_, target) = values((4, 5, 7)), values((4, 5))
+    mask = {
+        "bool": masks((4, 5))["bool"],
+        "float": masks((4, 5))["float"],
+        "row": torch.tensor([True, False, True, True, False]),
+    }[kind]
+    weight, bias = torch.randn(7, generator=torch.Generator().manual_seed(5)), torch.tensor(0.3)
+    masked = (mask == 0).expand(4, 5)
+    gradients = []
+    for filling in (garbage, 0.0):
+        leaves = [
+            hidden.detach().masked_fill(masked[..., None], filling),
+            weight,
+            bias,
+            target.masked_fill(masked, filling),
+        ]
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        total, count = linear_masked_mse(*leaves, mask)
+        gradients.append([total.detach(), count, *torch.autograd.grad(total, leaves)])
+    for ours, clean in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_a_low_hidden_state_with_a_wide_weight(dtype):
+    (hidden, _), (_, target) = values((4, 5, 7), dtype=dtype), values((4, 5))
+    leaves = [hidden, torch.ones(7).requires_grad_(), torch.zeros(1, dtype=torch.bfloat16).requires_grad_()]
+    with torch.autocast("cpu", dtype=dtype):
+        total, _ = linear_masked_mse(*leaves, target)
+    assert [x.dtype for x in torch.autograd.grad(total, leaves)] == [x.dtype for x in leaves]
+    want, _ = linear_masked_mse_reference(*leaves, target)
+    torch.testing.assert_close(total, want, rtol=20 * torch.finfo(dtype).eps, atol=0)

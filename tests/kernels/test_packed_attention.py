@@ -161,3 +161,24 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             packed_attention(*arguments)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.25), torch.ones(2), True, float("nan"), float("inf"), 0, "1"])
+def test_a_scale_that_is_no_number_above_0_is_refused(scale):
+    document = documents([[4, 3]])
+    with pytest.raises(ValueError, match="softmax_scale must be a number, finite and above 0; got"):
+        packed_attention(*inputs(document), packing_tables(document), softmax_scale=scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padding_and_what_comes_back_to_it_reach_no_gradient(value):
+    document = documents([[5, 4], [12, 3]])
+    padding = (document < 0)[..., None, None]
+    tables, results = packing_tables(document), []
+    for filling in (value, 0.0):
+        qkv = [x.detach().masked_fill(padding, filling).requires_grad_() for x in inputs(document)]
+        out = packed_attention(*qkv, tables)
+        upstream = torch.ones_like(out).masked_fill(padding, filling)
+        results.append([out.detach(), *torch.autograd.grad(out, qkv, upstream)])
+    for ours, clean in zip(*results, strict=True):
+        torch.testing.assert_close(ours, clean, rtol=0, atol=0)

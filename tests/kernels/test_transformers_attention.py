@@ -144,3 +144,10 @@ def test_what_cannot_be_done_is_named(message, arguments):
     query, key = torch.ones(2, 2, 5, 16), torch.ones(2, 2, arguments.pop("num_keys"), 16)
     with pytest.raises(ValueError, match=message):
         attention_forward(types.SimpleNamespace(is_causal=True), query, key, key, **arguments)
+
+
+@pytest.mark.parametrize("scaling", [torch.tensor(0.25), True, float("nan")])
+def test_a_scaling_that_is_no_number_above_0_is_refused(scaling):
+    q = k = v = torch.ones(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="softmax_scale must be a number"):
+        attention_forward(torch.nn.Module(), q, k, v, None, scaling=scaling)
