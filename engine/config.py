@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from engine.deepspeed_section import DeepSpeedSection
 from engine.errors import ConfigError
@@ -71,6 +71,23 @@ class Training(Strict):
         default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
     )
     deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("name each tracker once")
+        return trackers
+
+    @field_validator("compile")
+    @classmethod
+    def _known_backend(cls, backend: bool | str) -> bool | str:
+        if isinstance(backend, str) and backend != "inductor":
+            from torch._dynamo import list_backends  # which takes seconds
+
+            if backend not in (known := list_backends(exclude_tags=())):
+                raise ValueError(f"torch.compile has no such backend{nearest(backend, known)}")
+        return backend
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -154,9 +171,18 @@ def load_config(
         deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", deepspeed or path),
         origins=origins,
     )
-    for key in _leaves(config.as_dict()):
+    values = config.as_dict()
+    origins |= {key: "auto" for key in origins if _at(raw, key) == "auto" != _at(values, key)}
+    for key in _leaves(values):
         origins.setdefault(key, "default")
     return config
+
+
+def _at(value: Any, key: str) -> Any:
+    """What a dotted key holds; None if it is not there."""
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:

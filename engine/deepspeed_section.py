@@ -7,13 +7,33 @@ error. This table does not need DeepSpeed to be installed; a test compares it wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from engine.deepspeed_parts import (
+    OWN_CHECKPOINTS,
+    ActivationCheckpointing,
+    Aio,
+    Bf16,
+    CommsLogger,
+    Compile,
+    DataTypes,
+    Dtype,
+    FlopsProfiler,
+    Fp16,
+    Part,
+    Timers,
+    TorchAutocast,
+    idle,
+    refuse,
+)
 from engine.errors import ConfigError
-from engine.strict import Strict
+from engine.strict import Strict, typed
+from engine.typed_params import known_optimizer, known_scheduler, optimizer_params, scheduler_params
+from engine.zero_section import ZERO_DEFAULTS, Zero
 
 REFUSED = {
     "autotuning": "choose batch sizes with --plan",
@@ -29,6 +49,7 @@ REFUSED = {
     "gradient_allreduce_op": "gradients are divided by the weight of the global batch",
     "hybrid_engine": "it is for inference inside training, which no task here does",
     "managed_gradient_accumulation": "the engine drives the accumulation",
+    "nebula": "the engine writes checkpoints itself",
     "pipeline": "only data parallelism is driven",
     "seq_parallel_communication_data_type": "only data parallelism is driven",
     "sequence_parallel_size": "only data parallelism is driven",
@@ -41,112 +62,35 @@ REFUSED = {
     "weight_quantization": "it changes the model behind the engine's back",
 }
 
-REFUSED_ZERO = {
-    "compute_grad_norm": "steps without a finite gradient are found by the norm",
-    "cpu_offload": "it is deprecated; use offload_optimizer",
-    "cpu_offload_param": "it is deprecated; use offload_param",
-    "cpu_offload_use_pin_memory": "it is deprecated; use offload_optimizer.pin_memory",
-    "legacy_stage1": "DeepSpeed has dropped it",
-    "pipeline_loading_checkpoint": "only data parallelism is driven",
-    "stage3_gather_fp16_weights_on_model_save": "it is deprecated; use stage3_gather_16bit_weights_on_model_save",
-    "zenflow": "it updates out of step, so a run could not be resumed exactly",
-}
-
 Json = dict[str, Any]
 
 
-def _refuse(section: Any, refused: dict[str, str]) -> Any:
-    for key, instead in refused.items():
-        if isinstance(section, dict) and key in section:
-            raise ValueError(f"'{key}' is not supported here: {instead}; remove it")
-    return section
+class Optimizer(Part):
+    """`type` is one of DeepSpeed's names, any class of torch.optim, or "apex.<class>"; `params` are typed by it."""
 
+    type: Annotated[str, AfterValidator(known_optimizer)]
+    params: Json = Field(default_factory=dict, validate_default=True)
+    legacy_fusion: Annotated[bool, idle("it chooses between DeepSpeed's own kernels", False)] = False
 
-class Optimizer(Strict):
-    """`type` is one of DeepSpeed's names, any class of torch.optim, or "apex.<class>"."""
-
-    type: str
-    params: Json = Field(default_factory=dict)
-    legacy_fusion: bool = False
+    @field_validator("params")
+    @classmethod
+    def _typed(cls, params: Json, info: ValidationInfo) -> Json:
+        return typed(optimizer_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
 
 class Scheduler(Strict):
     """`type` is one of DeepSpeed's names, any class of torch.optim.lr_scheduler, or a name of engine.schedules."""
 
-    type: str
-    params: Json = Field(default_factory=dict)
+    type: Annotated[str, AfterValidator(known_scheduler)]
+    params: Json = Field(default_factory=dict, validate_default=True)
 
-
-class Bf16(Strict):
-    """Parameters in bfloat16, master weights and optimizer in fp32."""
-
-    enabled: bool = False
-    immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
-    bf16_master_weights_and_grads: bool = False
-    bf16_optimizer_states: bool = False
-
-
-class Fp16(Strict):
-    """Parameters in float16 with loss scaling; `loss_scale` 0 makes the scale dynamic."""
-
-    enabled: bool = False
-    auto_cast: bool = False
-    loss_scale: float = Field(default=0, ge=0)
-    initial_scale_power: int = Field(default=16, ge=0)
-    loss_scale_window: int = Field(default=1000, gt=0)
-    hysteresis: int = Field(default=2, ge=0)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(default=1, gt=0)
-    fp16_master_weights_and_grads: bool = False
-
-
-class Zero(Strict):
-    """ZeRO: what is sharded over the ranks (1 optimizer states, 2 gradients too, 3 parameters too)."""
-
-    stage: Literal[0, 1, 2, 3] = 0
-    allgather_bucket_size: int | None = None
-    allgather_partitions: bool | None = None
-    stage3_allgather_sequential: bool | None = None
-    contiguous_gradients: bool | None = None
-    enable_sanity_checks: bool | None = None
-    elastic_checkpoint: bool | None = None
-    stage3_gather_16bit_weights_on_model_save: bool | None = None
-    ignore_unused_parameters: bool | None = None
-    leaf_module: Json | None = None
-    load_from_fp32_weights: bool | None = None
-    log_trace_cache_warnings: bool | None = None
-    stage3_max_live_parameters: int | None = None
-    stage3_max_reuse_distance: int | None = None
-    memory_efficient_linear: bool | None = None
-    stage3_model_persistence_threshold: int | None = None
-    stage3_module_granularity_threshold: int | None = None
-    offload_optimizer: Json | None = None
-    offload_param: Json | None = None
-    overlap_comm: bool | None = None
-    override_module_apply: bool | None = None
-    stage3_param_persistence_threshold: int | None = None
-    parameter_alignment: bool | None = None
-    stage3_prefetch_bucket_size: int | None = None
-    reduce_bucket_size: int | None = None
-    reduce_scatter: bool | None = None
-    round_robin_gradients: bool | None = None
-    save_muon_momentum_buffer_in_memory: bool | None = None
-    sub_group_size: int | None = None
-    stage3_use_all_reduce_for_fetch_params: bool | None = None
-    use_multi_rank_bucket_allreduce: bool | None = None
-    zero_hpz_partition_size: int | None = None
-    zero_quantized_gradients: bool | None = None
-    zero_quantized_nontrainable_weights: bool | None = None
-    zero_quantized_weights: bool | None = None
-
-    @model_validator(mode="before")
+    @field_validator("params")
     @classmethod
-    def _no_refused_key(cls, section: Any) -> Any:
-        return _refuse(section, REFUSED_ZERO)
+    def _typed(cls, params: Json, info: ValidationInfo) -> Json:
+        return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
 
-class DeepSpeedSection(Strict):
+class DeepSpeedSection(Part):
     """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""
 
     train_batch_size: int | None = Field(None, gt=0)
@@ -160,31 +104,30 @@ class DeepSpeedSection(Strict):
     zero_optimization: Zero = Zero()
     zero_allow_untested_optimizer: bool = True
     zero_force_ds_cpu_optimizer: bool = False
-    activation_checkpointing: Json | None = None
-    aio: Json | None = None
-    comms_logger: Json | None = None
-    communication_data_type: str | None = None
-    compile: Json | None = None
-    data_types: Json | None = None
-    disable_allgather: bool | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
+    aio: Aio | None = None
+    comms_logger: CommsLogger | None = None
+    communication_data_type: Dtype | None = None
+    compile: Compile | None = None
+    data_types: DataTypes | None = None
+    disable_allgather: Annotated[bool | None, idle("parameters are always all-gathered", None, False)] = None
     disable_python_gc: bool | None = None
     dump_state: bool | None = None
-    flops_profiler: Json | None = None
-    gradient_predivide_factor: float | None = None
-    log_level: str | None = None
+    flops_profiler: FlopsProfiler | None = None
+    gradient_predivide_factor: float | None = Field(None, gt=0)
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
     memory_breakdown: bool | None = None
-    nebula: Json | None = None
     prescale_gradients: bool | None = None
-    steps_per_print: int | None = None
-    timers: Json | None = None
-    torch_autocast: Json | None = None
-    use_node_local_storage: bool | None = None
+    steps_per_print: int | None = Field(None, gt=0)
+    timers: Timers | None = None
+    torch_autocast: TorchAutocast | None = None
+    use_node_local_storage: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
     wall_clock_breakdown: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _no_refused_key(cls, section: Any) -> Any:
-        return _refuse(section, REFUSED)
+        return refuse(section, REFUSED)
 
     @field_validator("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     @classmethod
@@ -193,20 +136,42 @@ class DeepSpeedSection(Strict):
             raise ValueError('must be a positive integer or "auto"')
         return value
 
+    @field_validator("train_micro_batch_size_per_gpu")
+    @classmethod
+    def _something_to_derive_from(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if value == "auto" and info.data.get("train_batch_size", 0) is None:
+            raise PydanticCustomError(
+                "told", '"auto" is derived from train_batch_size (the global batch), which is not given: write it'
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeedSection:
         if self.bf16.enabled and self.fp16.enabled:
             raise ValueError("bf16.enabled and fp16.enabled are both true; choose one precision")
-        if self.train_batch_size is None and not isinstance(self.train_micro_batch_size_per_gpu, int):
-            raise ValueError("train_batch_size (the global batch) is missing; this key is required")
-        if "lr" not in self.optimizer.params:
-            raise ValueError("optimizer.params.lr is missing; this key is required")
+        precision = "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
+        if self.data_types is not None and self.data_types.param_dtype not in (None, precision):
+            raise ValueError(
+                f"data_types.param_dtype {self.data_types.param_dtype!r} contradicts the precision in force, "
+                f"{precision}: remove it, and choose by bf16.enabled and fp16.enabled"
+            )
+        summed = self.data_types.grad_accum_dtype if self.data_types else None
+        if self.bf16.immediate_grad_update and not (self.zero_optimization.stage == 1 and summed == "fp32"):
+            raise ValueError(
+                "bf16.immediate_grad_update has no effect but at zero_optimization.stage 1 with "
+                'data_types.grad_accum_dtype "fp32"; remove it'
+            )
         return self
 
 
 def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
     """The dtype that the model computes in."""
     return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
+
+
+def bucket_size(num_parameters: int) -> int:
+    """DeepSpeed's buckets where none are given: its default is a gigabyte, for the smallest model too."""
+    return min(ZERO_DEFAULTS["reduce_bucket_size"], -(-num_parameters // 1024) * 1024)
 
 
 @dataclass(frozen=True)

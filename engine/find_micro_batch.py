@@ -121,7 +121,7 @@ def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
     plan, settings = trainer.assembly.plan, trainer.config.training
     zero = trainer.config.deepspeed.zero_optimization
     states = sum(size for name, size in plan["memory_bytes"].items() if name != "activations")
-    if zero.offload_param or zero.offload_optimizer:
+    if zero.offloads:
         states = 0  # it is elsewhere, wholly or partly
     two, four = 0, 0
     if not (settings.activation_checkpointing or settings.compile):  # neither of which the count knows

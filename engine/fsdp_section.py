@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from engine.deepspeed_section import REFUSED, REFUSED_ZERO, DeepSpeedSection
+from engine.deepspeed_section import REFUSED, DeepSpeedSection
 from engine.errors import ConfigError
 from engine.optimizers import is_deepspeed_only
+from engine.zero_section import REFUSED_ZERO
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Refused:
 Rule = Obeyed | Refused
 
 _NOT_ON_SHARDS = ("Adafactor", "Rprop")
-_OFF: tuple[Any, ...] = ({}, {"enabled": False})
 _BY_BLOCK = "FSDP communicates block by block, as the model names its blocks"
 _PREFETCHES = "FSDP gathers the next block while one is computed"
 
@@ -89,11 +89,11 @@ RULES: dict[str, Rule] = {
     "zero_optimization.stage3_allgather_sequential": Refused(_BY_BLOCK, (False,)),
     "zero_optimization.contiguous_gradients": Refused("a block's gradients always share one buffer", (True,)),
     "zero_optimization.enable_sanity_checks": Refused("use TORCH_DISTRIBUTED_DEBUG=DETAIL", (False,)),
-    "zero_optimization.elastic_checkpoint": Refused("a run is resumed on any number of ranks anyway", (False,)),
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": Refused("final/ holds whole weights", (False,)),
+    "zero_optimization.elastic_checkpoint": Refused("the engine writes checkpoints of its own", (False,)),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": Refused("final/ holds whole fp32 weights", (False,)),
     "zero_optimization.ignore_unused_parameters": Refused("an unused parameter has the gradient 0", (True,)),
     "zero_optimization.leaf_module": Refused(_BY_BLOCK),
-    "zero_optimization.load_from_fp32_weights": Refused("runs are resumed from fp32 weights", (True,)),
+    "zero_optimization.load_from_fp32_weights": Refused("the engine writes checkpoints of its own", (True,)),
     "zero_optimization.log_trace_cache_warnings": Refused("FSDP records no trace", (False,)),
     "zero_optimization.stage3_max_live_parameters": Refused(_BY_BLOCK, (1_000_000_000,)),
     "zero_optimization.stage3_max_reuse_distance": Refused(_BY_BLOCK, (1_000_000_000,)),
@@ -120,22 +120,21 @@ RULES: dict[str, Rule] = {
     "zero_force_ds_cpu_optimizer": Refused("it names DeepSpeed's own Adam; use AdamW", (False,)),
     "activation_checkpointing": Refused("use training.activation_checkpointing", ({},)),
     "aio": Refused("nothing is offloaded to files; use offload_optimizer.device cpu", ({},)),
-    "comms_logger": Refused("use torch's profiler", _OFF),
-    "compile": Refused("use training.compile", ({}, {"deepcompile": False})),
-    "data_types": Refused("gradients add up in fp32", ({}, {"grad_accum_dtype": None}, {"grad_accum_dtype": "fp32"})),
+    "comms_logger": Refused("use torch's profiler", ({},)),
+    "compile": Refused("use training.compile", ({},)),
+    "data_types": Refused("gradients add up in fp32, buffers keep their dtype", ({}, {"grad_accum_dtype": "fp32"})),
     "disable_allgather": Refused("parameters are always all-gathered", (False,)),
-    "disable_python_gc": Refused("it is for DeepSpeed's compiler", (False,)),
+    "disable_python_gc": Refused("Python collects when it will", (False,)),
     "dump_state": Refused("--plan shows the whole configuration", (False,)),
-    "flops_profiler": Refused("metrics.jsonl holds the share of the device's peak; use torch's profiler", _OFF),
+    "flops_profiler": Refused("metrics.jsonl holds the share of the device's peak; use torch's profiler", ({},)),
     "gradient_predivide_factor": Refused("gradients are divided by the weight of the global batch", (1.0,)),
     "log_level": Refused("it is of DeepSpeed's log"),
     "memory_breakdown": Refused("metrics.jsonl holds the memory in use", (False,)),
-    "nebula": Refused("the engine writes checkpoints itself", _OFF),
     "prescale_gradients": Refused("gradients are divided by the weight of the global batch", (False,)),
     "steps_per_print": Refused("use training.log_every"),
     "timers": Refused("use torch's profiler", ({},)),
-    "torch_autocast": Refused("use bf16 or fp16", _OFF),
-    "use_node_local_storage": Refused("every rank writes its part of a checkpoint", (False,)),
+    "torch_autocast": Refused("use bf16 or fp16", ({},)),
+    "use_node_local_storage": Refused("the engine writes checkpoints of its own", (False,)),
     "wall_clock_breakdown": Refused("metrics.jsonl holds the time of a step; use torch's profiler", (False,)),
 }  # fmt: skip
 """Every key of the section, dotted; "*" stands for whatever else an object may hold."""
@@ -152,8 +151,6 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
     for key, value in _given(section):
         rule = RULES.get(key) or RULES[f"{key.rpartition('.')[0]}.*"]
         shown = json.dumps(value)
-        if isinstance(value, dict) and value.get("enabled") is False:
-            value = {"enabled": False}  # the other settings of what is off
         if isinstance(rule, Refused) and value not in rule.passing:
             yield key, f"{shown} has no effect here: {rule.instead}. Remove the key, or use --backend deepspeed"
         elif isinstance(rule, Obeyed) and rule.only is not None and value not in rule.only:
@@ -164,11 +161,7 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
     elif optimizer in _NOT_ON_SHARDS or optimizer.startswith("apex."):
         yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): use AdamW, or --backend deepspeed"
     zero = section.zero_optimization
-    if zero.stage < 3 and (zero.offload_param or {}).get("device") == "cpu":
-        yield "zero_optimization.offload_param", f"needs stage 3, not {zero.stage}: use offload_optimizer"
     together = zero.zero_hpz_partition_size or 1
-    if together > 1 and zero.stage == 0:
-        yield "zero_optimization.zero_hpz_partition_size", "at stage 0 nothing is shared: use stage 1, 2 or 3"
     if together < 1 or world_size % together:
         yield (
             "zero_optimization.zero_hpz_partition_size",
@@ -177,8 +170,10 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
 
 
 def _given(section: DeepSpeedSection) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values that were set; below an object, its own keys where they have a rule."""
-    whole = section.model_dump(mode="json", exclude_unset=True, exclude_none=True, by_alias=False)
+    """Dotted keys and values that ask for something; below an object, its own keys where they have a rule."""
+    whole = section.model_dump(mode="json", exclude_unset=True, exclude_defaults=True, exclude_none=True)
+    off = [key for key in whole if getattr(getattr(section, key), "enabled", True) is False]
+    whole = {key: value for key, value in whole.items() if key not in off}
     inner = {key.rpartition(".")[0] for key in RULES}
 
     def walk(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

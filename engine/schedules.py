@@ -6,14 +6,14 @@
 
 `warmup` below 1 is a share of all steps, from 1 on a number of steps. Every schedule counts optimizer steps that were
 applied; past its last step it stays where it ended. "auto" stands for the run's number of steps in `total_num_steps`,
-`T_max`, `total_steps` and `total_iters`.
+`T_max`, `total_steps` and `total_iters`, for a tenth of it in `warmup_num_steps`, and for the optimizer's rate in
+`warmup_max_lr`. `engine.typed_params` says which names and parameters there are.
 
 The state of a schedule is that number: `fast_forward` brings a new one to where another one is.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -26,9 +26,7 @@ from torch.optim import Optimizer, lr_scheduler
 from engine.deepspeed_schedules import DEEPSPEED_SCHEDULES, Shape
 from engine.deepspeed_section import Scheduler
 from engine.errors import ConfigError
-from engine.strict import nearest
-
-_TOTALS = ("total_num_steps", "T_max", "total_steps", "total_iters")
+from engine.typed_params import OWN_SCHEDULES, scheduler_params
 
 
 class FormulaScheduler:
@@ -53,22 +51,58 @@ def build_scheduler(optimizer: Optimizer, section: Scheduler | None, total_steps
     """The scheduler of a run, an object with step(). Raises ConfigError."""
     if section is None:
         return FormulaScheduler(optimizer, partial(_own_shape, factor=partial(_constant, warmup=0)))
-    params = {
-        key: total_steps if key in _TOTALS and value == "auto" else value for key, value in section.params.items()
-    }
-    if section.type in _OWN:
-        factor = _own_factor(section.type, params, total_steps)
+    params = decided(section, total_steps, optimizer.param_groups[0]["lr"]).params
+    if section.type in OWN_SCHEDULES:
+        factor = _own_factor(section.type, OWN_SCHEDULES[section.type] | params, total_steps)
         return FormulaScheduler(optimizer, partial(_own_shape, factor=factor))
     try:
         if section.type in DEEPSPEED_SCHEDULES:
-            shape = DEEPSPEED_SCHEDULES[section.type]
-            _check_params(shape, section.type, params)
-            return FormulaScheduler(optimizer, partial(shape, **params))
-        cls = _torch_schedule(section.type)
-        _check_params(cls, section.type, params)
-        return cls(optimizer, **params)
+            return FormulaScheduler(optimizer, partial(DEEPSPEED_SCHEDULES[section.type], **params))
+        return getattr(lr_scheduler, section.type)(optimizer, **params)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"deepspeed.scheduler.params: {section.type} does not accept {params}: {error}") from error
+        raise _refused(section, params, error) from error
+
+
+def decided(section: Scheduler, total_steps: int, lr: float) -> Scheduler:
+    """The schedule with a value for each "auto"."""
+    values = {"warmup_num_steps": max(1, round(0.1 * total_steps)), "warmup_max_lr": lr}
+    params = {key: values.get(key, total_steps) if value == "auto" else value for key, value in section.params.items()}
+    return section.model_copy(update={"params": params})
+
+
+_RISES = {
+    "WarmupLR": "warmup_num_steps", "WarmupDecayLR": "warmup_num_steps", "WarmupCosineLR": "warmup_num_steps",
+    "OneCycle": "cycle_first_step_size", "CyclicLR": "step_size_up", "LinearLR": "total_iters",
+    "ConstantLR": "total_iters", **dict.fromkeys(OWN_SCHEDULES, "warmup"),
+}  # fmt: skip
+_ENDS = {"WarmupDecayLR": "total_num_steps", "WarmupCosineLR": "total_num_steps", "OneCycleLR": "total_steps"}
+
+
+def check_length(section: Scheduler, total_steps: int) -> None:
+    """Raise ConfigError for a schedule without "auto" that rises for longer than the run, or has ended before it."""
+    defaults = {key: field.default for key, field in scheduler_params(section.type).model_fields.items()}
+    params, where = defaults | section.params, "deepspeed.scheduler.params"
+    key = _RISES.get(section.type, "")
+    falls = section.type == "LinearLR" and params["start_factor"] > params["end_factor"]
+    if key and not falls and params[key] > total_steps:
+        by_default = "" if key in section.params else ", the default,"
+        raise ConfigError(
+            f"{where}.{key}: {params[key]:g}{by_default} is more than the run's {total_steps} steps, so the full "
+            "learning rate is never reached: write fewer, or train for longer"
+        )
+    key = _ENDS.get(section.type, "")
+    end = params.get(key)
+    if section.type == "OneCycleLR" and end is None and params["epochs"] and params["steps_per_epoch"]:
+        key, end = "steps_per_epoch", params["epochs"] * params["steps_per_epoch"]
+    if isinstance(end, int) and end < total_steps:
+        raise ConfigError(
+            f"{where}.{key}: the schedule ends after {end} steps, and the run has {total_steps}: write "
+            f'"{_ENDS[section.type]}": "auto", which is the number of the run'
+        )
+
+
+def _refused(section: Scheduler, params: dict[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(f"deepspeed.scheduler.params: {section.type} does not accept {params}: {error}")
 
 
 def fast_forward(scheduler: Any, applied_steps: int) -> None:
@@ -86,14 +120,25 @@ def fast_forward(scheduler: Any, applied_steps: int) -> None:
             scheduler.step()
 
 
-def learning_rates(section: Scheduler | None, lr: float, total_steps: int, steps: list[int]) -> dict[int, float]:
-    """The learning rate in force at each of `steps`, from the scheduler itself on a dummy optimizer."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+def learning_rates(
+    section: Scheduler | None, lr: float, total_steps: int, steps: list[int], optimizer: Optimizer | None = None
+) -> dict[int, float]:
+    """The learning rate in force at each of `steps`, from the scheduler itself on a fresh optimizer, AdamW by default.
+
+    Raises ConfigError where there is none, or one that is no rate.
+    """
+    optimizer = optimizer or torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler = build_scheduler(optimizer, section, total_steps)
     rates, done = {}, 0
     for step in sorted(steps):
-        fast_forward(scheduler, step - done)
+        try:
+            fast_forward(scheduler, step - done)
+        except (ValueError, ArithmeticError) as error:
+            assert section is not None
+            raise _refused(section, section.params, error) from error
         rates[step], done = float(optimizer.param_groups[0]["lr"]), step
+        if not 0 <= rates[step] < math.inf:
+            raise ConfigError(f"deepspeed.scheduler: the learning rate of step {step} is {rates[step]}; change params")
     return rates
 
 
@@ -101,12 +146,13 @@ def warmup_steps(section: Scheduler | None, total_steps: int) -> int:
     """Where the warm-up ends: the number of steps before the full learning rate, 0 without a warm-up."""
     if section is None:
         return 0
-    if section.type in _OWN:
-        return _warmup_steps(section.params.get("warmup", _OWN[section.type][1]["warmup"]), total_steps)
+    params = decided(section, total_steps, 0.0).params
+    if section.type in OWN_SCHEDULES:
+        return _warmup_steps(params.get("warmup", OWN_SCHEDULES[section.type]["warmup"]), total_steps)
     if section.type in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
-        return int(section.params.get("warmup_num_steps", 1000))
+        return int(params.get("warmup_num_steps", 1000))
     if section.type == "OneCycleLR":
-        return int(section.params.get("pct_start", 0.3) * total_steps) - 1
+        return int(params.get("pct_start", 0.3) * total_steps) - 1
     return 0
 
 
@@ -124,11 +170,7 @@ def _linear(step: int, warmup: int, total: int, min_ratio: float) -> float:
     return _constant(step, warmup) * (1 - (1 - min_ratio) * progress)
 
 
-_OWN: dict[str, tuple[Any, dict[str, float]]] = {
-    "WarmupCosine": (_cosine, {"warmup": 0.1, "min_ratio": 0.0}),
-    "WarmupLinear": (_linear, {"warmup": 0.1, "min_ratio": 0.0}),
-    "Constant": (_constant, {"warmup": 0.0}),
-}
+_FACTORS: dict[str, Callable[..., float]] = {"WarmupCosine": _cosine, "WarmupLinear": _linear, "Constant": _constant}
 
 
 def _warmup_steps(warmup: float, total_steps: int) -> int:
@@ -136,42 +178,10 @@ def _warmup_steps(warmup: float, total_steps: int) -> int:
 
 
 def _own_factor(name: str, params: dict[str, Any], total_steps: int) -> Callable[[int], float]:
-    factor, known = _OWN[name]
-    for key, value in params.items():
-        if key not in known:
-            raise ConfigError(f"deepspeed.scheduler.params.{key}: unknown to {name}{nearest(key, list(known))}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ConfigError(f"deepspeed.scheduler.params.{key}: expected a number from 0 on, found {value!r}")
-    values = known | params
-    if values.get("min_ratio", 0) > 1:
-        raise ConfigError(f"deepspeed.scheduler.params.min_ratio: expected at most 1, found {values['min_ratio']}")
-    extra = {"total": total_steps, "min_ratio": values["min_ratio"]} if "min_ratio" in known else {}
-    return partial(factor, warmup=_warmup_steps(values["warmup"], total_steps), **extra)
+    extra = {"total": total_steps, "min_ratio": params["min_ratio"]} if "min_ratio" in params else {}
+    return partial(_FACTORS[name], warmup=_warmup_steps(params["warmup"], total_steps), **extra)
 
 
 def _own_shape(group: dict[str, Any], factor: Callable[[int], float]) -> Shape:
     lr = group["lr"]
     return lambda step: {"lr": lr * factor(step)}
-
-
-def _torch_schedule(name: str) -> Any:
-    torch_names = [
-        key
-        for key, value in vars(lr_scheduler).items()
-        if inspect.isclass(value) and issubclass(value, lr_scheduler.LRScheduler) and not key.startswith("_")
-    ]
-    if name == "ReduceLROnPlateau":
-        raise ConfigError(
-            "deepspeed.scheduler.type: ReduceLROnPlateau follows a metric, not the step; use WarmupCosine"
-        )
-    if name not in torch_names:
-        known = [*_OWN, *DEEPSPEED_SCHEDULES, *torch_names]
-        raise ConfigError(f"deepspeed.scheduler.type: unknown schedule '{name}'{nearest(name, known)}")
-    return getattr(lr_scheduler, name)
-
-
-def _check_params(cls: Any, name: str, params: dict[str, Any]) -> None:
-    known = [key for key in inspect.signature(cls).parameters if key not in ("optimizer", "group", "last_epoch")]
-    for key in params:
-        if key not in known:
-            raise ConfigError(f"deepspeed.scheduler.params.{key}: unknown to {name}{nearest(key, known)}")

@@ -1,6 +1,7 @@
 """Strict JSON: objects read from files and checked against a model, with errors that a user can act on.
 
 An unknown key is an error that names the nearest known one, and so is a value of the wrong type; nothing is dropped.
+A number without a fraction is an integer however it is written: 5e8 and 500000000 are one value.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError
 
@@ -65,10 +67,39 @@ def validated(model: type[Model], section: Any, name: str, path: str | Path) -> 
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: {name}: expected an object {{...}}, found {show(section)}")
     try:
-        return model.model_validate_json(json.dumps(section))
+        return model.model_validate_json(json.dumps(_integral(section)))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: {name}: objects are nested too deeply") from error
     except ValidationError as error:
         lines = [_explain(model, issue, name) for issue in error.errors()]
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from error
+
+
+def _integral(value: Any) -> Any:
+    """The value with each float that has no fraction as an integer, which a float's place takes too."""
+    if isinstance(value, dict):
+        return {key: _integral(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_integral(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def typed(model: type[BaseModel], values: dict[str, Any], owner: str) -> dict[str, Any]:
+    """The values that were given, as `model` has them; for use in a validator of a section that holds them.
+
+    Raises ValidationError, whose lines name the place of each value; an unknown key is called unknown to `owner`.
+    """
+    try:
+        return model.model_validate_json(json.dumps(values)).model_dump(mode="json", exclude_unset=True)
+    except ValidationError as error:
+        lines: list[Any] = []
+        for issue in error.errors(include_url=False):
+            kind: Any = issue["type"]
+            if kind == "extra_forbidden":
+                hint = nearest(str(issue["loc"][-1]), list(model.model_fields))
+                kind = PydanticCustomError("told", "{text}", {"text": f"unknown to {owner}{hint}"})
+            lines.append({"type": kind, "loc": issue["loc"], "input": issue["input"], "ctx": issue.get("ctx", {})})
+        raise ValidationError.from_exception_data(model.__name__, lines) from error
 
 
 def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
@@ -78,6 +109,10 @@ def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
         return f"{key}: unknown key{nearest(parts[-1], known)}"
     if issue["type"] == "missing":
         return f"{key}: missing; this key is required"
+    if issue["type"] == "told":
+        return f"{key}: {issue['msg']}"
+    if issue["input"] == "auto":
+        return f'{key}: nothing decides "auto" here; write the value that is meant, or remove the key'
     if issue["type"] == "value_error":
         return (
             f"{key}: {issue['ctx']['error']}"

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from engine.backends import Stepped
 from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
+from engine.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
 from engine.distributed import Ranks
 from engine.errors import ConfigError
+from engine.extensions import compilation_watched
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.schedules import build_scheduler, fast_forward
 from engine.sharded_state import Fragment, persistent_buffers
@@ -44,17 +45,34 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
+def join(device: torch.device) -> None:
+    """Let DeepSpeed use the process group that there is."""
+    import deepspeed
+
+    if device.type == "cpu":
+        # left to itself, DeepSpeed probes its operators with the machine's compiler and then builds a collective of
+        # its own at a user's first step, for minutes; gloo's serves
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
 def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameters: int) -> dict[str, Any]:
     """The dictionary that DeepSpeed is given: the section, with what the engine resolves written out."""
-    config = section.model_dump(mode="json", exclude_none=True, by_alias=False, exclude={"optimizer", "scheduler"})
+    ours = {"optimizer", "scheduler", "activation_checkpointing", "aio", "compile"}  # the last three ask for nothing
+    config = section.model_dump(mode="json", exclude_none=True, by_alias=False, exclude=ours)
+    if section.comms_logger is not None and not section.comms_logger.enabled:
+        del config["comms_logger"]  # which DeepSpeed takes for enabled where it is present
     config |= {
         "train_batch_size": sizes.global_batch_size,
         "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
         "gradient_accumulation_steps": sizes.grad_accum_steps,
     }
     config.setdefault("steps_per_print", None)
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # by default a gigabyte, for the smallest model too
-        config["zero_optimization"].setdefault(bucket, min(_LARGEST_BUCKET, -(-num_parameters // 1024) * 1024))
+    zero = config["zero_optimization"]
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        zero.setdefault(bucket, bucket_size(num_parameters))
+    for part in zero.keys() & {"offload_optimizer", "offload_param"}:
+        zero[part] = {key: zero[part][key] for key in ("device", "pin_memory")}  # the others ask for nothing
     if is_deepspeed_only(section.optimizer):
         config["optimizer"] = section.optimizer.model_dump(mode="json")
     if _engine_clips(section):
@@ -63,7 +81,7 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameter
 
 
 def _engine_clips(section: DeepSpeedSection) -> bool:
-    autocast = bool(section.torch_autocast and section.torch_autocast.get("enabled"))
+    autocast = section.torch_autocast is not None and section.torch_autocast.enabled
     return not (section.zero_optimization.stage or section.bf16.enabled or section.fp16.enabled or autocast)
 
 
@@ -76,32 +94,23 @@ class DeepSpeedBackend:
         import deepspeed
 
         quiet()
-        if ranks.device.type == "cpu":
-            # left to itself, DeepSpeed probes its operators with the machine's compiler and then builds a collective of
-            # its own at a user's first step, for minutes; gloo's serves
-            deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+        join(ranks.device)
         section = config.deepspeed
-        for part in (section.zero_optimization.offload_optimizer, section.zero_optimization.offload_param):
-            if part and part.get("device") == "nvme":
-                raise ConfigError(
-                    f"{config.source}: deepspeed.zero_optimization: offload to nvme is not supported, its state could "
-                    "not be checkpointed; use the device cpu"
-                )
         optimizer = (
             None if is_deepspeed_only(section.optimizer) else partial(build_optimizer, section=section.optimizer)
         )
         weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         try:
-            self.engine, _, _, self.scheduler = deepspeed.initialize(
-                model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer,
-                lr_scheduler=partial(build_scheduler, section=section.scheduler, total_steps=total_steps),
-                config=deepspeed_config(section, sizes, sum(p.numel() for p in model.parameters())),
-                dist_init_required=False,
-            )
+            with compilation_watched(ranks.is_main):
+                self.engine, _, _, self.scheduler = deepspeed.initialize(
+                    model=model,
+                    model_parameters=[p for p in model.parameters() if p.requires_grad],
+                    optimizer=optimizer,
+                    lr_scheduler=partial(build_scheduler, section=section.scheduler, total_steps=total_steps),
+                    config=deepspeed_config(section, sizes, sum(p.numel() for p in model.parameters())),
+                    dist_init_required=False,
+                )
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
         for module, name, buffer in buffers:
@@ -301,7 +310,6 @@ def _forget_zero3_modules(modules: set[nn.Module]) -> None:
             cell.cell_contents.cache_clear()
 
 
-_LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 _SCALER = {
     "scale": "cur_scale", "iteration": "cur_iter", "last_overflow": "last_overflow_iter", "hysteresis": "cur_hysteresis"
 }  # fmt: skip

@@ -256,7 +256,7 @@ def _offload_policy(section: DeepSpeedSection, device_type: str) -> OffloadPolic
     """Where shards, gradients and optimizer states live between their uses."""
     zero = section.zero_optimization
     for options in (zero.offload_optimizer, zero.offload_param):
-        if options and options.get("device") == "cpu":
+        if options is not None and options.device == "cpu":
             # on the CPU nothing moves, and there is nothing to pin memory for
-            return CPUOffloadPolicy(pin_memory=device_type != "cpu" and options.get("pin_memory", True))
+            return CPUOffloadPolicy(pin_memory=device_type != "cpu" and options.pin_memory)
     return OffloadPolicy()

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.backends.deepspeed import join
 from engine.deepspeed_section import Fp16
 from engine.distributed import start
 from engine.errors import TrunklineError
@@ -12,11 +13,9 @@ from engine.loss_scaling import LossScaler
 
 @pytest.mark.parametrize("seed", range(60))
 def test_the_scale_follows_deepspeed_s_step_by_step(seed: int) -> None:
-    import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    start()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)  # its scaler asks for the rank before it logs
+    join(start().device)  # its scaler asks for the rank before it logs
     draw = random.Random(seed)
     settings = Fp16(
         enabled=True,

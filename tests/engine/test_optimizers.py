@@ -1,13 +1,20 @@
+from typing import Any
+
 import pytest
 import torch
 
 from engine.deepspeed_section import Optimizer
 from engine.errors import ConfigError
 from engine.optimizers import build_optimizer
+from engine.strict import validated
 
 
 def build(kind: str, **params: object) -> torch.optim.Optimizer:
-    return build_optimizer([torch.nn.Parameter(torch.ones(2))], Optimizer(type=kind, params={"lr": 0.1} | params))
+    return build_optimizer([torch.nn.Parameter(torch.ones(2))], section(kind, **params))
+
+
+def section(kind: str, **params: Any) -> Optimizer:
+    return validated(Optimizer, {"type": kind, "params": {"lr": 0.1} | params}, "deepspeed.optimizer", "run.json")
 
 
 @pytest.mark.parametrize(
@@ -16,7 +23,7 @@ def build(kind: str, **params: object) -> torch.optim.Optimizer:
         ("AdamW", {"betas": [0.8, 0.9]}, torch.optim.AdamW),
         ("Adam", {}, torch.optim.AdamW),  # DeepSpeed's meaning of "Adam"
         ("Adam", {"adam_w_mode": False, "torch_adam": True}, torch.optim.Adam),
-        ("AdamW", {"adam_w_mode": False}, torch.optim.AdamW),
+        ("AdamW", {"adam_w_mode": True}, torch.optim.AdamW),
         ("SGD", {"momentum": 0.9}, torch.optim.SGD),
         ("RMSprop", {}, torch.optim.RMSprop),
         ("Adafactor", {}, torch.optim.Adafactor),
@@ -34,7 +41,7 @@ def test_names_give_the_classes_and_settings_reach_them(kind: str, params: dict,
 
 def test_frozen_parameters_are_left_out() -> None:
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
-    optimizer = build_optimizer([frozen, torch.nn.Parameter(torch.ones(3))], Optimizer(type="SGD", params={"lr": 1.0}))
+    optimizer = build_optimizer([frozen, torch.nn.Parameter(torch.ones(3))], section("SGD", lr=1.0))
     assert [parameter.numel() for parameter in optimizer.param_groups[0]["params"]] == [3]
 
 
@@ -43,9 +50,10 @@ def test_frozen_parameters_are_left_out() -> None:
     [
         ("AdmaW", {}, "did you mean 'AdamW'"),
         ("AdamW", {"weigth_decay": 0.1}, "did you mean 'weight_decay'"),
-        ("AdamW", {"lr": -1.0}, "does not accept"),
-        ("Adam", {"bias_correction": False}, "not supported"),
-        ("apex.FusedAdma", {}, "did you mean 'FusedAdam'"),
+        ("AdamW", {"adam_w_mode": False}, "optimizer.params.adam_w_mode: AdamW always decouples"),
+        ("Adam", {"bias_correction": False}, "optimizer.params.bias_correction: false is not supported"),
+        ("SGD", {"nesterov": True}, "SGD does not accept .*Nesterov momentum requires a momentum"),
+        ("apex.FusedAdma", {}, "did you mean 'apex.FusedAdam'"),
         ("apex.FusedAdam", {}, "apex is not installed"),
     ],
 )

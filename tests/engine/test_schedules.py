@@ -11,6 +11,7 @@ from engine.deepspeed_schedules import DEEPSPEED_SCHEDULES
 from engine.deepspeed_section import Scheduler
 from engine.errors import ConfigError
 from engine.schedules import build_scheduler, fast_forward, learning_rates, warmup_steps
+from engine.strict import validated
 
 
 def rates(kind: str, total: int = 20, **params: object) -> list[float]:
@@ -198,22 +199,22 @@ def test_a_schedule_without_recurrence_is_forwarded_in_no_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("kind", "params", "message"),
     [
-        (Scheduler(type="WarmupCosin"), "did you mean 'WarmupCosine'"),
-        (Scheduler(type="WarmupCosine", params={"warmpu": 1}), "did you mean 'warmup'"),
-        (Scheduler(type="WarmupCosine", params={"warmup": -1}), "from 0 on"),
-        (Scheduler(type="WarmupCosine", params={"min_ratio": 2}), "at most 1"),
-        (Scheduler(type="WarmupLR", params={"warmup_steps": 2}), "did you mean 'warmup_num_steps'"),
-        (Scheduler(type="WarmupLR", params={"warmup_num_steps": 0}), "must be a positive integer"),
-        (Scheduler(type="WarmupLR", params={"warmup_type": "cosine"}), "'log' or 'linear'"),
-        (Scheduler(type="WarmupLR", params={"last_batch_iteration": 3}), "unknown to WarmupLR"),
-        (Scheduler(type="WarmupDecayLR"), "total_num_steps"),
-        (Scheduler(type="StepLR", params={"stepsize": 2}), "did you mean 'step_size'"),
-        (Scheduler(type="StepLR"), "step_size"),
-        (Scheduler(type="ReduceLROnPlateau"), "follows a metric"),
+        ("WarmupCosin", {}, "did you mean 'WarmupCosine'"),
+        ("WarmupCosine", {"warmpu": 1}, "did you mean 'warmup'"),
+        ("WarmupCosine", {"warmup": -1}, "from 0 on"),
+        ("WarmupCosine", {"min_ratio": 2}, "less than or equal to 1"),
+        ("WarmupLR", {"warmup_steps": 2}, "did you mean 'warmup_num_steps'"),
+        ("WarmupLR", {"warmup_num_steps": 0}, "must be a positive integer"),
+        ("WarmupLR", {"warmup_type": "cosine"}, "'log' or 'linear'"),
+        ("WarmupLR", {"last_batch_iteration": 3}, "unknown to WarmupLR"),
+        ("WarmupDecayLR", {}, "total_num_steps"),
+        ("StepLR", {"stepsize": 2}, "did you mean 'step_size'"),
+        ("StepLR", {}, "step_size"),
+        ("ReduceLROnPlateau", {}, "follows a metric"),
     ],
 )
-def test_a_schedule_that_cannot_be_built_is_a_named_error(section: Scheduler, message: str) -> None:
+def test_a_schedule_that_cannot_be_built_is_a_named_error(kind: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        learning_rates(section, 1.0, 10, [0])
+        validated(Scheduler, {"type": kind, "params": params}, "deepspeed.scheduler", "run.json")
