@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, batch_sizes, parameter_dtype
-from engine.errors import ConfigError, TrunklineError
+from engine.deepspeed_section import BatchSizes, batch_sizes, bucket_size, parameter_dtype
+from engine.errors import ConfigError
 from engine.optimizers import build_optimizer, is_deepspeed_only
 from engine.order import GlobalBatches
 from engine.schedules import learning_rates, warmup_steps
@@ -23,8 +23,9 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
-    Batch sizes are the configured ones unless given. Activations are those that autograd keeps for one micro-batch,
-    counted by running the loss on fake tensors, which have shapes but no memory; null where the model cannot run so.
+    `config` is ready (engine.readiness). Batch sizes are the configured ones unless given. Activations are those that
+    autograd keeps for one micro-batch, counted by running the loss on fake tensors, which have shapes but no memory;
+    null where the model cannot run so.
     """
     sizes = sizes or batch_sizes(config.deepspeed, world_size)
     samples = len(task.datasets()["train"])  # type: ignore[arg-type]
@@ -41,6 +42,7 @@ def make_plan(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = activation_bytes(task, model, config, sizes.micro_batch_size)
     states = _state_bytes(config, parameters, trainable, world_size)
+    shown, origins = _decided(config, sizes, parameters)
     return {
         "workload": config.workload,
         "parameters": parameters,
@@ -59,9 +61,32 @@ def make_plan(
         "memory_bytes": states | {"activations": activations},
         "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
         "flops_per_sample": task.flops_per_sample(),
-        "config": config.as_dict(),
-        "origins": dict(sorted(config.origins.items())),
+        "config": shown,
+        "origins": dict(sorted(origins.items())),
     }  # fmt: skip
+
+
+def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration of record with what ranks and model decide in place of "auto", and the origins of its keys."""
+    shown, origins = config.as_dict(), dict(config.origins)
+    section = shown["deepspeed"]
+    zero, size = section["zero_optimization"], bucket_size(parameters)
+    ranks = {
+        "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
+        "gradient_accumulation_steps": sizes.grad_accum_steps,
+    }
+    for key in [key for key in ranks if section[key] == "auto"]:
+        section[key], origins[f"deepspeed.{key}"] = ranks[key], "auto"
+    left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
+    zero |= {key: left[key] for key in left if origins.get(f"deepspeed.zero_optimization.{key}") == "auto"}
+    return shown, origins
+
+
+def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:
+    """The number of optimizer steps of a run on so many ranks, before anything is built. Raises ConfigError."""
+    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    size = batch_sizes(config.deepspeed, world_size).global_batch_size
+    return total_steps(config, GlobalBatches(samples, size, config.training.seed))
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
@@ -123,8 +148,6 @@ def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
         return 4.0 if config.deepspeed.optimizer.type.lower() in ("lion", "muon") else 8.0
     probe = nn.Parameter(torch.zeros(64, 64))
     optimizer = build_optimizer([probe], config.deepspeed.optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TrunklineError("deepspeed.optimizer.type: LBFGS needs a closure, which no backend drives; use AdamW")
     probe.grad = torch.ones_like(probe)
     optimizer.step()
     state = optimizer.state[probe].values()
@@ -135,7 +158,7 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
     """Parameters, gradients, fp32 master weights and optimizer states of one rank under the ZeRO stage."""
     zero, width = config.deepspeed.zero_optimization, _parameter_bytes(config)
     shards = [world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    optimizer_on_device = 0 if (zero.offload_optimizer or {}).get("device") in ("cpu", "nvme") else 1
+    optimizer_on_device = 0 if zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu" else 1
     # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
     master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
     return {

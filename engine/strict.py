@@ -108,7 +108,8 @@ def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
     if issue["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(parts[-1], known)}"
     if issue["type"] == "missing":
-        return f"{key}: missing; this key is required"
+        what = "the list needs this value too" if isinstance(issue["loc"][-1], int) else "this key is required"
+        return f"{key}: missing; {what}"
     if issue["type"] == "told":
         return f"{key}: {issue['msg']}"
     if issue["input"] == "auto":

@@ -36,6 +36,7 @@ from engine.order import GlobalBatches
 from engine.plan import render_summary, total_steps
 from engine.progress import Progress
 from engine.randomness import mix, seed_torch
+from engine.readiness import ready
 from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.selftest import collective_self_test
 from engine.strict import nearest
@@ -88,6 +89,7 @@ class Trainer:
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)
+        self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
         self.checkpoints.open_for_writing()
         known = identity(task, config, backend, ranks.world_size, self.batches)

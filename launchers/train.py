@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.config import RunConfig, load_config
 from engine.distributed import launched_world_size, start, stop
-from engine.errors import TrunklineError
+from engine.errors import ConfigError, TrunklineError
 from engine.impostors import refuse_shadowed
 from models.registry import WORKLOADS, config_sections, make_task
 
@@ -64,6 +64,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, sections=config_sections, settings=settings, deepspeed=arguments.deepspeed)
     if arguments.plan:
         return _plan(arguments, config)
+    if arguments.world_size is not None:
+        raise ConfigError(f"--world-size {arguments.world_size}: only with --plan; the launcher sets it for a run")
 
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
     from engine.backends import choose_backend
@@ -87,10 +89,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
-    from engine.plan import make_plan, render_plan
+    from engine.hardware import choose_device
+    from engine.plan import make_plan, planned_steps, render_plan
+    from engine.readiness import ready
 
+    world_size = launched_world_size() if arguments.world_size is None else arguments.world_size
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
     task = make_task(config)
-    plan = make_plan(task, config, arguments.world_size or launched_world_size(), task.build_model())
+    backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
+    config = ready(config, backend, planned_steps(task, config, world_size), world_size, choose_device(None))
+    plan = make_plan(task, config, world_size, task.build_model())
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
     return 0
 

@@ -40,7 +40,7 @@ LAYOUTS = [
 def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: int = 0) -> None:
     section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": layout.stage}}
     training = {"steps": steps, "save_every": SAVED, "eval_every": 3}
-    section["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 6}}
+    section["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
     own = folder.parent / f"config-{folder.name}-{rank}"
     config = tiny_config(own, data={"noise": 0.1}, training=training, deepspeed=section)
     task = TinyTask(config.data, config.model)

@@ -162,7 +162,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01}},
-            "scheduler": {"type": "WarmupCosine", "params": {"warmup": 3}},
+            "scheduler": {"type": "WarmupCosine", "params": {"warmup": 0.25}},
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 0},
         },

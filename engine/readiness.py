@@ -1,0 +1,62 @@
+"""What can be known of a configuration once the run's length, ranks and backend are, before anything is built.
+
+config = ready(config, "deepspeed", total_steps, world_size, device)     "auto" decided, faults named
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from engine.config import RunConfig
+from engine.deepspeed_section import DeepSpeedSection
+from engine.errors import ConfigError
+from engine.extensions import check_compiler
+from engine.fsdp_section import check_fsdp_section
+from engine.optimizer_probe import check_optimizer
+from engine.schedules import check_length, decided
+
+
+def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, device: torch.device) -> RunConfig:
+    """The configuration with a value for each "auto" that the number of steps decides.
+
+    Raises ConfigError for a schedule that does not fit the run, an optimizer that could not be saved, split or resumed,
+    or built, and for what the backend does not do.
+    """
+    if backend == "fsdp":
+        check_fsdp_section(config.deepspeed, config.source, world_size)
+    try:
+        if backend == "deepspeed":
+            _check_deepspeed(config.deepspeed)
+        config = _with_schedule(config, total_steps)
+        check_optimizer(config.deepspeed, backend, total_steps, device)
+        check_compiler(config.deepspeed, device)
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from error
+    return config
+
+
+def _check_deepspeed(section: DeepSpeedSection) -> None:
+    stage, together = section.zero_optimization.stage, section.zero_optimization.zero_hpz_partition_size or 1
+    if together > 1 and stage < 3:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.zero_hpz_partition_size: {together} has no effect at stage {stage} on "
+            "DeepSpeed: use stage 3, or --backend fsdp"
+        )
+
+
+def _with_schedule(config: RunConfig, total_steps: int) -> RunConfig:
+    section = config.deepspeed
+    if section.scheduler is None:
+        return config
+    schedule = decided(section.scheduler, total_steps, section.optimizer.params["lr"])
+    check_length(schedule, total_steps)
+    was_auto = {
+        f"deepspeed.scheduler.params.{key}" for key, value in section.scheduler.params.items() if value == "auto"
+    }
+    return replace(
+        config,
+        deepspeed=section.model_copy(update={"scheduler": schedule}),
+        origins=config.origins | dict.fromkeys(was_auto, "auto"),
+    )
