@@ -6,7 +6,6 @@ and is an error with any other. So is a setting of a part that nothing switches 
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -23,6 +22,17 @@ def idle(instead: str, *passing: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def refuse(section: Any, refused: dict[str, str]) -> Any:
+    """Raise ValueError for the first key that has no place here, with what takes its place."""
+    for key, instead in refused.items():
+        if isinstance(section, dict) and key in section:
+            raise ValueError(f"'{key}' is not supported here: {instead}; remove it")
+    return section
+
+
+OWN_CHECKPOINTS = "the engine writes checkpoints of its own, which any layout takes up"
 
 
 class Part(Strict):
@@ -114,18 +124,18 @@ class ActivationCheckpointing(Part):
     profile: Annotated[bool, idle(_RECOMPUTE, False)] = False
 
 
-_NO_NVME = "nothing is offloaded to files; use offload_optimizer.device cpu"
+NO_NVME = "nothing is offloaded to files; use offload_optimizer.device cpu"
 
 
 class Aio(Part):
     """Settings of offload to files."""
 
-    block_size: Annotated[int, idle(_NO_NVME, 1048576)] = 1048576
-    queue_depth: Annotated[int, idle(_NO_NVME, 8)] = 8
-    intra_op_parallelism: Annotated[int, idle(_NO_NVME, 1)] = 1
-    single_submit: Annotated[bool, idle(_NO_NVME, False)] = False
-    overlap_events: Annotated[bool, idle(_NO_NVME, True)] = True
-    use_gds: Annotated[bool, idle(_NO_NVME, False)] = False
+    block_size: Annotated[int, idle(NO_NVME, 1048576)] = 1048576
+    queue_depth: Annotated[int, idle(NO_NVME, 8)] = 8
+    intra_op_parallelism: Annotated[int, idle(NO_NVME, 1)] = 1
+    single_submit: Annotated[bool, idle(NO_NVME, False)] = False
+    overlap_events: Annotated[bool, idle(NO_NVME, True)] = True
+    use_gds: Annotated[bool, idle(NO_NVME, False)] = False
 
 
 class CommsLogger(Switched):
@@ -204,99 +214,3 @@ class Timers(Part):
     """DeepSpeed's timers."""
 
     throughput: Throughput = Throughput()
-
-
-class LeafModule(Part):
-    """Modules that ZeRO 3 gathers whole: by class, by name and by the end of their name."""
-
-    classes: str | list[str] | None = None
-    names: str | list[str] | None = None
-    name_suffixes: str | list[str] | None = None
-
-
-class _Offload(Part):
-    device: Literal["cpu", "none"] = "none"
-    nvme_path: Annotated[str | None, idle(_NO_NVME, None)] = None
-    pin_memory: bool = True
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _no_nvme(cls, value: Any) -> Any:
-        if value == "nvme":
-            raise ValueError("offload to files is not supported, its state could not be checkpointed: use cpu or none")
-        return value
-
-    @model_validator(mode="after")
-    def _something_is_offloaded(self) -> _Offload:
-        if self.device == "none" and (asked := asked_for(self)):
-            raise ValueError(f'{", ".join(asked)} has no effect while device is "none": add "device": "cpu"')
-        return self
-
-
-_ONE_OPTIMIZER = "a second optimizer's state could not be checkpointed"
-
-
-class OffloadOptimizer(_Offload):
-    """Where optimizer states rest between steps."""
-
-    buffer_count: Annotated[int, idle(_NO_NVME, 4)] = 4
-    pipeline_read: Annotated[bool, idle(_NO_NVME, False)] = False
-    pipeline_write: Annotated[bool, idle(_NO_NVME, False)] = False
-    fast_init: Annotated[bool, idle(_NO_NVME, False)] = False
-    ratio: Annotated[float, idle(_ONE_OPTIMIZER, 1.0)] = 1.0
-    super_offload: Annotated[bool, idle(_ONE_OPTIMIZER, False)] = False
-    cpuadam_cores_perc: Annotated[float, idle(_ONE_OPTIMIZER, 0.8)] = 0.8
-
-
-class OffloadParam(_Offload):
-    """Where parameters rest between their uses."""
-
-    buffer_count: Annotated[int, idle(_NO_NVME, 5)] = 5
-    buffer_size: Annotated[int, idle(_NO_NVME, 100_000_000)] = 100_000_000
-    max_in_cpu: Annotated[int, idle(_NO_NVME, 1_000_000_000)] = 1_000_000_000
-
-
-ZERO_DEFAULTS: dict[str, Any] = {
-    "allgather_bucket_size": 500_000_000,
-    "allgather_partitions": True,
-    "stage3_allgather_sequential": False,
-    "contiguous_gradients": True,
-    "enable_sanity_checks": False,
-    "elastic_checkpoint": False,
-    "stage3_gather_16bit_weights_on_model_save": False,
-    "ignore_unused_parameters": True,
-    "load_from_fp32_weights": True,
-    "log_trace_cache_warnings": False,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "memory_efficient_linear": True,
-    "stage3_model_persistence_threshold": sys.maxsize,
-    "stage3_module_granularity_threshold": 0,
-    "overlap_comm": False,
-    "override_module_apply": True,
-    "stage3_param_persistence_threshold": 100_000,
-    "parameter_alignment": False,
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "reduce_bucket_size": 500_000_000,
-    "reduce_scatter": True,
-    "round_robin_gradients": False,
-    "save_muon_momentum_buffer_in_memory": False,
-    "sub_group_size": 1_000_000_000,
-    "stage3_use_all_reduce_for_fetch_params": False,
-    "use_multi_rank_bucket_allreduce": True,
-    "zero_hpz_partition_size": 1,
-    "zero_quantized_gradients": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_weights": False,
-}
-"""DeepSpeed's own values, which ask for nothing; `overlap_comm` is true at stage 3."""
-
-ZERO_STAGES: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("allgather_bucket_size", "allgather_partitions", "ignore_unused_parameters", "parameter_alignment",
-                     "round_robin_gradients", "use_multi_rank_bucket_allreduce"), (1, 2)),
-    **dict.fromkeys(("enable_sanity_checks", "leaf_module", "log_trace_cache_warnings", "memory_efficient_linear",
-                     "offload_param", "override_module_apply", "save_muon_momentum_buffer_in_memory",
-                     "sub_group_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
-                     "zero_quantized_weights"), (3,)),
-}  # fmt: skip
-"""Where a key acts, if not at every stage from 1 on; those named stage3_ act there."""

@@ -7,15 +7,14 @@ error. This table does not need DeepSpeed to be installed; a test compares it wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.deepspeed_parts import (
-    ZERO_DEFAULTS,
-    ZERO_STAGES,
+    OWN_CHECKPOINTS,
     ActivationCheckpointing,
     Aio,
     Bf16,
@@ -25,17 +24,16 @@ from engine.deepspeed_parts import (
     Dtype,
     FlopsProfiler,
     Fp16,
-    LeafModule,
-    OffloadOptimizer,
-    OffloadParam,
     Part,
     Timers,
     TorchAutocast,
     idle,
+    refuse,
 )
 from engine.errors import ConfigError
 from engine.strict import Strict, typed
 from engine.typed_params import known_optimizer, known_scheduler, optimizer_params, scheduler_params
+from engine.zero_section import ZERO_DEFAULTS, Zero
 
 REFUSED = {
     "autotuning": "choose batch sizes with --plan",
@@ -64,25 +62,7 @@ REFUSED = {
     "weight_quantization": "it changes the model behind the engine's back",
 }
 
-REFUSED_ZERO = {
-    "compute_grad_norm": "steps without a finite gradient are found by the norm",
-    "cpu_offload": "it is deprecated; use offload_optimizer",
-    "cpu_offload_param": "it is deprecated; use offload_param",
-    "cpu_offload_use_pin_memory": "it is deprecated; use offload_optimizer.pin_memory",
-    "legacy_stage1": "DeepSpeed has dropped it",
-    "pipeline_loading_checkpoint": "only data parallelism is driven",
-    "stage3_gather_fp16_weights_on_model_save": "it is deprecated; use stage3_gather_16bit_weights_on_model_save",
-    "zenflow": "it updates out of step, so a run could not be resumed exactly",
-}
-
 Json = dict[str, Any]
-
-
-def _refuse(section: Any, refused: dict[str, str]) -> Any:
-    for key, instead in refused.items():
-        if isinstance(section, dict) and key in section:
-            raise ValueError(f"'{key}' is not supported here: {instead}; remove it")
-    return section
 
 
 class Optimizer(Part):
@@ -109,76 +89,10 @@ class Scheduler(Strict):
     def _typed(cls, params: Json, info: ValidationInfo) -> Json:
         return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
-
-_WHOLE = "final/ holds whole fp32 weights in any case"
-_OWN_CHECKPOINTS = "the engine writes checkpoints of its own, which any layout takes up"
-
-
-class Zero(Part):
-    """ZeRO: what is sharded over the ranks (1 optimizer states, 2 gradients too, 3 parameters too)."""
-
-    stage: Literal[0, 1, 2, 3] = 0
-    allgather_bucket_size: int | None = Field(None, ge=0)
-    allgather_partitions: bool | None = None
-    stage3_allgather_sequential: bool | None = None
-    contiguous_gradients: bool | None = None
-    enable_sanity_checks: bool | None = None
-    elastic_checkpoint: Annotated[bool | None, idle(_OWN_CHECKPOINTS, None, False)] = None
-    stage3_gather_16bit_weights_on_model_save: Annotated[bool | None, idle(_WHOLE, None, False)] = None
-    ignore_unused_parameters: bool | None = None
-    leaf_module: LeafModule | None = None
-    load_from_fp32_weights: Annotated[bool | None, idle(_OWN_CHECKPOINTS, None, True)] = None
-    log_trace_cache_warnings: bool | None = None
-    stage3_max_live_parameters: int | None = Field(None, ge=0)
-    stage3_max_reuse_distance: int | None = Field(None, ge=0)
-    memory_efficient_linear: bool | None = None
-    stage3_model_persistence_threshold: int | None = Field(None, ge=0)
-    stage3_module_granularity_threshold: int | None = None
-    offload_optimizer: OffloadOptimizer | None = None
-    offload_param: OffloadParam | None = None
-    overlap_comm: bool | None = None
-    override_module_apply: bool | None = None
-    stage3_param_persistence_threshold: int | None = Field(None, ge=0)
-    parameter_alignment: bool | None = None
-    stage3_prefetch_bucket_size: int | None = Field(None, ge=0)
-    reduce_bucket_size: int | None = Field(None, gt=0)
-    reduce_scatter: bool | None = None
-    round_robin_gradients: bool | None = None
-    save_muon_momentum_buffer_in_memory: bool | None = None
-    sub_group_size: int | None = Field(None, ge=0)
-    stage3_use_all_reduce_for_fetch_params: bool | None = None
-    use_multi_rank_bucket_allreduce: bool | None = None
-    zero_hpz_partition_size: int | None = Field(None, ge=0)
-    zero_quantized_gradients: bool | None = None
-    zero_quantized_nontrainable_weights: bool | None = None
-    zero_quantized_weights: bool | None = None
-
-    # the engine sizes these two by the model, DeepSpeed overlaps by the stage
-    left_out: ClassVar[Json] = ZERO_DEFAULTS | dict.fromkeys(
-        ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size")
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_refused_key(cls, section: Any) -> Any:
-        return _refuse(section, REFUSED_ZERO)
-
     @property
     def offloads(self) -> bool:
         """Whether anything rests on the CPU between its uses."""
         return any(part is not None and part.device == "cpu" for part in (self.offload_optimizer, self.offload_param))
-
-    @model_validator(mode="after")
-    def _keys_act_at_this_stage(self) -> Zero:
-        for key in sorted(self.model_fields_set - {"stage"}):
-            value = getattr(self, key)
-            stages = ZERO_STAGES.get(key, (3,) if key.startswith("stage3_") else (1, 2, 3))
-            asks = value is not None and value != ZERO_DEFAULTS.get(key) and getattr(value, "device", "") != "none"
-            if asks and self.stage not in stages:
-                places = " or ".join(map(str, stages))
-                raise ValueError(f"{key} has no effect at stage {self.stage}: remove it, or set stage to {places}")
-        return self
-
 
 class DeepSpeedSection(Part):
     """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""
@@ -211,13 +125,13 @@ class DeepSpeedSection(Part):
     steps_per_print: int | None = Field(None, gt=0)
     timers: Timers | None = None
     torch_autocast: TorchAutocast | None = None
-    use_node_local_storage: Annotated[bool | None, idle(_OWN_CHECKPOINTS, None, False)] = None
+    use_node_local_storage: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
     wall_clock_breakdown: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _no_refused_key(cls, section: Any) -> Any:
-        return _refuse(section, REFUSED)
+        return refuse(section, REFUSED)
 
     @field_validator("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     @classmethod

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from engine.deepspeed_section import REFUSED, REFUSED_ZERO, DeepSpeedSection
+from engine.deepspeed_section import REFUSED, DeepSpeedSection
 from engine.errors import ConfigError
 from engine.optimizers import is_deepspeed_only
+from engine.zero_section import REFUSED_ZERO
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def validated(model: type[Model], section: Any, name: str, path: str | Path) -> 
         raise ConfigError(f"{path}: {name}: expected an object {{...}}, found {show(section)}")
     try:
         return model.model_validate_json(json.dumps(_integral(section)))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: {name}: objects are nested too deeply") from error
     except ValidationError as error:
         lines = [_explain(model, issue, name) for issue in error.errors()]
         raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from error
@@ -102,7 +104,8 @@ def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
     if issue["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(parts[-1], known)}"
     if issue["type"] == "missing":
-        return f"{key}: missing; this key is required"
+        what = "the list needs this value too" if isinstance(issue["loc"][-1], int) else "this key is required"
+        return f"{key}: missing; {what}"
     if issue["type"] == "told":
         return f"{key}: {issue['msg']}"
     if issue["input"] == "auto":

@@ -51,6 +51,15 @@ def _warmup(value: Any) -> Any:
     return value
 
 
+def _only_true(why: str) -> Any:
+    def check(value: bool) -> bool:
+        if not value:
+            raise ValueError(why)
+        return value
+
+    return Annotated[bool, AfterValidator(check)]
+
+
 _Rate = Annotated[Any, AfterValidator(_rate)]
 _RateOrAuto = Annotated[Any, AfterValidator(lambda value: value if value == "auto" else _rate(value))]
 _StepsOrAuto = Annotated[Any, AfterValidator(_steps_or_auto)]
@@ -81,7 +90,7 @@ _OPTIMIZER: dict[str, Any] = {
     "max_coeff": _Positive,
     "min_coeff": _Positive,
     "max_grad_norm": _NotNegative,
-    "norm_type": Literal[0, 2],
+    "norm_type": _Count,
     "ns_method": Literal["gram", "standard"],
 }
 
@@ -209,10 +218,13 @@ def optimizer_params(kind: str) -> type[BaseModel]:
         names = _ELSEWHERE.get(kind) or _ELSEWHERE[kind.lower()]
         fields: dict[str, Any] = {name: (_OPTIMIZER.get(name, bool), Field(None)) for name in names.split()}
     elif kind.lower() in ("adam", "adamw"):
-        decoupled = Literal[True] if kind.lower() == "adamw" else bool
+        decoupled = _only_true("AdamW always decouples the weight decay: remove the key, or use Adam")
+        corrected = _only_true("false is not supported: remove the key")
         fields = _fields(torch.optim.AdamW, _OPTIMIZER) | {
-            "adam_w_mode": (decoupled, True), "torch_adam": (bool, True), "bias_correction": (Literal[True], True),
-        }  # fmt: skip
+            "adam_w_mode": (decoupled if kind.lower() == "adamw" else bool, True),
+            "torch_adam": (bool, True),
+            "bias_correction": (corrected, True),
+        }
     else:
         fields = _fields(getattr(torch.optim, kind), _OPTIMIZER)
     return create_model(kind, __base__=_Params, **fields | {"lr": (_OPTIMIZER["lr"], ...)})

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from engine.config import load_config
-from engine.deepspeed_section import REFUSED, REFUSED_ZERO, DeepSpeedSection, Zero
+from engine.deepspeed_section import REFUSED, DeepSpeedSection
 from engine.errors import ConfigError
 from engine.strict import MAX_JSON_BYTES
+from engine.zero_section import REFUSED_ZERO, Zero
 from tests.engine.tiny import TinyData, TinyModel, tiny_config
 
 
@@ -51,11 +52,16 @@ def changed(folder: Path, key: str, value: Any) -> Path:
         ("training.early_stopping", {"patience": 3, "min_dleta": 1}, "min_dleta: unknown key; did you mean"),
         ("training.early_stopping", {}, "training.early_stopping.patience: missing"),
         ("training.trackers", ["tensorbord"], "training.trackers.0: .*'tensorboard'"),
+        ("training.trackers", ["tensorboard", "tensorboard"], "training.trackers: name each tracker once"),
+        ("training.compile", "inducter", "training.compile: .*no such backend; did you mean 'inductor'"),
+        ("training.compile", 1, "training.compile: .*boolean, found 1"),
         ("training.log_every", True, "training.log_every: .*integer, found true"),
         ("deepspeed.train_batch_size", -8, "deepspeed.train_batch_size: .*greater than 0"),
         ("deepspeed.train_batchsize", 8, "did you mean 'train_batch_size'?"),
         ("deepspeed.train_micro_batch_size_per_gpu", 0, "must be a positive integer or \"auto\", found 0"),
         ("deepspeed.zero_optimization.stage", 4, "deepspeed.zero_optimization.stage: .*0, 1, 2 or 3, found 4"),
+        ("deepspeed.zero_optimization.stage", True, "deepspeed.zero_optimization.stage: .*integer, found true"),
+        ("deepspeed.optimizer.params.adam_w_mode", 1, "deepspeed.optimizer.params.adam_w_mode: .*boolean, found 1"),
         ("deepspeed.zero_optimization.overlap_com", True, "did you mean 'overlap_comm'?"),
         ("deepspeed.bf16", {"enable": True}, "deepspeed.bf16.enable: unknown key; did you mean 'enabled'?"),
         ("deepspeed.optimizer", {"params": {"lr": 1}}, "deepspeed.optimizer.type: missing"),
@@ -68,6 +74,22 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, key: str, value: Any, me
     with pytest.raises(ConfigError, match=message) as caught:
         load(path)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("training.steps", 1e3), ("training.seed", 2.0), ("data.samples", 4e1), ("model.hidden", 8.0)],
+)
+def test_a_number_without_a_fraction_is_an_integer_in_every_section(tmp_path: Path, key: str, value: float) -> None:
+    section, name = key.split(".")
+    found = getattr(getattr(load(changed(tmp_path, key, value)), section), name)
+    assert (found, type(found)) == (value, int)
+    assert getattr(getattr(load(Path(tiny_config(tmp_path).source), f"{key}={value:e}"), section), name) == value
+
+
+def test_a_known_backend_of_torch_compile_passes(tmp_path: Path) -> None:
+    for name in ("inductor", "eager", "aot_eager"):
+        assert tiny_config(tmp_path, training={"compile": name}).training.compile == name
 
 
 def test_two_precisions_at_once_are_refused(tmp_path: Path) -> None:

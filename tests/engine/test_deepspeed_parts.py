@@ -10,9 +10,11 @@ import pytest
 from pydantic import BaseModel
 
 from engine import deepspeed_parts as parts
-from engine.deepspeed_section import DeepSpeedSection, Zero
+from engine import zero_section
+from engine.deepspeed_section import DeepSpeedSection
 from engine.errors import ConfigError
 from engine.strict import validated
+from engine.zero_section import Zero
 
 
 def section(**keys: Any) -> DeepSpeedSection:
@@ -156,17 +158,17 @@ def test_parts_have_the_keys_and_defaults_of_the_installed_deepspeed() -> None:
         (parts.CommsLogger, defaults(CommsLoggerConfig) | {"prof_ops": None}),
         (parts.FlopsProfiler, vars(DeepSpeedFlopsProfilerConfig({}))),
         (parts.Throughput, defaults(DeepSpeedThroughputTimerConfig)),
-        (parts.OffloadOptimizer, defaults(offload_config.DeepSpeedZeroOffloadOptimizerConfig)),
-        (parts.OffloadParam, defaults(offload_config.DeepSpeedZeroOffloadParamConfig)),
+        (zero_section.OffloadOptimizer, defaults(offload_config.DeepSpeedZeroOffloadOptimizerConfig)),
+        (zero_section.OffloadParam, defaults(offload_config.DeepSpeedZeroOffloadParamConfig)),
     ]
     for ours, theirs in same:
         assert defaults(ours) == theirs, ours
-    assert set(parts.LeafModule.model_fields) == set(DeepSpeedZeroLeafModuleConfig.model_fields)
+    assert set(zero_section.LeafModule.model_fields) == set(DeepSpeedZeroLeafModuleConfig.model_fields)
     zero = defaults(DeepSpeedZeroConfig)
-    assert {key: zero[key] for key in parts.ZERO_DEFAULTS if key != "overlap_comm"} == {
-        key: value for key, value in parts.ZERO_DEFAULTS.items() if key != "overlap_comm"
+    assert {key: zero[key] for key in zero_section.ZERO_DEFAULTS if key != "overlap_comm"} == {
+        key: value for key, value in zero_section.ZERO_DEFAULTS.items() if key != "overlap_comm"
     }
-    assert set(parts.ZERO_STAGES) <= set(Zero.model_fields)
+    assert set(zero_section.ZERO_STAGES) <= set(Zero.model_fields)
 
 
 def test_what_is_read_as_a_plain_dictionary_is_known_too() -> None:

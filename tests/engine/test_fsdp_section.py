@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from engine.deepspeed_parts import ZERO_STAGES
-from engine.deepspeed_section import DeepSpeedSection, Zero
+from engine.deepspeed_section import DeepSpeedSection
 from engine.errors import ConfigError
 from engine.fsdp_section import RULES, Obeyed, Refused, check_fsdp_section, document
 from engine.strict import validated
+from engine.zero_section import ZERO_STAGES, Zero
 from tests.engine.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]

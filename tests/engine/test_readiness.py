@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_every_other_optimizer_of_torch_is_ready_at_every_stage(tmp_path: Path) 
     for kind in {key for key, value in vars(torch.optim).items() if inspect.isclass(value)} - refused:
         for stage, backend in ((0, "deepspeed"), (3, "deepspeed"), *([] if kind == "Rprop" else [(2, "fsdp")])):
             ready(config_of(tmp_path, kind, stage), backend, 12, 1, CPU)
+
+
+def test_neither_a_small_rate_nor_a_full_disk_changes_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "Normalized", Normalized, raising=False)
+    with pytest.raises(ConfigError, match="Normalized"):
+        ready(config_of(tmp_path, "Normalized", 1, lr=1e-12), "deepspeed", 12, 1, CPU)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    ready(config_of(tmp_path, "AdamW", 1), "deepspeed", 12, 1, CPU)
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])

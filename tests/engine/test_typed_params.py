@@ -72,6 +72,7 @@ def test_no_parameter_of_any_optimizer_takes_what_is_not_of_its_kind(kind: str) 
         ("AdamW", {"differentiable": []}, "params.differentiable: .*boolean"),
         ("AdamW", {"betas": [0.9, 1.0]}, r"params.betas.1: .*less than 1, found 1"),
         ("AdamW", {"betas": [0.9, 0.99, 0.999]}, "params.betas: .*at most 2"),
+        ("AdamW", {"betas": [0.9]}, r"params.betas.1: missing; the list needs this value too"),
         ("AdamW", {"betas": [True, 0.9]}, r"params.betas.0: .*number, found true"),
         ("AdamW", {"eps": 0}, "params.eps: .*greater than 0"),
         ("AdamW", {"weight_decay": -0.1}, "params.weight_decay: .*greater than or equal to 0"),

@@ -198,6 +198,16 @@ BAD_TRAINING = {
     "a global batch that does not divide": (with_flags("--set", "deepspeed.train_batch_size=12"), "12 is not a mult"),
     "a setting without a value": (with_flags("--set", "training.seed"), "expected dotted.key=value"),
     "a setting of the wrong type": (with_flags("--set", "training.steps=many"), 'found "many"'),
+    "a schedule longer than the run": (with_flags("--set", "deepspeed.scheduler.params.warmup=500"), "500 is more"),
+    "no number of ranks": (with_flags("--plan", "--world-size", "-2"), "--world-size -2: give the number of ranks"),
+    "no ranks": (with_flags("--plan", "--world-size", "0"), "--world-size 0: give the number of ranks"),
+    "ranks without --plan": (with_flags("--world-size", "2"), "--world-size 2: only with --plan"),
+    "an optimizer that the plan refuses": (
+        with_flags("--plan", "--set", "deepspeed.optimizer.type=SparseAdam", "--set",
+                   'deepspeed.optimizer.params={{"lr":1}}'), "SparseAdam does not support dense gradients"),
+    "a misspelt key of an inner object": (
+        with_flags("--set", 'deepspeed.torch_autocast={{"enabld":true}}'), "torch_autocast.enabld: unknown key"),
+    "a rate that is true": (with_flags("--set", "deepspeed.optimizer.params.lr=true"), "params.lr: .*, found true"),
     "an unknown backend": (with_flags("--backend", "horovod"), "unknown backend"),
     "no resume point": (with_flags("--resume", "{tmp}/nothing"), "no checkpoint in it"),
     "a DeepSpeed file that is not there": (with_flags("--deepspeed", "{tmp}/ds.json"), "ds.json: cannot be read"),
