@@ -50,8 +50,8 @@ class FileFormat:
         for name, tensor in written.items():
             if self._shapes.get(name, tensor.shape) != tensor.shape:
                 raise CheckpointError(
-                    f"model.path: {folder}: transformers would write {name} as {list(tensor.shape)}, not as the folder's "
-                    f"{list(self._shapes[name])}: update transformers"
+                    f"model.path: {folder}: transformers would write {name} as {list(tensor.shape)}, not as the "
+                    f"folder's {list(self._shapes[name])}: update transformers"
                 )
         self.beside = sorted(self._shapes.keys() - written.keys())
 
