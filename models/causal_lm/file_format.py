@@ -7,6 +7,7 @@ the folder holds beside the network (a part that sees pictures, heads for furthe
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+_MADE = 1 << 24  # values that a network may compute for itself, such as sines of positions
+
+
 class FileFormat:
     """Turns the tensors of a network into those of files.
 
@@ -29,7 +33,7 @@ class FileFormat:
         folder: where its tensors came from; None for a new model, which gets the names that transformers gives.
 
     beside: the folder's tensors that the network does not have.
-    Raises CheckpointError for a folder that cannot be read.
+    Raises CheckpointError for a folder that cannot be read, or whose tensors have other shapes than the network's.
     """
 
     def __init__(self, shell: Any, folder: Path | None) -> None:
@@ -65,12 +69,19 @@ class FileFormat:
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         known = shell.state_dict()
+        wrong: list[str] = []
         for name in sorted(self._shapes, key=dot_natural_key):  # some depend on the order
             ours, converted = rename_source_key(name, renamings, converters, shell.base_model_prefix, known)
             if ours not in known and name in known:  # a name that is ours already
                 ours, converted = name, None
             if ours in known and converted is None:
                 self._file_name[ours] = name
+                if known[ours].shape != self._shapes[name]:
+                    wrong.append(f"{ours} is {list(self._shapes[name])}, not {list(known[ours].shape)}")
+        needed = sum(parameter.numel() for parameter in shell.parameters())
+        held = sum(map(math.prod, self._shapes.values()))
+        if wrong or needed > 2 * held + _MADE:  # then transformers would first take the memory for all of it
+            raise misfit(self._folder, wrong or [f"{needed:,} values are wanted, and {held:,} are there"])
         shell._weight_conversions = [entry for entry in transforms if entry.was_used()]
 
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +112,14 @@ class FileFormat:
         if device.type == "meta":
             return {name: torch.empty(self._shapes[name], device=device) for name in self.beside}
         return read_tensors(self._folder, self.beside)
+
+
+def misfit(folder: Path | None, wrong: list[str]) -> CheckpointError:
+    """The error that lists the tensors that do not fit a network."""
+    return CheckpointError(
+        f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
+        f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
+    )
 
 
 def shell_of(hf_config: PreTrainedConfig) -> Any:
