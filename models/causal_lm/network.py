@@ -25,6 +25,7 @@ from kernels.transformers_attention import NAME as TRUNKLINE
 from kernels.transformers_attention import register_with_transformers
 from models.causal_lm.config import CausalLMModel, LlamaShape
 from models.causal_lm.data import IGNORE
+from models.causal_lm.file_format import FileFormat, misfit, shell_of
 from models.causal_lm.folder import brief, read_config, reading, tensor_shapes
 from models.causal_lm.probing import NotCausalError, settle
 
@@ -98,7 +99,8 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
 
     with nullcontext() if folder is None else reading(folder):
         if folder is not None:
-            tensor_shapes(folder)  # which names the file that is damaged
+            _check_size(folder, hf_config)
+            FileFormat(shell_of(hf_config), folder)  # names files that are damaged and shapes that differ
         attentions, lacking = attentions_of(model, hf_config), ""
         for place, attention in enumerate([*attentions, "eager"]):
             try:
@@ -131,10 +133,14 @@ def _check_fit(folder: Path, found: dict[str, Any]) -> None:
         f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])
     ]
     if wrong:
-        raise CheckpointError(
-            f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
-            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
-        )
+        raise misfit(folder, wrong)
+
+
+def _check_size(folder: Path, hf_config: PreTrainedConfig) -> None:
+    """Raises CheckpointError for more layers than tensors, which would take a while to be built."""
+    layers, tensors = getattr(hf_config.get_text_config(), "num_hidden_layers", 0), len(tensor_shapes(folder))
+    if isinstance(layers, int) and layers > tensors:
+        raise misfit(folder, [f"num_hidden_layers is {layers}, and there are {tensors} tensors"])
 
 
 _NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi", "layer_types")

@@ -98,7 +98,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # transformers and tokenizers raise almost anything for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{folder}: not a tokenizer that can be loaded ({reason}): copy the whole folder again"
+            f"{folder}: not a tokenizer that can be loaded ({reason}): copy the whole folder again; code of a "
+            "folder never runs here"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")

@@ -129,6 +129,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "layers that are a list": {"num_hidden_layers": [2]},
     "another number of layers": {"num_hidden_layers": 3},
     "another width of the middle": {"intermediate_size": 47},
+    "more layers than memory": {"num_hidden_layers": 10**9},
+    "a vocabulary that is too large": {"vocab_size": 10**9},
+    "a middle that is too wide": {"intermediate_size": 10**9},
     "architectures that are no names": {"architectures": 5},
     "a tuple in place of outputs": {"return_dict": False},
     "a code map that is a list": {"auto_map": [1], "model_type": "none"},
@@ -154,14 +157,16 @@ def test_files_that_are_no_configuration_are_one_error(copy: Path) -> None:
             opened(copy)
 
 
-def test_weights_of_another_shape_are_listed_with_both_shapes(copy: Path) -> None:
+def test_weights_that_do_not_fit_are_listed(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    del tensors["model.norm.weight"]
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    message = r"do not fit its config\.json; .*: model\.norm\.weight, model.*up_proj\.weight is \[47, 32\], not \[48, "
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=r"do not fit .*: model.*up_proj\.weight is \[47, 32\], not \[48, "):
+        opened(copy)
+    del tensors[name], tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"do not fit .*: model.*up_proj\.weight, model\.norm\.weight"):
         opened(copy)
 
 
