@@ -1,6 +1,6 @@
 """Records into token sequences, by several processes.
 
-    convert_all(records, tokenizer_folder, workers)   the records' sequences, or why there are none, in the same order
+    convert_all(records, tokenizer_folder, ...)   the records' sequences, or why there are none, in the same order
 
 Rendering templates holds the interpreter's lock, so workers are processes. They start anew rather than as forks, since
 the threads of the libraries in use do not survive a fork.
@@ -16,37 +16,45 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from engine.errors import DataError
+from models.causal_lm.records import BadRecord, Conversation, Preference, Record, Text
 from models.causal_lm.rendering import Rendered, Renderer
-from models.causal_lm.sources import BadRecord, Conversation, Preference, Record, Text
 from models.causal_lm.tokenizer import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_RECORDS = 512
 _BATCHES_AHEAD = 3  # for each worker: what bounds the memory
 
-Converted = list[Rendered] | str
-"""Sequences, or the reason why the record cannot be rendered."""
+
+class Converted(NamedTuple):
+    """The record's sequences, or the reason why it cannot be rendered; and what is to be said of them."""
+
+    result: list[Rendered] | str
+    notes: list[str]
+
 
 _Tag = TypeVar("_Tag")
 _renderer: Renderer | None = None
 
 
 def convert_all(
-    records: Iterable[tuple[_Tag, Record]], tokenizer_folder: Path, workers: int
+    records: Iterable[tuple[_Tag, Record]], tokenizer_folder: Path, workers: int, template: str = "the chat template"
 ) -> Generator[tuple[_Tag, Record, Converted], None, None]:
     """(tag, record, its sequences) in the order of `records` for any number of workers; one works in this process.
+
+    template: what an error calls the chat template
 
     Holds a few batches of half a million characters for each worker. Close the iterator to stop early.
     """
     if workers == 1:
-        renderer = Renderer(load_tokenizer(tokenizer_folder))
+        renderer = Renderer(load_tokenizer(tokenizer_folder), template)
         for tag, record in records:
             yield tag, record, _convert(renderer, record)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_folder,))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder, template))
     waiting: deque[tuple[list[tuple[_Tag, Record]], Future[list[Converted]]]] = deque()
     try:
         for batch in _batches(records):
@@ -96,11 +104,11 @@ def _batches(records: Iterable[tuple[_Tag, Record]]) -> Generator[list[tuple[_Ta
         yield batch
 
 
-def _start_worker(tokenizer_folder: Path) -> None:
+def _start_worker(tokenizer_folder: Path, template: str) -> None:
     global _renderer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _renderer = Renderer(load_tokenizer(tokenizer_folder))
+    _renderer = Renderer(load_tokenizer(tokenizer_folder), template)
 
 
 def _convert_batch(records: list[Record]) -> list[Converted]:
@@ -109,7 +117,8 @@ def _convert_batch(records: list[Record]) -> list[Converted]:
 
 
 def _convert(renderer: Renderer, record: Record) -> Converted:
+    notes: list[str] = []
     try:
-        return renderer.render(record)
+        return Converted(renderer.render(record, notes.append), list(dict.fromkeys([*record.notes, *notes])))
     except BadRecord as bad:
-        return str(bad)
+        return Converted(str(bad), [])

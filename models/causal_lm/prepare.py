@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
 from models.causal_lm.conversion import characters, convert_all, texts
-from models.causal_lm.skipped import Skipped, lines
-from models.causal_lm.sources import KINDS, SUFFIXES, Kind, Problem, find_files
+from models.causal_lm.records import KINDS, Kind
+from models.causal_lm.skipped import Skipped, Tally, remarks
+from models.causal_lm.sources import SUFFIXES, Problem, find_files
 from models.causal_lm.splits import Splits
 from models.causal_lm.store import Split, Store, values_digest
 from models.causal_lm.store_writer import StoreWriter, draft_of
@@ -100,6 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError(f"{error}: mend that and run the same command again") from error
     if not is_new:
         print(f"{arguments.out}: already prepared from the same files; nothing to do")
+        if "noted" not in store.index:
+            print(
+                "  by a version that did not read 'weight', 'train', 'system' and 'history': remove it to prepare anew"
+            )
     print(_summary(store))
 
 
@@ -144,7 +149,8 @@ def prepare(
     if (out / "store.json").is_file():
         return _finished(out, made_from), False
 
-    records, skipped = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction)
+    records, skipped, noted = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction), Tally()
+    template = f"the chat template {chat_template or f'of {tokenizer}'}"
     counts, size = _survey(records, skipped, sources, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(out) as draft:
@@ -158,23 +164,25 @@ def prepare(
         with (
             StoreWriter(draft, kind, vocabulary_size(used)) as writer,
             tqdm(total=counts["train"] + counts["val"], unit=" records", disable=not progress) as bar,
-            closing(convert_all(good, draft / "tokenizer", workers)) as converted,
+            closing(convert_all(good, draft / "tokenizer", workers, template)) as converted,
         ):
             total, tokens = skipped.count + counts["train"] + counts["val"], 0
-            for (place, split), _, result in converted:
+            for (place, split), _, (result, said) in converted:
                 if isinstance(result, str):
                     skipped.add(Problem(place, result))
                     skipped.check(total)
                     counts[split] -= 1
                 else:
                     writer.add(split, result)
+                    for reason in said:
+                        noted.add(place, reason)
                     tokens += sum(len(sequence.ids) for sequence in result)
                 if bar.update():
                     seconds = bar.format_dict["elapsed"]
                     bar.set_postfix_str(f"{tokens / max(seconds, 1e-9):,.0f} tokens/s")
             _check_counts(counts, sources, records.has_val)
-            notes = {"made_from": made_from, "skipped": skipped.to_json(), "records": counts}
-            return writer.finish(out, **notes), True
+            tallies = {"skipped": skipped.to_json(), "noted": noted.to_json()}
+            return writer.finish(out, made_from=made_from, **tallies, records=counts), True
 
 
 def _survey(records: Splits, skipped: Skipped, sources: Sequence[Path], progress: bool) -> tuple[dict[Split, int], int]:
@@ -274,4 +282,4 @@ def _summary(store: Store) -> str:
             f"  {split}: {store.index['records'][split]:,} records, {entry.tokens:,} tokens{learned}; "
             f"the longest has {entry.longest:,}"
         )
-    return "\n".join(text + [f"  {line}" for line in lines(store.index["skipped"])])
+    return "\n".join(text + [f"  {line}" for line in remarks(store.index)])

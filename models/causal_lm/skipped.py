@@ -1,7 +1,8 @@
-"""The records that were left out: counted by reason, the first of each shown.
+"""The records that were left out, and what was not used of the others: counted by reason, the first of each shown.
 
+Tally()                     .add(place, reason)
 Skipped(max_bad_fraction)   .add(problem), .check(records) raises once they are too many
-lines(skipped)              what Skipped.to_json returned, for a person to read
+remarks(index)              what a store's index says of both, for a person to read
 """
 
 from __future__ import annotations
@@ -9,10 +10,32 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import DataError
-from models.causal_lm.sources import Problem
+from models.causal_lm.sources import Place, Problem
 
 _SHOWN = 3
 _SHOWN_IN_ERROR = 10
+_MOST_REASONS = 200
+_LONGEST_REASON = 400
+
+
+class Tally:
+    """Counts reasons; holds only the first few places of each, and only so many of them."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, place: Place, reason: str) -> None:
+        """Note the record at `place`."""
+        reason = reason[:_LONGEST_REASON]  # a field may have any name, and a template say anything
+        if reason not in self._reasons and len(self._reasons) >= _MOST_REASONS:
+            reason = "other reasons"
+        count, places = self._reasons.get(reason, (0, []))
+        self._reasons[reason] = count + 1, places if len(places) == _SHOWN else [*places, str(place)]
+
+    def to_json(self) -> dict[str, Any]:
+        """{reason: {"count": n, "first": [place, ...]}}, the most frequent first."""
+        ordered = sorted(self._reasons.items(), key=lambda item: (-item[1][0], item[0]))
+        return {reason: {"count": count, "first": places} for reason, (count, places) in ordered}
 
 
 class Skipped:
@@ -21,7 +44,7 @@ class Skipped:
     def __init__(self, max_bad_fraction: float) -> None:
         self._max_bad_fraction = max_bad_fraction
         self._first: list[Problem] = []
-        self._reasons: dict[str, tuple[int, list[str]]] = {}
+        self._tally = Tally()
         self.count = 0
 
     def add(self, problem: Problem) -> None:
@@ -29,8 +52,7 @@ class Skipped:
         self.count += 1
         if len(self._first) < _SHOWN_IN_ERROR:
             self._first.append(problem)
-        count, places = self._reasons.get(problem.reason, (0, []))
-        self._reasons[problem.reason] = count + 1, places if len(places) == _SHOWN else [*places, str(problem.place)]
+        self._tally.add(problem.place, problem.reason)
 
     def check(self, records: int) -> None:
         """Raises DataError if more than the fraction allowed of `records` records, good and bad, are left out."""
@@ -42,14 +64,14 @@ class Skipped:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """{reason: {"count": n, "first": [place, ...]}}, the most frequent first."""
-        ordered = sorted(self._reasons.items(), key=lambda item: (-item[1][0], item[0]))
-        return {reason: {"count": count, "first": places} for reason, (count, places) in ordered}
+        """See Tally.to_json."""
+        return self._tally.to_json()
 
 
-def lines(skipped: dict[str, Any]) -> list[str]:
-    """What `Skipped.to_json` returned, one line a reason."""
+def remarks(index: dict[str, Any]) -> list[str]:
+    """What a store's index says of its records, for a person to read: one line a reason."""
     return [
-        f"{entry['count']:,} left out: {reason} ({', '.join(entry['first'])}{', ...' * (entry['count'] > _SHOWN)})"
-        for reason, entry in skipped.items()
+        f"{entry['count']:,} {what}: {reason} ({', '.join(entry['first'])}{', ...' * (entry['count'] > _SHOWN)})"
+        for name, what in (("skipped", "left out"), ("noted", "kept"))
+        for reason, entry in index.get(name, {}).items()
     ]

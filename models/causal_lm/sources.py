@@ -3,35 +3,24 @@
     find_files(paths)            the files to read, in the order in which they are read
     read_records(files, kind)    (place, record) for a good record, Problem(place, reason) for any other
 
-Three kinds of record, each in the fields that data sets use:
-
-    text            {"text": ...}, a JSON string, or a .txt file, which is one document
-    conversations   {"messages": [{"role", "content"}, ...]}, {"prompt", "response"} or {"input", "output"}
-    preferences     {"prompt", "chosen", "rejected"} as text or as messages, as TRL has them; without "prompt", `chosen`
-                    and `rejected` are whole conversations, and the prompt is what they begin with in common
-
-JSONL and Parquet are read piece by piece, so memory does not depend on their size. A bad record is never dropped
-silently and never stops the others; a file that cannot be read at all is an error.
+What a record is stands in models.causal_lm.records; a .txt file is one document. JSONL and Parquet are read piece by
+piece, so memory does not depend on their size. A bad record is never dropped silently and never stops the others; a
+file that cannot be read at all is an error.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import polars as pl
 
 from engine.errors import ConfigError, DataError
-
-Kind = Literal["text", "conversations", "preferences"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-Message = Mapping[str, Any]
-"""{"role": str, "content": str} and whatever else the chat template may want of it."""
+from models.causal_lm.records import BadRecord, Kind, Record, record_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 MAX_RECORD_BYTES = 16 << 20
@@ -60,34 +49,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
-
-
-class BadRecord(Exception):  # noqa: N818 - not an error of the program; it becomes a Problem
-    """Why a record cannot be used."""
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, the answers that are to be learned among them."""
-
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class Preference:
-    """`chosen` and `rejected` each continue `prompt`, and each begins with the assistant."""
-
-    prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
-
-
-Record = Text | Conversation | Preference
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -127,7 +88,7 @@ def read_records(files: Sequence[Path], kind: Kind) -> Iterator[tuple[Place, Rec
         try:
             for place, raw in _READERS[path.suffix.lower()](path):
                 try:
-                    yield place, _record(raw() if callable(raw) else raw, kind)
+                    yield place, record_of(raw() if callable(raw) else raw, kind)
                 except BadRecord as bad:
                     yield Problem(place, str(bad))
         except OSError as error:
@@ -227,109 +188,3 @@ def _decoded(line: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise BadRecord("not JSON") from None
-
-
-def _record(value: Any, kind: Kind) -> Record:
-    """The record that a file's value stands for. Raises BadRecord."""
-    if kind == "text":
-        return Text(_checked_text(value if isinstance(value, str) else _field(_object(value), "text"), "the text"))
-    fields = _object(value)
-    if fields.get("tools"):
-        raise BadRecord("has 'tools', which cannot be rendered here")
-    return _conversation(fields) if kind == "conversations" else _preference(fields)
-
-
-def _conversation(fields: Mapping[str, Any]) -> Conversation:
-    if "messages" in fields:
-        messages = _messages(fields["messages"], "'messages'")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise BadRecord("'messages' has no turn of the assistant")
-        if messages[0]["role"] == "assistant":
-            raise BadRecord("'messages' begins with the assistant, so that there is nothing to answer")
-        return Conversation(messages)
-    if "instruction" in fields:
-        raise BadRecord("has 'instruction', which is not read: join it with 'input' into one field")
-    for question, answer in (("prompt", "response"), ("input", "output")):
-        if question in fields or answer in fields:
-            prompt = _checked_text(_field(fields, question), f"'{question}'")
-            return Conversation(_exchange(prompt, _checked_text(_field(fields, answer), f"'{answer}'")))
-    raise BadRecord("has neither 'messages' nor 'prompt' and 'response' nor 'input' and 'output'")
-
-
-def _preference(fields: Mapping[str, Any]) -> Preference:
-    sides = [_field(fields, name) for name in ("chosen", "rejected")]
-    prompt = fields.get("prompt")
-    if all(isinstance(side, str) for side in sides):
-        question, *answers = _exchange(_checked_text(_field(fields, "prompt"), "'prompt'"), *sides)
-        for name, side in zip(("chosen", "rejected"), sides):
-            _checked_text(side, f"'{name}'")
-        found = Preference((question,), (answers[0],), (answers[1],))
-    elif all(isinstance(side, list) for side in sides):
-        chosen, rejected = _messages(sides[0], "'chosen'"), _messages(sides[1], "'rejected'")
-        if isinstance(prompt, list):
-            found = Preference(_messages(prompt, "'prompt'"), chosen, rejected)
-        elif prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            found = Preference(_exchange(_checked_text(prompt, "'prompt'")), chosen, rejected)
-        else:
-            same = [a == b for a, b in zip(chosen, rejected)]
-            common = same.index(False) if False in same else len(same)
-            found = Preference(chosen[:common], chosen[common:], rejected[common:])
-    else:
-        raise BadRecord("'chosen' and 'rejected' are not both text or both lists of messages")
-    if found.chosen == found.rejected:
-        raise BadRecord("'chosen' and 'rejected' are the same")
-    if not found.prompt:
-        raise BadRecord("'chosen' and 'rejected' begin with nothing in common, and there is no 'prompt'")
-    for name, side in (("chosen", found.chosen), ("rejected", found.rejected)):
-        if not side or side[0]["role"] != "assistant":
-            raise BadRecord(f"'{name}' does not go on with a turn of the assistant after the prompt")
-    return found
-
-
-def _exchange(question: str, *answers: str) -> tuple[Message, ...]:
-    return {"role": "user", "content": question}, *({"role": "assistant", "content": answer} for answer in answers)
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRecord("not an object")
-    return value
-
-
-def _field(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        raise BadRecord(f"has no '{name}'")
-    return fields[name]
-
-
-def _messages(value: Any, what: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise BadRecord(f"{what} is not a list of messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRecord(f"{what} holds a message without a role")
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise BadRecord("the content of a message is not text")
-        if message["role"] == "assistant":
-            _checked_text(content, "the content of an assistant's message")
-        _check_encodable(content)
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return tuple(messages)
-
-
-def _checked_text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord(f"{what} is not text")
-    if not value.strip():
-        raise BadRecord(f"{what} is empty")
-    _check_encodable(value)
-    return value
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
-        raise BadRecord("holds a lone surrogate (\\ud800 to \\udfff), which is no character") from None

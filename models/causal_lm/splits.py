@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.causal_lm.sources import Kind, Place, Problem, Record, Text, read_records
+from models.causal_lm.records import Kind, Record, Text
+from models.causal_lm.sources import Place, Problem, read_records
 from models.causal_lm.store import Split
 
 
@@ -49,6 +50,7 @@ class Splits:
 
 
 def _share(record: Record) -> float:
-    """A number from 0 to below 1, evenly spread over records and the same for equal ones."""
-    content = record.text if isinstance(record, Text) else json.dumps(vars(record), sort_keys=True, default=str)
+    """A number from 0 to below 1, evenly spread over records and the same for those of equal texts and messages."""
+    messages = {name: value for name, value in vars(record).items() if name not in ("tools", "notes")}
+    content = record.text if isinstance(record, Text) else json.dumps(messages, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest(), "big") / 2**48

@@ -24,8 +24,8 @@ import numpy as np
 
 from engine.errors import DataError
 from engine.files import only_writer, sync
+from models.causal_lm.records import Kind
 from models.causal_lm.rendering import Rendered
-from models.causal_lm.sources import Kind
 from models.causal_lm.store import (
     HEADER_BYTES,
     SPLITS,

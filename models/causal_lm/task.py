@@ -26,6 +26,7 @@ from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from models.causal_lm.network import CausalLM, hf_config_of, make_network
+from models.causal_lm.skipped import remarks
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer, pad_id, stop_ids
 
@@ -108,8 +109,9 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, split by split, and which attention the network uses."""
-        return [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        """What was left out of the data, of all records and then split by split."""
+        said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)]
+        return said + [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
 
     def weight_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""

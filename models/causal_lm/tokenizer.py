@@ -4,6 +4,8 @@
     train_tokenizer(texts, vocab_size)   byte-level BPE with ChatML as its chat template
     vocabulary_size(tokenizer)           ids are 0 ... vocabulary_size - 1
     tokenizer_digest(tokenizer)          names what it does
+    special_tokens(tokenizer)            their texts
+    turn_ends(tokenizer)                 the texts of those that end an answer in its chat template
     stop_ids(tokenizer)                  the tokens at which generation must stop
     pad_id(tokenizer)                    a token to fill up batches with
 
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
+from models.causal_lm.chat_template import Asked, render
+from models.causal_lm.records import BadRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -122,25 +126,39 @@ def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [bos] if bos is not None and tokenizer.backend_tokenizer.encode(_PROBE).ids[:1] == [bos] else []
 
 
-def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The special token that the chat template writes after an answer; None if there is none."""
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The special tokens, the longest first; other added tokens are ordinary text."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The special tokens that end an answer in the chat template: the one that it writes after it, if any, or those
+    that the turn of a user or a tool begins with directly after it."""
     if tokenizer.chat_template is None:
-        return None
+        return []
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    longer = [[*exchange, {"role": role, "content": "a"}] for role in ("user", "tool")]
     try:
-        text: Any = tokenizer.apply_chat_template(exchange, tokenize=False)
-    except Exception:  # a template may refuse this exchange by any exception; rendering reports what it says
-        return None
-    after = text[text.rfind(_PROBE) + len(_PROBE) :]
-    ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in ids if token in special), None)
+        texts = render(tokenizer, exchange, [Asked(), *(Asked(others=messages) for messages in longer)], cpu_seconds=2)
+    except BadRecord:  # rendering reports what it says
+        return []
+    # a template may refuse any of these exchanges, by an exception of its own
+    after, *followed = (text[text.rfind(_PROBE) + len(_PROBE) :] if isinstance(text, str) else "" for text in texts)
+    special = special_tokens(tokenizer)
+    first = min(((after.index(mark), place) for place, mark in enumerate(special) if mark in after), default=None)
+    found = [] if first is None else [special[first[1]]]
+    own = after.removesuffix(tokenizer.eos_token)  # which some templates write once, after all turns
+    if not any(mark in own for mark in special):
+        heads = [text.removeprefix(own.rstrip()).lstrip() for text in followed]
+        found += [next((mark for mark in special if head.startswith(mark)), "") for head in heads]
+    return [mark for mark in dict.fromkeys(found) if mark]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens that end a generated text: EOS, and what ends the assistant's turn in the chat template."""
-    turn_end = turn_end_id(tokenizer)
-    return sorted({tokenizer.eos_token_id} | ({turn_end} if turn_end is not None else set()))
+    """The tokens that end a generated text: EOS, and those that end the assistant's turn in the chat template."""
+    ends = [tokenizer.backend_tokenizer.token_to_id(mark) for mark in turn_ends(tokenizer)]
+    return sorted({tokenizer.eos_token_id, *(number for number in ends if number is not None)})
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

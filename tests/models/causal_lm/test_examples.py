@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from models.causal_lm.examples import write_examples
-from models.causal_lm.sources import KINDS, Problem, read_records
+from models.causal_lm.records import KINDS
+from models.causal_lm.sources import Problem, read_records
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from engine.errors import DataError
+from models.causal_lm.records import Kind
 from models.causal_lm.rendering import Rendered
-from models.causal_lm.sources import Kind
 from models.causal_lm.store import Store
 from models.causal_lm.store_writer import StoreWriter, draft_of
 from models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
