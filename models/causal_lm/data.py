@@ -7,8 +7,8 @@
     collate_pairs(samples, pad_id)        the batch of the third
 
 A text longer than `max_length` is cut into pieces that overlap by one token, so every token but the first is predicted
-exactly once. A conversation or an answer is cut off on the right, and left out if that leaves nothing to be learned.
-`notes` of a dataset says how many met either, in lines for a person to read.
+exactly once. A conversation or an answer is cut off on the right, and left out if that leaves nothing to be learned; a
+pair also if that leaves no difference. `notes` of a dataset says how many met any of it, in lines for a person to read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from engine.errors import DataError
 from models.causal_lm.packing import pack
-from models.causal_lm.sources import Kind
+from models.causal_lm.records import Kind
 from models.causal_lm.store import Sequences
 
 IGNORE = -100
@@ -61,15 +61,17 @@ class _Pieces:
         else:
             short = np.minimum(lengths, max_length)
             keeps = sequences.first_learned < short
+            equal = np.zeros(total, bool)
             if kind == "preferences":  # a pair needs both its sides
-                keeps, longer = np.repeat(keeps[0::2] & keeps[1::2], 2), longer[0::2] | longer[1::2]
-            self.sequence = np.flatnonzero(keeps)
+                keeps, longer, total = keeps[0::2] & keeps[1::2], longer[0::2] | longer[1::2], total // 2
+                equal = keeps & sequences.equal_pairs(max_length)
+            used = keeps & ~equal
+            self.sequence = np.flatnonzero(np.repeat(used, 2) if kind == "preferences" else used)
             self.start = np.zeros(len(self.sequence), np.int64)
-            if kind == "preferences":
-                keeps, total = keeps[0::2], total // 2
             fates = [
                 (longer, f"longer than data.max_length = {max_length} and cut off on the right"),
                 (~keeps, "left out, because no token of the answer is left to be predicted"),
+                (equal, f"left out, because chosen and rejected are the same in their first {max_length} tokens"),
             ]
         self.length = np.minimum(lengths[self.sequence] - self.start, max_length)
         self.notes = [f"{sel.sum():,} of {total:,} {what} are {fate}" for sel, fate in fates if sel.any()]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from engine.errors import DataError
-from models.causal_lm.sources import KINDS, Kind
+from models.causal_lm.records import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,6 +83,18 @@ class Sequences:
         if self._kind == "text":
             return np.ones(len(self._slice("tokens.npy", index, start, stop)), bool)
         return self._slice("learned.npy", index, start, stop).copy()
+
+    def equal_pairs(self, max_length: int) -> np.ndarray:
+        """bool [N/2], whether the first `max_length` tokens of sequences 2i and 2i + 1 are the same."""
+        tokens, starts = self._map("tokens.npy"), self._map("offsets.npy")[:-1]
+        lengths = np.minimum(self.lengths, max_length)
+        ends, equal = starts + lengths, lengths[0::2] == lengths[1::2]
+        left, back = np.flatnonzero(equal), 0
+        while len(left):  # from the end, where almost all differ at once
+            back += 1
+            left = left[equal[left] & (lengths[2 * left] >= back)]
+            equal[left] = tokens[ends[2 * left] - back] == tokens[ends[2 * left + 1] - back]
+        return equal
 
     def counts(self) -> np.ndarray:
         """int64 [vocabulary], how often each token stands in the split."""

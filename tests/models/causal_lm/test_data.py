@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from engine.errors import DataError
 from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, Piece, collate, collate_pairs
+from models.causal_lm.records import Kind
 from models.causal_lm.rendering import Rendered
-from models.causal_lm.sources import Kind
 from models.causal_lm.store import Sequences
 from models.causal_lm.store_writer import StoreWriter, draft_of
 from models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
@@ -205,3 +205,31 @@ def test_batches_are_never_longer_than_the_positions_of_a_model(sequences_of) ->
     assert collate(samples, PAD)["input_ids"].shape == (1, 64)
     assert collate(samples, PAD, 50)["input_ids"].shape == (1, 50)
     assert collate(samples, PAD, 500)["input_ids"].shape == (1, 64)
+
+
+def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(200):  # prompt of 3; the answers differ from a place on, or in their length, or not at all
+        chosen = np.concatenate([[1, 2, 3], rng.integers(4, 9, rng.integers(1, 12))])
+        rejected = chosen[: rng.integers(4, len(chosen) + 1)].copy()
+        if rng.random() < 0.5:
+            rejected[rng.integers(3, len(rejected))] = 9
+        pairs.append((chosen, rejected))
+    with draft_of(tmp_path / "store") as draft:
+        train_tokenizer([], MIN_VOCAB_SIZE).save_pretrained(draft / "tokenizer")
+        with StoreWriter(draft, "preferences", MIN_VOCAB_SIZE) as writer:
+            for pair in pairs:
+                writer.add("train", [Rendered(ids, np.arange(len(ids)) >= 3) for ids in pair])
+            sequences = writer.finish(tmp_path / "store").split("train")
+    for max_length in (4, 5, 9, 15):
+        differ = [pair for pair in pairs if pair[0][:max_length].tolist() != pair[1][:max_length].tolist()]
+        data = Pairs(sequences, max_length)
+        found = [[side.tokens.tolist() for side in data[i]] for i in range(len(data))]
+        assert found == [[side[:max_length].tolist() for side in pair] for pair in differ]
+        assert (
+            f"{200 - len(differ)} of 200 pairs are left out, because chosen and rejected are the same in their first "
+            f"{max_length} tokens"
+        ) in data.notes
+    with pytest.raises(DataError, match="no pairs to learn from"):
+        Pairs(sequences, 3)
