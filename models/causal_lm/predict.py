@@ -1,7 +1,8 @@
 """Text from a trained language model: what `launchers/predict.py` does for this workload.
 
     --prompt TEXT       continue a text, or with --chat answer it
-    --prompts FILE      the same for every line of a file; --out keeps prompts and answers as JSON lines
+    --prompts FILE      the same for every line of a file, up to "\\n" or "\\r\\n"; --out keeps prompts and answers as
+                        JSON lines
     --chat              the prompt is what a user says; without one, talk: a line a turn, an empty line ends it
 
 Without --temperature the likeliest token is taken each time (greedy). Text is printed while it is made.
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError
 from engine.hardware import choose_device
+from models.causal_lm.records import BadRecord
 from models.causal_lm.tokenizer import leading_ids, pad_id, stop_ids
 from models.causal_lm.trained import Trained, load_trained
 
@@ -100,11 +102,14 @@ def reply(trained: Trained, messages: list[Message], *, stream: bool = False, **
 def _rendered(trained: Trained, messages: list[Message]) -> list[int]:
     if not trained.tokenizer.chat_template:
         raise ConfigError(f"{trained.folder}: its tokenizer has no chat template: leave out --chat")
+    left_out: list[str] = []
     try:
-        text = trained.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs of their own and raise what they like
+        ids = trained.renderer.prompt(messages, left_out.append)
+    except BadRecord as error:
         raise ConfigError(f"{trained.folder}: its chat template does not take this conversation: {error}") from error
-    return trained.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if lost := [reason for reason in left_out if "'system'" in reason]:
+        raise ConfigError(f"--system: {lost[0]} ({trained.folder}): leave it out")
+    return ids
 
 
 @torch.no_grad()
@@ -163,7 +168,8 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
         yield arguments.prompt
     elif arguments.prompts is not None:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+            # of the marks that Unicode has for the end of a line, only those of files: the others stand within a text
+            lines = arguments.prompts.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--prompts {arguments.prompts}: cannot be read as UTF-8 text: {error}") from error
         prompts = [line for line in lines if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.strict import read_json_object, validated
 from engine.weights import find_weights
 from models.causal_lm.config import CausalLMData, CausalLMModel
 from models.causal_lm.network import hf_config_of, make_network
+from models.causal_lm.rendering import Renderer
 from models.causal_lm.tokenizer import load_tokenizer
 
 
@@ -25,6 +27,11 @@ class Trained:
     tokenizer: Any
     data: CausalLMData
     model: CausalLMModel
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What writes conversations as the model learned them."""
+        return Renderer(self.tokenizer, f"the chat template of {self.folder}")
 
 
 def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:
