@@ -89,10 +89,6 @@ class Scheduler(Strict):
     def _typed(cls, params: Json, info: ValidationInfo) -> Json:
         return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
-    @property
-    def offloads(self) -> bool:
-        """Whether anything rests on the CPU between its uses."""
-        return any(part is not None and part.device == "cpu" for part in (self.offload_optimizer, self.offload_param))
 
 class DeepSpeedSection(Part):
     """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""

@@ -191,7 +191,8 @@ class Renderer:
             end = start + len(turn.rstrip())
         after = whole[start + said + len(last_word) : end]
         # within a conversation a mark of another kind may end a turn, such as one that asks for a tool
-        is_ended = any(mark in after for mark in self._ends) or (end < len(whole) and after.endswith(self._marks))
+        goes_on = bool(whole[end:].strip())
+        is_ended = any(mark in after for mark in self._ends) or (goes_on and after.endswith(self._marks))
         return self._with_next_mark(whole, _Answer(start, end, is_learned, is_ended))
 
     def _with_next_mark(self, whole: str, answer: _Answer) -> _Answer:
@@ -222,12 +223,13 @@ class Renderer:
         answers = []
         for k, (start, end) in enumerate(spans):
             is_learned = start < end and (len(spans) != len(turns) or turns[k] in learned)
-            # what else stands before the next part may end the turn as well
-            until = spans[k + 1][0] if k + 1 < len(spans) else end
             is_ended = any(mark in whole[start:end] for mark in self._ends)
             answer = self._with_next_mark(whole, _Answer(start, end, is_learned, is_ended))
-            ends_elsewhere = any(mark in whole[end:until] for mark in self._marks)
-            answers.append(answer._replace(is_ended=answer.is_ended or ends_elsewhere))
+            # what stands unmarked before the next part may end the turn, and that part may belong to the same turn
+            follows = k + 1 < len(spans)
+            if follows and (len(spans) != len(turns) or self._mark.search(whole, end, spans[k + 1][0])):
+                answer = answer._replace(is_ended=True)
+            answers.append(answer)
         return answers
 
     def _with_eos(

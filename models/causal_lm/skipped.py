@@ -27,7 +27,7 @@ class Tally:
     def add(self, place: Place, reason: str) -> None:
         """Note the record at `place`."""
         reason = reason[:_LONGEST_REASON]  # a field may have any name, and a template say anything
-        if reason not in self._reasons and len(self._reasons) == _MOST_REASONS:
+        if reason not in self._reasons and len(self._reasons) >= _MOST_REASONS:
             reason = "other reasons"
         count, places = self._reasons.get(reason, (0, []))
         self._reasons[reason] = count + 1, places if len(places) == _SHOWN else [*places, str(place)]

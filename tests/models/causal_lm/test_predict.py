@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from launchers.predict import main
 from models.causal_lm.predict import continue_text, reply
 from models.causal_lm.tokenizer import stop_ids
@@ -69,6 +70,26 @@ def test_prompts_of_a_file_are_answered_in_order_and_sampling_repeats_with_its_s
     assert [row["prompt"] for row in rows[0]] == ["A list", "An object"]
     assert rows[0] == rows[1]
     assert rows[0] != rows[2]
+
+
+def test_a_prompt_of_a_file_ends_only_where_its_line_does(pretrained: Path, tmp_path: Path) -> None:
+    """What Unicode calls a line break, and str.splitlines takes for one, may stand within a prompt."""
+    within = "A\u2028list\x85of\x0bobjects\x0c\x1c\u2029here"
+    (tmp_path / "prompts.txt").write_bytes(f"\ufeff{within}\r\nAn\robject\n\n \u2028\nA list".encode())
+    flags = ["--run", str(pretrained), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "2"]
+    assert main([*flags, "--out", str(tmp_path / "out.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().split(b"\n") if line]
+    assert [row["prompt"] for row in rows] == [within, "An\robject", "A list"]
+
+
+def test_a_template_that_drops_the_system_message_is_named(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = trained.tokenizer.chat_template
+    monkeypatch.setattr(trained.tokenizer, "chat_template", kept.replace("in messages %}", "in messages[1:] %}"))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
+    with pytest.raises(ConfigError, match="--system: the content of a message of role 'system' is left out"):
+        reply(trained, messages, **GREEDY)
 
 
 def test_a_conversation_remembers_what_was_said(

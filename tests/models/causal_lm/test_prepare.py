@@ -12,7 +12,10 @@ import pytest
 
 from engine.errors import ConfigError, DataError
 from launchers import prepare as launcher
+from models.causal_lm import chat_template
 from models.causal_lm.prepare import prepare
+from models.causal_lm.skipped import Tally, remarks
+from models.causal_lm.sources import Place
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import train_tokenizer
 
@@ -296,3 +299,70 @@ def test_killed_in_the_middle_it_leaves_no_store_and_the_next_run_makes_it_whole
     prepare([small], tmp_path / "unbroken", kind="text", tokenizer=tmp_path / "tokenizer")
     assert content(out) == content(tmp_path / "unbroken")
     assert not tokens.exists()
+
+
+def test_what_is_not_used_is_counted_and_named_and_kept_in_the_store(tmp_path: Path, capsys: Any) -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    records: list[Any] = [{"messages": [user, answer], "score": i} for i in range(1, 5)]
+    records.append({"messages": [user, {**answer, "reasoning_content": "because"}], "system": "be kind"})
+    records.append({"messages": [user, {**answer, "weight": 0}, user, {**answer, "content": "b"}]})
+    records.append({"messages": [user, {**answer, "weight": 2}]})
+    source, out = write_lines(tmp_path / "talks.jsonl", *records), tmp_path / "store"
+    train_tokenizer([], 260).save_pretrained(tmp_path / "tokenizer")
+    flags = ["causal_lm", "--kind", "conversations", "--source", str(source), "--out", str(out)]
+    flags += ["--tokenizer", str(tmp_path / "tokenizer"), "--val-fraction", "0", "--max-bad-fraction", "0.5"]
+    said = [
+        f"1 left out: 'weight' of a message is neither 0 nor 1: a turn is learned or it is not ({source}: line 7)",
+        f"4 kept: the field 'score' is not used ({source}: line 1, {source}: line 2, {source}: line 3, ...)",
+        "1 kept: 'reasoning_content' of a message of role 'assistant' is left out or changed by the chat template "
+        f"({source}: line 5)",
+    ]
+    for _ in range(2):  # the second time it is the finished store that says it
+        assert launcher.main(flags) == 0
+        assert capsys.readouterr().out.splitlines()[-3:] == [f"  {line}" for line in said]
+    store = Store.open(out)
+    assert remarks(store.index) == said
+    assert store.index["noted"]["the field 'score' is not used"]["count"] == 4
+    assert texts_of(store, "train")[4].startswith("<|im_start|>system\nbe kind<|im_end|>")
+    sequences, tokenizer = store.split("train"), store.tokenizer()
+    assert tokenizer.decode(sequences.tokens(5)[sequences.loss_mask(5)]) == "b<|im_end|>"
+
+
+def test_a_store_of_a_version_that_noted_nothing_opens_and_says_so(
+    conversations: Path, tmp_path: Path, capsys: Any
+) -> None:
+    flags = ["causal_lm", "--kind", "conversations", "--source", str(conversations), "--train-tokenizer"]
+    flags += ["--vocab-size", "300", "--out", str(tmp_path / "store")]
+    assert launcher.main(flags) == 0
+    index = json.loads((tmp_path / "store/store.json").read_text())
+    del index["noted"]
+    (tmp_path / "store/store.json").write_text(json.dumps(index))
+    assert launcher.main(flags) == 0
+    assert "by a version that did not read 'weight'" in capsys.readouterr().out
+    assert remarks(Store.open(tmp_path / "store").index) == []
+
+
+def test_a_template_that_never_ends_stops_the_preparation_with_its_name_and_the_records(
+    conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.2)
+    template = tmp_path / "endless.jinja"
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template.write_text("{% if messages[0].content != 'a' %}" + loops + "{% endif %}{{ messages[0].content }}")
+    with pytest.raises(DataError, match="of 60 records cannot be used") as error:
+        prepare([conversations], tmp_path / "store", kind="conversations", vocab_size=300, chat_template=template)
+    assert (
+        f"{conversations}: line 1: the chat template {template} takes more than 0.2 s for one record: mend the "
+        "template, or split the record"
+    ) in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_reasons_of_any_number_and_length_stay_few_and_short() -> None:
+    tally = Tally()
+    for number in range(1000):
+        tally.add(Place(Path("a.jsonl"), number), f"{number} " + "x" * 1000)
+    counted = tally.to_json()
+    assert len(counted) == 201
+    assert counted["other reasons"]["count"] == 800
+    assert max(map(len, counted)) == 400

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from models.causal_lm import chat_template
 from models.causal_lm.records import BadRecord, Conversation, Message, Preference, Text
 from models.causal_lm.rendering import Rendered, Renderer
 from models.causal_lm.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, load_tokenizer, stop_ids, train_tokenizer
@@ -266,3 +267,218 @@ def test_an_answer_that_begins_inside_a_token_is_refused() -> None:
     )
     with pytest.raises(BadRecord, match="the answer begins inside a token"):
         one(tokenizer, talk("a", "yes no"))
+
+
+def test_every_answer_of_a_conversation_ends_with_what_generation_stops_at(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = WITHOUT_END
+    noted: list[str] = []
+    (rendered,) = Renderer(tokenizer).render(Conversation(talk("a", "b", "c", "d", "e")), noted.append)
+    assert learned_text(tokenizer, rendered) == ["b\n<|endoftext|>", "d\n<|endoftext|>"]
+    assert tokenizer.decode(rendered.ids) == (
+        "user: a\nassistant: b\n<|endoftext|>user: c\nassistant: d\n<|endoftext|>user: e\n"
+    )
+    assert noted == ["EOS is put after an answer, because the chat template ends it with no special token"]
+
+
+def test_the_prompt_of_generation_is_how_the_conversation_begins_to_be_learned(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for template in (WITHOUT_END, tokenizer.chat_template, LLAMA_LIKE, NEXT_MARK):
+        tokenizer.chat_template = template
+        ids, learned = one(tokenizer, talk("a", "b", "c", "d", "e", "f"))
+        begins = np.flatnonzero(learned & ~np.concatenate([[False], learned[:-1]]))
+        renderer = Renderer(tokenizer)
+        for turns, begin in zip((1, 3, 5), begins, strict=True):
+            assert renderer.prompt(talk("a", "b", "c", "d", "e")[:turns]) == ids[:begin].tolist()
+
+
+NEXT_MARK = (
+    "{% for m in messages %}{{ {'user': '<|im_start|>', 'assistant': '<|im_end|>', 'tool': '<|pad|>'}[m.role] }}\n"
+    "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|im_end|>\n{% endif %}"
+)
+
+
+def test_an_answer_that_the_next_turns_mark_ends_is_learned_with_that_mark(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in GLM 4."""
+    tokenizer.chat_template = NEXT_MARK
+    messages = (*talk("a", "b"), message("tool", "c"), *talk("d", "e")[1:], *talk("f", "g"))
+    assert learned_text(tokenizer, one(tokenizer, messages)) == [
+        *("b\n<|pad|>", "e\n<|im_start|>", "g\n<|endoftext|>"),
+    ]
+    stops = ["<|endoftext|>", "<|im_start|>", "<|pad|>"]
+    assert stop_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(stops))
+
+
+def test_glm_learns_the_mark_of_the_next_turn_as_trl_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    marks = ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": marks})
+    templates = Path(str(importlib.util.find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
+    messages = list(talk("hello", "hi there", "bye", "ciao"))
+    tokenizer.chat_template = (templates / "glm4moe_training.jinja").read_text()
+    reference: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert any(reference["assistant_masks"])
+    tokenizer.chat_template = (templates / "glm4moe.jinja").read_text()
+    rendered = one(tokenizer, tuple(messages))
+    assert reference["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|user|>"), "TRL's end of the last answer"
+    assert rendered.ids.tolist() == [*reference["input_ids"][:-1], tokenizer.eos_token_id]
+    assert rendered.learned.tolist() == [mark == 1 for mark in reference["assistant_masks"]]
+
+
+def test_only_special_tokens_end_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gemma 3's tokenizer has added tokens of line breaks and of HTML, which are ordinary text."""
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("\n", special=False), AddedToken("</b>", special=False)])
+    assert {"\n", "</b>"} <= {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    for template in (WITHOUT_END, WITHOUT_END.replace("}}\n", "}}</b>\n")):
+        tokenizer.chat_template = template
+        assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+        runs = learned_text(tokenizer, one(tokenizer, talk("a", "b", "c", "d")))
+        assert [run.endswith("<|endoftext|>") for run in runs] == [True, True]
+
+
+def test_a_turn_of_weight_0_is_context_and_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = talk("a", "b", "c", "d", "e", "f")
+    for template in (MARKED, WITHOUT_END, NEXT_MARK, tokenizer.chat_template):
+        tokenizer.chat_template = template
+        all_learned = one(tokenizer, turns)
+        for silent in ({1}, {3}, {5}, {1, 5}):
+            weighted = tuple({**turn, "weight": 0} if i in silent else turn for i, turn in enumerate(turns))
+            rendered = one(tokenizer, weighted)
+            length = len(rendered.ids)
+            assert all_learned.ids[:length].tolist() == rendered.ids.tolist()
+            runs = [run for i, run in zip((1, 3, 5), learned_text(tokenizer, all_learned)) if i not in silent]
+            assert learned_text(tokenizer, rendered) == runs
+    record = Preference(turns[:1], ({**turns[1], "weight": 0}, *turns[2:4]), turns[3:4])
+    chosen, rejected = Renderer(tokenizer).render(record)
+    assert [learned_text(tokenizer, side) for side in (chosen, rejected)] == [["d<|im_end|>"], ["d<|im_end|>"]]
+
+
+def test_marks_that_do_not_tell_the_answers_apart_cannot_leave_one_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = MARKED.replace("{% generation %}", "{% generation %}.{% endgeneration %}{% generation %}")
+    assert learned_text(tokenizer, one(tokenizer, talk("a", "b", "c", "d"))) == [".b<|im_end|>", ".d<|im_end|>"]
+    with pytest.raises(BadRecord, match="does not mark one part of each answer"):
+        one(tokenizer, (*talk("a", "b", "c"), message("assistant", "d", weight=0), *talk("e", "f")))
+
+
+def notes_of(
+    tokenizer: PreTrainedTokenizerFast, *messages: Message, tools: tuple[dict[str, Any], ...] = ()
+) -> list[str]:
+    noted: list[str] = []
+    Renderer(tokenizer).render(Conversation(messages, tools), noted.append)
+    return noted
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+
+
+def test_text_that_a_template_drops_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Short texts stand in the rendering by chance: "3" is said by the tool and by the assistant."""
+    thinking = message("assistant", "3", reasoning_content="one and two", tool_calls=[CALL], name="s")
+    messages = (message("system", "s"), *talk("a"), thinking, message("tool", "3", name="3", tool_call_id="a"))
+    answer = message("assistant", "3")
+    gone = " is left out or changed by the chat template"
+    assert notes_of(tokenizer, *messages, answer) == [
+        *(f"{key!r} of a message of role 'assistant'{gone}" for key in ("reasoning_content", "name")),
+        *(f"{key!r} of a message of role 'tool'{gone}" for key in ("name", "tool_call_id")),
+        f"'tool_calls' of a message of role 'assistant'{gone}",
+    ]
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'tool' and m.role != 'system' %}<|im_start|>{{ m.role }}\n"
+        "{{ m.name }}{{ m.content }}{{ m.reasoning_content }}{{ (m.tool_calls or [0])[0] | tojson }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert notes_of(tokenizer, *messages, answer) == [
+        f"the content of a message of role 'system'{gone}",
+        *(f"{what} of a message of role 'tool'{gone}" for what in ("the content", "'name'", "'tool_call_id'")),
+    ]
+    two = message("assistant", "3", tool_calls=[CALL, {**CALL, "id": "b"}])
+    assert notes_of(tokenizer, *talk("a"), two) == [f"'tool_calls' of a message of role 'assistant'{gone}"]
+
+
+def test_a_part_of_a_text_that_a_template_drops_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] +", "message['content'].split('|')[-1] +"
+    )
+    assert notes_of(tokenizer, *talk("a", "b")) == []
+    assert notes_of(tokenizer, *talk("a", "thought | b")) == [
+        "the content of a message of role 'assistant' is left out or changed by the chat template"
+    ]
+
+
+def test_tools_reach_the_template_or_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    assert notes_of(tokenizer, *talk("a", "b"), tools=(tool,)) == ["'tools' is left out by the chat template"]
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + tokenizer.chat_template
+    (rendered,) = Renderer(tokenizer).render(Conversation(talk("a", "b"), (tool,)))
+    assert tokenizer.decode(rendered.ids).startswith("add;<|im_start|>user\na")
+    assert notes_of(tokenizer, *talk("a", "b"), tools=(tool,)) == []
+    with pytest.raises(BadRecord, match=r"a message holds <\|im_end\|>"):
+        notes_of(tokenizer, *talk("a", "b"), tools=({"name": "<|im_end|>"},))
+
+
+def test_without_a_template_fields_of_messages_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    named = message("user", "a", name="Ann")
+    assert notes_of(tokenizer, named, message("assistant", "b"), tools=({"name": "f"},)) == [
+        "'name' of a message of role 'user' is left out, because the tokenizer has no chat template",
+        "'tools' is left out, because the tokenizer has no chat template",
+    ]
+
+
+def test_pairs_that_the_template_makes_equal_are_a_problem(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "message['content'].strip() +")
+    record = Preference(talk("a"), (message("assistant", "b"),), (message("assistant", " b\n"),))
+    with pytest.raises(BadRecord, match="'chosen' and 'rejected' become the same tokens"):
+        Renderer(tokenizer).render(record)
+
+
+@pytest.mark.parametrize(
+    ("bomb", "limit"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.2 s"),
+        ("{{ (9 ** (9 ** (messages | length + 5))) % 2 }}", "takes more than 0.2 s"),
+        ("{{ 'x'.center(3000000000) }}", "needs more than 1 GiB of memory"),
+        ("{{ 'x' * 1000000 }}", "writes a text far longer than what it is given"),
+    ],
+)
+def test_a_template_without_an_end_is_stopped_and_named(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, bomb: str, limit: str
+) -> None:
+    """Only at the third turn, so that nothing tells it before the record."""
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.2)
+    tokenizer.chat_template = f"{{% if messages[2] and messages[2].content == 'c' %}}{bomb}{{% endif %}}" + WITHOUT_END
+    renderer = Renderer(tokenizer, "the chat template of FOLDER")
+    assert renderer.render(Conversation(talk("a", "b")))
+    with pytest.raises(BadRecord, match=f"^the chat template of FOLDER {limit} for one record: mend the template"):
+        renderer.render(Conversation(talk("a", "b", "c", "d")))
+    assert renderer.render(Conversation(talk("a", "b"))), "the others go on"
+
+
+def test_a_template_that_was_stopped_three_times_in_a_row_is_not_tried_again(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = "{% if messages | length > 2 %}{{ 'x'.center(3000000000) }}{% endif %}" + WITHOUT_END
+    renderer, short, long = Renderer(tokenizer), Conversation(talk("a", "b")), Conversation(talk("a", "b", "c", "d"))
+    results: list[list[str]] = []
+    for record in (long, long, short, long, long, long, short):
+        reasons = []
+        try:
+            renderer.render(record)
+        except BadRecord as bad:
+            reasons.append(str(bad))
+        results.append(reasons)
+    assert [bool(reasons) for reasons in results] == [True, True, False, True, True, True, True]
+    assert results[-1] == results[-2]
+
+
+def test_a_mark_of_another_kind_ends_a_turn_within_a_conversation_but_not_the_last(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """As Llama 3.1 ends a turn that calls a tool."""
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>'", "('<|pad|>' if message['tool_calls'] else '<|im_end|>')"
+    )
+    called = (*talk("a"), message("assistant", "b", tool_calls=[CALL]))
+    assert learned_text(tokenizer, one(tokenizer, (*called, message("tool", "c"), message("assistant", "d")))) == [
+        *("b<|pad|>", "d<|im_end|>"),
+    ]
+    assert learned_text(tokenizer, one(tokenizer, called)) == ["b<|pad|>", "<|endoftext|>"]

@@ -165,7 +165,7 @@ def test_conversations_in_parquet_lose_the_nulls_of_their_columns(tmp_path: Path
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "the content of an assistant's message is empty"),
         ({"messages": [USER]}, "'messages' has no turn of the assistant"),
         ({"messages": [ANSWER, USER]}, "'messages' begins with the assistant"),
-        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "has 'tools'"),
+        ({"messages": [USER, ANSWER], "tools": ["f"]}, "'tools' is not a list of objects"),
     ],
 )
 def test_bad_conversations(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
@@ -205,3 +205,104 @@ def test_a_preference_has_the_spellings_of_trl(tmp_path: Path, record: dict[str,
 )
 def test_bad_preferences(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
     assert reason(tmp_path, "preferences", record).startswith(expected)
+
+
+SAID = "only what the assistant says is learned"
+
+
+@pytest.mark.parametrize(
+    ("weights", "kept"),
+    [
+        ({"weight": 0}, {"weight": 0}),
+        ({"weight": 0.0}, {"weight": 0}),
+        ({"train": False}, {"weight": 0}),
+        ({"training": False, "weight": 0}, {"weight": 0}),
+        ({"weight": 1}, {}),
+        ({"train": True, "weight": None}, {}),
+    ],
+)
+def test_a_message_says_whether_it_is_learned(tmp_path: Path, weights: dict[str, Any], kept: dict[str, Any]) -> None:
+    (found,) = read_lines(tmp_path, "conversations", {"messages": [USER, ANSWER | weights, USER, OTHER]})
+    assert found == Conversation((USER, ANSWER | kept, USER, OTHER))
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'weight' of a message is neither 0 nor 1"),
+        ({"messages": [USER | {"train": "no"}, ANSWER]}, "'train' of a message is neither 0 nor 1"),
+        ({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, "'weight' and 'train' of a message contradict"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "'messages' has weight 0 at every turn of the assistant"),
+        (
+            {"messages": [SYSTEM, USER, ANSWER], "system": "t"},
+            "'system' is another text than that of the system's turn",
+        ),
+        ({"prompt": "q", "response": "a", "system": 5}, "'system' is not text"),
+        ({"prompt": "q", "response": "a", "history": [["q"]]}, "'history' is neither a list of messages nor of pairs"),
+        ({"prompt": "q", "response": "a", "history": "q"}, "'history' is neither a list of messages nor of pairs"),
+        ({"prompt": "q", "response": "a", "history": [["q", ""]]}, "'history' is empty"),
+        ({"prompt": "q", "response": "a", "tools": "[{"}, "'tools' is text that is not JSON"),
+        ({"prompt": "q", "response": "a", "tools": {"name": "f"}}, "'tools' is not a list of objects"),
+    ],
+)
+def test_weights_and_columns_that_cannot_be(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
+    assert reason(tmp_path, "conversations", record).startswith(expected)
+
+
+def test_a_weight_of_what_is_never_learned_is_named(tmp_path: Path) -> None:
+    record = {"messages": [SYSTEM | {"weight": 0}, USER | {"weight": 1}, ANSWER]}
+    (found,) = read_lines(tmp_path, "conversations", record)
+    assert found == Conversation((SYSTEM, USER, ANSWER))
+    assert found.notes == (f"'weight' of a message of role 'user' is not used: {SAID}",)
+    pair = {"prompt": "q", "chosen": [ANSWER | {"weight": 0}], "rejected": [OTHER]}
+    assert reason(tmp_path, "preferences", pair).startswith("'chosen' has weight 0 at every turn of the assistant")
+
+
+@pytest.mark.parametrize(
+    ("columns", "before"),
+    [
+        ({"system": "s"}, (SYSTEM,)),
+        ({"system": " \n", "history": [], "tools": []}, ()),
+        ({"system": None}, ()),
+        ({"history": [["q", "b"]]}, (USER, OTHER)),
+        ({"system": "s", "history": [["q", "b"], ["q", "a"]]}, (SYSTEM, USER, OTHER, USER, ANSWER)),
+        ({"history": [USER, OTHER]}, (USER, OTHER)),
+    ],
+)
+def test_system_and_history_are_the_turns_before(
+    tmp_path: Path, columns: dict[str, Any], before: tuple[Any, ...]
+) -> None:
+    for record in ({"prompt": "q", "response": "a"}, {"input": "q", "output": "a"}, {"messages": [USER, ANSWER]}):
+        (found,) = read_lines(tmp_path, "conversations", record | columns)
+        assert found == Conversation((*before, USER, ANSWER))
+        assert found.notes == ()
+    (found,) = read_lines(tmp_path, "preferences", {"prompt": "q", "chosen": "a", "rejected": "b"} | columns)
+    assert found == Preference((*before, USER), (ANSWER,), (OTHER,))
+    first = {"messages": [SYSTEM, USER, ANSWER], "system": "s", "history": [["q", "b"]]}
+    assert read_lines(tmp_path, "conversations", first) == [Conversation((SYSTEM, USER, OTHER, USER, ANSWER))]
+
+
+def test_tools_are_a_list_or_its_json(tmp_path: Path) -> None:
+    tools = [{"name": "f"}]
+    for given in (tools, json.dumps(tools)):
+        (found,) = read_lines(tmp_path, "conversations", {"messages": [USER, ANSWER], "tools": given})
+        assert found == Conversation((USER, ANSWER), tools=({"name": "f"},))
+
+
+def test_fields_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    unused = {"weight": 0, "documents": ["d"], "empty": "", "none": None, "n" * 99: False}
+    named = tuple(f"the field {name!r} is not used" for name in ("weight", "documents", "n" * 40))
+    for kind, record in {
+        "text": {"text": "t"},
+        "conversations": {"messages": [USER, ANSWER]},
+        "preferences": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    }.items():
+        (found,) = read_lines(tmp_path, kind, record | unused)  # type: ignore[arg-type]
+        assert found.notes == named
+    (found,) = read_lines(tmp_path, "conversations", {"prompt": "p", "response": "r", "messages": [USER, ANSWER]})
+    assert found.notes == ("the field 'prompt' is not used", "the field 'response' is not used")
+    for prompt, notes in (("q", ()), ("other", ("the field 'prompt' is not used",))):
+        pair = {"prompt": prompt, "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
+        (found,) = read_lines(tmp_path, "preferences", pair)
+        assert found.notes == notes
