@@ -70,7 +70,7 @@ def find_checkpoint(
     if resume == "none":
         if left:
             raise ConfigError(
-                f"{own.parent}: holds {' and '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
+                f"{own.parent}: holds {', '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
             )
         return None
     if resume == "auto":
@@ -78,7 +78,7 @@ def find_checkpoint(
         if found is None:
             if from_main(had_checkpoints(own.parent), checkpoints.ranks):
                 raise CheckpointError(
-                    f"{own.parent}: holds {' and '.join(left)} of an earlier run, but its checkpoints are gone, so "
+                    f"{own.parent}: holds {', '.join(left)} of an earlier run, but its checkpoints are gone, so "
                     f"--resume auto has nothing to go on from; put them back, {remedy}"
                 )
             on_main(lambda: set_records_aside(own.parent), checkpoints.ranks, f"{own.parent}: cannot be used")
@@ -89,7 +89,7 @@ def find_checkpoint(
         inside = from_main(own.parent.resolve() in (path.resolve(), *path.resolve().parents), checkpoints.ranks)
         if left and not inside:
             raise ConfigError(
-                f"{own.parent}: holds {' and '.join(left)} of an earlier run, and --resume {resume} is another one; go "
+                f"{own.parent}: holds {', '.join(left)} of an earlier run, and --resume {resume} is another one; go "
                 f"on with --resume auto, {remedy}"
             )
         is_run, is_folder = from_main(((path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks)

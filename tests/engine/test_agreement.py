@@ -18,7 +18,7 @@ from torch import nn
 
 from engine.agreement import agree, leaves, tell, tensor_digests
 from engine.distributed import start
-from engine.errors import TrunklineError
+from engine.errors import ConfigError, TrunklineError
 from engine.trainer import Trainer
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
@@ -60,7 +60,8 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], type[TinyTask], dict[str, Any], str
         {"deepspeed": {"optimizer": {"params": {"lr": 0.1}}}}, TinyTask, {},
         "deepspeed.optimizer.params.lr is 0.1, but 0.01 on rank 0"),
     "steps": ({"training": {"steps": 9}}, TinyTask, {}, "training.steps is 9, but 12 on rank 0"),
-    "time-out": ({"training": {"hang_timeout_s": 60.0}}, TinyTask, {}, "training.hang_timeout_s is 60.0, but 1800.0 on rank 0"),
+    "time-out": (
+        {"training": {"hang_timeout_s": 60.0}}, TinyTask, {}, "training.hang_timeout_s is 60.0, but 1800.0 on rank 0"),
     "backend": ({}, TinyTask, {"backend": "fsdp"}, '--backend is "fsdp", but "deepspeed" on rank 0'),
     "resume": ({}, TinyTask, {"resume": "auto"}, '--resume is "auto", but "none" on rank 0'),
     "data": ({}, OtherData, {}, 'data is "store-1", but "store-0" on rank 0'),
@@ -146,7 +147,7 @@ def fail_alone(rank: int, world_size: int, failing: int, begun: bool) -> tuple[s
         start(timeout_s=60.0)
     began = time.monotonic()
     if rank == failing:
-        tell("data.store: nowhere is not there")
+        tell(ConfigError("data.store: nowhere is not there"))
         return "", time.monotonic() - began
     return said(lambda: agree({"training.seed": 1}) if begun else start(timeout_s=60.0)), time.monotonic() - began
 

@@ -135,8 +135,8 @@ def test_jobs_have_ports_of_their_own_and_their_tasks_one() -> None:
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
-        ("gpu-[003-005,007],login1", "gpu-003"), ("n[1,3-4]", "n1"), ("a,b[1-2]", "a"), ("rack[1-2]node[05-06]", "rack1node05"),
-        ("one", "one"), ("n[09-11].site", "n09.site"), ("", ""),
+        ("gpu-[003-005,007],login1", "gpu-003"), ("n[1,3-4]", "n1"), ("a,b[1-2]", "a"),
+        ("rack[1-2]node[05-06]", "rack1node05"), ("one", "one"), ("n[09-11].site", "n09.site"), ("", ""),
     ],
 )  # fmt: skip
 def test_the_first_machine_of_a_list(hosts: str, first: str) -> None:

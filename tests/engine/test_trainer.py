@@ -283,7 +283,7 @@ def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_a
 def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     train(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match="holds checkpoints.* of an earlier run; go on with --resume auto"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; go on with --resume auto"):
         train(tmp_path / "run", config)
 
 
