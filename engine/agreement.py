@@ -14,30 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from engine.errors import ConfigError, TrunklineError
 from engine.launch import Launch, read_launch
+from engine.start_facts import digest
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton")
-_ROOT = Path(__file__).parents[1]
-_FOLDERS = ("engine", "kernels", "launchers", "models")
 _SHOWN = 6  # differences of one rank
 _ENDS = "rank 0 ends"  # in place of a digest
 _LONG_S = 30.0  # after which a person wants to know for whom a start waits
@@ -46,54 +37,6 @@ _GRACE_S = 10.0  # for the others to hear why this rank ends
 
 class DisagreementError(ConfigError):
     """The ranks differ, one of them cannot start, or they do not find each other. All of them have heard of it."""
-
-
-def code_version() -> dict[str, str]:
-    """The versions of what computes, and a digest of each of our own source files."""
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[f"version of {package}"] = importlib.metadata.version(package)
-    files = sorted(path for folder in _FOLDERS for path in (_ROOT / folder).rglob("*.py"))
-    return versions | {f"code of {path.relative_to(_ROOT)}": _digest(path.read_bytes()) for path in files}
-
-
-def class_version(thing: object) -> dict[str, str]:
-    """The name of an object's class, and a digest of the file that defines it: a task may be anybody's."""
-    path = getattr(sys.modules.get(type(thing).__module__), "__file__", None)
-    code = _digest(Path(path).read_bytes()) if path and os.path.isfile(path) else "unknown"
-    return {f"code of {type(thing).__qualname__}": code}
-
-
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested objects, by dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in leaves(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Of each parameter and buffer of a model that is whole on this rank: shape, dtype and a digest of every bit."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves Python's lock alone
-        found = pool.map(_tensor_digest, (tensor for _, tensor in named))
-        return {f"initial value of {name}": digest for (name, _), digest in zip(named, found, strict=True)}
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    facts = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return facts
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{facts} {_digest(flat.view(torch.uint8).numpy())}"
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 class _Meeting:
@@ -124,7 +67,7 @@ class _Meeting:
 
     def _collect(self, base: str, text: str) -> str:
         self.store.set(f"{base}/record", text)
-        self.store.set(f"{base}/digest", _digest(text.encode()))
+        self.store.set(f"{base}/digest", digest(text.encode()))
         said = self._words(base)
         verdict = ""
         if lines := [f"  rank {rank}: {line}" for rank, word in said.items() for line in word.splitlines()]:
@@ -167,7 +110,7 @@ class _Meeting:
     def _compare(self, base: str, mine: dict[str, str], text: str) -> str:
         self._await(f"{base}/digest", "rank 0 has not come")
         differences: list[str] = []
-        if self.store.get(f"{base}/digest").decode() not in (_digest(text.encode()), _ENDS):
+        if self.store.get(f"{base}/digest").decode() not in (digest(text.encode()), _ENDS):
             differences = _differences(json.loads(self.store.get(f"{base}/record")), mine)
         self.store.set(f"{base}/{self.rank}", "\n".join(differences))
         self._await(f"{base}/verdict", "rank 0 does not answer")
@@ -315,6 +258,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _pauses() -> Sequence[float] | Any:
+def _pauses() -> Iterator[float]:
     """Short at first, half a second in the long run."""
     return itertools.chain(itertools.repeat(0.005, 40), itertools.repeat(0.05, 100), itertools.repeat(0.5))

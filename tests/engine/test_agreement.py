@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.agreement import agree, leaves, tell, tensor_digests
+from engine.agreement import agree, tell
 from engine.distributed import start
 from engine.errors import ConfigError, TrunklineError
 from engine.trainer import Trainer
@@ -159,21 +158,3 @@ def test_a_rank_that_cannot_start_ends_the_start_of_the_others(failing: int, beg
     heard = run_distributed_test(fail_alone, 2, failing, begun, backend=None)
     assert all(seconds < 20 for _, seconds in heard)
     assert re.search(rf"rank {failing}:? cannot start: data.store: nowhere is not there", heard[1 - failing][0])
-
-
-def test_a_digest_of_a_tensor_depends_on_every_bit_the_shape_and_the_dtype() -> None:
-    def digest(tensor: torch.Tensor) -> str:
-        module = nn.Module()
-        module.register_buffer("x", tensor)
-        return tensor_digests(module)["initial value of x"]
-
-    zeros = torch.zeros(6)
-    others = [-zeros, zeros.double(), zeros.view(2, 3), zeros.bfloat16(), zeros.index_fill(0, torch.tensor([5]), 1e-45)]
-    assert len({digest(tensor) for tensor in [zeros, *others]}) == 6
-    turned = torch.arange(6.0).view(2, 3).t()
-    assert digest(turned) == digest(turned.contiguous())
-    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
-
-
-def test_nested_values_are_named_by_dotted_keys() -> None:
-    assert leaves({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
