@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from torch import nn
 
+from engine import start_facts
 from engine.agreement import agree, tell
 from engine.distributed import start
 from engine.errors import ConfigError, TrunklineError
@@ -73,7 +74,7 @@ def start_differently(rank: int, world_size: int, folder: Path, layouts: list[tu
     heard = {}
     for backend, stage in layouts:
         for name, (sections, task, options, _) in DIFFERENCES.items():
-            if stage and task is TinyTask:  # found before there is a model
+            if stage and name != "weight":  # found before there is a backend
                 continue
             section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
             own: dict[str, Any] = sections if rank == 1 else {}
@@ -122,21 +123,25 @@ def test_a_rank_that_is_missing_or_of_another_world_is_named_in_time(
         assert seconds < 30
 
 
-def start_twice_as_rank_one(rank: int, world_size: int) -> str:
+def start_twice_as_rank_one(rank: int, world_size: int, folder: Path) -> str:
     os.environ["WORLD_SIZE"] = "2"
     if rank == 2:
-        time.sleep(1.0)
+        wait_for(folder / "met")
         os.environ |= {"RANK": "1", "LOCAL_RANK": "1"}
-    heard = said(lambda: start(timeout_s=30.0))
-    if not heard:
-        dist.barrier()
-        time.sleep(2.0)  # the third one reads the store
+    heard = said(lambda: start(timeout_s=60.0))
+    (folder / ("heard" if rank == 2 else "met")).touch()
+    wait_for(folder / "heard")
     return heard
 
 
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
+
+
 @pytest.mark.distributed
-def test_two_processes_of_one_rank_are_told_apart() -> None:
-    zero, one, two = run_distributed_test(start_twice_as_rank_one, 3, backend=None)
+def test_two_processes_of_one_rank_are_told_apart(tmp_path: Path) -> None:
+    zero, one, two = run_distributed_test(start_twice_as_rank_one, 3, tmp_path, backend=None)
     assert zero == one == ""
     assert "is rank 1 already, and so is process" in two
 
@@ -158,3 +163,22 @@ def test_a_rank_that_cannot_start_ends_the_start_of_the_others(failing: int, beg
     heard = run_distributed_test(fail_alone, 2, failing, begun, backend=None)
     assert all(seconds < 20 for _, seconds in heard)
     assert re.search(rf"rank {failing}:? cannot start: data.store: nowhere is not there", heard[1 - failing][0])
+
+
+def start_from(rank: int, world_size: int, copy: Path) -> str:
+    if rank == 1:
+        start_facts._ROOT = copy
+    return said(lambda: start(timeout_s=60.0))
+
+
+@pytest.mark.distributed
+def test_ranks_of_other_code_are_refused_with_the_file(tmp_path: Path) -> None:
+    for folder in ("engine", "kernels", "launchers", "models"):
+        shutil.copytree(start_facts._ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "engine/order.py").open("a") as file:
+        file.write("# changed on one machine\n")
+    (tmp_path / "models/extra.py").touch()
+    one, two = run_distributed_test(start_from, 2, tmp_path, backend=None)
+    assert one == two
+    assert re.search(r'rank 1: code of engine/order.py is "\w+", but "\w+" on rank 0', one)
+    assert re.search(r'rank 1: code of models/extra.py is "\w+", but not there on rank 0', one)
