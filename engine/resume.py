@@ -32,6 +32,7 @@ from engine.loading import collate
 from engine.order import GlobalBatches
 from engine.run_folder import had_checkpoints, records, set_records_aside
 from engine.sharded_state import restore
+from engine.strict import show
 from engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
@@ -86,13 +87,19 @@ def find_checkpoint(
     else:
         path = Path(resume)
         found = None
-        inside = from_main(own.parent.resolve() in (path.resolve(), *path.resolve().parents), checkpoints.ranks)
+        try:
+            inside = own.parent.resolve() in (path.resolve(), *path.resolve().parents)
+            inside, is_run, is_folder = from_main(
+                (inside, (path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks
+            )
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL: on every rank
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"--resume {show(resume)}: cannot be read ({reason}); give a run's folder") from error
         if left and not inside:
             raise ConfigError(
                 f"{own.parent}: holds {', '.join(left)} of an earlier run, and --resume {resume} is another one; go "
                 f"on with --resume auto, {remedy}"
             )
-        is_run, is_folder = from_main(((path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks)
         if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
         elif is_folder:

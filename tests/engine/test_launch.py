@@ -72,6 +72,7 @@ RIGHT = {
     "": (0, 1, 0, None),
     "WORLD_SIZE=1": (0, 1, 0, None),
     "LOCAL_RANK=1": (0, 1, 1, None),
+    "WORLD_SIZE=1 SLURM_LOCALID=3 SLURM_PROCID=3 SLURM_NTASKS=4": (0, 1, 0, None),  # a run of its own each
     "RANK= WORLD_SIZE=": (0, 1, 0, None),
     "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=5": (1, 2, 1, "a"),
     f"{STEP} SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NODELIST=gpu[07-08]": (3, 4, 1, "gpu07"),
@@ -149,6 +150,12 @@ def test_a_rank_without_a_gpu_of_its_own_is_named(monkeypatch: pytest.MonkeyPatc
     assert _device(1) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match="LOCAL_RANK=2: this machine shows 2 GPUs"):
         _device(2)
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    put(f"{STEP} SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NODELIST=gpu[07-08]")
+    assert read_launch().local_rank == 0
 
 
 def start_as_task(rank: int, world_size: int, settings: dict[str, str]) -> tuple[int, int, float]:

@@ -360,6 +360,12 @@ def test_a_longer_run_goes_on_from_a_path(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / "long")] == list(range(5, 13))
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x\0y"])
+def test_a_place_to_resume_from_that_cannot_be_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r'--resume "x.*: cannot be read'):
+        train(tmp_path / "run", tiny_config(tmp_path), resume=name)
+
+
 def test_asking_to_resume_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: there is no checkpoint in it"):
         train(tmp_path / "run", tiny_config(tmp_path), resume=str(tmp_path / "nowhere"))
