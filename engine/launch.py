@@ -133,6 +133,11 @@ def _slurm() -> Launch:
             note=f"{size_name} is {size}, but this process is no task of srun: training on one process. One run on all "
             "of them: srun python launchers/train.py ..."
         )
+    if rank > 0 and not in_step and _given("SLURM_JOB_ID"):  # task 0 would take itself for the batch script
+        raise ConfigError(
+            f"SLURM_PROCID={rank}, but SLURM_STEP_ID is not set, so it is not known whether srun started other tasks: "
+            "start all of them with `srun python launchers/train.py ...`, or set WORLD_SIZE=1 for one process"
+        )
     if rank >= size:
         raise ConfigError(f"SLURM_PROCID={rank}, but there are {size} tasks ({size_name or 'SLURM_NTASKS'})")
     return _world(rank, size, "srun")

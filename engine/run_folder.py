@@ -94,7 +94,7 @@ def had_checkpoints(folder: Path) -> bool:
 
     A save ends before the next one begins, so a run that has logged a step past its second save had a checkpoint.
     """
-    if any((folder / "checkpoints").glob("*-step-*")) or any((folder / "final").glob("*")):
+    if any((folder / "checkpoints").glob("aside-*")) or any((folder / "final").glob("*")):
         return True
     try:
         if not (folder / "metrics.jsonl").is_file():
@@ -126,6 +126,8 @@ def _take(folder: Path) -> tuple[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder.resolve()
+        if path in _held and not (path / LOCK).exists():  # the folder was deleted, or moved away, and made anew
+            release(path)
         if path not in _held:
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             problem = _locked(descriptor, folder)

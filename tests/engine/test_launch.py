@@ -48,6 +48,7 @@ WRONG = {
     "LOCAL_RANK=gpu0": "LOCAL_RANK=gpu0 .* of at least 0",
     "SLURM_PROCID=one SLURM_NTASKS=2": "SLURM_PROCID=one .* whole number",
     "SLURM_PROCID=2 SLURM_NTASKS=2 SLURM_STEP_ID=0": "SLURM_PROCID=2, but there are 2 tasks",
+    "SLURM_JOB_ID=71 SLURM_PROCID=1 SLURM_NTASKS=2": "SLURM_STEP_ID is not set, .* with `srun python",
     "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=2": "OMPI_COMM_WORLD_RANK=2 .* from 0 to 1",
     "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2": "mpirun -x MASTER_ADDR=HOST",
     "PMIX_RANK=1": "PMIX_RANK=1 says .* start with `torchrun",
