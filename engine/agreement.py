@@ -2,7 +2,7 @@
 
     store = meet(launch, record, timeout_s)      nobody missing, nobody twice, one number of ranks, one code
     agree({"training.seed": 42, ...})            on all ranks: nothing, or the same ConfigError on all of them
-    tell("cannot read the data")                 by a rank that has to end: the others, which wait for it, end too
+    tell(error)                                  by a rank that has to end: the others, which wait for it, end too
 
 Ranks that differ in a seed or a learning rate train, and what they train is rubbish: nothing else says so. Each rank
 compares its record with rank 0's; rank 0 collects what they found and tells it to all. The words pass through the
@@ -14,83 +14,29 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
 import socket
-import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from engine.errors import ConfigError, TrunklineError
 from engine.launch import Launch, read_launch
+from engine.start_facts import digest
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton")
-_ROOT = Path(__file__).parents[1]
-_FOLDERS = ("engine", "kernels", "launchers", "models")
 _SHOWN = 6  # differences of one rank
+_ENDS = "rank 0 ends"  # in place of a digest
+_LONG_S = 30.0  # after which a person wants to know for whom a start waits
 _GRACE_S = 10.0  # for the others to hear why this rank ends
 
 
 class DisagreementError(ConfigError):
-    """The ranks differ, or one of them cannot start. Raised on all ranks alike."""
-
-
-def code_version() -> dict[str, str]:
-    """The versions of what computes, and a digest of each of our own source files."""
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[f"version of {package}"] = importlib.metadata.version(package)
-    files = sorted(path for folder in _FOLDERS for path in (_ROOT / folder).rglob("*.py"))
-    return versions | {f"code of {path.relative_to(_ROOT)}": _digest(path.read_bytes()) for path in files}
-
-
-def class_version(thing: object) -> dict[str, str]:
-    """The name of an object's class, and a digest of the file that defines it: a task may be anybody's."""
-    path = getattr(sys.modules.get(type(thing).__module__), "__file__", None)
-    code = _digest(Path(path).read_bytes()) if path and os.path.isfile(path) else "unknown"
-    return {f"code of {type(thing).__qualname__}": code}
-
-
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested objects, by dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in leaves(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Of each parameter and buffer of a model that is whole on this rank: shape, dtype and a digest of every bit."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing leaves Python's lock alone
-        found = pool.map(_tensor_digest, (tensor for _, tensor in named))
-        return {f"initial value of {name}": digest for (name, _), digest in zip(named, found, strict=True)}
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    facts = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return facts
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{facts} {_digest(flat.view(torch.uint8).numpy())}"
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    """The ranks differ, one of them cannot start, or they do not find each other. All of them have heard of it."""
 
 
 class _Meeting:
@@ -112,18 +58,16 @@ class _Meeting:
         try:
             verdict = self._collect(base, text) if self.rank == 0 else self._compare(base, mine, text)
         except dist.DistError as error:
-            self.over = True
-            raise TrunklineError(
+            raise DisagreementError(
                 f"rank 0 has ended during the start, so this one stops: {_first_line(error)}"
             ) from error
         if verdict:
-            self.over = True
             self._leave(base)
             raise DisagreementError(verdict)
 
     def _collect(self, base: str, text: str) -> str:
         self.store.set(f"{base}/record", text)
-        self.store.set(f"{base}/digest", _digest(text.encode()))
+        self.store.set(f"{base}/digest", digest(text.encode()))
         said = self._words(base)
         verdict = ""
         if lines := [f"  rank {rank}: {line}" for rank, word in said.items() for line in word.splitlines()]:
@@ -140,7 +84,8 @@ class _Meeting:
     def _words(self, base: str) -> dict[int, str]:
         """What the other ranks found, by rank: empty if nothing. Once one found something, little time is left."""
         words: dict[int, str] = {}
-        deadline = time.monotonic() + self.timeout_s
+        began, said = time.monotonic(), False
+        deadline = began + self.timeout_s
         for pause in _pauses():
             for rank in self.others:
                 if rank not in words and self.store.check([f"{base}/{rank}"]):
@@ -149,6 +94,10 @@ class _Meeting:
                         deadline = min(deadline, time.monotonic() + 2.0)
             if len(words) == len(self.others):
                 return words
+            if not said and time.monotonic() > began + _LONG_S:
+                said = True
+                late = ", ".join(str(rank) for rank in self.others if rank not in words)
+                print(f"waiting for rank {late[:80]}, for at most {self.timeout_s:g} s", flush=True)
             if time.monotonic() > deadline:
                 if any(words.values()):
                     return words
@@ -161,13 +110,12 @@ class _Meeting:
     def _compare(self, base: str, mine: dict[str, str], text: str) -> str:
         self._await(f"{base}/digest", "rank 0 has not come")
         differences: list[str] = []
-        if not self.store.check([f"{base}/verdict"]) and self.store.get(f"{base}/digest").decode() != _digest(
-            text.encode()
-        ):
+        if self.store.get(f"{base}/digest").decode() not in (digest(text.encode()), _ENDS):
             differences = _differences(json.loads(self.store.get(f"{base}/record")), mine)
         self.store.set(f"{base}/{self.rank}", "\n".join(differences))
         self._await(f"{base}/verdict", "rank 0 does not answer")
-        return self.store.get(f"{base}/verdict").decode()
+        verdict = self.store.get(f"{base}/verdict").decode()
+        return verdict or "\n".join(f"rank {self.rank}: {line}" for line in differences)  # a store of another run
 
     def _await(self, key: str, otherwise: str) -> None:
         deadline = time.monotonic() + self.timeout_s + _GRACE_S  # rank 0, which names who is missing, comes first
@@ -175,7 +123,7 @@ class _Meeting:
             if self.store.check([key]):
                 return
             if time.monotonic() > deadline:
-                raise TrunklineError(
+                raise DisagreementError(
                     f"{otherwise} within {self.timeout_s:g} s of this rank's start: it hangs or has ended"
                 )
             time.sleep(pause)
@@ -186,7 +134,7 @@ class _Meeting:
         base = str(next(self.rounds))
         if self.rank == 0:
             self.store.set(f"{base}/verdict", f"rank 0 cannot start: {problem}")
-            self.store.set(f"{base}/digest", "")
+            self.store.set(f"{base}/digest", _ENDS)
         else:
             self.store.set(f"{base}/{self.rank}", f"cannot start: {problem}")
         self._leave(base)
@@ -215,8 +163,7 @@ def meet(launch: Launch, record: Mapping[str, Any], timeout_s: float) -> dist.St
     me = f"process {os.getpid()} on {socket.gethostname()}"
     first = _meeting.store.compare_set(f"rank/{launch.rank}", "", me).decode()
     if first != me:
-        _meeting.over = True
-        raise ConfigError(
+        raise DisagreementError(
             f"RANK={launch.rank}: {first} is rank {launch.rank} already, and so is {me}: give each process a RANK of "
             "its own, or start with torchrun, deepspeed, srun or mpirun, which do"
         )
@@ -237,14 +184,16 @@ def agree(record: Mapping[str, Any], last: bool = False) -> None:
         meeting.over |= last
 
 
-def tell(problem: str) -> None:
-    """Let the ranks that wait for this one at its start know that it ends, in a few seconds; else do nothing."""
+def tell(error: Exception) -> None:
+    """Let the ranks that wait for this one at its start know why it ends, in a few seconds; else do nothing."""
+    if isinstance(error, DisagreementError):
+        return
     with contextlib.suppress(TrunklineError, dist.DistError):
         meeting = _present()
         if meeting is None and not dist.is_initialized() and (launch := read_launch()).world_size > 1:
             meeting = _Meeting(_connect(launch, _GRACE_S), launch.rank, launch.world_size, _GRACE_S)
         if meeting is not None and not meeting.over:
-            meeting.tell(problem)
+            meeting.tell(str(error) or type(error).__name__)
 
 
 def forget() -> None:
@@ -262,25 +211,34 @@ def _present() -> _Meeting | None:
 
 
 def _connect(launch: Launch, timeout_s: float) -> dist.Store:
-    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it, and keeps what is in it
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    where = f"{launch.address}:{launch.port}"
-    try:
-        store = dist.TCPStore(
-            launch.address, launch.port, launch.world_size, is_master=launch.rank == 0 and not of_launcher,
-            timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True,
-        )  # fmt: skip
-        return dist.PrefixStore(f"start-{attempt}", store)
-    except dist.DistError as error:
-        if launch.rank == 0:
-            raise ConfigError(
-                f"MASTER_ADDR and MASTER_PORT ({where}): rank 0 cannot wait there: {_first_line(error)}; "
-                "MASTER_ADDR has to be rank 0's machine; another run may have the port: choose another MASTER_PORT"
-            ) from error
-        raise ConfigError(
-            f"MASTER_ADDR and MASTER_PORT ({where}): rank {launch.rank} does not reach rank 0 there: "
-            f"{_first_line(error)}; rank 0 was not started or has ended, or MASTER_ADDR is not its machine"
-        ) from error
+    """The store that rank 0 holds, or torchrun's, which keeps what an attempt before this one put into it."""
+    holds_it = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    patience_s = min(timeout_s, 60.0) if holds_it else timeout_s
+    made: list[dist.Store | dist.DistError] = []
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                launch.address, launch.port, launch.world_size, is_master=holds_it, wait_for_workers=False,
+                multi_tenant=True, timeout=datetime.timedelta(seconds=patience_s),
+            )  # fmt: skip
+            store.set_timeout(datetime.timedelta(seconds=timeout_s))
+            made.append(store)
+        except dist.DistError as error:
+            made.append(error)
+
+    # in a thread, because it waits for ever where another program listens at the port, and hears no signal
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(patience_s + _GRACE_S)
+    store = made[0] if made else dist.DistError(f"no answer within {patience_s:g} s")
+    if isinstance(store, dist.Store):
+        return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    where = f"MASTER_ADDR and MASTER_PORT ({launch.address}:{launch.port})"
+    raise DisagreementError(
+        f"{where}: rank {launch.rank} {'cannot wait' if holds_it else 'does not reach rank 0'} there: "
+        f"{_first_line(store)}; rank 0 has to run on that machine, and no other program or run may have the port"
+    )
 
 
 def _differences(theirs: dict[str, str], mine: dict[str, str]) -> list[str]:
@@ -300,6 +258,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _pauses() -> Sequence[float] | Any:
+def _pauses() -> Iterator[float]:
     """Short at first, half a second in the long run."""
     return itertools.chain(itertools.repeat(0.005, 40), itertools.repeat(0.05, 100), itertools.repeat(0.5))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.agreement import agree, tensor_digests
+from engine.agreement import agree
 from engine.backends import Backend, prepare_backend
 from engine.checkpoint import Checkpoint, Checkpoints
 from engine.config import RunConfig
@@ -30,6 +30,7 @@ from engine.progress import Progress
 from engine.randomness import seed_torch
 from engine.resume import DATA, LAYOUT, Probe, load_checkpoint
 from engine.sharded_state import Snapshot, capture
+from engine.start_facts import tensor_digests
 from engine.task import Task
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from engine import agreement
 from engine.errors import CheckpointError, ConfigError
 from engine.launch import local_world_size, read_launch
+from engine.start_facts import code_version
 from engine.task import Sums
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if launch.world_size > 1:
             facts = {"WORLD_SIZE": launch.world_size, "device": device.type}
-            store = agreement.meet(launch, facts | agreement.code_version(), timeout_s)
+            store = agreement.meet(launch, facts | code_version(), timeout_s)
         else:
             store = dist.HashStore()
             if launch.note:

@@ -10,7 +10,6 @@ are not tried: a GPU's allocator refuses, but a machine that has no memory left 
 
 from __future__ import annotations
 
-import os
 import time
 from bisect import bisect_right
 from typing import Any
@@ -25,6 +24,7 @@ from engine.deepspeed_section import BatchSizes
 from engine.distributed import Ranks, gather
 from engine.errors import TrunklineError
 from engine.hardware import peak_memory, reset_peak_memory
+from engine.launch import local_world_size
 from engine.loading import collate
 from engine.memory import OutOfMemory, Shortage
 from engine.micro_batch import divisors, resized, ways_out
@@ -133,8 +133,7 @@ def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
 def _budget_bytes(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         return torch.cuda.get_device_properties(ranks.device).total_memory
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
-    return _SHARE_OF_A_CPU * psutil.virtual_memory().available / local_ranks
+    return _SHARE_OF_A_CPU * psutil.virtual_memory().available / local_world_size()
 
 
 def _now(ranks: Ranks) -> float:

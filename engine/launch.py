@@ -58,13 +58,11 @@ def read_launch() -> Launch:
     if not (_given("RANK") or _given("WORLD_SIZE")):
         launch = _scheduled()
         if launch.world_size == 1:
-            return replace(launch, local_rank=_local_rank())
+            return replace(launch, local_rank=_chosen_device())
         os.environ |= {
             "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size), "LOCAL_RANK": str(launch.local_rank),
             "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
         }  # fmt: skip
-    if _given("OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed asserts that they are equal; torchrun may stand between them
-        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(_local_rank())
     size = _number("WORLD_SIZE", 1) if _given("WORLD_SIZE") else None
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if size != 1 else ("WORLD_SIZE",)
     if missing := [name for name in needed if not _given(name)]:
@@ -75,13 +73,25 @@ def read_launch() -> Launch:
         )
     assert size is not None
     rank = _number("RANK", 0, size - 1) if _given("RANK") else 0
+    local_rank = _local_rank(size, 0) if size > 1 else _chosen_device()
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    if _given("OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed asserts that they are equal; torchrun may stand between them
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
     if size == 1:
-        return Launch(local_rank=_local_rank())
-    return Launch(rank, size, _local_rank(size - 1), os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1, 65535))
+        return Launch(local_rank=local_rank)
+    return Launch(rank, size, local_rank, os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1, 65535))
 
 
-def _local_rank(highest: int | None = None) -> int:
-    return _number("LOCAL_RANK", 0, highest) if _given("LOCAL_RANK") else _first_number(_LOCAL_RANKS) or 0
+def _chosen_device() -> int:
+    return _number("LOCAL_RANK", 0) if _given("LOCAL_RANK") else 0
+
+
+def _local_rank(size: int, otherwise: int) -> int:
+    if _given("LOCAL_RANK"):
+        return _number("LOCAL_RANK", 0, size - 1)
+    if torch.cuda.device_count() == 1:  # as with --gpus-per-task=1, where each task sees its own alone
+        return 0
+    return next((_number(name, 0) for name in _LOCAL_RANKS if _given(name)), otherwise)
 
 
 def local_world_size() -> int:
@@ -123,6 +133,11 @@ def _slurm() -> Launch:
             note=f"{size_name} is {size}, but this process is no task of srun: training on one process. One run on all "
             "of them: srun python launchers/train.py ..."
         )
+    if rank > 0 and not in_step and _given("SLURM_JOB_ID"):  # task 0 would take itself for the batch script
+        raise ConfigError(
+            f"SLURM_PROCID={rank}, but SLURM_STEP_ID is not set, so it is not known whether srun started other tasks: "
+            "start all of them with `srun python launchers/train.py ...`, or set WORLD_SIZE=1 for one process"
+        )
     if rank >= size:
         raise ConfigError(f"SLURM_PROCID={rank}, but there are {size} tasks ({size_name or 'SLURM_NTASKS'})")
     return _world(rank, size, "srun")
@@ -131,7 +146,8 @@ def _slurm() -> Launch:
 def _world(rank: int, size: int, starter: str) -> Launch:
     if size == 1:
         return Launch()
-    local_size = _first_number(_LOCAL_SIZES) if starter == "mpirun" else None
+    sizes = _LOCAL_SIZES if starter == "mpirun" else ()
+    local_size = next((_number(name, 1) for name in sizes if _given(name)), None)
     # mpirun starts itself on the machines of a job by a step of its own
     lists = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")[starter == "mpirun" :]
     hosts = next((os.environ[name] for name in lists if _given(name)), "")
@@ -143,11 +159,7 @@ def _world(rank: int, size: int, starter: str) -> Launch:
             "machine, with `mpirun -x MASTER_ADDR=HOST ...` (Open MPI) or `mpirun -genv MASTER_ADDR HOST ...` (MPICH, "
             "Intel MPI), or start with torchrun"
         )
-    local_rank = _first_number(_LOCAL_RANKS)
-    if local_rank is None:
-        local_rank = rank if one_machine else 0
-    if torch.cuda.device_count() == 1:  # as with --gpus-per-task=1, where each task sees its own alone
-        local_rank = 0
+    local_rank = _local_rank(size, rank if one_machine else 0)
     port = _number("MASTER_PORT", 1, 65535) if _given("MASTER_PORT") else _port()
     return Launch(rank, size, local_rank, address, port)
 
@@ -178,7 +190,3 @@ def _number(name: str, low: int, high: int | None = None) -> int:
             f"srun or mpirun, which set it, {_ONE_PROCESS}"
         )
     return int(text)
-
-
-def _first_number(names: tuple[str, ...]) -> int | None:
-    return next((_number(name, 0) for name in names if _given(name)), None)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from engine.optimizers import same_name
 from engine.order import GlobalBatches
 from engine.run_folder import had_checkpoints, records, set_records_aside
 from engine.sharded_state import restore
+from engine.strict import show
 from engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
@@ -82,7 +82,7 @@ def find_checkpoint(
     if resume == "none":
         if left:
             raise ConfigError(
-                f"{own.parent}: holds {' and '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
+                f"{own.parent}: holds {', '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
             )
         return None
     if resume == "auto":
@@ -90,7 +90,7 @@ def find_checkpoint(
         if found is None:
             if from_main(had_checkpoints(own.parent), checkpoints.ranks):
                 raise CheckpointError(
-                    f"{own.parent}: holds {' and '.join(left)} of an earlier run, but its checkpoints are gone, so "
+                    f"{own.parent}: holds {', '.join(left)} of an earlier run, but its checkpoints are gone, so "
                     f"--resume auto has nothing to go on from; put them back, {remedy}"
                 )
             on_main(lambda: set_records_aside(own.parent), checkpoints.ranks, f"{own.parent}: cannot be used")
@@ -98,13 +98,19 @@ def find_checkpoint(
     else:
         path = Path(resume)
         found = None
-        inside = from_main(own.parent.resolve() in (path.resolve(), *path.resolve().parents), checkpoints.ranks)
+        try:
+            inside = own.parent.resolve() in (path.resolve(), *path.resolve().parents)
+            inside, is_run, is_folder = from_main(
+                (inside, (path / "checkpoints").is_dir(), path.is_dir()), checkpoints.ranks
+            )
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL: on every rank
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"--resume {show(resume)}: cannot be read ({reason}); give a run's folder") from error
         if left and not inside:
             raise ConfigError(
-                f"{own.parent}: holds {' and '.join(left)} of an earlier run, and --resume {resume} is another one; go "
+                f"{own.parent}: holds {', '.join(left)} of an earlier run, and --resume {resume} is another one; go "
                 f"on with --resume auto, {remedy}"
             )
-        is_run, is_folder = from_main((os.path.isdir(path / "checkpoints"), os.path.isdir(path)), checkpoints.ranks)
         if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
         elif is_folder:

@@ -94,21 +94,23 @@ def had_checkpoints(folder: Path) -> bool:
 
     A save ends before the next one begins, so a run that has logged a step past its second save had a checkpoint.
     """
-    if any((folder / "checkpoints").glob("*-step-*")) or any((folder / "final").glob("*")):
+    if any((folder / "checkpoints").glob("aside-*")) or any((folder / "final").glob("*")):
         return True
     try:
+        if not (folder / "metrics.jsonl").is_file():
+            return False
         training = read_json_object(folder / "config.json")["training"]
         steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row.get("split") == "train"]
         return bool(steps) and (steps[0] > training["log_every"] or steps[-1] > 2 * training["save_every"])
-    except (OSError, ConfigError, KeyError, TypeError):
+    except (OSError, ConfigError, KeyError, TypeError, RecursionError):
         return False
 
 
 def set_records_aside(folder: Path) -> None:
     """Move metrics and best weights into a folder aside-<n> of the run's, and say so. Raises OSError."""
-    found = [path for name in ("metrics.jsonl", "best") if (path := folder / name).exists()]
     if not records(folder):
         return
+    found = [path for name in ("metrics.jsonl", "best") if (path := folder / name).exists()]
     number = next(n for n in itertools.count(1) if not (folder / f"aside-{n}").exists())
     aside = folder / f"aside-{number}"
     aside.mkdir()
@@ -124,6 +126,8 @@ def _take(folder: Path) -> tuple[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder.resolve()
+        if path in _held and not (path / LOCK).exists():  # the folder was deleted, or moved away, and made anew
+            release(path)
         if path not in _held:
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             problem = _locked(descriptor, folder)
@@ -137,7 +141,7 @@ def _take(folder: Path) -> tuple[str, str]:
         os.pwrite(_held[path], json.dumps(holder).encode(), 0)
         with contextlib.suppress(OSError):
             os.fsync(_held[path])  # so that other machines see it
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that go in a circle
         reason = f"{error.strerror} ({error.filename or folder})" if isinstance(error, OSError) else str(error)
         return "", f"--output-dir {folder}: cannot be used: {reason}; choose another --output-dir"
     return token, ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import nonfinite, stopping
-from engine.agreement import agree, class_version, leaves
+from engine.agreement import agree
 from engine.assembly import Assembly
 from engine.assets import keep_assets
 from engine.backends import Backend, Stepped
@@ -45,6 +45,7 @@ from engine.readiness import ready
 from engine.resume import LAYOUT, find_checkpoint, identity
 from engine.run_folder import claim, release
 from engine.selftest import collective_self_test
+from engine.start_facts import class_version, leaves
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
 from engine.trackers import make_trackers, require_trackers

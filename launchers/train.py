@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return _train(arguments)
     except Exception as error:
         status = _explain(error)
-        tell(str(error) or type(error).__name__)  # the ranks that wait at the start for this one
+        tell(error)  # the ranks that wait at the start for this one
         if status is None:
             raise
         return status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import nn
 
-from engine.agreement import agree, leaves, tell, tensor_digests
+from engine import start_facts
+from engine.agreement import agree, tell
 from engine.distributed import start
-from engine.errors import TrunklineError
+from engine.errors import ConfigError, TrunklineError
 from engine.trainer import Trainer
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
@@ -60,7 +60,8 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], type[TinyTask], dict[str, Any], str
         {"deepspeed": {"optimizer": {"params": {"lr": 0.1}}}}, TinyTask, {},
         "deepspeed.optimizer.params.lr is 0.1, but 0.01 on rank 0"),
     "steps": ({"training": {"steps": 9}}, TinyTask, {}, "training.steps is 9, but 12 on rank 0"),
-    "time-out": ({"training": {"hang_timeout_s": 60.0}}, TinyTask, {}, "training.hang_timeout_s is 60.0, but 1800.0 on rank 0"),
+    "time-out": (
+        {"training": {"hang_timeout_s": 60.0}}, TinyTask, {}, "training.hang_timeout_s is 60.0, but 1800.0 on rank 0"),
     "backend": ({}, TinyTask, {"backend": "fsdp"}, '--backend is "fsdp", but "deepspeed" on rank 0'),
     "resume": ({}, TinyTask, {"resume": "auto"}, '--resume is "auto", but "none" on rank 0'),
     "data": ({}, OtherData, {}, 'data is "store-1", but "store-0" on rank 0'),
@@ -73,7 +74,7 @@ def start_differently(rank: int, world_size: int, folder: Path, layouts: list[tu
     heard = {}
     for backend, stage in layouts:
         for name, (sections, task, options, _) in DIFFERENCES.items():
-            if stage and task is TinyTask:  # found before there is a model
+            if stage and name != "weight":  # found before there is a backend
                 continue
             section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
             own: dict[str, Any] = sections if rank == 1 else {}
@@ -122,21 +123,25 @@ def test_a_rank_that_is_missing_or_of_another_world_is_named_in_time(
         assert seconds < 30
 
 
-def start_twice_as_rank_one(rank: int, world_size: int) -> str:
+def start_twice_as_rank_one(rank: int, world_size: int, folder: Path) -> str:
     os.environ["WORLD_SIZE"] = "2"
     if rank == 2:
-        time.sleep(1.0)
+        wait_for(folder / "met")
         os.environ |= {"RANK": "1", "LOCAL_RANK": "1"}
-    heard = said(lambda: start(timeout_s=30.0))
-    if not heard:
-        dist.barrier()
-        time.sleep(2.0)  # the third one reads the store
+    heard = said(lambda: start(timeout_s=60.0))
+    (folder / ("heard" if rank == 2 else "met")).touch()
+    wait_for(folder / "heard")
     return heard
 
 
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
+
+
 @pytest.mark.distributed
-def test_two_processes_of_one_rank_are_told_apart() -> None:
-    zero, one, two = run_distributed_test(start_twice_as_rank_one, 3, backend=None)
+def test_two_processes_of_one_rank_are_told_apart(tmp_path: Path) -> None:
+    zero, one, two = run_distributed_test(start_twice_as_rank_one, 3, tmp_path, backend=None)
     assert zero == one == ""
     assert "is rank 1 already, and so is process" in two
 
@@ -146,7 +151,7 @@ def fail_alone(rank: int, world_size: int, failing: int, begun: bool) -> tuple[s
         start(timeout_s=60.0)
     began = time.monotonic()
     if rank == failing:
-        tell("data.store: nowhere is not there")
+        tell(ConfigError("data.store: nowhere is not there"))
         return "", time.monotonic() - began
     return said(lambda: agree({"training.seed": 1}) if begun else start(timeout_s=60.0)), time.monotonic() - began
 
@@ -160,19 +165,20 @@ def test_a_rank_that_cannot_start_ends_the_start_of_the_others(failing: int, beg
     assert re.search(rf"rank {failing}:? cannot start: data.store: nowhere is not there", heard[1 - failing][0])
 
 
-def test_a_digest_of_a_tensor_depends_on_every_bit_the_shape_and_the_dtype() -> None:
-    def digest(tensor: torch.Tensor) -> str:
-        module = nn.Module()
-        module.register_buffer("x", tensor)
-        return tensor_digests(module)["initial value of x"]
-
-    zeros = torch.zeros(6)
-    others = [-zeros, zeros.double(), zeros.view(2, 3), zeros.bfloat16(), zeros.index_fill(0, torch.tensor([5]), 1e-45)]
-    assert len({digest(tensor) for tensor in [zeros, *others]}) == 6
-    turned = torch.arange(6.0).view(2, 3).t()
-    assert digest(turned) == digest(turned.contiguous())
-    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
+def start_from(rank: int, world_size: int, copy: Path) -> str:
+    if rank == 1:
+        start_facts._ROOT = copy
+    return said(lambda: start(timeout_s=60.0))
 
 
-def test_nested_values_are_named_by_dotted_keys() -> None:
-    assert leaves({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+@pytest.mark.distributed
+def test_ranks_of_other_code_are_refused_with_the_file(tmp_path: Path) -> None:
+    for folder in ("engine", "kernels", "launchers", "models"):
+        shutil.copytree(start_facts._ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "engine/order.py").open("a") as file:
+        file.write("# changed on one machine\n")
+    (tmp_path / "models/extra.py").touch()
+    one, two = run_distributed_test(start_from, 2, tmp_path, backend=None)
+    assert one == two
+    assert re.search(r'rank 1: code of engine/order.py is "\w+", but "\w+" on rank 0', one)
+    assert re.search(r'rank 1: code of models/extra.py is "\w+", but not there on rank 0', one)

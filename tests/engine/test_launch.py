@@ -48,6 +48,7 @@ WRONG = {
     "LOCAL_RANK=gpu0": "LOCAL_RANK=gpu0 .* of at least 0",
     "SLURM_PROCID=one SLURM_NTASKS=2": "SLURM_PROCID=one .* whole number",
     "SLURM_PROCID=2 SLURM_NTASKS=2 SLURM_STEP_ID=0": "SLURM_PROCID=2, but there are 2 tasks",
+    "SLURM_JOB_ID=71 SLURM_PROCID=1 SLURM_NTASKS=2": "SLURM_STEP_ID is not set, .* with `srun python",
     "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=2": "OMPI_COMM_WORLD_RANK=2 .* from 0 to 1",
     "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2": "mpirun -x MASTER_ADDR=HOST",
     "PMIX_RANK=1": "PMIX_RANK=1 says .* start with `torchrun",
@@ -72,6 +73,7 @@ RIGHT = {
     "": (0, 1, 0, None),
     "WORLD_SIZE=1": (0, 1, 0, None),
     "LOCAL_RANK=1": (0, 1, 1, None),
+    "WORLD_SIZE=1 SLURM_LOCALID=3 SLURM_PROCID=3 SLURM_NTASKS=4": (0, 1, 0, None),  # a run of its own each
     "RANK= WORLD_SIZE=": (0, 1, 0, None),
     "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=a MASTER_PORT=5": (1, 2, 1, "a"),
     f"{STEP} SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NODELIST=gpu[07-08]": (3, 4, 1, "gpu07"),
@@ -135,8 +137,8 @@ def test_jobs_have_ports_of_their_own_and_their_tasks_one() -> None:
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
-        ("gpu-[003-005,007],login1", "gpu-003"), ("n[1,3-4]", "n1"), ("a,b[1-2]", "a"), ("rack[1-2]node[05-06]", "rack1node05"),
-        ("one", "one"), ("n[09-11].site", "n09.site"), ("", ""),
+        ("gpu-[003-005,007],login1", "gpu-003"), ("n[1,3-4]", "n1"), ("a,b[1-2]", "a"),
+        ("rack[1-2]node[05-06]", "rack1node05"), ("one", "one"), ("n[09-11].site", "n09.site"), ("", ""),
     ],
 )  # fmt: skip
 def test_the_first_machine_of_a_list(hosts: str, first: str) -> None:
@@ -149,6 +151,12 @@ def test_a_rank_without_a_gpu_of_its_own_is_named(monkeypatch: pytest.MonkeyPatc
     assert _device(1) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match="LOCAL_RANK=2: this machine shows 2 GPUs"):
         _device(2)
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    put(f"{STEP} SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NODELIST=gpu[07-08]")
+    assert read_launch().local_rank == 0
 
 
 def start_as_task(rank: int, world_size: int, settings: dict[str, str]) -> tuple[int, int, float]:

@@ -84,6 +84,15 @@ def test_one_process_may_train_again_in_a_folder_and_lets_it_go_at_the_end(tmp_p
     assert json.loads((tmp_path / "run" / LOCK).read_text())["host"] == socket.gethostname()
 
 
+def test_a_folder_that_was_deleted_and_made_anew_is_held_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    claim(run, ALONE)
+    shutil.rmtree(run)
+    claim(run, ALONE)
+    assert json.loads((run / LOCK).read_text())["pid"] == os.getpid()
+    release(run)
+
+
 def put_fifo(path: Path) -> None:
     os.mkfifo(path)
 

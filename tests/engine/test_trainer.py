@@ -287,7 +287,7 @@ def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_a
 def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     train(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match="holds checkpoints.* of an earlier run; go on with --resume auto"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; go on with --resume auto"):
         train(tmp_path / "run", config)
 
 
@@ -362,6 +362,12 @@ def test_a_longer_run_goes_on_from_a_path(tmp_path: Path) -> None:
     trainer = train(tmp_path / "long", tiny_config(tmp_path), resume=str(tmp_path / "short"))
     assert trainer.progress.step == 12
     assert [row["step"] for row in lines(tmp_path / "long")] == list(range(5, 13))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x\0y"])
+def test_a_place_to_resume_from_that_cannot_be_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r'--resume "x.*: cannot be read'):
+        train(tmp_path / "run", tiny_config(tmp_path), resume=name)
 
 
 def test_asking_to_resume_what_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import torch
 
 from engine.plan import make_plan
 from launchers import evaluate, predict, train
+from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -308,6 +312,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_up(
         cut(next(folder.rglob("trainer.json")))
     assert train.main(flags) == 2
     assert "no checkpoint can be loaded" in capsys.readouterr().err
+
+
+def start_rank(rank: int, world_size: int, flags: list[str], own: dict[int, list[str]]) -> tuple[int, str, str]:
+    said, heard = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(said):
+        status = train.main([*flags, *own.get(rank, [])])
+    return status, said.getvalue(), heard.getvalue()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ({1: ["--set", "training.seed=7"]}, "rank 1: training.seed is 7, but"),
+        ({1: ["--set", "training.sead=7"]}, "rank 1: cannot start: .*training.sead: unknown key"),
+        ({1: ["--set", "data.store=nowhere"]}, "rank 1: cannot start: nowhere: no prepared data"),
+        ({0: ["--find-micro-batch"]}, "rank 1: --find-micro-batch is false, but true on rank 0"),
+        ({1: ["--backend", "horovod"]}, "rank 1: cannot start: --backend horovod: unknown backend"),
+        ({0: ["--output-dir", "{tmp}/other"]}, "rank 1 on .* does not see the folder .*/other of rank 0"),
+    ],
+)
+def test_ranks_that_are_started_differently_end_alike(
+    own: dict[int, list[str]], named: str, toy: Path, tmp_path: Path
+) -> None:
+    own = {rank: [flag.format(tmp=tmp_path) for flag in flags] for rank, flags in own.items()}
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run")]
+    flags += ["--set", "deepspeed.train_micro_batch_size_per_gpu=4"]
+    outcomes = run_distributed_test(start_rank, 2, flags, own, backend=None)
+    assert [status for status, _, _ in outcomes] == [2, 2]
+    assert any(re.search(named, heard) for _, _, heard in outcomes), outcomes
+    assert all("error: " in heard and "Traceback" not in heard for _, _, heard in outcomes)
 
 
 def test_another_project_s_kernels_package_is_named_not_imported(toy: Path, tmp_path: Path) -> None:
