@@ -245,10 +245,10 @@ def _step(path: Path) -> int:
 def _remove(path: Path) -> None:
     """Delete what is no longer wanted, and nothing that a link leads to. What cannot be deleted now, such as a file
     that a network file system keeps while it is open elsewhere, is left for the next start."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> Checkpoint:
