@@ -282,7 +282,7 @@ def verify(path: Path) -> Checkpoint:
     own = {MANIFEST, *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     if extra := sorted({found.relative_to(path).as_posix() for found in path.rglob("*")} - own):
         more = f" and {len(extra) - 3} more" if extra[3:] else ""
-        print(f"note: {path}: not in its manifest, and ignored: {', '.join(extra[:3])}{more}", flush=True)
+        print(f"note: {path}: not in its manifest, and ignored: {', '.join(map(repr, extra[:3]))}{more}", flush=True)
     return Checkpoint(path, state, digests, probe_loss)
 
 
