@@ -145,5 +145,5 @@ def outcome(folder: Path, best: Best, progress: Progress, report: str) -> str:
 def _weights(folder: Path) -> str | None:
     try:
         return recorded(folder, WEIGHTS)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return None

@@ -246,10 +246,10 @@ def _step(path: Path) -> int:
 def _remove(path: Path) -> None:
     """Delete what is no longer wanted, and nothing that a link leads to. What cannot be deleted now, such as a file
     that a network file system keeps while it is open elsewhere, is left for the next start."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -283,7 +283,7 @@ def verify(path: Path) -> Checkpoint:
     own = {MANIFEST, *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     if extra := sorted({found.relative_to(path).as_posix() for found in path.rglob("*")} - own):
         more = f" and {len(extra) - 3} more" if extra[3:] else ""
-        print(f"note: {path}: not in its manifest, and ignored: {', '.join(extra[:3])}{more}", flush=True)
+        print(f"note: {path}: not in its manifest, and ignored: {', '.join(map(repr, extra[:3]))}{more}", flush=True)
     return Checkpoint(path, state, digests, probe_loss)
 
 

@@ -11,13 +11,14 @@ not there. So a folder in which a kill left some new files beside old ones still
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.files import entry, sync, write_json
+from engine.files import entry, replace_whole, sync
 from engine.reading import read_object, reason
 
 DIGESTS = "digests.json"
@@ -76,9 +77,13 @@ def check_digests(folder: Path) -> None:
 
 
 def recorded(folder: Path, name: str) -> str | None:
-    """The SHA-256 that digests.json says of a file; None where it does not. Raises CheckpointError."""
-    states = _read(folder).get(name) or [None]
-    return str(states[0]["sha256"]) if states[0] else None
+    """The SHA-256 that digests.json says of a file; None where it does not. Raises CheckpointError, OSError.
+
+    Of a file that was being replaced when the writer was killed it is looked up.
+    """
+    states = _read(folder).get(name, [])
+    state = states[0] if len(states) == 1 else _found(folder / name) if states else None
+    return str(state["sha256"]) if state else None
 
 
 def _difference(found: dict[str, Any], states: list[dict[str, Any] | None]) -> str:
@@ -128,6 +133,11 @@ def _are_states(value: Any) -> bool:
 
 
 def _write(folder: Path, files: States) -> None:
-    write_json(folder / DIGESTS, {"files": dict(sorted(files.items()))})
-    sync(folder / DIGESTS)
+    text = json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
+
+    def write(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+        sync(draft)
+
+    replace_whole(folder / DIGESTS, write)
     sync(folder)

@@ -19,8 +19,9 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_JSON_BYTES = 16 << 20
 MAX_DEPTH = 64
@@ -32,7 +33,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
+def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
     """The file, open for reading. With `follow` false a symbolic link is refused too. Raises OSError."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:

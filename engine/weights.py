@@ -66,7 +66,7 @@ def saved_facts(folder: Path) -> dict[str, float]:
 
 
 def _facts(metadata: Mapping[str, str] | None) -> dict[str, float]:
-    return {key: float(value) for key, value in (metadata or {}).items() if key != "format"}
+    return {key: float(value) for key, value in sorted((metadata or {}).items()) if key != "format"}
 
 
 def find_weights(run: Path) -> Path:

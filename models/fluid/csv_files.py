@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import DataError
+from engine.reading import open_regular
 from models.fluid import csv_numbers
 from models.fluid.csv_numbers import Parsed, parse_rows, read_bytes
 from models.fluid.schema import MINUTES
@@ -104,7 +105,7 @@ def parse_time(text: str) -> int | None:
 def _read_header(path: Path) -> tuple[tuple[str, ...], int]:
     """(columns after TIME, position of the second line)."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             line = file.readline(_LARGEST_HEADER)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}: check the file") from error

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from engine.reading import open_regular
+
 OK, BAD_NUMBER, NOT_FINITE, TOO_FEW_CELLS, TOO_MANY_CELLS, TOO_MANY_ROWS, EMPTY_LINE = range(7)
 
 _COMMA, _NEWLINE, _RETURN, _PLUS, _MINUS, _POINT, _ZERO = (ord(c) for c in ",\n\r+-.0")
@@ -59,7 +61,7 @@ class Parsed(NamedTuple):
 
 def read_bytes(path: Path) -> np.ndarray:
     """The bytes of a file, uint8 [N + 16]: newlines fill up the end."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         text = np.empty(size + _PADDING, np.uint8)
         text[file.readinto(text.data[:size]) :] = _NEWLINE

@@ -92,6 +92,7 @@ STRAY = {
     ),
     "an empty folder": lambda folder: (folder / "new folder").mkdir(),
     "a named pipe": lambda folder: os.mkfifo(folder / BACKEND / "pipe"),
+    "a name that is not UTF-8": lambda folder: open(os.fsencode(folder) + b"/caf\xe9", "wb").close(),
     "a link to nowhere": lambda folder: (folder / "link").symlink_to("nowhere"),
 }
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.digests import DIGESTS, check_digests, record_digests, replace_files
+from engine.digests import DIGESTS, check_digests, record_digests, recorded, replace_files
 from engine.errors import CheckpointError
-from engine.files import save_tensors
+from engine.files import entry, save_tensors
 
 OLD = {"config.json": "old", "gone.json": "old", "model.safetensors": "old", "tokenizer/vocab.txt": "old"}
 NEW = {"config.json": "new", "come.json": "new", "model.safetensors": "new", "tokenizer/vocab.txt": "new"}
@@ -35,9 +35,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.fault("a kill in any moment of writing best/")
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded_before", [True, False])
 def test_a_kill_at_any_moment_leaves_a_folder_that_reads_as_whole(
-    tmp_path: Path, recorded: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recorded_before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ("rename", "replace", "unlink", "fsync")
     real = {name: getattr(os, name) for name in changes}
@@ -46,7 +46,7 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_reads_as_whole(
         folder = tmp_path / str(moment)
         put(folder, OLD)
         (folder / "mine.txt").write_text("a user's")
-        if not recorded:  # by an earlier version
+        if not recorded_before:  # by an earlier version
             (folder / DIGESTS).unlink()
         left = [moment]
 
@@ -69,10 +69,12 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_reads_as_whole(
             else:
                 break
         check_digests(folder)
+        weights = folder / "model.safetensors"
+        assert recorded(folder, weights.name) in (entry(weights)["sha256"], None if not recorded_before else "")
         assert all(text in ("old", "new") for name, text in held(folder).items() if name != "mine.txt")
         put(folder, NEW)
         check_digests(folder)
-        wanted = NEW | {"mine.txt": "a user's"} | ({} if recorded else {"gone.json": "old"})
+        wanted = NEW | {"mine.txt": "a user's"} | ({} if recorded_before else {"gone.json": "old"})
         assert held(folder) == wanted
     assert moments > 10
 

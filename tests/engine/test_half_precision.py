@@ -81,11 +81,10 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> Non
     assert not torch.equal(weight, weight.bfloat16().float())  # what is saved is the master copy
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_halvings_of_the_loss_scale_are_no_failures(tmp_path: Path, limit: int) -> None:
+def test_halvings_of_the_loss_scale_are_no_failures(tmp_path: Path) -> None:
     """DeepSpeed has no fp16 on the CPU."""
     fp16 = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
-    config = tiny_config(tmp_path, training={"steps": 30, "nonfinite_limit": limit}, deepspeed={"fp16": fp16})
+    config = tiny_config(tmp_path, training={"steps": 30, "nonfinite_limit": 1}, deepspeed={"fp16": fp16})
     trainer = Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run", backend="fsdp")
     progress = trainer.run()
     assert progress.skipped_steps > 10
@@ -94,8 +93,7 @@ def test_halvings_of_the_loss_scale_are_no_failures(tmp_path: Path, limit: int) 
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
 
-@pytest.mark.parametrize("lowest", [1.0, 4096.0])
-@pytest.mark.parametrize("hysteresis", [1, 2])
+@pytest.mark.parametrize(("lowest", "hysteresis"), [(1.0, 1), (4096.0, 2)])
 def test_at_the_lowest_loss_scale_skipped_steps_count(tmp_path: Path, lowest: float, hysteresis: int) -> None:
     fp16 = {"enabled": True, "initial_scale_power": 14, "hysteresis": hysteresis, "min_loss_scale": lowest}
     config = tiny_config(

@@ -133,6 +133,13 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+def test_a_report_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, "{}")
+    (run / "report").write_text("mine")
+    with pytest.raises(DataError, match=r"report: cannot be made \(File exists\); move away what is there"):
+        write_report(run)
+
+
 def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
     line = [0.5 * step for step in range(200)]
     assert smooth(line) == pytest.approx(line)

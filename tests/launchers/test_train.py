@@ -34,6 +34,29 @@ def test_a_run_leaves_everything_that_was_promised(toy: Path) -> None:
     assert [path.name for path in run.rglob("*draft*")] == []
 
 
+def test_a_run_goes_on_from_another_working_directory(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(run), "--set", "training.save_every=1"]
+    monkeypatch.chdir(toy)
+    assert train.main([*flags, "--store", "store", "--set", "training.steps=1"]) == 0
+    for recorded in (run / "config.json", run / "best/config.json", run / "assets/config.json"):
+        assert json.loads(recorded.read_text())["data"]["store"] == str(toy / "store")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text())))
+    again = ["--config", "config.json", "--output-dir", "run", "--resume", "auto", "--set", "training.steps=2"]
+    capsys.readouterr()
+    assert train.main(again) == 0
+    assert re.search(r"done: run holds best/ \(mse [\d.]+ at step \d\), final/ and report/summary.md\n",
+                     capsys.readouterr().out)  # fmt: skip
+    assert (
+        evaluate.main(["--run", "run", "--split", "val", "--horizons", "1 minute", "--no-ridge", "--max-cases", "1"])
+        == 0
+    )
+    assert re.search(r"weights: run/best \(mse [\d.]+, step \d\)\n", capsys.readouterr().out)
+
+
 def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", str(toy / "config.json"), "--plan=json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -228,8 +251,6 @@ BAD_TRAINING = {
 def test_a_mistake_is_one_message_and_status_2(
     name: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     flags, message = BAD_TRAINING[name]
     assert train.main(flags(toy, tmp_path)) == 2
     error = capsys.readouterr().err

@@ -53,3 +53,12 @@ def test_a_preset_has_exactly_its_parameters(preset: str, parameters: int) -> No
 def test_a_mistake_in_the_model_section_is_named(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model(**keys)
+
+
+def test_every_metric_of_the_model_s_own_has_a_direction() -> None:
+    from models.causal_lm.task import _REWARDS, DIRECTIONS
+
+    assert {"loss", "perplexity", "prefers_chosen", *_REWARDS} == set(DIRECTIONS)
+    assert [name for name, direction in DIRECTIONS.items() if direction == "max"] == [
+        "rewards/chosen", "rewards/margins", "rewards/accuracies", "prefers_chosen",
+    ]  # fmt: skip

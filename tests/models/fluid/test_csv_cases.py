@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from datetime import date
@@ -266,6 +267,15 @@ def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
     write_case(tmp_path)
     (tmp_path / f"{file}.csv").unlink()
     with pytest.raises(DataError, match=rf"{file}\.csv: missing: a case with outputs needs Boundary\.csv, B\.csv"):
+        read_case(tmp_path, SCHEMA)
+
+
+@pytest.mark.parametrize("file", ["Boundary", "P"])
+def test_a_pipe_in_place_of_a_file_is_named_at_once(tmp_path: Path, file: str) -> None:
+    write_case(tmp_path)
+    (tmp_path / f"{file}.csv").unlink()
+    os.mkfifo(tmp_path / f"{file}.csv")
+    with pytest.raises(DataError, match=rf"{file}\.csv"):
         read_case(tmp_path, SCHEMA)
 
 

@@ -171,3 +171,11 @@ def test_what_does_not_fit_is_named(store, tmp_path):
         make(store, history=1, linear_skip=True).build_model()
     with pytest.raises(DataError, match="no prepared data set"):
         make(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [("mse", "min"), ("mae/P", "min"), ("rmse/P/MPa", "min"), ("r2", "max"), ("r2/B", "max"), ("persistence_r2", None)],
+)
+def test_the_direction_of_a_score_holds_for_its_parts(store, metric, direction):
+    assert make(store).direction(metric) == direction
