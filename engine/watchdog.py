@@ -171,9 +171,10 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path(rank).read_text())
-        except (OSError, ValueError):
+            note = {"place": "", "waits": False} | json.loads(self._path(rank).read_text())
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        return note if note.keys() >= {"count", "step", "doing", "seconds", "at"} else None  # else another version's
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
