@@ -101,6 +101,7 @@ def join(rank: int, world_size: int, folder: Path) -> None:
     start(600, joining=lambda ranks: Watchdog(folder / ".ranks", ranks, 1.0).starting())
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a rank that never joins the others")
 @pytest.mark.distributed
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
