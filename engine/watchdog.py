@@ -173,11 +173,13 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            note = read_object(self._path(rank), 1 << 16)
-            return {"count": int(note["count"]), "step": int(note["step"]), "doing": str(note["doing"])} | {
-                key: float(note[key]) for key in ("seconds", "at")
-            }
-        except (OSError, ValueError, KeyError, TypeError):
+            note = {"place": "", "waits": False} | read_object(self._path(rank), 1 << 16)
+            return {
+                "count": int(note["count"]), "step": int(note["step"]), "seconds": float(note["seconds"]),
+                "at": float(note["at"]), "doing": str(note["doing"]), "place": str(note["place"]),
+                "waits": bool(note["waits"]),
+            }  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or another version's
             return None
 
     def _path(self, rank: int) -> Path:

@@ -116,10 +116,14 @@ class SignalledInAStep(TinyTask):
         return super().loss(model, batch)
 
 
-def break_off_a_step(rank: int, world_size: int, folder: Path) -> list[int]:
+FEW = (("deepspeed", 3), ("fsdp", 3))
+ALL = (*FEW, ("deepspeed", 0), ("deepspeed", 2), ("fsdp", 0))
+
+
+def break_off_a_step(rank: int, world_size: int, folder: Path, layouts: tuple[tuple[str, int], ...]) -> list[int]:
     lookout.EVERY_MS = 0
     made = []
-    for backend, stage in (("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 0), ("fsdp", 3)):
+    for backend, stage in layouts:
         section = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
         name = f"{backend}{stage}"
         config = tiny_config(
@@ -127,9 +131,8 @@ def break_off_a_step(rank: int, world_size: int, folder: Path) -> list[int]:
             deepspeed=section | {"train_batch_size": 8},
         )  # fmt: skip
         Trainer(TinyTask(config.data, config.model), config, start(), folder / f"{name}-whole", backend).run()
-        planned = 1  # whatever a plan and a probe look at with gradients
-        task = SignalledInAStep(config, at=0)
-        task.at = 0 if rank else 2 * (8 // world_size) + planned + 2
+        planned = 1  # the plan counts what autograd keeps of one
+        task = SignalledInAStep(config, at=0 if rank else planned + 2 * (8 // world_size) + 2)
         with pytest.raises(InterruptedRunError):
             Trainer(task, config, start(), folder / name, backend).run()
         made.append(task.micro_batches)
@@ -138,15 +141,17 @@ def break_off_a_step(rank: int, world_size: int, folder: Path) -> list[int]:
 
 
 @pytest.mark.distributed
-def test_a_step_is_broken_off_after_a_micro_batch_and_made_again_exactly(tmp_path: Path) -> None:
-    made = run_distributed_test(break_off_a_step, 2, tmp_path, backend=None)
+@pytest.mark.parametrize("layouts", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_a_step_is_broken_off_after_a_micro_batch_and_made_again_exactly(
+    tmp_path: Path, layouts: tuple[tuple[str, int], ...]
+) -> None:
+    made = run_distributed_test(break_off_a_step, 2, tmp_path, layouts, backend=None)
     assert made[0] == made[1]
-    for name in ("deepspeed0", "deepspeed2", "deepspeed3", "fsdp0", "fsdp3"):
-        found, wanted = (tmp_path / name / "checkpoints", rows(tmp_path / f"{name}-whole", "train"))
-        losses = [[row["loss"] for row in lines] for lines in (rows(tmp_path / name, "train"), wanted)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 5
-        assert sorted(path.name for path in found.glob("step-*"))[0] == "step-00000002"
+    for backend, stage in layouts:
+        run, whole = tmp_path / f"{backend}{stage}", tmp_path / f"{backend}{stage}-whole"
+        assert [row["loss"] for row in rows(run, "train")] == [row["loss"] for row in rows(whole, "train")]
+        assert len(rows(run, "train")) == 5
+        assert (run / "checkpoints/step-00000002").is_dir()
 
 
 def test_a_run_outside_the_main_thread_trains_without_handlers(tmp_path: Path) -> None:

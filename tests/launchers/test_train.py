@@ -82,14 +82,8 @@ def test_a_run_is_done_although_its_report_cannot_be_written(
 
 
 @pytest.mark.fault("output {where}, in a folder whose name it cannot show")
-@pytest.mark.parametrize(
-    "where",
-    [
-        "2>&1 | head -1; exit ${PIPESTATUS[0]}",
-        pytest.param(">/dev/full 2>&1", marks=pytest.mark.slow),
-        pytest.param(">&- 2>&-", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["2>&1 | head -1; exit ${PIPESTATUS[0]}", ">/dev/full 2>&1", ">&- 2>&-"])
 def test_a_run_ends_well_wherever_its_output_goes(toy: Path, tmp_path: Path, where: str) -> None:
     folder = os.fsencode(tmp_path) + b"/\xc3\xa9-\xff"  # an accent, and a byte that is no UTF-8
     command = [sys.executable, "launchers/train.py", "--config", toy / "config.json", "--output-dir", folder]
