@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SHORT, _LONG = 5, 7  # tokens of two documents; of the long ones the first _SHORT are those of the short one
 _LOUDER = 16.0  # times the logits, or an untrained model would whisper; a power of two is taken back exactly
 _RTOL, _ATOL = 1e-4, 1e-2  # far above fp32's rounding, far below what a leak or a missing layer does
-_SAME_RTOL, _SAME_ATOL = 1e-5, 1e-3  # of the same computation with other tokens beside: experts group them anew
+_SAME_RTOL, _SAME_ATOL = 1e-5, 1e-5  # of the same computation with other tokens beside: experts group them anew
 
 
 class NotCausalError(Exception):
