@@ -159,7 +159,7 @@ def prepare(
         return store, False
 
     records, skipped, noted = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction), Tally()
-    template = f"the chat template {chat_template or f'of {tokenizer}'}"
+    template = f"the chat template {chat_template or f'of {tokenizer or out}'}"
     counts, size = _survey(records, skipped, sources, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(out) as draft:
