@@ -82,10 +82,10 @@ class Chip(NamedTuple):
 CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
 PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}  # of tiles; 2 head_dim operations a score each
 
-# "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
 SHARES_TILES_WITH = {86: 80, 89: 86, 100: 90, 120: 86}  # most of them
 HEAD_DIMS = (16, 24, 32, 40, 64, 72, 128, 256)
 PATTERNS = ((True, True), (True, False), (False, True), (False, False))  # a causal block, a key mask
+# "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
 
 

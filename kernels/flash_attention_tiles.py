@@ -122,7 +122,8 @@ TILES |= {
     (architecture, 32, name): tiles for architecture in ARCHITECTURES.values() for name, tiles in _FLOAT32.items()
 }
 TILES |= {
-    (architecture, bits, "backward_delta"): dict.fromkeys((16, 32, 64, 128, 256), Tile(64, 1, 4, 1))
+    (architecture, bits, "backward_delta"): dict.fromkeys((16, 32, 64, 128), Tile(64, 1, 4, 1))
+    | {256: Tile(32, 1, 4, 1)}
     for architecture in ARCHITECTURES.values()
     for bits in (16, 32)
 }

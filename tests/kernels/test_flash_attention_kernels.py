@@ -394,7 +394,7 @@ def test_rows_reach_the_kernels_at_multiples_of_16_bytes(device, dtype):
         flat[1 : 1 + B * N * H * D].view(B, N, H, D),  # contiguous, but not from a multiple of 16 bytes on
         fitting[..., 1 : 1 + D],
         flat[: B * N * H * (D + 1)].view(B, N, H, D + 1)[..., :D],
-        fitting.transpose(2, 3)[:, :, :D],
+        flat[: B * N * H * D].view(B, N, D, H).transpose(2, 3),
     ):
         copy = flash_attention_forward.addressable(x)
         assert torch.equal(copy, x)
