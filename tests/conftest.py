@@ -98,7 +98,8 @@ def _record_the_fault(request: pytest.FixtureRequest, record_property: Callable[
     """Note what a test marked `fault("...")` breaks; the parameters of the test fill the text's braces."""
     if marker := request.node.get_closest_marker("fault"):
         parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-        record_property("fault", marker.args[0].format(**parameters))
+        fault = marker.args[0].format(**parameters)
+        record_property("fault", fault.encode("ascii", "backslashreplace").decode())  # a report is sent as UTF-8
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
