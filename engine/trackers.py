@@ -6,8 +6,9 @@
 
     read_metrics(folder / "metrics.jsonl")   -> [{"step": 400, "split": "train", "loss": 0.125, "lr": 0.0001}]
 
-A tracker never stops a run: one that fails is dropped with one warning. Only a tracker that was asked for and is not
-installed is an error, at the start.
+A tracker never stops a run. One that fails, at its start or later, is warned about once; its rows are kept and handed
+over, in order, when it works again: a server that is away or a disk that is full for an hour costs no row. Only a
+tracker that was asked for and is not installed is an error, at the start.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ import json
 import math
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from engine.errors import ConfigError
+
+_ROWS_KEPT = 100_000
+_SOON_S = 0.1  # a tracker that fails sooner is asked at every row
+_SHARE_OF_TIME = 0.05  # of a run, at most, is spent on one that takes longer
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 class Tracker(Protocol):
@@ -42,36 +52,87 @@ class Trackers:
     """Several trackers as one, none of which can stop the run."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self.active = list(trackers)
+        self._queues = [_Queue(tracker.name, lambda tracker=tracker: tracker) for tracker in trackers]  # type: ignore[misc]
+
+    def add(self, name: str, make: Callable[[], Tracker]) -> None:
+        """One more tracker. If it cannot be made now, that is tried again."""
+        self._queues.append(_Queue(name, make))
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Hand the values to every tracker that still works."""
-        for tracker in tuple(self.active):
-            self._guard(tracker, lambda tracker=tracker: tracker.log(step, split, values))  # type: ignore[misc]
+        """Hand the values to every tracker that works, and keep them for the others."""
+        for queue in self._queues:
+            queue.rows.append((step, split, dict(values)))
+            queue.hand_over()
 
     def close(self) -> None:
-        """Close every tracker that still works."""
-        for tracker in tuple(self.active):
-            self._guard(tracker, tracker.close)
-        self.active.clear()
+        """Hand over what was kept, and close the trackers."""
+        for queue in self._queues:
+            queue.close()
+        self._queues.clear()
 
-    def _guard(self, tracker: Tracker, action: Callable[[], None]) -> None:
+    @property
+    def active(self) -> list[Tracker]:
+        """The trackers that could be made."""
+        return [queue.tracker for queue in self._queues if queue.tracker is not None]
+
+
+class _Queue:
+    """The rows that a tracker has not taken yet. One whose calls fail slowly is not asked at every row."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self.name, self._make = name, make
+        self.tracker: Tracker | None = None
+        self.rows: deque[tuple[int, str, Mapping[str, float]]] = deque(maxlen=_ROWS_KEPT)
+        self._not_before = 0.0
+        self._warned = False
+        self.hand_over()
+
+    def hand_over(self, now: bool = False) -> None:
+        """Give the tracker what it has not taken, if it is worth trying."""
+        began = time.monotonic()
+        if began < self._not_before and not now:
+            return
         try:
-            action()
+            if self.tracker is None:
+                self.tracker = self._make()
+            while self.rows:
+                try:
+                    self.tracker.log(*self.rows[0])
+                except (TypeError, ValueError) as error:  # the row's fault: it would stand in the way of all others
+                    _warn(f"{self.name} cannot take the row of step {self.rows[0][0]} ({error}); it is left out")
+                self.rows.popleft()
         except Exception as error:  # whatever a tracker's library raises, the run is worth more
-            self.active.remove(tracker)
-            _warn(tracker.name, error)
+            ended = time.monotonic()
+            if ended - began > _SOON_S:
+                self._not_before = ended + (ended - began) / _SHARE_OF_TIME
+            if not self._warned:
+                _warn(f"{self.name} fails ({type(error).__name__}: {error}); what it does not take is tried again")
+            self._warned = True
+        else:
+            self._warned = False
+
+    def close(self) -> None:
+        self.hand_over(now=True)
+        if self.rows:
+            _warn(f"{self.name} did not take the last {len(self.rows)} rows")
+        if self.tracker is not None:
+            try:
+                self.tracker.close()
+            except Exception as error:
+                _warn(f"{self.name} fails to close ({type(error).__name__}: {error})")
 
 
 def make_trackers(
-    names: Sequence[str], folder: Path, config: dict[str, Any], resume_step: int = 0, is_main: bool = True
-) -> Trackers:
+    names: Sequence[str], folder: Path, config: dict[str, Any], resume_step: int = 0, is_main: bool = True,
+    evaluation_due: bool = False,
+) -> Trackers:  # fmt: skip
     """metrics.jsonl in the run's `folder` and the trackers named. Ranks other than the main one track nothing.
 
     Args:
         names: any of "tensorboard", "wandb", "mlflow".
         config: the configuration of record, handed to the trackers that keep one.
         resume_step: the step that the run starts from; what was logged after it is withdrawn where that can be done.
+        evaluation_due: the evaluation of that step is to be made again.
 
     Raises:
         ConfigError: a tracker's package is not installed, or metrics.jsonl cannot be written.
@@ -79,13 +140,10 @@ def make_trackers(
     if not is_main:
         return Trackers()
     require_trackers(names)
-    trackers: list[Tracker] = [MetricsFile.open(folder / "metrics.jsonl", resume_step)]
+    trackers = Trackers([MetricsFile.open(folder / "metrics.jsonl", resume_step, evaluation_due)])
     for name in names:
-        try:
-            trackers.append(_KINDS[name][2](folder, config, resume_step))
-        except Exception as error:  # no account, no server, no network
-            _warn(name, error)
-    return Trackers(trackers)
+        trackers.add(name, partial(_KINDS[name][2], folder, config, resume_step))
+    return trackers
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -113,21 +171,26 @@ class MetricsFile:
     name = "metrics.jsonl"
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._descriptor: int | None = os.open(path, _APPEND, 0o666)
+        self._whole = os.fstat(self._descriptor).st_size
 
     @classmethod
-    def open(cls, path: Path, resume_step: int = 0) -> MetricsFile:
-        """The file at `path`, without lines of steps after `resume_step` and without a line torn by a kill."""
+    def open(cls, path: Path, resume_step: int = 0, evaluation_due: bool = False) -> MetricsFile:
+        """The file at `path`, without lines of steps after `resume_step` and without a line torn by a kill.
+
+        Without that step's evaluation too if it is due to be made again.
+        """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _withdraw_after(path, resume_step)
+                _withdraw_after(path, resume_step, evaluation_due)
             return cls(path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line, whole or not at all. Raises OSError."""
         line: dict[str, Any] = {"step": step, "split": split}
         nonfinite = {}
         for key, value in values.items():
@@ -137,12 +200,28 @@ class MetricsFile:
                 line[key], nonfinite[key] = None, str(float(value))
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> None:
+        try:
+            if self._descriptor is None:  # after a failure: the file may be reachable again under another handle
+                self._descriptor = os.open(self._path, _APPEND, 0o666)
+                os.ftruncate(self._descriptor, min(self._whole, os.fstat(self._descriptor).st_size))
+            rest = line
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[os.write(self._descriptor, rest) :]
+            self._whole += len(line)
+        except OSError:
+            self.close()
+            with suppress(OSError):
+                os.truncate(self._path, self._whole)
+            raise
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -165,12 +244,13 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) and line.endswith("\n") else None
 
 
-def _withdraw_after(path: Path, step: int) -> None:
+def _withdraw_after(path: Path, step: int, evaluation_due: bool) -> None:
     draft = path.with_name(f".{path.name}.draft")
     with path.open(encoding="utf-8", errors="replace") as lines, draft.open("w", encoding="utf-8") as kept:
         for line in lines:
             row = _parse(line)
-            if row is not None and row["step"] <= step:
+            again = evaluation_due and row is not None and (row["step"], row.get("split")) == (step, "val")
+            if row is not None and row["step"] <= step and not again:
                 kept.write(line)
         kept.flush()
         os.fsync(kept.fileno())
@@ -275,5 +355,5 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return pairs
 
 
-def _warn(name: str, error: Exception) -> None:
-    tqdm.write(f"warning: {name} fails ({type(error).__name__}: {error}); going on without it", file=sys.stderr)
+def _warn(line: str) -> None:
+    tqdm.write(f"warning: {line}", file=sys.stderr)
