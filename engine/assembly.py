@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +40,7 @@ class Assembly:
         backend_name: which engine shards the model.
         identity: what a checkpoint of the run must have in common with it (`engine.resume.identity`).
         found: the checkpoint that the run goes on from.
+        begin: told what is begun, on all ranks alike.
     """
 
     plan: dict[str, Any]
@@ -47,10 +49,10 @@ class Assembly:
 
     def __init__(
         self, task: Task, config: RunConfig, ranks: Ranks, backend_name: str, total_steps: int,
-        identity: dict[str, Any], found: Checkpoint | None,
+        identity: dict[str, Any], found: Checkpoint | None, begin: Callable[[str], None] = lambda doing: None,
     ) -> None:  # fmt: skip
         self.task, self.config, self.ranks, self.backend_name = task, config, ranks, backend_name
-        self.total_steps, self.identity, self.found = total_steps, identity, found
+        self.total_steps, self.identity, self.found, self._begin = total_steps, identity, found, begin
 
     @property
     def first_step(self) -> int:
@@ -59,10 +61,12 @@ class Assembly:
 
     def build(self, sizes: BatchSizes) -> None:
         """Plan, model, backend and probe, as they are at step 0."""
+        self._begin("building the model")
         seed_torch(self.config.training.seed, 0)
         model = self.task.build_model()
         self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
         model = apply_options(model, self.config.training)
+        self._begin("preparing the backend")
         self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps)
         self.probe = Probe(self.task, self.backend.model, self.ranks.device)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from engine.distributed import Ranks, from_main, gather, on_main, with_own_group
 from engine.errors import CheckpointError
-from engine.files import sync
+from engine.files import note_written, sync
 from engine.sharded_files import Digests, add_digests, file_names
 from engine.sharded_state import Snapshot
 
@@ -210,6 +210,7 @@ class Checkpoints:
             file.write(_manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
+        note_written()
         for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
             sync(path)
         if final.exists():  # left by a run that was resumed from before this step
@@ -282,14 +283,11 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 def _entry(path: Path, sync: bool = False) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+            note_written()
         if sync:
             os.fsync(file.fileno())
+            note_written()
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
-def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest

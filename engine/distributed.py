@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, TrunklineError
 from engine.task import Sums
 
 T = TypeVar("T")
@@ -38,8 +39,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(timeout_s: float = 1800.0) -> Ranks:
-    """Join the processes that `deepspeed` or `torchrun` started; alone, be a world of one. NCCL on GPUs, else gloo."""
+def start(timeout_s: float = 1800.0, joining: Callable[[Ranks], AbstractContextManager[object]] = nullcontext) -> Ranks:
+    """Join the processes that `deepspeed` or `torchrun` started; alone, be a world of one. NCCL on GPUs, else gloo.
+
+    The wait for the other ranks is made inside of `joining`. Raises TrunklineError if they do not come together.
+    """
     world_size = launched_world_size()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -52,7 +56,15 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
         if "MASTER_ADDR" in os.environ and world_size > 1:
-            dist.init_process_group(backend, timeout=timeout)
+            try:
+                with joining(Ranks(rank, world_size, local_rank, device)):
+                    dist.init_process_group(backend, timeout=timeout)
+            except dist.DistError as error:
+                raise TrunklineError(
+                    f"the {world_size} ranks did not come together at MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+                    f"MASTER_PORT={os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}; start all ranks, each "
+                    "with a RANK of its own, and choose a free port that all of them can reach"
+                ) from error
         else:
             # DeepSpeed reads these even where there is nobody to meet
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -139,6 +151,6 @@ def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
         raise CheckpointError(problem)
 
 
-def lost_a_rank(error: Exception) -> bool:
+def lost_a_rank(error: BaseException | None) -> bool:
     """Whether a collective failed because another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

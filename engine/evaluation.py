@@ -37,10 +37,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums: Sums | None = None
-    for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
-        before_batch()
-        sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
-    model.train(was_training)
+    try:
+        for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
+            before_batch()
+            sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
+    finally:
+        model.train(was_training)
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
     return task.summarize(sum_over_ranks(sums, ranks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,19 @@ from engine.errors import DataError
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+_pieces = itertools.count()
+_pieces_written = 0
+
+
+def note_written() -> None:
+    """A piece of work on files is done: something was written, read back or brought to the disk."""
+    global _pieces_written
+    _pieces_written = next(_pieces)  # by any thread
+
+
+def pieces_written() -> int:
+    """A number that changes when work on files gets on. A watchdog tells a slow disk from a hang by it."""
+    return _pieces_written
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -26,6 +40,7 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     draft = path.with_name(f".{path.name}.draft")
     write(draft)
     draft.replace(path)
+    note_written()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -40,6 +55,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
     except SafetensorError as error:  # it wraps what the system said
         raise OSError(None, str(error), str(path)) from error
     path.chmod(0o666 & ~_UMASK)
+    note_written()
 
 
 def sync(path: Path) -> None:
@@ -49,6 +65,7 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    note_written()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from engine.deepspeed_section import BatchSizes
 from engine.order import FILLER, GlobalBatches
 from engine.randomness import mix_last
 from engine.task import Batch, Task
+from engine.workers import WORKERS
 
 Draws = list[np.ndarray]
 """Two: the samples of a micro-batch, int64 [B] with FILLER where there is none, and the keys of their draws."""
@@ -73,6 +74,7 @@ def _loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
+        multiprocessing_context=WORKERS,
         # the order of samples needs no generator; without this a loader would advance torch's global one
         generator=torch.Generator(),
     )

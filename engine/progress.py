@@ -20,6 +20,8 @@ class Progress:
     skipped_in_a_row: int = 0
     norm_average: float = 0.0
     norms_seen: int = 0
+    evaluation_due: bool = False
+    """The evaluation of this step was broken off: it is to be made before the next step."""
 
     def judge(self, value: float, best: Best, stopping: EarlyStopping | None) -> bool:
         """Take note of an evaluation's metric at the present step. True if it is the best so far."""

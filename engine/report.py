@@ -61,7 +61,8 @@ def write_report(run_folder: Path) -> Path:
     pictures = _draw(history, config, report)
     summary = report / "summary.md"
     draft = report / ".summary.md.draft"
-    draft.write_text(_summary(run_folder, history, config, plan, pictures), encoding="utf-8")
+    text = _summary(run_folder, history, config, plan, pictures)
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a folder's name need not be UTF-8
     draft.replace(summary)
     return summary
 
@@ -152,7 +153,8 @@ def _summary(
     run_folder: Path, history: History, config: dict[str, Any], plan: dict[str, Any], pictures: Sequence[str]
 ) -> str:
     workload = config.get("workload", "unknown workload")
-    parts = [f"# {workload}: {run_folder.resolve().name}", _table(("", ""), _facts(history, config, plan))]
+    facts = _facts(history, config, plan, _saved_step(run_folder))
+    parts = [f"# {workload}: {run_folder.resolve().name}", _table(("", ""), facts)]
     if not history.rows:
         parts.append("Nothing was logged: the run ended before its first line of metrics.jsonl.")
     parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
@@ -163,7 +165,13 @@ def _summary(
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(history: History, config: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
+def _saved_step(run_folder: Path) -> int:
+    """The step of the run's newest checkpoint; 0 if there is none."""
+    steps = (path.name.removeprefix("step-") for path in (run_folder / "checkpoints").glob("step-*"))
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def _facts(history: History, config: dict[str, Any], plan: dict[str, Any], saved_step: int) -> list[tuple[str, str]]:
     name, deciding, best_step = _best(history, config)
     facts = []
     if "parameters" in plan:
@@ -171,7 +179,8 @@ def _facts(history: History, config: dict[str, Any], plan: dict[str, Any]) -> li
     if "world_size" in plan:
         facts.append(("ranks", f"{plan['world_size']:,}"))
     planned = plan.get("steps")
-    facts.append(("steps", f"{history.last_step:,}" + (f" of {planned:,}" if planned else "")))
+    steps = max(history.last_step, saved_step)  # lines of metrics.jsonl may have been lost
+    facts.append(("steps", f"{steps:,}" + (f" of {planned:,}" if planned else "")))
     if best_step is not None:
         value = deciding.values[deciding.steps.index(best_step)]
         facts.append((f"best validation {name}", f"{value:.6g} at step {best_step:,}"))

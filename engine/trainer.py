@@ -6,17 +6,16 @@ Read `Trainer.__init__` for how a run is put together and `Trainer.run` for what
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import nonfinite
+from engine import nonfinite, stopping
 from engine.assembly import Assembly
 from engine.backends import Backend, Stepped
 from engine.checkpoint import Checkpoints
@@ -29,10 +28,12 @@ from engine.evaluation import evaluate, to_device
 from engine.files import write_json
 from engine.hardware import peak_flops
 from engine.loading import training_loader
+from engine.lookout import Lookout, StopRequested
 from engine.memory import Attempts, OutOfMemory, Shortage
 from engine.meter import Meter, brief
 from engine.micro_batch import MicroBatches, memory_facts
 from engine.order import GlobalBatches
+from engine.output import lasting_output
 from engine.plan import render_summary, total_steps
 from engine.progress import Progress
 from engine.randomness import mix, seed_torch
@@ -65,6 +66,7 @@ class Trainer:
         accept_new_data: go on from a checkpoint although the data set has changed.
     """
 
+    @lasting_output()
     def __init__(
         self,
         task: Task,
@@ -76,18 +78,27 @@ class Trainer:
         accept_new_data: bool = False,
     ) -> None:
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
+        self.watchdog = Watchdog(folder / ".ranks", ranks, config.training.hang_timeout_s)
+        with self.starting():
+            self._put_together(backend, resume, accept_new_data)
+
+    def _put_together(self, backend: str, resume: str, accept_new_data: bool) -> None:
+        task, config, ranks, folder = self.task, self.config, self.ranks, self.folder
         settings = config.training
         if settings.deterministic:  # the call imports the compiler, which takes seconds
             torch.use_deterministic_algorithms(True)
 
         require_trackers(settings.trackers)
         if ranks.world_size > 1:
+            self._begin("testing the collectives")
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        self._begin("reading the data")
         self.dataset = task.datasets()["train"]
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)
+        self._begin("looking for checkpoints")
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last)
         self.checkpoints.open_for_writing()
         known = identity(task, config, backend, ranks.world_size, self.batches)
@@ -98,8 +109,9 @@ class Trainer:
         self.attempts = Attempts(ranks)
         self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
         self._heaviest_fit, self._evaluation_fits = -1, False  # nothing is known before the first of each
-        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found)
+        self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self._begin)
         self.assembly.build(self.micro.sizes)
+        self._begin("loading the checkpoint" if found is not None else "writing the plan")
         self.progress = self.assembly.take_up()
         if found is not None:
             self.checkpoints.set_aside_after(self.progress.step)
@@ -109,21 +121,49 @@ class Trainer:
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
         self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
-        self.trackers = make_trackers(settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main)
+        self.trackers = make_trackers(
+            settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main, self.progress.evaluation_due
+        )
+        self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
+        self._lookout = Lookout(ranks)
         self._draws = mix(settings.seed, 1, ranks.rank)
-        self._stop_signal: int | None = None
         self._flags = {
             (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=ranks.device)
             for stop in (False, True)
             for failed in (False, True)
         }
-        self.watchdog = Watchdog(folder / ".ranks", ranks, settings.hang_timeout_s)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """What all ranks do within, before `run`, is watched, and a rank that is lost meanwhile is an error."""
+        with self.watchdog.starting(), self._naming_a_lost_rank():
+            yield
+
+    def _begin(self, doing: str) -> None:
+        self.watchdog.note(self._step_now, doing, works=True)
+
+    @property
+    def _step_now(self) -> int:
+        return self.progress.step if hasattr(self, "progress") else 0
+
+    @contextmanager
+    def _naming_a_lost_rank(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not lost_a_rank(error):
+                raise
+            raise TrunklineError(
+                f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
+                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
+            ) from error
 
     @property
     def backend(self) -> Backend:
         """The model under training; another object after memory ran out."""
         return self.assembly.backend
 
+    @lasting_output()
     def run(self) -> Progress:
         """Train to the last step, to an early stop or to a signal; leave best/ and final/ behind.
 
@@ -132,31 +172,45 @@ class Trainer:
             TrunklineError: too many steps in a row had to be skipped, a checkpoint could not be written, or another
                 rank has ended.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.watchdog.start()
-        try:
-            self._train()
-            self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written")
-            self.checkpoints.wait()
-        except Exception as error:
-            if not lost_a_rank(error):
-                self.checkpoints.settle()
+        with stopping.deferred():
+            self.watchdog.start()
+            try:
+                with self._naming_a_lost_rank():
+                    self._train()
+                    self.watchdog.note(self.progress.step, "waiting for the checkpoint to be written", works=True)
+                    self.checkpoints.wait()
+            except Exception as error:
+                if not lost_a_rank(error.__cause__):
+                    self.checkpoints.settle()
                 raise
-            raise TrunklineError(
-                f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
-                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
-            ) from error
-        finally:
-            self.watchdog.stop()
-            self.trackers.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            finally:
+                self.watchdog.stop()
+                self.trackers.close()
         return self.progress
 
     def _train(self) -> None:
+        try:
+            self._make_steps()
+        except StopRequested:
+            self._save_and_stop()
+
+    def _save_and_stop(self) -> NoReturn:
+        step, why = self.progress.step, stopping.requested()
+        if why is None:
+            stopping.request(why := "a signal to another rank")
+        self.watchdog.note(step, "saving a checkpoint", works=True)
+        if step not in (0, self._saved_step):
+            self.save()
+        self.checkpoints.wait()
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        raise InterruptedRunError(f"by {why} {where}; go on with --resume auto --output-dir {self.folder}")
+
+    def _make_steps(self) -> None:
         settings, progress = self.config.training, self.progress
         self.watchdog.note(progress.step, "evaluating")
         self._metrics(num_samples=1)  # an evaluation that cannot work should fail now, not after hours
+        if progress.evaluation_due:  # a stop broke it off
+            self._evaluate()
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
         unit, flops = self.task.unit, self.task.flops_per_sample()
         meter = Meter(self.micro.sizes, self.ranks.device, progress.step, unit, flops, peak)
@@ -191,18 +245,15 @@ class Trainer:
                 bar.update()
 
                 finished = progress.step == self.total_steps
+                progress.evaluation_due = progress.step % settings.eval_every == 0 or finished
+                if stop:
+                    raise StopRequested
                 with meter.paused():
-                    if progress.step % settings.eval_every == 0 or finished:
+                    if progress.evaluation_due:
                         finished |= self._evaluate()
-                    if progress.step % settings.save_every == 0 or finished or stop:
-                        self.watchdog.note(progress.step, "saving a checkpoint")
+                    if progress.step % settings.save_every == 0 or finished:
+                        self.watchdog.note(progress.step, "saving a checkpoint", works=True)
                         self.save()
-                if stop and not finished:
-                    self.checkpoints.wait()
-                    raise InterruptedRunError(
-                        f"by a signal after step {progress.step}, which is saved; go on with --resume auto "
-                        f"--output-dir {self.folder}"
-                    )
                 if finished:
                     break
                 self.watchdog.note(progress.step, "reading the next batch")
@@ -257,13 +308,14 @@ class Trainer:
         weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {
             "weight": torch.stack(weights).sum() if weights[1:] else weights[0],
-            "flags": self._flags[self._stop_signal is not None, self.checkpoints.failed],
+            "flags": self._flags[stopping.requested() is not None, self.checkpoints.failed],
         }
         agreed = sum_over_ranks(mine, self.ranks)
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
         for batch in micro_batches:
+            self._lookout.look()  # a step that is broken off is made again from its beginning
             self.watchdog.note(self.progress.step, "forward, backward and reduction of the gradients")
             part = self.task.loss(self.backend.model, batch)
             loss = part["loss"].detach()
@@ -309,6 +361,7 @@ class Trainer:
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
             self._save_weights("best", {"step": progress.step, name: metrics[name]})
+        progress.evaluation_due = False
         self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
         over = progress.out_of_patience(settings.early_stopping)
         if over:
@@ -319,12 +372,16 @@ class Trainer:
         return over
 
     def _metrics(self, num_samples: int | None) -> dict[str, float]:
+        def before_batch() -> None:
+            self.watchdog.note(self.progress.step, "evaluating")
+            self._lookout.look()
+
         try:
             with self.attempt(self._evaluation_fits):
                 metrics = evaluate(
                     self.task, self.backend.model, self.ranks, num_samples=num_samples,
                     micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
-                    before_batch=lambda: self.watchdog.note(self.progress.step, "evaluating"),
+                    before_batch=before_batch,
                 )  # fmt: skip
         except OutOfMemory as error:
             shortage = error.shortage
@@ -359,7 +416,7 @@ class Trainer:
 
     def rebuild(self) -> None:
         """Put the run together again for the batch sizes in force. Called on all ranks."""
-        self.watchdog.note(self.progress.step, "rebuilding the model for other micro-batches")
+        self._begin("rebuilding the model for other micro-batches")
         self.assembly.rebuild(self.micro.sizes, self.progress, self.checkpoints)
         self._heaviest_fit, self._evaluation_fits = -1, False
 
@@ -367,15 +424,13 @@ class Trainer:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""
         in_background = self.config.training.async_save if in_background is None else in_background
         self.checkpoints.wait()  # so that no two copies of the state are held at once
+        self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
         return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> None:
-        self.watchdog.note(self.progress.step, f"writing {name}/")
+        self.watchdog.note(self.progress.step, f"writing {name}/", works=True)
         save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self._stop_signal = number  # acted on at the end of the step, by all ranks together
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(

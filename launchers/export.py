@@ -5,6 +5,13 @@ The result is a folder like the run's best/: config.json, the workload's files, 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from engine.output import keep_printing
+    from engine.stopping import listen
+
+    keep_printing()
+    listen(exit_code=130, advice="run the same command again")
+
 import argparse
 import sys
 from pathlib import Path

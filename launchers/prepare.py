@@ -5,6 +5,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from engine.output import keep_printing
+    from engine.stopping import listen
+
+    keep_printing()
+    listen(exit_code=130, advice="run the same command again")
+
 import argparse
 import importlib
 import sys
@@ -12,6 +19,7 @@ from pathlib import Path
 
 import models
 from engine.errors import TrunklineError
+from engine.stopping import listen_no_more
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in argv[:1]:  # importing all of them would take seconds
             importlib.import_module(f"models.{name}.prepare").add_arguments(command)
     arguments = parser.parse_args(argv)
+    listen_no_more()  # a preparation that is interrupted removes its drafts
     try:
         importlib.import_module(f"models.{arguments.workload}.prepare").run(arguments)
     except TrunklineError as error:

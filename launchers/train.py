@@ -6,6 +6,13 @@ One GPU or none: `python launchers/train.py --config ...` does the same on a sin
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from engine.output import keep_printing
+    from engine.stopping import listen
+
+    keep_printing()
+    listen()
+
 import argparse
 import json
 import os
@@ -16,6 +23,7 @@ from engine.config import RunConfig, load_config
 from engine.distributed import launched_world_size, start, stop
 from engine.errors import TrunklineError
 from engine.impostors import refuse_shadowed
+from engine.stopping import EXIT_CODE
 from models.registry import WORKLOADS, config_sections, make_task
 
 
@@ -31,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
         print(f"{where}{'stopped' if stopped else 'error'}: {error}", file=sys.stderr, flush=True)
-        return 75 if stopped else 2
+        return EXIT_CODE if stopped else 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,19 +78,27 @@ def _train(arguments: argparse.Namespace) -> int:
     from engine.find_micro_batch import find_micro_batch
     from engine.report import write_report
     from engine.trainer import Trainer
+    from engine.watchdog import Watchdog
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
-    ranks = start(timeout_s=2 * config.training.hang_timeout_s)  # the watchdog, which names the rank, comes first
+    limit_s = config.training.hang_timeout_s
+    # the watchdog, which names the rank, comes first
+    ranks = start(2 * limit_s, joining=lambda ranks: Watchdog(folder / ".ranks", ranks, limit_s).starting())
     trainer = Trainer(
         make_task(config), config, ranks, folder,
         backend=backend, resume=arguments.resume, accept_new_data=arguments.accept_new_data,
     )  # fmt: skip
     if arguments.find_micro_batch:
-        find_micro_batch(trainer)
+        with trainer.starting():
+            find_micro_batch(trainer)
     trainer.run()
     if ranks.is_main:
-        print(f"done: {folder} holds best/, final/ and {write_report(folder).relative_to(folder)}")
+        try:
+            report = str(write_report(folder).relative_to(folder))
+        except OSError as error:  # the run is done all the same
+            report = f"no report ({error}); `python -m engine.report {folder}` writes it once there is room"
+        print(f"done: {folder} holds best/, final/ and {report}")
     return 0
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import DataError
+from engine.workers import end_with_parent
 from models.causal_lm.rendering import Rendered, Renderer
 from models.causal_lm.sources import BadRecord, Conversation, Preference, Record, Text
 from models.causal_lm.tokenizer import load_tokenizer
@@ -99,6 +100,7 @@ def _batches(records: Iterable[tuple[_Tag, Record]]) -> Generator[list[tuple[_Ta
 def _start_worker(tokenizer_folder: Path) -> None:
     global _renderer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _renderer = Renderer(load_tokenizer(tokenizer_folder))
 

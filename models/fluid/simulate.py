@@ -30,6 +30,7 @@ import polars as pl
 from tqdm import tqdm
 
 from engine.errors import ConfigError, DataError, TrunklineError
+from engine.workers import end_with_parent
 from models.fluid import scenario
 from models.fluid.gas import Array
 from models.fluid.hydraulics import EQUATIONS
@@ -102,6 +103,7 @@ def simulate(
 def _start_worker() -> None:
     """The parallelism is over cases: libraries shall not add their threads. Ctrl-C is the parent's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
         os.environ[name] = "1"
 

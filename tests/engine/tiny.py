@@ -7,6 +7,13 @@ Run as a script it is launched like launchers/train.py, by python or by deepspee
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from engine.output import keep_printing
+    from engine.stopping import listen
+
+    keep_printing()
+    listen()
+
 import argparse
 import hashlib
 import json

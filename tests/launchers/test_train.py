@@ -44,6 +44,32 @@ def test_the_plan_agrees_with_the_run(toy: Path, capsys: pytest.CaptureFixture[s
     assert plan == json.loads((toy / "run/plan.json").read_text())
 
 
+def test_a_run_is_done_although_its_report_cannot_be_written(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/report").write_text("a file in the way of the folder")
+    flags = ["--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run"), "--set", "training.steps=1"]
+    assert train.main(flags) == 0
+    assert "final/ and no report (" in capsys.readouterr().out
+
+
+@pytest.mark.fault("output {where}, in a folder whose name it cannot show")
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["2>&1 | head -1; exit ${PIPESTATUS[0]}", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_a_run_ends_well_wherever_its_output_goes(toy: Path, tmp_path: Path, where: str) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xc3\xa9-\xff"  # an accent, and a byte that is no UTF-8
+    command = [sys.executable, "launchers/train.py", "--config", toy / "config.json", "--output-dir", folder]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {where}', "bash", *command, "--set", "training.steps=2"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, timeout=240, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert (Path(os.fsdecode(folder)) / "report/summary.md").exists()
+    assert b"Traceback" not in done.stdout + done.stderr
+
+
 def test_the_micro_batch_is_looked_for_where_that_is_wanted(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
