@@ -100,3 +100,11 @@ def _tracked() -> list[Path]:
         pytest.skip("not a git checkout")
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/safeguards.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / page).read_text()))
+    assert named
+    assert not [name for name in named if f"def {name}(" not in written]
