@@ -66,9 +66,8 @@ class Assembly:
         self._begin("building the model")
         seed_torch(self.config.training.seed, 0)
         model = self.task.build_model()
-        if self.ranks.world_size > 1 and not hasattr(
-            self, "plan"
-        ):  # before a backend shards it, or gives rank 0's to all
+        first = not hasattr(self, "plan")
+        if first and self.ranks.world_size > 1:  # before a backend shards it, or gives rank 0's to all
             agree(tensor_digests(model), last=True)
         self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
         model = apply_options(model, self.config.training)

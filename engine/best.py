@@ -95,10 +95,11 @@ class BestWeights:
     def _bring_back(self, found: Checkpoint) -> str:
         step = self.progress.best_step
         value = f"the best {self.best.metric} so far, {self.progress.best:.6g} at step {step}"
-        kept = (place / f"step-{step:08d}" for place in (found.path.parent, self.folder / "checkpoints"))
-        for source in (found.path.parent.parent / BEST, *kept):
+        folders = [found.path.parent.parent / BEST, *sorted(self.folder.glob(f"aside-{BEST}-step-{step}*"))]
+        kept = [place / f"step-{step:08d}" for place in (found.path.parent, self.folder / "checkpoints")]
+        for source in (*folders, *kept):
             try:
-                if self._copy(source) if source.name == BEST else self._export(source, found):
+                if self._copy(source) if source in folders else self._export(source, found):
                     return f"{value}: {BEST}/ is made from {source}"
             except CheckpointError as error:
                 print(f"warning: {error}", flush=True)

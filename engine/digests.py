@@ -55,11 +55,6 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> dict[str, di
     return fresh
 
 
-def record_digests(folder: Path) -> None:
-    """Write the digests of all files that a folder holds. Raises OSError."""
-    _write(folder, {name: [entry(folder / name, sync=True)] for name in _files(folder)})
-
-
 def check_digests(folder: Path) -> None:
     """Raise CheckpointError unless every file is as it was written. A folder without digests.json, from an earlier
     version or another program, passes."""

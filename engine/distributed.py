@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine import agreement
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.launch import local_world_size, read_launch
 from engine.start_facts import code_version
 from engine.task import Sums
@@ -154,6 +154,8 @@ def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
             work()
         except OSError as error:
             problem = f"{cannot}: {error.strerror} ({error.filename}); make room or choose another folder"
+        except TrunklineError as error:
+            problem = str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{cannot}: {type(error).__name__}: {error}"
     problem = from_main(problem, ranks)

@@ -126,8 +126,11 @@ class MicroBatches:
             on_main(lambda: replace_whole(self.path, lambda draft: draft.write_text(text)), self.ranks, str(self.path))
             return
         draft = self.path.with_name(f".{MEMORY}.draft-{self.ranks.rank}")  # another rank may be doing the same
-        draft.write_text(text)
-        draft.replace(self.path)
+        try:
+            draft.write_text(text)
+            draft.replace(self.path)
+        except OSError as error:
+            raise TrunklineError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
 
     def _recall(self) -> None:
         found = from_main(self._read() if self.ranks.is_main else None, self.ranks)

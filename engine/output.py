@@ -15,7 +15,8 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -62,7 +63,7 @@ class _Lasting:
     closed = False
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._held, self._patience_ms = stream, "", _PATIENCE_MS
+        self._stream, self._held, self._patience_ms = stream, threading.local(), _PATIENCE_MS
         # a file of the system is written to directly: what Python's buffer holds could not be dropped any more
         self._descriptor = None
         with suppress(OSError, ValueError, AttributeError):
@@ -70,16 +71,21 @@ class _Lasting:
             stream.flush()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_stream":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._held += text
-        if "\n" in text or len(self._held) > _PIECE:
+        self._held.text = getattr(self._held, "text", "") + text  # of each thread its own
+        if "\n" in text or len(self._held.text) > _PIECE:
             self.flush()
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
     def flush(self) -> None:
-        text, self._held = self._held, ""
+        text, self._held.text = getattr(self._held, "text", ""), ""
         with suppress(OSError, ValueError, AttributeError):  # gone or full; closed; None
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
             data = text.encode(encoding, "backslashreplace")

@@ -1,13 +1,16 @@
 """A run's folder: one run at a time, the same folder on all ranks, and nothing of an earlier run lost.
 
     claim(folder, ranks)        hold the folder against a second start, and see that all ranks share it
-    release(folder)             at the end of the run; the end of the process, kill -9 too, does the same
-    records(folder)             what a run has left in it, and whether it had checkpoints (had_checkpoints)
-    set_records_aside(folder)   what a run has left that was killed before its first checkpoint
+    with in_use(folder): ...    while it trains: also this process may not claim it again; it is let go at the end
+    release(folder)             if it never trains; the end of the process, kill -9 too, does the same
+    records(folder)             the names of what a run has left in it
+    had_checkpoints(folder)     whether that run had saved one
+    set_records_aside(folder)   move what a run has logged that was killed before its first checkpoint
 
-Rank 0 holds a lock of the kernel (flock) on <folder>/.lock, and writes there who holds it. The lock belongs to the open
-file, so it is free at the moment that the process is gone, and no other reader of the file takes it away. Processes
-that are forked from this one (loader workers) close the file at once, so that none of them keeps it.
+Rank 0 holds a lock of the kernel (flock) on <folder>/.lock, and writes there who holds it. The other ranks share one on
+<folder>/.lock-ranks, so that a rank which outlives rank 0 keeps the folder, too. A lock belongs to the open file: it is
+free at the moment that the process is gone, and no other reader of the file takes it away. Processes that are forked
+from this one (loader workers) close the file at once, so that none of them keeps it.
 
 The rule for network file systems: the lock holds between machines on NFS 4, on NFS 3 with its lock service, on CephFS,
 GPFS and BeeGFS with global locks, and on Lustre that is mounted with `flock`. On NFS it is free a lease (about 90 s)
@@ -20,33 +23,37 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import itertools
 import json
 import os
 import secrets
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.distributed import Ranks, from_main, gather
 from engine.errors import ConfigError
+from engine.files import unused
 from engine.strict import read_json_object
 from engine.trackers import read_metrics
 
-LOCK = ".lock"
+LOCK, RANKS_LOCK = ".lock", ".lock-ranks"
 _LONGEST = 4096  # bytes of it that are read
 _TRIES, _PAUSE_S = 10, 0.5  # a network file system may show an old state for a while
 
 _held: dict[Path, int] = {}
 """By folder, the open lock. A process may claim again what it holds."""
+_in_use: set[Path] = set()
+"""The folders that this process trains in."""
 
 
 def _let_go() -> None:
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()
+    _in_use.clear()
 
 
 os.register_at_fork(after_in_child=_let_go)
@@ -59,16 +66,34 @@ def claim(folder: Path, ranks: Ranks) -> None:
         ConfigError: on all ranks. Another process holds it (the error names machine, process and since when), it cannot
             be written, or a rank does not see the folder that rank 0 sees.
     """
+    if not ranks.is_main:
+        release(folder)  # of a run before, so that rank 0 finds it free
     token, problem = from_main(_take(folder) if ranks.is_main else ("", ""), ranks)
     if problem:
         raise ConfigError(problem)
-    seen = gather((str(folder), socket.gethostname(), _why_another(folder, token)), ranks)
+    why = _why_another(folder, token)
+    if not why and not ranks.is_main:
+        _share(folder)
+    seen = gather((str(folder), socket.gethostname(), why), ranks)
     for rank, (its_folder, host, why) in enumerate(seen):
         if why:
+            release(folder)
             raise ConfigError(
                 f"--output-dir {its_folder}: rank {rank} on {host} does not see the folder {seen[0][0]} of rank 0 on "
                 f"{seen[0][1]} ({why}): give all ranks the same folder, on a file system that their machines share"
             )
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Train in a folder that was claimed, and let it go afterwards."""
+    path = folder.resolve()
+    _in_use.add(path)
+    try:
+        yield
+    finally:
+        _in_use.discard(path)
+        release(folder)
 
 
 def release(folder: Path) -> None:
@@ -107,17 +132,11 @@ def had_checkpoints(folder: Path) -> bool:
 
 
 def set_records_aside(folder: Path) -> None:
-    """Move metrics and best weights into a folder aside-<n> of the run's, and say so. Raises OSError."""
-    if not records(folder):
-        return
-    found = [path for name in ("metrics.jsonl", "best") if (path := folder / name).exists()]
-    number = next(n for n in itertools.count(1) if not (folder / f"aside-{n}").exists())
-    aside = folder / f"aside-{number}"
-    aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
-    names = " and ".join(path.name for path in found)
-    print(f"note: {folder}: {names} of a start that saved no checkpoint: moved into {aside.name}/", flush=True)
+    """Rename metrics.jsonl if it holds anything, and say so; engine.best does the same with weights. Raises OSError."""
+    if "metrics.jsonl" in records(folder):
+        aside = unused(folder / "aside-metrics.jsonl")
+        (folder / "metrics.jsonl").rename(aside)
+        print(f"note: {folder}: metrics.jsonl of a start that saved no checkpoint: renamed to {aside.name}", flush=True)
 
 
 def _take(folder: Path) -> tuple[str, str]:
@@ -126,11 +145,13 @@ def _take(folder: Path) -> tuple[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder.resolve()
+        if path in _in_use:
+            return "", f"--output-dir {folder}: is in use: this process trains in it; wait for that run to end"
         if path in _held and not (path / LOCK).exists():  # the folder was deleted, or moved away, and made anew
             release(path)
         if path not in _held:
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            problem = _locked(descriptor, folder)
+            problem = _locked(descriptor, folder) or _ranks_that_live(path)
             if problem:
                 os.close(descriptor)
                 return "", problem
@@ -167,6 +188,35 @@ def _locked(descriptor: int, folder: Path) -> str:
             flush=True,
         )
     return ""
+
+
+def _ranks_that_live(folder: Path) -> str:
+    """Wait a little for the ranks of an earlier run to end; or what is in the way."""
+    descriptor = os.open(folder / RANKS_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        for _ in range(_TRIES):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return ""
+            except BlockingIOError:
+                time.sleep(_PAUSE_S)
+            except OSError:  # no locks there, which was said
+                return ""
+    finally:
+        os.close(descriptor)
+    return (
+        f"--output-dir {folder}: is in use: other ranks of a run whose rank 0 has ended still live, on this machine or "
+        "another; end them, or choose another --output-dir"
+    )
+
+
+def _share(folder: Path) -> None:
+    """Hold the folder as one of the other ranks."""
+    with contextlib.suppress(OSError):
+        path = folder.resolve()
+        descriptor = os.open(path / RANKS_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        _held[path] = descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _why_another(folder: Path, token: str) -> str:

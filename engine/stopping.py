@@ -32,7 +32,8 @@ EXIT_CODE = 75
 _GO_ON = "with no step under way: nothing is lost; go on with --resume auto"
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "deepspeed.launcher.runner",
-              "deepspeed.launcher.launch"}  # fmt: skip
+              "deepspeed.launcher.launch", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "orted", "prted",
+              "hydra_pmi_proxy", "slurmstepd"}  # fmt: skip
 _LOOK_EVERY_S = 1.0
 
 _reasons: list[str] = []  # appended to by a handler and by a thread, which needs no lock
@@ -67,6 +68,7 @@ def listen_no_more() -> None:
     global _listener, _deferring
     if _listener is not None:
         _listener.close()
+        _reasons.clear()
     _listener, _deferring = None, 0
 
 
@@ -160,6 +162,8 @@ def _launchers() -> list[psutil.Process]:
 
 def _is_launcher(process: psutil.Process) -> bool:
     with suppress(psutil.Error, OSError):
+        if process.name() in _LAUNCHERS:  # slurmstepd writes its step into its command line
+            return True
         words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
         return next((word for word in words if not word.startswith("python")), "") in _LAUNCHERS
     return False

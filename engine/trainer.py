@@ -43,12 +43,12 @@ from engine.progress import Progress
 from engine.randomness import mix, seed_torch
 from engine.readiness import ready
 from engine.resume import LAYOUT, find_checkpoint, identity
-from engine.run_folder import claim, release
+from engine.run_folder import claim, in_use, release
 from engine.selftest import collective_self_test
 from engine.start_facts import class_version, leaves
 from engine.strict import nearest
 from engine.task import Batch, Sums, Task, add_sums
-from engine.trackers import make_trackers, require_trackers
+from engine.trackers import Trackers, make_trackers, require_trackers
 from engine.watchdog import Watchdog
 from engine.weights import save_weights
 
@@ -91,9 +91,14 @@ class Trainer:
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )
         claim(folder, ranks)
+        self.progress, self.trackers = Progress(), Trackers()
         self.watchdog = Watchdog(folder / ".ranks", ranks, config.training.hang_timeout_s)
-        with self.starting():
-            self._put_together(backend, resume, accept_new_data)
+        try:
+            with self.starting():
+                self._put_together(backend, resume, accept_new_data)
+        except BaseException:
+            release(folder)
+            raise
 
     def _put_together(self, backend: str, resume: str, accept_new_data: bool) -> None:
         task, config, ranks, folder = self.task, self.config, self.ranks, self.folder
@@ -102,7 +107,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         if ranks.world_size > 1:
-            self._begin("testing the collectives")
+            self.watchdog.note(0, "testing the collectives")
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self._begin("reading the data")
@@ -138,9 +143,7 @@ class Trainer:
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self._say(f"note: {note}")
-        self.trackers = make_trackers(
-            settings.trackers, folder, config.as_dict(), self.progress.step, ranks.is_main, self.progress.evaluation_due
-        )
+        on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
         self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
         self._lookout = Lookout(ranks)
         self._draws = mix(settings.seed, 1, ranks.rank)
@@ -150,6 +153,12 @@ class Trainer:
             for failed in (False, True)
         }
 
+    def _open_trackers(self) -> None:
+        progress, config = self.progress, self.config
+        self.trackers = make_trackers(
+            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due
+        )
+
     @contextmanager
     def starting(self) -> Iterator[None]:
         """What all ranks do within, before `run`, is watched, and a rank that is lost meanwhile is an error."""
@@ -157,11 +166,7 @@ class Trainer:
             yield
 
     def _begin(self, doing: str) -> None:
-        self.watchdog.note(self._step_now, doing, works=True)
-
-    @property
-    def _step_now(self) -> int:
-        return self.progress.step if hasattr(self, "progress") else 0
+        self.watchdog.note(self.progress.step, doing, works=True)
 
     @contextmanager
     def _naming_a_lost_rank(self) -> Iterator[None]:
@@ -171,7 +176,7 @@ class Trainer:
             if not lost_a_rank(error):
                 raise
             raise TrunklineError(
-                f"another rank has ended, so this one stops, at step {self._step_now}: {str(error).splitlines()[0]}"
+                f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
                 f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
             ) from error
 
@@ -189,7 +194,7 @@ class Trainer:
             TrunklineError: too many steps in a row had to be skipped, a checkpoint could not be written, or another
                 rank has ended.
         """
-        with stopping.deferred():
+        with stopping.deferred(), in_use(self.folder):
             self.watchdog.start()
             try:
                 with self._naming_a_lost_rank():
@@ -203,7 +208,6 @@ class Trainer:
             finally:
                 self.watchdog.stop()
                 self.trackers.close()
-                release(self.folder)
         return self.progress
 
     def _train(self) -> None:
@@ -300,8 +304,8 @@ class Trainer:
             updating = True
             if (adaptive := self.config.training.adaptive_clipping) is not None:
                 self.backend.clip_at(clip_norm(adaptive, self.config.deepspeed.gradient_clipping, self.progress))
-            self.watchdog.note(self.progress.step, "optimizer step")
             with self.attempt(fits):
+                self.watchdog.note(self.progress.step, "optimizer step")
                 stepped = self.backend.step()
             self._heaviest_fit = max(heaviest, self._heaviest_fit)
             return accumulated, stepped
@@ -314,6 +318,7 @@ class Trainer:
     def attempt(self, fits: bool = False) -> AbstractContextManager[None]:
         """What is done within raises OutOfMemory, on all ranks alike unless it is known to fit."""
         if not fits:
+            self._begin("waiting for the checkpoint to be written")
             self.checkpoints.wait()  # its thread uses a process group
         return self.attempts.attempt(agreed=not fits)
 

@@ -34,6 +34,7 @@ EXIT_CODE = 76
 """Of a process that was ended because the run hung."""
 
 _IDLE_BYTES = 1 << 20
+_COMPUTING = 4  # time-outs: a rank that waits for a GPU computes too, so computing alone does not count for ever
 _IDLE_SHARE = 0.05
 _WAITING = os.path.dirname(dist.__file__)
 
@@ -104,7 +105,8 @@ class Watchdog:
             before, work = work, self._work()
             if count != seen:
                 seen, got_on = count, since
-            if works and self._gets_on(before, work, now - ticked):
+            may_compute = self._starting and now - since <= _COMPUTING * self.timeout_s
+            if works and self._gets_on(before, work, now - ticked, may_compute):
                 got_on = now
             got_on = min(now, got_on + max(0.0, now - ticked - 2 * self._every_s))
             ticked, seconds = now, now - got_on
@@ -125,10 +127,12 @@ class Watchdog:
             moved = counters.read_chars + counters.write_chars
         return pieces_written(), moved, sum(os.times()[:4])
 
-    def _gets_on(self, before: tuple[int, int, float], work: tuple[int, int, float], seconds: float) -> bool:
+    def _gets_on(
+        self, before: tuple[int, int, float], work: tuple[int, int, float], seconds: float, may_compute: bool
+    ) -> bool:
         """Whether work was done. A process that only waits reads and computes a little, too."""
         pieces, moved, cpu_s = (after - earlier for after, earlier in zip(work, before, strict=True))
-        return bool(pieces) or moved > _IDLE_BYTES or (self._starting and cpu_s > _IDLE_SHARE * seconds)
+        return bool(pieces) or moved > _IDLE_BYTES or (may_compute and cpu_s > _IDLE_SHARE * seconds)
 
     def _place(self) -> dict[str, Any]:
         """Where the watched thread is, and whether it waits for other ranks."""
@@ -173,7 +177,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            note = {"place": "", "waits": False} | read_object(self._path(rank), 1 << 16)
+            note: dict[str, Any] = {"place": "", "waits": False} | read_object(self._path(rank), 1 << 16)
             return {
                 "count": int(note["count"]), "step": int(note["step"]), "seconds": float(note["seconds"]),
                 "at": float(note["at"]), "doing": str(note["doing"]), "place": str(note["place"]),

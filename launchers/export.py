@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     listen(exit_code=130, advice="run the same command again")
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import torch
 from engine.assets import copy_assets, has_assets
 from engine.checkpoint import Checkpoints
 from engine.config import load_config
-from engine.digests import record_digests
+from engine.digests import DRAFT, replace_files
 from engine.distributed import Ranks
-from engine.errors import CheckpointError, TrunklineError
+from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.export import DTYPES, export_weights
 from engine.impostors import refuse_shadowed
 from engine.weights import write_assets
@@ -49,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     refuse_shadowed()
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or any(path.name != DRAFT for path in out.iterdir())):
+        raise ConfigError(f"--out {out}: is not an empty folder; choose another")
+    if not 0 < arguments.max_shard_gib < math.inf:
+        raise ConfigError(f"--max-shard-gib {arguments.max_shard_gib}: give a size above 0, such as 2")
     checkpoints = Checkpoints(arguments.run / "checkpoints", ALONE, keep_last=1)
     if arguments.step is not None:
         found = checkpoints.load(checkpoints.folder / f"step-{arguments.step:08d}")
@@ -62,13 +68,18 @@ def _export(arguments: argparse.Namespace) -> int:
     task = weights_task(config) if kept else make_task(config)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     shard_bytes = int(arguments.max_shard_gib * 2**30)
-    files = export_weights(found, arguments.out, shard_bytes, dtype, task.weight_name, task.file_tensors)
-    if kept:
-        copy_assets(arguments.run, arguments.out, arguments.dtype or "float32")
-    else:
-        write_assets(arguments.out, task, config, arguments.dtype or "float32")
-    record_digests(arguments.out)
-    size = sum(file.stat().st_size for file in files)
+    size = 0
+
+    def write(draft: Path) -> None:
+        nonlocal size
+        files = export_weights(found, draft, shard_bytes, dtype, task.weight_name, task.file_tensors)
+        size = sum(file.stat().st_size for file in files)
+        if kept:
+            copy_assets(arguments.run, draft, arguments.dtype or "float32")
+        else:
+            write_assets(draft, task, config, arguments.dtype or "float32")
+
+    replace_files(arguments.out, write)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
     return 0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from engine.agreement import agree, tell
 from engine.config import RunConfig, load_config
 from engine.distributed import launched_world_size, lost_a_rank, start, stop
-from engine.errors import ConfigError, TrunklineError
+from engine.errors import ConfigError, DataError, TrunklineError
 from engine.impostors import refuse_shadowed
 from engine.stopping import EXIT_CODE
 from models.registry import WORKLOADS, config_sections, make_task
@@ -114,7 +114,7 @@ def _train(arguments: argparse.Namespace) -> int:
         best = trainer.config.training.best
         try:
             report = str(write_report(folder).relative_to(folder))
-        except OSError as error:  # the run is done all the same
+        except (OSError, DataError) as error:  # the run is done all the same
             report = f"no report ({error}); `python -m engine.report {folder}` writes it once there is room"
         print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
     return 0

@@ -236,12 +236,14 @@ def test_what_was_logged_before_the_first_checkpoint_is_set_aside_and_the_run_be
         with pytest.raises(TrunklineError, match="killed"):
             trainer.run()
         assert len(lines(run)) == 3
-        assert (run / f"aside-{attempt}").exists() is False
+        assert len(list(run.glob("aside-metrics*"))) == attempt - 1
     train(run, config, resume="auto")
     assert len(lines(run)) == 12
-    assert [len(lines(run / f"aside-{attempt}")) for attempt in (1, 2)] == [3, 3]
-    assert (run / "aside-2/best/model.safetensors").is_file()
-    assert "metrics.jsonl and best of a start that saved no checkpoint: moved into aside-2/" in capsys.readouterr().out
+    logged = [run / "aside-metrics.jsonl", run / "aside-metrics.jsonl.2"]
+    assert [len(path.read_text().splitlines()) for path in logged] == [3, 3]
+    assert (run / "aside-best-step-3/model.safetensors").is_file()
+    said = capsys.readouterr().out
+    assert "metrics.jsonl of a start that saved no checkpoint: renamed to aside-metrics.jsonl.2" in said
 
 
 def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_inputs_need_not_be_contiguous(device):
 
 
 @pytest.mark.parametrize("mode", [False, True])
-@pytest.mark.parametrize("N", [128, 512])
+@pytest.mark.parametrize("N", [128, pytest.param(512, marks=pytest.mark.slow)])
 def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
     """So it grows with N, not with N x N. On top comes what says where the padding is."""
     B, H, D, M = 1, 2, 16, N

@@ -342,7 +342,7 @@ def start_rank(rank: int, world_size: int, flags: list[str], own: dict[int, list
     [
         ({1: ["--set", "training.seed=7"]}, "rank 1: training.seed is 7, but"),
         ({1: ["--set", "training.sead=7"]}, "rank 1: cannot start: .*training.sead: unknown key"),
-        ({1: ["--set", "data.store=nowhere"]}, "rank 1: cannot start: nowhere: no prepared data"),
+        ({1: ["--set", "data.store=nowhere"]}, "rank 1: cannot start: .*nowhere: no prepared data"),
         ({0: ["--find-micro-batch"]}, "rank 1: --find-micro-batch is false, but true on rank 0"),
         ({1: ["--backend", "horovod"]}, "rank 1: cannot start: --backend horovod: unknown backend"),
         ({0: ["--output-dir", "{tmp}/other"]}, "rank 1 on .* does not see the folder .*/other of rank 0"),

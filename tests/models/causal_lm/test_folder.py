@@ -292,6 +292,7 @@ def test_generation_settings_of_the_start_are_kept_with_all_its_stops(
     from transformers import GenerationConfig
 
     base = Path(shutil.copytree(pretrained / "best", tmp_path / "base"))
+    (base / "digests.json").unlink()  # its files are changed
     settings = {"eos_token_id": [7, 9, 5], "temperature": 0.6, "top_p": 0.9, "do_sample": True, "pad_token_id": 11}
     (base / "generation_config.json").write_text(json.dumps(settings | {"of_their_own": {"a": 1}}))
     config = toy_config(
@@ -321,6 +322,7 @@ def test_stops_of_config_json_are_kept_where_they_are_marks(
     written: bool, pretrained: Path, stores: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(pretrained / "best", tmp_path / "base"))
+    (base / "digests.json").unlink()  # its files are changed
     (base / "generation_config.json").unlink()
     task: Any = make_task(toy_config(tmp_path, stores, model={"path": str(base)}))
     eos, mark = task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|im_start|>")

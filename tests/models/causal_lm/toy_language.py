@@ -50,6 +50,8 @@ def toy_config(folder: Path, stores: Path, objective: str = "pretrain", **sectio
         },
     }
     lay_over(raw, sections)
+    params = raw["deepspeed"]["scheduler"]["params"]
+    params["warmup"] = min(params.get("warmup", 0), raw["training"]["steps"])
     if "path" not in raw["model"]:
         raw["model"] = SHAPE | raw["model"]
     folder.mkdir(parents=True, exist_ok=True)
