@@ -192,7 +192,10 @@ def _locked(descriptor: int, folder: Path) -> str:
 
 def _ranks_that_live(folder: Path) -> str:
     """Wait a little for the ranks of an earlier run to end; or what is in the way."""
-    descriptor = os.open(folder / RANKS_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(folder / RANKS_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:  # that run had one rank
+        return ""
     try:
         for _ in range(_TRIES):
             try:

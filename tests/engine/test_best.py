@@ -208,7 +208,7 @@ def test_a_best_from_before_the_first_checkpoint_is_set_aside_once(tmp_path: Pat
         assert not (run / "best").exists()
         trainer._evaluate()
         assert (run / "best").exists()
-    assert {path.name for path in run.glob("aside-*")} == {"aside-best-step-0"}
+    assert {path.name for path in run.glob("aside-best*")} == {"aside-best-step-0"}
 
 
 def test_a_best_of_an_earlier_version_is_recognised_by_step_and_value(tmp_path: Path) -> None:
@@ -221,3 +221,15 @@ def test_a_best_of_an_earlier_version_is_recognised_by_step_and_value(tmp_path: 
     assert (run / "best").exists()
     progress.best_step = 2
     assert "renamed to aside-best-step-4" in best.settle(None, start())[0]
+
+
+def test_a_misspelt_metric_does_not_cost_a_resumed_run_its_best(tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"keep_last": 1}
+    step = train(run, config_of(tmp_path, TOO_FAST, steps=4, **settings)).progress.best_step
+    assert step == 2  # whose checkpoint is gone
+    best = load_file(run / "best/model.safetensors")
+    with pytest.raises(ConfigError, match="'los' is not measured"):
+        train(run, config_of(tmp_path, TOO_FAST, best={"metric": "los", "mode": "min"}, **settings), "auto")
+    assert not (run / "best").exists()
+    assert prepared(run, config_of(tmp_path, TOO_FAST, **settings), "auto").progress.best_step == 2
+    assert equal(load_file(run / "best/model.safetensors"), best)

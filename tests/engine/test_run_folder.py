@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine import run_folder
 from engine.distributed import Ranks, start
 from engine.errors import CheckpointError, ConfigError, TrunklineError
-from engine.run_folder import LOCK, claim, records, release
+from engine.run_folder import LOCK, claim, in_use, records, release
 from engine.trainer import Trainer
 from tests.distributed import fork_server, run_distributed_test
 from tests.engine.test_trainer import lines, train
@@ -240,7 +242,7 @@ def test_what_was_logged_before_the_first_checkpoint_is_set_aside_and_the_run_be
     train(run, config, resume="auto")
     assert len(lines(run)) == 12
     logged = [run / "aside-metrics.jsonl", run / "aside-metrics.jsonl.2"]
-    assert [len(path.read_text().splitlines()) for path in logged] == [3, 3]
+    assert [len(path.read_text().splitlines()) for path in logged] == [6, 6]  # a step and an evaluation each
     assert (run / "aside-best-step-3/model.safetensors").is_file()
     said = capsys.readouterr().out
     assert "metrics.jsonl of a start that saved no checkpoint: renamed to aside-metrics.jsonl.2" in said
@@ -254,3 +256,26 @@ def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(tmp_path: Path) 
     assert records(tmp_path / "run") == []
     train(tmp_path / "run", config)
     assert records(tmp_path / "run") == ["checkpoints/", "metrics.jsonl", "best/", "final/"]
+
+
+def test_a_trainer_that_cannot_start_lets_its_folder_go_and_one_that_trains_does_not(tmp_path: Path) -> None:
+    config, ranks = tiny_config(tmp_path), start()
+    with pytest.raises(CheckpointError, match="MANIFEST.json cannot be read"):
+        Trainer(TinyTask(config.data, config.model), config, ranks, tmp_path / "run", resume=str(tmp_path))
+    assert run_folder._held == {}
+    claim(tmp_path / "run", ranks)
+    with in_use(tmp_path / "run"), pytest.raises(ConfigError, match="this process trains in it"):
+        claim(tmp_path / "run", ranks)
+    assert run_folder._held == {}
+
+
+def test_a_rank_that_outlives_rank_0_keeps_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_TRIES", 2)
+    claim(tmp_path, start())
+    release(tmp_path)
+    with (tmp_path / ".lock-ranks").open("w") as other:  # as another process opens it
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(ConfigError, match="other ranks of a run whose rank 0 has ended still live"):
+            claim(tmp_path, start())
+    claim(tmp_path, start())
+    release(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import Checkpoints, verify
+from engine.digests import check_digests
 from engine.export import export_weights
 from engine.sharded_state import capture
 from launchers.export import main
@@ -107,7 +108,17 @@ def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")], "holds no checkpoint"),
         (["--run", str(run), "--out", str(tmp_path / "new"), "--step", "5"], "MANIFEST.json cannot be read"),
         (["--run", str(run), "--out", str(tmp_path / "new"), "--step", "3"], "bytes; its manifest says"),
+        (["--run", str(run), "--out", str(tmp_path / "new"), "--max-shard-gib", "nan"], "give a size above 0"),
     ):
         assert main(flags) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_was_killed_is_made_again_by_the_same_command(toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".draft").mkdir(parents=True)
+    (out / ".draft/model.safetensors").write_bytes(b"half of it")
+    assert main(["--run", str(toy / "run"), "--out", str(out)]) == 0
+    check_digests(out)
+    assert not (out / ".draft").exists()

@@ -29,7 +29,7 @@ sys.exit(status)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("backend", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_with_sharded_weights_the_kernels_give_the_losses_of_torch_on_one_rank(toy: Path, tmp_path: Path, backend):
     pytest.importorskip("triton")
     script = tmp_path / "train.py"
