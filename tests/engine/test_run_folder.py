@@ -260,7 +260,7 @@ def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(tmp_path: Path) 
 
 def test_a_trainer_that_cannot_start_lets_its_folder_go_and_one_that_trains_does_not(tmp_path: Path) -> None:
     config, ranks = tiny_config(tmp_path), start()
-    with pytest.raises(CheckpointError, match="MANIFEST.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be read"):
         Trainer(TinyTask(config.data, config.model), config, ranks, tmp_path / "run", resume=str(tmp_path))
     assert run_folder._held == {}
     claim(tmp_path / "run", ranks)
