@@ -1,10 +1,15 @@
 """first_order: second derivatives and forward mode, which our kernels do not have, are errors that name the function.
 
     q, k, v = first_order("flash_attention", q, k, v)      before operators of torch.library that launch kernels
-    no_second_order(...), no_forward_mode(...)             in an autograd.Function of our own
+    no_forward_mode(...)                                   before an autograd.Function of our own
+    no_second_order(...)                                   in its backward
 
 Left to itself, torch takes a gradient that was kept, rather than computed from the inputs, for a constant, and gives
 operators a tangent of zero.
+
+The `link` of a Function is one more output, a scalar that no caller sees. Kept for backward, it leads from gradients
+to every input. An output could do so too, but its user may change it in place; an input would stay in memory, even a
+weight that is sharded again after its forward.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def first_order(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -26,17 +32,24 @@ def first_order(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return _FirstOrder.apply(name, *tensors)[:-1]
 
 
-def no_second_order(name: str, output: Tensor, upstream: Tensor, *gradients: Tensor | None) -> tuple[Any, ...]:
+def no_second_order(name: str, link: Tensor, upstream: Tensor, *gradients: Tensor | None) -> tuple[Any, ...]:
     """The gradients as they are; RuntimeError where they are differentiated.
 
-    Through the function's output, or any one of several, a second derivative in each of its inputs leads by here;
-    through `upstream` one in the gradient of the output.
+    Through `link` a second derivative in each input of the function leads by here; through `upstream` one in the
+    gradient of its output.
     """
-    return gradients if torch.compiler.is_compiling() else _Gradients.apply(name, output, upstream, *gradients)
+    return gradients if torch.compiler.is_compiling() else _Gradients.apply(name, link, upstream, *gradients)
 
 
-def no_forward_mode(name: str) -> NoReturn:
-    """RuntimeError."""
+def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """RuntimeError where one of them has a tangent. A `jvp` would do so too, but torch.compile traces none."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        _refuse_forward_mode(name)
+
+
+def _refuse_forward_mode(name: str) -> NoReturn:
     raise RuntimeError(f"kernels.{name} has no forward-mode derivative (jvp); use reverse mode, backward()")
 
 
@@ -51,7 +64,7 @@ class _FirstOrder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.name, *tensors = inputs
         ctx.mark_non_differentiable(*(y for x, y in zip(tensors, output, strict=False) if not x.requires_grad))
-        ctx.save_for_backward(output[-1])  # a link that keeps none of the tensors in memory
+        ctx.save_for_backward(output[-1])  # the link
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -61,14 +74,14 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
-        no_forward_mode(ctx.name)
+        _refuse_forward_mode(ctx.name)
 
 
 class _Gradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, output: Tensor, upstream: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(name: str, link: Tensor, upstream: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if x is None else x.view_as(x) for x in gradients)
 
     @staticmethod
@@ -82,4 +95,4 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:
-        no_forward_mode(ctx.name)
+        _refuse_forward_mode(ctx.name)

@@ -23,7 +23,7 @@ Large-Vocabulary Language Models" (2024).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,9 +63,10 @@ def linear_cross_entropy(
     where it is differentiated twice, or in forward mode.
     """
     dtype = _check(hidden, weight, targets, bias, ignore_index, reduction)
+    no_forward_mode(_NAME, hidden, weight, bias)
     if reduction == "sum":
-        return _Sum.apply(hidden, weight, bias, targets, ignore_index, dtype, torch.is_grad_enabled())
-    return _Rows.apply(hidden, weight, bias, targets, ignore_index, dtype)
+        return _Sum.apply(hidden, weight, bias, targets, ignore_index, dtype, torch.is_grad_enabled())[0]
+    return _Rows.apply(hidden, weight, bias, targets, ignore_index, dtype)[0]
 
 
 class _Sum(torch.autograd.Function):
@@ -79,24 +80,20 @@ class _Sum(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
         training: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs = tuple(training and need for need in ctx.needs_input_grad[:3])
         losses, gradients = _sweep(hidden, weight, bias, targets, ignore_index, dtype, needs)
-        loss = losses.sum()
-        ctx.save_for_backward(loss, *gradients)
+        link = losses.new_zeros(())
+        ctx.save_for_backward(link, *gradients)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return loss
+        return losses.sum(), link
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        loss, *gradients = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        link, *gradients = ctx.saved_tensors
         with torch.no_grad():
             scaled = _scaled(gradients, grad, ctx.dtypes)
-        return *no_second_order(_NAME, loss, grad, *scaled), None, None, None, None
-
-    @staticmethod
-    def jvp(*_: Any) -> NoReturn:
-        no_forward_mode(_NAME)
+        return *no_second_order(_NAME, link, grad, *scaled), None, None, None, None
 
 
 class _Rows(torch.autograd.Function):
@@ -109,15 +106,16 @@ class _Rows(torch.autograd.Function):
         targets: Tensor,
         ignore_index: int,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         losses, _ = _sweep(hidden, weight, bias, targets, ignore_index, dtype)
-        ctx.save_for_backward(losses, hidden, weight, bias, targets)
+        link = losses.new_zeros(())
+        ctx.save_for_backward(link, hidden, weight, bias, targets)
         ctx.ignore_index, ctx.dtype = ignore_index, dtype
-        return losses
+        return losses, link
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        losses, hidden, weight, bias, targets = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        link, hidden, weight, bias, targets = ctx.saved_tensors
         needs, dtypes = ctx.needs_input_grad[:3], (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         with torch.no_grad():
             grad = upstream.where(targets != ctx.ignore_index, 0)
@@ -125,11 +123,7 @@ class _Rows(torch.autograd.Function):
             largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if len(grad) else grad.new_ones(())
             _, gradients = _sweep(hidden, weight, bias, targets, ctx.ignore_index, ctx.dtype, needs, grad / largest)
             scaled = _scaled(gradients, largest, dtypes)
-        return *no_second_order(_NAME, losses, upstream, *scaled), None, None, None
-
-    @staticmethod
-    def jvp(*_: Any) -> NoReturn:
-        no_forward_mode(_NAME)
+        return *no_second_order(_NAME, link, upstream, *scaled), None, None, None
 
 
 def _scaled(gradients: Sequence[Tensor | None], factor: Tensor, dtypes: tuple[torch.dtype | None, ...]) -> Gradients:

@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -298,3 +300,25 @@ def test_what_comes_back_to_ignored_rows_does_not_matter(small_chunks, device, v
     total = linear_cross_entropy_reference(hidden, weight, targets, bias=bias)
     for ours, reference in zip(got, torch.autograd.grad(total, (hidden, weight, bias)), strict=True):
         torch.testing.assert_close(ours, reference)
+
+
+_ONE_GRAPH = """
+import importlib, torch
+module = importlib.import_module("kernels.linear_cross_entropy")
+module._is_read_at_once = lambda x: False
+compiled = torch.compile(module.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+h, w, b = leaves = [torch.randn(shape, requires_grad=True) for shape in ((3, 4), (6, 4), (6,))]
+for reduction in ("sum", "none"):
+    want, got = (
+        torch.autograd.grad(call(h, w, torch.tensor([1, -100, 2]), bias=b, reduction=reduction).sum(), leaves)
+        for call in (module.linear_cross_entropy, compiled)
+    )
+    torch.testing.assert_close(got, want)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_it_is_one_graph_where_values_are_not_looked_at():
+    """As on a GPU. In a process of its own: torch.compile cannot trace allocations that these tests fill with NaN."""
+    run = subprocess.run([sys.executable, "-c", _ONE_GRAPH], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
