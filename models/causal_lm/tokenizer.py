@@ -41,6 +41,7 @@ CHATML = (
 )
 
 _PROBE = "zqxj"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -79,6 +80,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file that tells of a tokenizer."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer in `folder`, without the truncation and padding that its file may ask for.
 
@@ -88,7 +94,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder: give a folder that holds a Hugging Face tokenizer")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not holds_tokenizer(folder):
         raise ConfigError(
             f"{folder}: holds no tokenizer (no tokenizer.json): give the folder of a Hugging Face tokenizer"
         )
