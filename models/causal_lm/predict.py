@@ -5,8 +5,8 @@
                         JSON lines
     --chat              the prompt is what a user says; without one, talk: a line a turn, an empty line ends it
 
-Without --temperature the likeliest token is taken each time (greedy). Of the model's own generation_config.json only the
-tokens that end a text count. Text is printed while it is made.
+Without --temperature the likeliest token is taken each time (greedy). Text is printed while it is made.
+Of the model's own generation_config.json only the tokens that end a text count.
 """
 
 from __future__ import annotations

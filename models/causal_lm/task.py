@@ -31,7 +31,7 @@ from models.causal_lm.folder import read_generation, token_ids
 from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.skipped import remarks
 from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import holds_tokenizer, load_tokenizer, pad_id, special_ids, stop_ids
+from models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids
 from models.causal_lm.tokenizer_files import keep_tokens, tokenizer_settings
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
@@ -150,7 +150,8 @@ class LanguageModelTask:
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer and generation_config.json; config.json is the Hugging Face model's.
 
-        Raises ConfigError if transformers would not tokenize there as the store was tokenized. What the model that training starts from says of generation is kept, with all its stops.
+        What the model that training starts from says of generation is kept, with all its stops. Raises ConfigError if
+        transformers would not tokenize there as the store was tokenized.
         """
         ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
         shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
@@ -169,8 +170,8 @@ class LanguageModelTask:
         write_json(folder / "config.json", config)  # by which transformers chooses the tokenizer's class
         if not keep_tokens(self.tokenizer, folder):
             raise ConfigError(
-                f"data.store: {self.data.store}: transformers gives other tokens by its tokenizer beside a model of type "
-                f"{self.hf_config.model_type!r}: prepare the data with the model's own tokenizer (--tokenizer)"
+                f"data.store: {self.data.store}: its tokenizer gives other tokens in transformers beside a model "
+                f"of type {self.hf_config.model_type!r}: prepare the data with the model's own tokenizer (--tokenizer)"
             )
         return config
 
@@ -240,7 +241,7 @@ class LanguageModelTask:
         folder = Path(self.model.path or "")
         if self.model.path is None or not holds_tokenizer(folder):
             return
-        known = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+        known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
         for token, number in self.tokenizer.get_vocab().items():
             if known.get(number, token) != token:
                 raise ConfigError(

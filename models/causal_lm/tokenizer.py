@@ -90,6 +90,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     Raises ConfigError if there is none, if it is not a fast one or if it has no EOS token.
     """
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The same, but it may lack an EOS token. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -109,8 +117,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
     for name in ("is_local", "local_files_only", "name_or_path"):  # how it was loaded is no part of what is saved
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.backend_tokenizer.no_truncation()
