@@ -15,7 +15,7 @@ from engine.digests import check_digests, replace_files
 from engine.distributed import Ranks, from_main, on_main
 from engine.errors import CheckpointError
 from engine.files import save_tensors, write_json
-from engine.reading import open_regular
+from engine.reading import open_regular, read_object, reason
 from engine.strict import read_json_object, show
 from engine.task import Task
 
@@ -93,6 +93,16 @@ def write_assets(folder: Path, task: Task, config: RunConfig, dtype: str = "floa
     """Write what stands beside weights of `dtype`: the task's assets, and config.json, for this and other programs."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", task.save_assets(folder) | {"dtype": dtype} | config.as_dict())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a run or beside weights, where transformers may have put Infinity. Raises CheckpointError."""
+    try:
+        return read_object(path, finite=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason(error)}): restore it, or name another folder"
+        ) from error
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from engine.config import RunConfig
 from engine.errors import CheckpointError, ConfigError, TrunklineError
 from engine.impostors import refuse_shadowed
-from engine.strict import nearest, read_json_object
+from engine.strict import nearest
 from engine.task import Task
+from engine.weights import read_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def workload_of_run(run: Path) -> Workload:
     """The workload of a run's folder, or of one with weights. Raises CheckpointError or ConfigError."""
     for folder in (run, run / "best", run / "final"):
         if (path := folder / "config.json").is_file():
-            name = read_json_object(path).get("workload")
+            name = read_config(path).get("workload")
             if name not in WORKLOADS:
                 raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), list(WORKLOADS))}")
             return WORKLOADS[name]

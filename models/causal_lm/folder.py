@@ -11,7 +11,6 @@ Pickled weights (.bin) are read without running what they hold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import CheckpointError, TrunklineError
-from engine.reading import check_regular
+from engine.reading import check_regular, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -184,11 +183,4 @@ def _files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; unlike our own files it may hold Infinity, as transformers writes it. Raises CheckpointError."""
     with reading(path.parent, path.name):
-        with path.open("rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-        if len(data) > _MAX_JSON_BYTES:
-            raise CheckpointError(f"model.path: {path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(data)
-        if not isinstance(value, dict):
-            raise CheckpointError(f"model.path: {path}: expected a JSON object, found {str(value)[:80]}")
-        return value
+        return read_object(path, _MAX_JSON_BYTES, finite=False)

@@ -102,13 +102,14 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
             _check_size(folder, hf_config)
             FileFormat(shell_of(hf_config), folder)  # names files that are damaged and shapes that differ
         attentions, lacking = attentions_of(model, hf_config), ""
+        wanted = attentions[0]
         for place, attention in enumerate([*attentions, "eager"]):
             try:
                 lm = build(attention)
             except (ValueError, KeyError) as error:  # some families lack one, or have a table of their own
                 if place == len(attentions):
                     raise
-                lacking = brief(error)
+                lacking = lacking or brief(error)
             else:
                 attentions = attentions[place:]
                 break
@@ -119,6 +120,8 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
             raise NotCausalError(f"{model.attention}: {lacking}")
         if lm.device.type != "meta":  # else there are no values to look at
             network.attention_note = settle(network, attentions)
+        if lacking:
+            network.attention_note = f"{wanted} is not used: {lacking}"
     except NotCausalError as error:
         others = "" if model.attention == "auto" else '; set model.attention to "auto"'
         raise ConfigError(f"{name}{where} cannot be trained to predict the next token: {error}{others}") from error

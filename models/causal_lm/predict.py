@@ -6,6 +6,7 @@
     --chat              the prompt is what a user says; without one, talk: a line a turn, an empty line ends it
 
 Without --temperature the likeliest token is taken each time (greedy). Text is printed while it is made.
+Of the model's own generation_config.json only the tokens that end a text count.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print. Returns the exit status. Raises ConfigError, DataError or CheckpointError."""
     options = _generation_options(arguments)
+    for flag, text in (("--prompt", arguments.prompt), ("--system", arguments.system)):
+        _check_utf8(flag, text or "")
     prompts = list(_prompts(arguments))
     trained = load_trained(arguments.run, choose_device(arguments.device), DTYPES[arguments.dtype])
     print(described(trained.folder), file=sys.stderr)  # what is written goes to stdout
@@ -154,8 +157,11 @@ def _talk(trained: Trained, messages: list[Message], options: dict[str, Any]) ->
     while True:
         try:
             said = input("> ").strip()
+            _check_utf8("standard input", said)
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise _not_utf8("standard input") from error
         if not said:
             return
         messages = [*messages, {"role": "user", "content": said}]
@@ -164,6 +170,18 @@ def _talk(trained: Trained, messages: list[Message], options: dict[str, Any]) ->
             del messages[first : first + 2]
             print("(the oldest turn is forgotten: the model has no positions left for it)")
         messages.append({"role": "assistant", "content": reply(trained, messages, stream=True, **options)})
+
+
+def _check_utf8(what: str, text: str) -> None:
+    """Raises ConfigError for bytes that Python could not read as text, which it keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _not_utf8(what) from error
+
+
+def _not_utf8(what: str) -> ConfigError:
+    return ConfigError(f"{what}: not UTF-8 text: set a UTF-8 locale, or use --prompts FILE")
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -195,9 +213,7 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in ("top_k", "top_p", "seed"):
             if getattr(arguments, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --temperature")
-        # explicit, because a model's own generation_config.json may ask for sampling
-        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "num_beams": 1}
-        return {"max_new_tokens": arguments.max_new_tokens} | greedy
+        return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature <= 0:
         raise ConfigError(f"--temperature {arguments.temperature}: use a value above 0, or leave it out for greedy")
     if arguments.top_k is not None and arguments.top_k < 1:

@@ -175,7 +175,7 @@ def prepare(
             set_chat_template(folder, made_from["chat template"])
         tried = [text[:_TRIED_CHARACTERS] for _, _, record in islice(records.good(), _TRIED) for text in texts(record)]
         same_tokens(used, load_tokenizer(folder), tried, tokenizer or folder)
-        overrides = overridden(used, folder, tried)
+        overrides = overridden(used, tokenizer or folder, tried)
         good = (((place, split), record) for place, split, record in records.good())
         workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // _WORTH_A_PROCESS))
         with (
@@ -299,5 +299,4 @@ def _summary(store: Store) -> str:
             f"  {split}: {store.index['records'][split]:,} records, {entry.tokens:,} tokens{learned}; "
             f"the longest has {entry.longest:,}"
         )
-    overrides = [line] if (line := store.index.get("overrides")) else []
-    return "\n".join(text + [f"  {line}" for line in [*overrides, *remarks(store.index)]])
+    return "\n".join(text + [f"  {line}" for line in remarks(store.index)])

@@ -129,7 +129,8 @@ class Renderer:
             answers = [
                 self._answer(whole, span, messages[i]["content"], i in learned) for i, span in spans.items() if span
             ]
-        closes = roles[-1] == "assistant"
+        # the last of `answers` is the last turn only if that turn was found
+        closes = roles[-1] == "assistant" and (by_marks or spans[len(roles) - 1] is not None)
         text, answers = self._with_eos(whole, answers, note, but_last=closes)
         rendered = self._tokenized(text, [answer for answer in answers if answer.is_learned], by_marks)
         if not rendered.learned.any():

@@ -2,7 +2,7 @@
 
 Tally()                     .add(place, reason)
 Skipped(max_bad_fraction)   .add(problem), .check(records) raises once they are too many
-remarks(index)              what a store's index says of both, for a person to read
+remarks(index)              what a store's index says of both, and of its tokenizer, for a person to read
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class Skipped:
 
 
 def remarks(index: dict[str, Any]) -> list[str]:
-    """What a store's index says of its records, for a person to read: one line a reason."""
-    return [
+    """What a store's index says of its tokenizer and records, for a person to read: one line per reason."""
+    overrides = [line] if (line := index.get("overrides")) else []
+    return overrides + [
         f"{entry['count']:,} {what}: {reason} ({', '.join(entry['first'])}{', ...' * (entry['count'] > _SHOWN)})"
         for name, what in (("skipped", "left out"), ("noted", "kept"))
         for reason, entry in index.get(name, {}).items()

@@ -8,7 +8,7 @@
                         first.npy    int64 [N], the first learned token that can be predicted (not the first token of
                                      the sequence), or the sequence's length where there is none; absent for texts
 
-Kinds are those of models.causal_lm.sources. The sequences of preferences come in pairs: 2i is chosen, 2i + 1 rejected.
+Kinds are those of models.causal_lm.records. The sequences of preferences come in pairs: 2i is chosen, 2i + 1 rejected.
 A store is written under another name (models.causal_lm.store_writer) and renamed, so what is there is whole.
 """
 

@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from engine.errors import ConfigError
 from engine.files import write_json
-from engine.strict import read_json_object
 from engine.task import Batch, Sums
 from kernels.packed_attention import packing_tables
 from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
@@ -32,7 +31,8 @@ from models.causal_lm.folder import read_generation, token_ids
 from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
 from models.causal_lm.skipped import remarks
 from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import load_tokenizer, pad_id, special_ids, stop_ids
+from models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids
+from models.causal_lm.tokenizer_files import keep_tokens, tokenizer_settings
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -49,7 +49,7 @@ def make_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
 
 
 def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
-    """The task for what it says of weights alone: it has no data."""
+    """The task without its data: only weight_name and file_tensors may be called on it."""
     task = object.__new__(PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)
     task.data, task.model, task.hf_config = data, model, hf_config_of(model, data.max_length)
     return task
@@ -133,8 +133,8 @@ class LanguageModelTask:
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What was left out of the data, of all records and then split by split, and once there is a network what of
-        it is as it is."""
+        """What was left out of the data, and, once the network is built, which attention it uses and which tensors are
+        not trained."""
         said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)]
         said += [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
         return said + self._model_notes
@@ -144,13 +144,14 @@ class LanguageModelTask:
         return name.removeprefix("lm.")
 
     def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As the folder holds them that training starts from; see models.causal_lm.file_format."""
+        """Named and shaped as in the folder that training starts from; see models.causal_lm.file_format."""
         return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer and generation_config.json; config.json is the Hugging Face model's.
 
-        What the model that training starts from says of generation is kept, with all its stops.
+        What the model that training starts from says of generation is kept, with all its stops. Raises ConfigError if
+        transformers would not tokenize there as the store was tokenized.
         """
         ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
         shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
@@ -162,10 +163,17 @@ class LanguageModelTask:
             | {"eos_token_id": list(dict.fromkeys([*stops, *stop_ids(self.tokenizer)]))},
         )  # fmt: skip
         config = self.hf_config.to_dict() | {"eos_token_id": [*own, eos] if own and eos not in own else own or eos}
-        if "tokenizer_class" not in read_json_object(folder / "tokenizer_config.json"):
+        if "tokenizer_class" not in tokenizer_settings(folder):
             config["tokenizer_class"] = type(self.tokenizer).__name__  # else the model's type would decide
         config.pop("_name_or_path", None)
-        return json.loads(json.dumps(config, default=str))
+        config = json.loads(json.dumps(config, default=str))
+        write_json(folder / "config.json", config)  # by which transformers chooses the tokenizer's class
+        if not keep_tokens(self.tokenizer, folder):
+            raise ConfigError(
+                f"data.store: {self.data.store}: its tokenizer gives other tokens in transformers beside a model "
+                f"of type {self.hf_config.model_type!r}: prepare the data with the model's own tokenizer (--tokenizer)"
+            )
+        return config
 
     @cached_property
     def _shell(self) -> Any:
@@ -231,9 +239,9 @@ class LanguageModelTask:
     def _check_tokenizer(self) -> None:
         """An id must mean what it means to the model that training starts from; new tokens may be added."""
         folder = Path(self.model.path or "")
-        if self.model.path is None or not (folder / "tokenizer_config.json").is_file():
+        if self.model.path is None or not holds_tokenizer(folder):
             return
-        known = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+        known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
         for token, number in self.tokenizer.get_vocab().items():
             if known.get(number, token) != token:
                 raise ConfigError(

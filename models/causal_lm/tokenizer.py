@@ -41,6 +41,7 @@ CHATML = (
 )
 
 _PROBE = "zqxj"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -79,16 +80,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file that tells of a tokenizer."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer in `folder`, without the truncation and padding that its file may ask for.
 
     Raises ConfigError if there is none, if it is not a fast one or if it has no EOS token.
     """
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The same, but it may lack an EOS token. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder: give a folder that holds a Hugging Face tokenizer")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not holds_tokenizer(folder):
         raise ConfigError(
             f"{folder}: holds no tokenizer (no tokenizer.json): give the folder of a Hugging Face tokenizer"
         )
@@ -103,8 +117,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
     for name in ("is_local", "local_files_only", "name_or_path"):  # how it was loaded is no part of what is saved
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.backend_tokenizer.no_truncation()

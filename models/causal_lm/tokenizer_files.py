@@ -3,6 +3,8 @@
 copy_tokenizer(tokenizer, folder, out)   the files that `tokenizer` was loaded from
 same_tokens(one, other, texts)           raises unless both give the same tokens
 overridden(tokenizer, folder, texts)     says so where transformers does not tokenize as tokenizer.json does
+keep_tokens(tokenizer, folder)           lets a copy tokenize alike beside the config.json of any model
+tokenizer_settings(folder)               tokenizer_config.json, if there is one
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from models.causal_lm.tokenizer import tokenizer_digest
+from engine.files import write_json
+from engine.reading import read_object, reason
+from models.causal_lm.tokenizer import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,6 +27,9 @@ _PATTERNS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab.*", "merges.txt",
     "*.model", "tokenizer.model*", "*.tiktoken", "tekken.json", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
+
+_OF_CLASSES = ("add_prefix_space", "legacy", "add_bos_token", "add_eos_token")
+"""Settings by which a class changes what tokenizer.json says."""
 
 
 def copy_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, out: Path) -> None:
@@ -80,3 +87,37 @@ def overridden(tokenizer: PreTrainedTokenizerFast, folder: Path, texts: Sequence
         f"tokenizer: {different} of {len(texts)} texts that were tried have other tokens by {path} alone: it is "
         f"overridden by transformers' {name}, for which tokenizer_config.json asks and whose tokens the store has"
     )
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The folder's tokenizer_config.json; empty if there is none. Raises ConfigError."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return read_object(path, finite=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)}): copy the tokenizer's folder again") from error
+
+
+def keep_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bool:
+    """Whether the copy of `tokenizer` in `folder` tokenizes alike beside the config.json there.
+
+    transformers may choose a tokenizer's class by the model's type. Where that changes the tokens, tokenizer.json is
+    written anew, and tokenizer_config.json asks for the class that takes it as it is. Raises OSError.
+    """
+    if _tokenizes_alike(tokenizer, folder):
+        return True
+    settings = dict(tokenizer.special_tokens_map) | tokenizer_settings(folder)
+    kept = {key: value for key, value in settings.items() if key not in _OF_CLASSES}
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", kept | {"tokenizer_class": "TokenizersBackend"})
+    return _tokenizes_alike(tokenizer, folder)
+
+
+def _tokenizes_alike(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bool:
+    try:
+        copy = load_tokenizer(folder)
+    except ConfigError:  # another class may need other files
+        return False
+    return copy.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
-from engine.strict import read_json_object, validated
-from engine.weights import find_weights
+from engine.strict import validated
+from engine.weights import find_weights, read_config
 from models.causal_lm.config import CausalLMData, CausalLMModel
 from models.causal_lm.folder import token_ids
 from models.causal_lm.network import hf_config_of, make_network
@@ -45,7 +45,7 @@ def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:
     """The folder with a run's weights, and what they were trained on and for. Raises CheckpointError, ConfigError."""
     folder = find_weights(run)
     path = folder / "config.json"
-    config = read_json_object(path)
+    config = read_config(path)
     if config.get("workload") != "causal_lm":
         raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of 'causal_lm'")
     data = validated(CausalLMData, config.get("data"), "data", path)
@@ -58,10 +58,16 @@ def at(folder: Path, model: CausalLMModel) -> CausalLMModel:
 
 
 def load_trained(run: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Trained:
-    """The model of a run, in eval mode on `device`. Raises CheckpointError or ConfigError."""
+    """The model of a run, in eval mode on `device`. Raises CheckpointError or ConfigError.
+
+    Of its generation_config.json only the tokens that end a text are kept: whoever generates says the rest.
+    """
+    from transformers import GenerationConfig
+
     folder, data, model = load_sections(run)
     here = at(folder, model)
     lm = make_network(here, hf_config_of(here, data.max_length)).lm
+    lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     for parameter in lm.parameters():  # not the buffers: rounded frequencies would put rotary positions elsewhere
         parameter.data = parameter.data.to(dtype)
     return Trained(folder, lm.to(device).eval(), load_tokenizer(folder), data, model)

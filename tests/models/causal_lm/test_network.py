@@ -14,6 +14,7 @@ from engine.errors import CheckpointError, ConfigError
 from kernels.packed_attention import packing_tables
 from models.causal_lm.config import CausalLMModel, Pretrain
 from models.causal_lm.network import CausalLM, attentions_of, hf_config_of, make_network
+from tests.models.causal_lm import families
 
 PRETRAIN = Pretrain(type="pretrain")
 SHAPE = {
@@ -189,3 +190,10 @@ def test_a_compiled_model_has_the_same_loss() -> None:
     expected = network(**inputs)
     network.compile(backend="eager")
     torch.testing.assert_close(network(**inputs), expected)
+
+
+def test_an_attention_that_cannot_be_built_is_named_with_the_reason(tmp_path: Path) -> None:
+    model = families.saved(families.tiny_config("gpt_neo"), tmp_path)
+    network = make_network(model, hf_config_of(model, 64))
+    assert network.attention == "eager"
+    assert (network.attention_note or "").startswith(f"{attentions_of(model, network.lm.config)[0]} is not used: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def test_a_narrower_dtype_leaves_rotary_positions_where_they_are(pretrained: Pat
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: use 1 or more"),
         (["--prompt", "a", "--max-new-tokens", "999"], "are more than the 64 positions that this model knows"),
         (["--prompt", ""], "--prompt: is empty"),
+        (["--prompt", "a\udce9"], "--prompt: not UTF-8 text: set a UTF-8 locale, or use --prompts FILE"),
+        (["--prompt", "a", "--chat", "--system", "\udce9"], "--system: not UTF-8 text"),
         (["--prompts", "{tmp}/absent"], "cannot be read as UTF-8 text"),
         (["--chat", "--out", "{tmp}/x"], "--out: a conversation on the terminal is not written"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus: not usable here"),
@@ -148,3 +151,31 @@ def test_mistakes_are_named(
 ) -> None:
     assert main(["--run", str(pretrained), *[flag.format(tmp=tmp_path) for flag in flags]]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_a_model_s_files_say_of_generation_does_not_count_but_for_its_stops(
+    pretrained: Path, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is Infinity in its config.json, which transformers writes for some families, an error."""
+    best = Path(shutil.copytree(pretrained / "best", tmp_path / "best"))
+    (best / "digests.json").unlink()  # its files are changed
+    asked = {"num_beams": 3, "num_return_sequences": 2, "stop_strings": ["a"], "return_dict_in_generate": True}
+    (best / "generation_config.json").write_text(json.dumps(asked | {"eos_token_id": [7], "do_sample": True}))
+    config = json.loads((best / "config.json").read_text())
+    (best / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, float("inf")]}))
+    for flags in ([], ["--temperature", "0.5"]):
+        assert main(["--run", str(best), "--prompt", "The following", "--max-new-tokens", "8", *flags]) == 0
+    assert "The following" + continue_text(trained, "The following", **GREEDY) in capsys.readouterr().out
+    assert 7 in load_trained(best, torch.device("cpu")).stops
+    (best / "config.json").write_text("[]")
+    assert main(["--run", str(best), "--prompt", "a"]) == 2
+    assert "config.json: cannot be read (it does not hold an object {...})" in capsys.readouterr().err
+
+
+def test_a_line_that_is_not_utf_8_ends_a_conversation_with_one_error(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+        assert main(["--run", str(pretrained), "--chat"]) == 2
+        assert "error: standard input: not UTF-8 text: set a UTF-8 locale" in capsys.readouterr().err

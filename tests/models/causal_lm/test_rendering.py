@@ -185,6 +185,18 @@ def test_eos_after_all_turns_hides_no_earlier_answer(tokenizer: PreTrainedTokeni
     assert learned_text(tokenizer, rendered) == ["b<|im_end|>", "d<|im_end|>\n<|endoftext|>"]
 
 
+def test_eos_stands_after_the_answer_that_nothing_ends_though_the_last_turn_is_not_found(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    messages = (*talk("a", "b", "c"), message("assistant", "", weight=0))
+    text = tokenizer.decode(one(tokenizer, messages).ids)
+    assert text == "user: a\nassistant: b\n<|endoftext|>user: c\n"
+
+
 def test_a_marked_answer_that_ends_with_a_line_break_after_its_mark_gets_no_second_end(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

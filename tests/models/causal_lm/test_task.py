@@ -249,6 +249,12 @@ def test_a_store_of_another_tokenizer_is_refused(stores: Path, pretrained: Path,
     data = {"store": str(tmp_path / "other")}
     with pytest.raises(ConfigError, match=r"its token \d+ is .*, but .* to the model of .*best: prepare .*--tokenizer"):
         make_task(toy_config(tmp_path, stores, "sft", data=data, model={"path": str(pretrained / "best")}))
+    base = Path(shutil.copytree(pretrained / "best", tmp_path / "base"))
+    for name in ("digests.json", "tokenizer_config.json"):  # tokenizer.json alone says what an id means
+        (base / name).unlink()
+    with pytest.raises(ConfigError, match=r"its token \d+ is .*, but .* to the model of .*base"):
+        make_task(toy_config(tmp_path, stores, "sft", data=data, model={"path": str(base)}))
+    make_task(toy_config(tmp_path, stores, "sft", model={"path": str(base)}))
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])

@@ -13,6 +13,7 @@ from engine.distributed import start
 from engine.errors import ConfigError
 from engine.trainer import Trainer
 from models.causal_lm.prepare import _summary, prepare
+from models.causal_lm.skipped import remarks
 from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer
 from models.causal_lm.tokenizer_files import same_tokens
@@ -108,6 +109,8 @@ def test_a_class_that_overrides_tokenizer_json_is_named(tmp_path: Path) -> None:
         folder = llama_2(tmp_path / name, **settings)
         store, _ = prepare([source], tmp_path / f"{name}-store", kind="text", tokenizer=folder, val_fraction=0.0)
         assert ("overridden by transformers' LlamaTokenizer, for which" in _summary(store)) is named
+        said = "\n".join(remarks(store.index))
+        assert (f"other tokens by {folder}/tokenizer.json alone" in said) is named
 
 
 def test_a_template_given_beside_replaces_the_folder_s_own(tmp_path: Path) -> None:
@@ -164,3 +167,28 @@ def test_beside_a_run_s_weights_is_the_same_tokenizer(folder_of: Any, settings: 
     Trainer(make_task(config), config, start(), tmp_path / "run").run()
     given, written = of_transformers(folder), of_transformers(tmp_path / "run/final")
     assert [given(text)["input_ids"] for text in TEXTS] == [written(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("folder_of", "model_type", "settings"),
+    [
+        pytest.param(qwen_2, "mistral", {}, id="qwen of a mistral"),
+        pytest.param(llama_2, "qwen2", {"eos_token": "</s>"}, id="llama of a qwen"),
+        pytest.param(qwen_2, "gpt2", None, id="no settings at all"),
+    ],
+)
+def test_assets_of_another_type_of_model_give_the_tokens_of_the_store(
+    folder_of: Any, model_type: str, settings: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """transformers lets the model_type in config.json decide about a tokenizer's class."""
+    folder = folder_of(tmp_path / "given", **(settings or {}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if settings is None:
+        (folder / "tokenizer_config.json").unlink()
+    source = write_lines(tmp_path / "texts.jsonl", *({"text": text} for text in TEXTS))
+    store, _ = prepare([source], tmp_path / "text", kind="text", tokenizer=folder, val_fraction=0.2)
+    config = make_task(toy_config(tmp_path, tmp_path)).save_assets(tmp_path / "out")
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    ours, written = store.tokenizer(), of_transformers(tmp_path / "out")
+    assert [ours(text)["input_ids"] for text in TEXTS] == [written(text)["input_ids"] for text in TEXTS]
+    assert written.eos_token_id == ours.eos_token_id
