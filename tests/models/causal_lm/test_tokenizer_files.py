@@ -18,6 +18,7 @@ from models.causal_lm.store import Store
 from models.causal_lm.tokenizer import load_tokenizer
 from models.causal_lm.tokenizer_files import same_tokens
 from models.registry import make_task
+from tests.models.causal_lm.families import tiny_config
 from tests.models.causal_lm.test_prepare import write_lines
 from tests.models.causal_lm.toy_language import toy_config
 
@@ -192,3 +193,13 @@ def test_assets_of_another_type_of_model_give_the_tokens_of_the_store(
     ours, written = store.tokenizer(), of_transformers(tmp_path / "out")
     assert [ours(text)["input_ids"] for text in TEXTS] == [written(text)["input_ids"] for text in TEXTS]
     assert written.eos_token_id == ours.eos_token_id
+
+
+def test_a_type_of_model_beside_which_no_copy_keeps_its_tokens_is_named(tmp_path: Path) -> None:
+    folder = llama_2(tmp_path / "given")
+    source = write_lines(tmp_path / "texts.jsonl", *({"text": text} for text in TEXTS))
+    prepare([source], tmp_path / "text", kind="text", tokenizer=folder, val_fraction=0.2)
+    task: Any = make_task(toy_config(tmp_path, tmp_path))
+    task.hf_config = tiny_config("qwen2", eos_token_id=None)  # transformers gives it Qwen2Tokenizer, whatever is asked
+    with pytest.raises(ConfigError, match=r"data\.store: .*text: .*beside a model of type 'qwen2': prepare"):
+        task.save_assets(tmp_path / "out")
