@@ -71,8 +71,14 @@ def run_distributed_test(
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """Where processes come from that have torch and DeepSpeed imported already: once, instead of seconds each."""
     context = multiprocessing.get_context("forkserver")
-    # the last two are what deepspeed.initialize imports
-    context.set_forkserver_preload(["engine.trainer", "torch._inductor", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    context.set_forkserver_preload(
+        [
+            "engine.trainer",
+            "torch._inductor",  # this and the next are what deepspeed.initialize imports
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+            "transformers.models.llama.modeling_llama",  # what a language model's rank imports, in seconds
+        ]
+    )
     return context
 
 

@@ -26,7 +26,10 @@ def gate(*arguments):
     return done
 
 
-@pytest.mark.parametrize(("architecture", "tiles"), [("sm_90", 25), ("sm_80", 25), ("sm_86|sm_1.0", 1 + 3 + 5)])
+@pytest.mark.parametrize(
+    ("architecture", "tiles"),
+    [("sm_90", 25), pytest.param("sm_80", 25, marks=pytest.mark.slow), ("sm_86|sm_1.0", 1 + 3 + 5)],
+)
 def test_a_tile_of_each_kind_fits_its_architecture(architecture, tiles):
     done = gate("--only", architecture)
     assert done.returncode == 0, done.stdout

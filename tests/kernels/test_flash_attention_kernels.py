@@ -167,7 +167,9 @@ def draw_configuration(draw, device):
     return leaves, arguments
 
 
-@pytest.mark.parametrize("seed", [233299, 496117, 720481, 905533, *[pytest.param(None, marks=pytest.mark.slow)] * 4])
+@pytest.mark.parametrize(
+    "seed", [233299, 496117, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (720481, 905533, *[None] * 4))]
+)
 def test_random_configurations(device, seed, monkeypatch):
     """10 of each seed here, 200 of fresh seeds in all with -m slow."""
     count = 50 if seed is None else 10
@@ -186,7 +188,7 @@ def test_random_configurations(device, seed, monkeypatch):
             raise AssertionError(f"configuration {i} of seed {seed}: {what}") from error
 
 
-@pytest.mark.parametrize("architecture", [90, 80])
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("D", "Hkv", "dtype"),
     [(16, 1, "half"), (32, 2, "half"), (64, 2, "bfloat16"), (64, 1, "float"), (128, 1, "bfloat16"), (256, 2, "half")],

@@ -30,7 +30,11 @@ def sides_of(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("backend", "accumulate", "packing", "padding_mask"),
-    [("deepspeed", 1, False, False), ("deepspeed", 1, True, False), ("fsdp", 2, False, True)],
+    [
+        ("deepspeed", 1, False, False),
+        pytest.param("deepspeed", 1, True, False, marks=pytest.mark.slow),
+        ("fsdp", 2, False, True),
+    ],
 )
 def test_all_sides_learn_the_same_and_have_a_speed(
     stores: Path, tmp_path: Path, backend: str, accumulate: int, packing: bool, padding_mask: bool
