@@ -151,9 +151,13 @@ def _take(folder: Path) -> tuple[str, str]:
             release(path)
         if path not in _held:
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            problem = _locked(descriptor, folder) or _ranks_that_live(path)
+            problem = "its lock could not be taken"
+            try:
+                problem = _locked(descriptor, folder) or _ranks_that_live(path)
+            finally:
+                if problem:
+                    os.close(descriptor)
             if problem:
-                os.close(descriptor)
                 return "", problem
             _held[path] = descriptor
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")

@@ -279,3 +279,11 @@ def test_a_rank_that_outlives_rank_0_keeps_the_folder(tmp_path: Path, monkeypatc
             claim(tmp_path, start())
     claim(tmp_path, start())
     release(tmp_path)
+
+
+def test_a_folder_whose_second_lock_is_of_the_wrong_kind_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / ".lock-ranks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        claim(tmp_path, ALONE)
+    with (tmp_path / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
