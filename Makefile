@@ -95,18 +95,18 @@ lint: $(VENV)/.installed-test
 # `timeout` if what it has begun takes too long, and stops no other by failing; what it has measured by then is written.
 # The tests, those of the sizes that matter first, are interrupted as if by hand; pytest-xdist then waits 10 seconds for
 # its workers before it says what passed and what failed.
-first_tests := tests/kernels/test_flash_attention_gpu.py
+first_tests := tests/kernels/attention/test_flash_gpu.py
 gpu_tests := $(first_tests) $(filter-out $(first_tests),$(wildcard tests/kernels/test_*.py))
 in_order := -n logical --maxprocesses 12 --dist load --maxschedchunk 1
 
 .PHONY: gpu-bench
 gpu-bench:
 	@status=0; export PYTHONPATH=.; \
-	timeout -k 8 66 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks || status=1; \
-	timeout -k 8 184 $(PYTHON) launchers/bench.py attention --minutes 2.6 --out benchmarks || status=1; \
-	timeout -k 6 86 $(PYTHON) launchers/bench.py profile --minutes 1.0 --out benchmarks || status=1; \
+	timeout -k 8 66 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks/results || status=1; \
+	timeout -k 8 184 $(PYTHON) launchers/bench.py attention --minutes 2.6 --out benchmarks/results || status=1; \
+	timeout -k 6 86 $(PYTHON) launchers/bench.py profile --minutes 1.0 --out benchmarks/results || status=1; \
 	timeout -k 16 -s INT --foreground 86 $(PYTHON) -m pytest -m "gpu and not slow" $(in_order) $(gpu_tests) || status=1; \
-	timeout -k 2 13 $(PYTHON) -m kernels.bench_summary --write || status=1; \
+	timeout -k 2 13 $(PYTHON) -m trunkline.benchmarks.summary --write || status=1; \
 	exit $$status
 
 install: $(VENV)/.installed

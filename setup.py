@@ -1,13 +1,14 @@
 """Installs Trunkline. `make train` and `make test` call this with the versions pinned in constraints.txt."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 setup(
     name="trunkline",
     version="0.1.0",
     description="A scale-out training engine: DeepSpeed ZeRO first, FSDP2 as the fallback, Triton on the hot paths.",
     license="Apache-2.0",
-    packages=find_packages(include=[f"{top}{rest}" for top in ("engine", "kernels", "models") for rest in ("", ".*")]),
+    packages=find_namespace_packages(include=["trunkline", "trunkline.*"], exclude=["trunkline.benchmarks*"]),
+    package_data={"trunkline": ["configs/*/*.json"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.11",

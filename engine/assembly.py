@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-from engine.agreement import agree
-from engine.backends import Backend, prepare_backend
-from engine.checkpoint import Checkpoint, Checkpoints
-from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes
-from engine.distributed import Ranks, on_main
-from engine.hardware import reset_peak_memory
-from engine.model_options import apply_options
-from engine.plan import make_plan
-from engine.progress import Progress
-from engine.randomness import seed_torch
-from engine.resume import DATA, LAYOUT, Probe, load_checkpoint
-from engine.sharded_state import Snapshot, capture
-from engine.start_facts import tensor_digests
-from engine.task import Task
+from trunkline.engine.backends import Backend, prepare_backend
+from trunkline.engine.backends.model_options import apply_options
+from trunkline.engine.checkpoint.checkpoints import Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, load_checkpoint
+from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.machine.hardware import reset_peak_memory
+from trunkline.engine.plan import make_plan
+from trunkline.engine.progress import Progress
+from trunkline.engine.ranks.agreement import agree
+from trunkline.engine.ranks.distributed import Ranks, on_main
+from trunkline.engine.ranks.start_facts import tensor_digests
+from trunkline.engine.state.sharded_state import Snapshot, capture
+from trunkline.engine.task import Task
 
 
 class Assembly:
@@ -40,7 +40,7 @@ class Assembly:
     Args:
         task, config, ranks, total_steps: the run's.
         backend_name: which engine shards the model.
-        identity: what a checkpoint of the run must have in common with it (`engine.resume.identity`).
+        identity: what a checkpoint of the run must have in common with it (`engine/checkpoint/resume.py::identity`).
         found: the checkpoint that the run goes on from.
         begin: told what is begun, on all ranks alike.
     """

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine.distributed import Ranks, sum_over_ranks
-from engine.errors import ConfigError
-from engine.loading import evaluation_loader
-from engine.task import Batch, Sums, Task, add_sums
+from trunkline.engine.data.loading import evaluation_loader
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
+from trunkline.engine.task import Batch, Sums, Task, add_sums
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

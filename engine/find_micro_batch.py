@@ -20,16 +20,16 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from engine.deepspeed_section import BatchSizes
-from engine.distributed import Ranks, gather
-from engine.errors import TrunklineError
-from engine.hardware import peak_memory, reset_peak_memory
-from engine.launch import local_world_size
-from engine.loading import collate
-from engine.memory import OutOfMemory, Shortage
-from engine.micro_batch import divisors, resized, ways_out
-from engine.plan import activation_bytes, readable_size
-from engine.trainer import Trainer
+from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.data.loading import collate
+from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
+from trunkline.engine.memory.micro_batch import divisors, resized, ways_out
+from trunkline.engine.memory.shortage import OutOfMemory, Shortage
+from trunkline.engine.plan import activation_bytes, readable_size
+from trunkline.engine.ranks.distributed import Ranks, gather
+from trunkline.engine.ranks.launch import local_world_size
+from trunkline.engine.trainer import Trainer
 
 _SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counted
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, batch_sizes, bucket_size, parameter_dtype
-from engine.direction import with_direction
-from engine.errors import ConfigError
-from engine.optimizers import build_optimizer, is_deepspeed_only
-from engine.order import GlobalBatches
-from engine.schedules import learning_rates, warmup_steps
-from engine.task import Task
+from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes, bucket_size, parameter_dtype
+from trunkline.engine.config.direction import with_direction
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.optimizers import build_optimizer, is_deepspeed_only
+from trunkline.engine.optim.schedules import learning_rates, warmup_steps
+from trunkline.engine.task import Task
 
 
 def make_plan(
@@ -24,7 +24,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
-    `config` is ready (engine.readiness). Batch sizes are the configured ones unless given. Activations are those that
+    `config` is ready (readiness.py). Batch sizes are the configured ones unless given. Activations are those that
     autograd keeps for one micro-batch, counted by running the loss on fake tensors, which have shapes but no memory;
     null where the model cannot run so.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.config import Best, EarlyStopping
+from trunkline.engine.config.run_config import Best, EarlyStopping
 
 
 @dataclass

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from engine.config import RunConfig
-from engine.deepspeed_section import DeepSpeedSection
-from engine.errors import ConfigError
-from engine.extensions import check_compiler
-from engine.fsdp_section import check_fsdp_section
-from engine.optimizer_probe import check_optimizer
-from engine.schedules import check_length, decided
+from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.fsdp_section import check_fsdp_section
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.extensions import check_compiler
+from trunkline.engine.optim.optimizer_probe import check_optimizer
+from trunkline.engine.optim.schedules import check_length, decided
 
 
 def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, device: torch.device) -> RunConfig:

@@ -22,7 +22,7 @@ The engine adds two of its own to what `Task.collate` returns:
     valid  [B] bool   False marks a sample that only fills up a short batch. It must carry no weight: not in
                       `weight`, not in `loss`, not in any sum of `evaluate`.
     draw   [B] int64  a key that names this draw of this sample (seed, epoch and index hashed). Randomness that
-                      belongs to a sample, such as added noise, comes from it (engine.randomness), so it is the same
+                      belongs to a sample, such as added noise, comes from it (data/randomness.py), so it is the same
                       on any number of ranks.
 """
 
@@ -31,7 +31,7 @@ Sums = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """One training problem. `models.fluid.task.FluidTask` is the example to read."""
+    """One training problem. `trunkline.models.fluid.task.FluidTask` is the example to read."""
 
     unit: str
     """What `weight` counts, in the plural: "values", "tokens", "pairs". Throughput is shown in it too."""

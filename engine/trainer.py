@@ -15,42 +15,43 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import nonfinite, stopping
-from engine.agreement import agree
-from engine.assembly import Assembly
-from engine.assets import keep_assets
-from engine.backends import Backend, Stepped
-from engine.best import BEST, FINAL, BestWeights
-from engine.checkpoint import Checkpoints
-from engine.clipping import clip_norm, note_norm
-from engine.config import RunConfig
-from engine.deepspeed_section import batch_sizes, parameter_dtype
-from engine.direction import with_direction
-from engine.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
-from engine.errors import ConfigError, TrunklineError
-from engine.evaluation import evaluate, to_device
-from engine.files import write_json
-from engine.hardware import peak_flops
-from engine.loading import training_loader
-from engine.lookout import Lookout, StopRequested
-from engine.memory import Attempts, OutOfMemory, Shortage
-from engine.meter import Meter, brief
-from engine.micro_batch import MicroBatches, memory_facts
-from engine.order import GlobalBatches
-from engine.output import lasting_output
-from engine.plan import render_summary, total_steps
-from engine.progress import Progress
-from engine.randomness import mix, seed_torch
-from engine.readiness import ready
-from engine.resume import LAYOUT, find_checkpoint, identity
-from engine.run_folder import claim, in_use, release
-from engine.selftest import collective_self_test
-from engine.start_facts import class_version, leaves
-from engine.strict import nearest
-from engine.task import Batch, Sums, Task, add_sums
-from engine.trackers import Trackers, make_trackers, require_trackers
-from engine.watchdog import Watchdog
-from engine.weights import save_weights
+from trunkline.engine.assembly import Assembly
+from trunkline.engine.backends import Backend, Stepped
+from trunkline.engine.checkpoint.assets import keep_assets
+from trunkline.engine.checkpoint.best import BEST, FINAL, BestWeights
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
+from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
+from trunkline.engine.checkpoint.weights import save_weights
+from trunkline.engine.config.deepspeed_section import batch_sizes, parameter_dtype
+from trunkline.engine.config.direction import with_direction
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.config.strict import nearest
+from trunkline.engine.data.loading import training_loader
+from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.data.randomness import mix, seed_torch
+from trunkline.engine.errors import ConfigError, TrunklineError
+from trunkline.engine.evaluation import evaluate, to_device
+from trunkline.engine.machine import stopping
+from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.hardware import peak_flops
+from trunkline.engine.machine.output import lasting_output
+from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
+from trunkline.engine.memory.shortage import Attempts, OutOfMemory, Shortage
+from trunkline.engine.optim import nonfinite
+from trunkline.engine.optim.clipping import clip_norm, note_norm
+from trunkline.engine.plan import render_summary, total_steps
+from trunkline.engine.progress import Progress
+from trunkline.engine.ranks.agreement import agree
+from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main, sum_over_ranks
+from trunkline.engine.ranks.lookout import Lookout, StopRequested
+from trunkline.engine.ranks.selftest import collective_self_test
+from trunkline.engine.ranks.start_facts import class_version, leaves
+from trunkline.engine.ranks.watchdog import Watchdog
+from trunkline.engine.readiness import ready
+from trunkline.engine.record.meter import Meter, brief
+from trunkline.engine.record.run_folder import claim, in_use, release
+from trunkline.engine.record.trackers import Trackers, make_trackers, require_trackers
+from trunkline.engine.task import Batch, Sums, Task, add_sums
 
 Accumulated = tuple[Sums | None, Tensor, Tensor]
 """A rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed."""
@@ -66,7 +67,7 @@ class Trainer:
     Args:
         task: what is trained.
         config: the validated configuration.
-        ranks: this process among all; see engine.distributed.start.
+        ranks: this process among all; see trunkline.engine.ranks.distributed.start.
         folder: the run's folder; created if needed.
         backend: which engine shards the model.
         resume: "none", "auto", or the path of a run or a checkpoint.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.triton_path import jit, tl, triton
+from trunkline.kernels.triton_path import jit, tl, triton
 
 
 @jit

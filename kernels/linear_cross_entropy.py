@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from kernels.arguments import autocast_dtype, check_integer, check_tensors
-from kernels.first_order import no_forward_mode, no_second_order
+from trunkline.kernels.arguments import autocast_dtype, check_integer, check_tensors
+from trunkline.kernels.first_order import no_forward_mode, no_second_order
 
 # A chunk's logits in fp32. On a CPU, 16 to 64 MiB took the same time, for weights of 10,000 x 128.
 CHUNK_BYTES = 2**25

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import check_tensors
-from kernels.column_sums import column_sums
-from kernels.first_order import first_order
-from kernels.masked_mse import check, masked_mse, runs_on_triton
-from kernels.triton_path import jit, num_multiprocessors, tl, triton
+from trunkline.kernels.arguments import check_tensors
+from trunkline.kernels.column_sums import column_sums
+from trunkline.kernels.first_order import first_order
+from trunkline.kernels.masked_mse import check, masked_mse, runs_on_triton
+from trunkline.kernels.triton_path import jit, num_multiprocessors, tl, triton
 
 TILE, MAX_BLOCK_D, NUM_WARPS, PROGRAMS_PER_SM, STAGES = 4096, 512, 4, 8, 3
 

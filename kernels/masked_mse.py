@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import check_tensors
-from kernels.column_sums import column_sums
-from kernels.first_order import first_order
-from kernels.triton_path import available, jit, num_multiprocessors, tl, triton
+from trunkline.kernels.arguments import check_tensors
+from trunkline.kernels.column_sums import column_sums
+from trunkline.kernels.first_order import first_order
+from trunkline.kernels.triton_path import available, jit, num_multiprocessors, tl, triton
 
 TILE, NUM_WARPS, PROGRAMS_PER_SM = 4096, 8, 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

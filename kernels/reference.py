@@ -15,7 +15,7 @@ def attention_reference(
     key_mask: Tensor | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """kernels.flash_attention with an N x M matrix. The result is fp32 or fp64, not rounded to q's dtype."""
+    """trunkline.kernels.attention.flash with an N x M matrix. The result is fp32 or fp64, not rounded to q's dtype."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -30,7 +30,7 @@ def attention_reference(
 def packed_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, document: Tensor, softmax_scale: float | None = None
 ) -> Tensor:
-    """kernels.packed_attention, for the documents' numbers instead of their tables, with an L x L matrix a row."""
+    """kernels/attention/packed.py, for the documents' numbers instead of their tables, with an L x L matrix a row."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -55,7 +55,7 @@ def visible_pairs(
 
 
 def masked_mse_reference(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """kernels.masked_mse, value by value."""
+    """trunkline.kernels.masked_mse, value by value."""
     pred, target = _wide(pred), _wide(target)
     weights = torch.ones_like(pred) if mask is None else mask.to(pred.dtype).expand(pred.shape)
     chosen = weights != 0
@@ -65,7 +65,7 @@ def masked_mse_reference(pred: Tensor, target: Tensor, mask: Tensor | None = Non
 def linear_masked_mse_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """kernels.linear_masked_mse, prediction first."""
+    """trunkline.kernels.linear_masked_mse, prediction first."""
     return masked_mse_reference(_wide(hidden) @ _wide(weight) + _wide(bias), target, mask)
 
 
@@ -78,7 +78,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "sum",
 ) -> Tensor:
-    """kernels.linear_cross_entropy, logits first."""
+    """trunkline.kernels.linear_cross_entropy, logits first."""
     logits = _wide(hidden) @ _wide(weight).T
     logits = logits if bias is None else logits + _wide(bias)
     chosen = targets != ignore_index

@@ -1,6 +1,6 @@
 """Where the Triton kernels run: on CUDA tensors, and on CPU tensors where Triton interprets (TRITON_INTERPRET=1).
 
-    from kernels.triton_path import available, jit, tl
+    from trunkline.kernels.triton_path import available, jit, tl
 
 Everything imports without Triton too. It is read once, at import, whether Triton interprets, as `triton.jit` does.
 """

@@ -6,18 +6,18 @@ import argparse
 import importlib
 import sys
 
-from engine.errors import TrunklineError
+from trunkline.engine.errors import TrunklineError
 
 BENCHMARKS = {
-    "attention": ("kernels.bench_attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
-    "masked_mse": ("kernels.bench_masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
-    "profile": ("kernels.bench_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
-    "engine": ("engine.overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
-    "save": ("models.bench_save", "how long a save holds training up, in the background and blocking"),
-    "prepare": ("models.fluid.bench_prepare", "reading CSV cases, against pandas"),
-    "memory": ("models.fluid.bench_memory", "memory of preparing and reading, by number of cases"),
-    "causal_lm": ("models.causal_lm.bench_train", "training of language models against transformers and Accelerate"),
-    "fluid_step": ("models.fluid.bench_step", "one training step of a configuration, time and memory"),
+    "attention": ("trunkline.benchmarks.attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
+    "masked_mse": ("trunkline.benchmarks.masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
+    "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
+    "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
+    "save": ("trunkline.benchmarks.save", "how long a save holds training up, in the background and blocking"),
+    "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
+    "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
+    "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
+    "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `add_arguments(parser)` and `run(arguments)`, and what it measures."""
 

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="leave out what takes seconds: collectives and imports")
     arguments = parser.parse_args(argv)
     try:
-        from engine.doctor import can_train, examine
+        from trunkline.engine.machine.doctor import can_train, examine
     except ImportError as error:
         print(f"Trunkline is not installed in {sys.executable} ({error}).\n  -> run in {ROOT}: "
               "pip install -c constraints.txt -e .", file=sys.stderr)  # fmt: skip

@@ -6,8 +6,8 @@ The result is a folder like the run's best/: config.json, the workload's files, 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from engine.output import keep_printing
-    from engine.stopping import listen
+    from trunkline.engine.machine.output import keep_printing
+    from trunkline.engine.machine.stopping import listen
 
     keep_printing()
     listen(exit_code=130, advice="run the same command again")
@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch
 
-from engine.assets import copy_assets, has_assets
-from engine.checkpoint import Checkpoints
-from engine.config import load_config
-from engine.digests import DRAFT, replace_files
-from engine.distributed import Ranks
-from engine.errors import CheckpointError, ConfigError, TrunklineError
-from engine.export import DTYPES, export_weights
-from engine.impostors import refuse_shadowed
-from engine.weights import write_assets
-from models.registry import config_sections, make_task, weights_task
+from trunkline.engine.checkpoint.assets import copy_assets, has_assets
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
+from trunkline.engine.checkpoint.digests import DRAFT, replace_files
+from trunkline.engine.checkpoint.export import DTYPES, export_weights
+from trunkline.engine.checkpoint.weights import write_assets
+from trunkline.engine.config.run_config import load_config
+from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.ranks.distributed import Ranks
+from trunkline.models.registry import config_sections, make_task, weights_task
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -49,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    refuse_shadowed()
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(path.name != DRAFT for path in out.iterdir())):
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")

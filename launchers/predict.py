@@ -6,15 +6,15 @@ Further flags are those of the run's workload; `--run DIR --help` lists them.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from engine.output import keep_printing
-    from engine.stopping import listen
+    from trunkline.engine.machine.output import keep_printing
+    from trunkline.engine.machine.stopping import listen
 
     keep_printing("stderr")
     listen(exit_code=130, advice="run the same command again")
 
 import sys
 
-from models.registry import enter
+from trunkline.models.registry import enter
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from engine.output import keep_printing
-    from engine.stopping import listen
+    from trunkline.engine.machine.output import keep_printing
+    from trunkline.engine.machine.stopping import listen
 
     keep_printing()
     listen(exit_code=130, advice="run the same command again")
@@ -17,15 +17,16 @@ import importlib
 import sys
 from pathlib import Path
 
-import models
-from engine.errors import TrunklineError
-from engine.stopping import listen_no_more
+from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.stopping import listen_no_more
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and call the workload's preparation. Returns the exit status: 0 done, 2 a user's error, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    workloads = sorted(path.parent.name for path in Path(models.__path__[0]).glob("*/prepare.py"))
+    workloads = sorted(
+        path.parent.name for path in Path(__file__).resolve().parents[1].joinpath("models").glob("*/prepare.py")
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="workload", required=True, metavar="|".join(workloads))
     for name in workloads:

@@ -7,8 +7,8 @@ One GPU or none: `python launchers/train.py --config ...` does the same on a sin
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take seconds
-    from engine.output import keep_printing
-    from engine.stopping import listen
+    from trunkline.engine.machine.output import keep_printing
+    from trunkline.engine.machine.stopping import listen
 
     keep_printing()
     listen()
@@ -19,13 +19,12 @@ import os
 import sys
 from pathlib import Path
 
-from engine.agreement import agree, tell
-from engine.config import RunConfig, load_config
-from engine.distributed import launched_world_size, lost_a_rank, start, stop
-from engine.errors import ConfigError, DataError, TrunklineError
-from engine.impostors import refuse_shadowed
-from engine.stopping import EXIT_CODE
-from models.registry import WORKLOADS, config_sections, make_task
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.errors import ConfigError, DataError, TrunklineError
+from trunkline.engine.machine.stopping import EXIT_CODE
+from trunkline.engine.ranks.agreement import agree, tell
+from trunkline.engine.ranks.distributed import launched_world_size, lost_a_rank, start, stop
+from trunkline.models.registry import WORKLOADS, config_sections, make_task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def _explain(error: Exception) -> int | None:
         error = TrunklineError(f"another rank has ended during the start, so this one stops: {str(error)[:200]}")
     if not isinstance(error, TrunklineError):
         return None
-    from engine.trainer import InterruptedRunError
+    from trunkline.engine.trainer import InterruptedRunError
 
     stopped = isinstance(error, InterruptedRunError)
     rank = os.environ.get("RANK", "0")
@@ -80,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    refuse_shadowed()
     launched_world_size()  # a launch that does not fit together is named before anything else is
     flags = {key.removeprefix("set "): value for key, value in vars(arguments).items() if key.startswith("set ")}
     settings = [f"{key}={value}" for key, value in flags.items() if value is not None] + arguments.set
@@ -91,11 +89,11 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--world-size {arguments.world_size}: only with --plan; the launcher sets it for a run")
 
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
-    from engine.backends import choose_backend
-    from engine.best import outcome
-    from engine.find_micro_batch import find_micro_batch
-    from engine.report import write_report
-    from engine.trainer import Trainer
+    from trunkline.engine.backends import choose_backend
+    from trunkline.engine.checkpoint.best import outcome
+    from trunkline.engine.find_micro_batch import find_micro_batch
+    from trunkline.engine.record.report import write_report
+    from trunkline.engine.trainer import Trainer
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem
@@ -115,15 +113,17 @@ def _train(arguments: argparse.Namespace) -> int:
         try:
             report = str(write_report(folder).relative_to(folder))
         except (OSError, DataError) as error:  # the run is done all the same
-            report = f"no report ({error}); `python -m engine.report {folder}` writes it once there is room"
+            report = (
+                f"no report ({error}); `python -m trunkline.engine.record.report {folder}` writes it once there is room"
+            )
         print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
     return 0
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
-    from engine.hardware import choose_device
-    from engine.plan import make_plan, planned_steps, render_plan
-    from engine.readiness import ready
+    from trunkline.engine.machine.hardware import choose_device
+    from trunkline.engine.plan import make_plan, planned_steps, render_plan
+    from trunkline.engine.readiness import ready
 
     world_size = launched_world_size() if arguments.world_size is None else arguments.world_size
     if world_size < 1:

@@ -12,12 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine.config import RunConfig
-from engine.errors import CheckpointError, ConfigError, TrunklineError
-from engine.impostors import refuse_shadowed
-from engine.strict import nearest
-from engine.task import Task
-from engine.weights import read_config
+from trunkline.engine.checkpoint.weights import read_config
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.config.strict import nearest
+from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.task import Task
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,21 @@ class Workload:
 
 WORKLOADS = {
     "fluid": Workload(
-        data="models.fluid.config:FluidData",
-        model="models.fluid.config:FluidModel",
-        task="models.fluid.task:FluidTask",
-        evaluate="models.fluid.evaluate",
-        predict="models.fluid.predict",
-        weights="models.fluid.task:weights_task",
+        data="trunkline.models.fluid.config:FluidData",
+        model="trunkline.models.fluid.config:FluidModel",
+        task="trunkline.models.fluid.task:FluidTask",
+        evaluate="trunkline.models.fluid.evaluate",
+        predict="trunkline.models.fluid.predict",
+        weights="trunkline.models.fluid.task:weights_task",
         flags={"--store": "data.store"},
     ),
     "causal_lm": Workload(
-        data="models.causal_lm.config:CausalLMData",
-        model="models.causal_lm.config:CausalLMModel",
-        task="models.causal_lm.task:make_task",
-        evaluate="models.causal_lm.evaluate",
-        predict="models.causal_lm.predict",
-        weights="models.causal_lm.task:weights_task",
+        data="trunkline.models.causal_lm.config:CausalLMData",
+        model="trunkline.models.causal_lm.config:CausalLMModel",
+        task="trunkline.models.causal_lm.task:make_task",
+        evaluate="trunkline.models.causal_lm.evaluate",
+        predict="trunkline.models.causal_lm.predict",
+        weights="trunkline.models.causal_lm.task:weights_task",
         flags={"--store": "data.store", "--model-path": "model.path"},
     ),
 }
@@ -104,7 +103,6 @@ def enter(room: str, description: str | None, argv: list[str] | None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
     known, _ = parser.parse_known_args(argv)
     try:
-        refuse_shadowed()
         module = workload_of_run(known.run).open(room)
         parser.add_argument("-h", "--help", action="help", help="show this and exit")
         module.add_arguments(parser)

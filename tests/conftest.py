@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            triton_path = importlib.import_module("kernels.triton_path")
+            triton_path = importlib.import_module("trunkline.kernels.triton_path")
         triton_path.INTERPRETED = False
 
 

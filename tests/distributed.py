@@ -73,7 +73,7 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "engine.trainer",
+            "trunkline.engine.trainer",
             "torch._inductor",  # this and the next are what deepspeed.initialize imports
             "deepspeed.runtime.zero.muon.muon_optimizer",
             "transformers.models.llama.modeling_llama",  # what a language model's rank imports, in seconds

@@ -10,35 +10,59 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("engine", "kernels", "models", "launchers")
+FLOORS = ("engine", "kernels", "models", "launchers", "benchmarks")
 MAY_IMPORT = {
     "engine": {"engine"},
     "kernels": {"kernels"},
     "models": {"models", "engine", "kernels"},
     "launchers": {"launchers", "models", "engine", "kernels"},
+    "benchmarks": {"benchmarks", "launchers", "models", "engine", "kernels"},
 }
 SOURCES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.json"))
 
 
 def _imported(path: Path) -> dict[str, int]:
     """Every module that a file imports, anywhere in it, with the line."""
     modules = {}
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    tree = ast.parse((ROOT / path).read_text())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name: node.lineno for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             modules[node.module or ""] = node.lineno
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if (ROOT / Path(*name.split(".")[1:])).with_suffix(".py").is_file():
+                    modules[name] = node.lineno
     return modules
+
+
+def _floor(module: str) -> str | None:
+    """The top-level folder of one of our modules; None for anybody else's."""
+    name, _, rest = module.partition(".")
+    return rest.split(".")[0] if name == "trunkline" else None
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=str)
+def test_our_modules_are_imported_under_one_name(path: Path) -> None:
+    for module, line in _imported(path).items():
+        assert module.split(".")[0] not in FLOORS, f"{path}:{line} imports {module}, not trunkline.{module}"
+
+
+def test_the_folders_that_trunkline_links_to_are_no_packages_of_their_own() -> None:
+    for floor in (*FLOORS, "configs"):
+        assert (ROOT / "trunkline" / floor).resolve() == ROOT / floor
+        assert not (ROOT / floor / "__init__.py").exists(), f"`import {floor}` would find it before anybody else's"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_only_go_down(path: Path) -> None:
     for module, line in _imported(path).items():
-        top = module.split(".")[0]
-        assert top not in FLOORS or top in MAY_IMPORT[path.parts[0]], f"{path}:{line} imports {module}"
-        assert top != "tests", f"{path}:{line} imports {module}"
+        assert _floor(module) in {None, ""} | MAY_IMPORT[path.parts[0]], f"{path}:{line} imports {module}"
+        assert module.split(".")[0] != "tests", f"{path}:{line} imports {module}"
 
 
 def test_workloads_do_not_import_one_another() -> None:
@@ -46,8 +70,49 @@ def test_workloads_do_not_import_one_another() -> None:
         if path.parts[0] != "models" or len(path.parts) < 3:
             continue
         for module, line in _imported(path).items():
-            if module.startswith("models."):
-                assert module.split(".")[1] in (path.parts[1], "registry"), f"{path}:{line} imports {module}"
+            if module.startswith("trunkline.models."):
+                assert module.split(".")[2] in (path.parts[1], "registry"), f"{path}:{line} imports {module}"
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a directed graph, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for after in sorted(graph.get(node, ())):
+            if found := visit(after, [*trail, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    modules = {".".join(("trunkline", *path.with_suffix("").parts)): path for path in SOURCES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    packages = {name for name, path in modules.items() if path.name == "__init__.py"}
+    graph = {name: {module for module in _imported(path) if module in modules} for name, path in modules.items()}
+    for name, after in graph.items():  # a module and the package that only lists it are one
+        graph[name] = {each for each in after if each not in packages or not name.startswith(f"{each}.")}
+    assert not _circle(graph)
+
+
+@pytest.mark.parametrize("floor", ["engine", "models/fluid", "models/causal_lm", "kernels"])
+def test_no_rooms_import_each_other_in_a_circle(floor: str) -> None:
+    """A room is a folder; a file beside the rooms is one of its own."""
+    graph: dict[str, set[str]] = {}
+    prefix = "trunkline." + floor.replace("/", ".") + "."
+    for path in SOURCES:
+        if path.is_relative_to(floor) and path.name != "__init__.py":
+            room = path.relative_to(floor).parts[0].removesuffix(".py")
+            rooms = {name.removeprefix(prefix).split(".")[0] for name in _imported(path) if name.startswith(prefix)}
+            graph.setdefault(room, set()).update(rooms - {room})
+    assert not _circle(graph)
 
 
 def test_no_file_is_a_drawer_for_everything() -> None:
@@ -64,8 +129,8 @@ def test_every_test_file_mirrors_a_source_file() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    from engine.config import load_config
-    from models.registry import config_sections
+    from trunkline.engine.config.run_config import load_config
+    from trunkline.models.registry import config_sections
 
     config = load_config(ROOT / path, sections=config_sections)
     assert config.workload == path.parts[1]

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes
-from engine.distributed import Ranks
-from engine.errors import ConfigError
-from engine.sharded_state import Fragment
+from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.ranks.distributed import Ranks
+from trunkline.engine.state.sharded_state import Fragment
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Backend(Protocol):
     def fragments(self) -> list[Fragment]:
         """What this rank holds of each parameter, trainable or not, in an order that is the same on all ranks.
 
-        Over all ranks they cover every element. `engine.sharded_state` saves and loads a run through them.
+        Over all ranks they cover every element. `engine/state/sharded_state.py` saves and loads a run through them.
         """
 
     def loss_scaler(self) -> dict[str, float]:
@@ -114,10 +114,10 @@ def prepare_backend(
 ) -> Backend:
     """The model under the named engine, ready for its first step."""
     if name == "fsdp":
-        from engine.backends.fsdp import FSDPBackend
+        from trunkline.engine.backends.fsdp import FSDPBackend
 
         return FSDPBackend(model, config, sizes, ranks, total_steps)
     assert name == "deepspeed"
-    from engine.backends.deepspeed import DeepSpeedBackend
+    from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
     return DeepSpeedBackend(model, config, sizes, ranks, total_steps)

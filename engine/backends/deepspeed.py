@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.backends import Stepped
-from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
-from engine.distributed import Ranks
-from engine.errors import ConfigError
-from engine.extensions import compilation_watched
-from engine.optimizers import build_optimizer, is_deepspeed_only
-from engine.schedules import build_scheduler, fast_forward
-from engine.sharded_state import Fragment, persistent_buffers
+from trunkline.engine.backends import Stepped
+from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.extensions import compilation_watched
+from trunkline.engine.optim.optimizers import build_optimizer, is_deepspeed_only
+from trunkline.engine.optim.schedules import build_scheduler, fast_forward
+from trunkline.engine.ranks.distributed import Ranks
+from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
 
 def quiet() -> None:
@@ -86,7 +86,7 @@ def _engine_clips(section: DeepSpeedSection) -> bool:
 
 
 class DeepSpeedBackend:
-    """engine.backends.Backend on deepspeed.initialize."""
+    """trunkline.engine.backends.Backend on deepspeed.initialize."""
 
     name = "deepspeed"
 

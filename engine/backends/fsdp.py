@@ -1,6 +1,6 @@
 """FSDP2 (`torch.distributed.fsdp.fully_shard`) as a backend: no DeepSpeed, one process or many.
 
-The section "deepspeed" means here what it means there (engine/fsdp_section.py says key by key):
+The section "deepspeed" means here what it means there (engine/config/fsdp_section.py says key by key):
 - ZeRO 3 frees a block's parameters after its forward and gathers them again for its backward.
 - ZeRO 2 keeps them gathered from the first forward of a step to its last backward. The gradients of each micro-batch
   are reduce-scattered, so that a rank keeps its shard of the sum.
@@ -32,21 +32,21 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from engine.backends import Stepped
-from engine.config import RunConfig
-from engine.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
-from engine.distributed import Ranks
-from engine.errors import ConfigError
-from engine.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
-from engine.loss_scaling import LossScaler
-from engine.model_options import blocks
-from engine.optimizers import build_optimizer
-from engine.schedules import build_scheduler, fast_forward
-from engine.sharded_state import Fragment, persistent_buffers
+from trunkline.engine.backends import Stepped
+from trunkline.engine.backends.model_options import blocks
+from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
+from trunkline.engine.config.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.loss_scaling import LossScaler
+from trunkline.engine.optim.optimizers import build_optimizer
+from trunkline.engine.optim.schedules import build_scheduler, fast_forward
+from trunkline.engine.ranks.distributed import Ranks
+from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
 
 class FSDPBackend:
-    """engine.backends.Backend on fully_shard."""
+    """trunkline.engine.backends.Backend on fully_shard."""
 
     name = "fsdp"
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from engine.meaning import HOW, FolderPath
-from engine.strict import Strict
+from trunkline.engine.config.meaning import HOW, FolderPath
+from trunkline.engine.config.strict import Strict
 
 
 class LlamaShape(NamedTuple):
@@ -76,7 +76,8 @@ class CausalLMModel(Strict):
     num_kv_heads: int | None = Field(None, ge=1)
     intermediate_size: int | None = Field(None, ge=1)
     attention: Annotated[Literal["auto", "trunkline", "sdpa", "eager"], HOW] = Field(
-        "auto", description="auto: kernels.flash_attention where it can do the model's attention, else what torch has"
+        "auto",
+        description="auto: kernels/attention/flash.py where it can do the model's attention, else what torch has",
     )
 
     @property

@@ -18,11 +18,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from engine.errors import DataError
-from engine.workers import end_with_parent
-from models.causal_lm.records import BadRecord, Conversation, Preference, Record, Text
-from models.causal_lm.rendering import Rendered, Renderer
-from models.causal_lm.tokenizer import load_tokenizer
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.workers import end_with_parent
+from trunkline.models.causal_lm.records import BadRecord, Conversation, Preference, Record, Text
+from trunkline.models.causal_lm.rendering import Rendered, Renderer
+from trunkline.models.causal_lm.tokenizer import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_RECORDS = 512

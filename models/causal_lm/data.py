@@ -1,7 +1,7 @@
 """Datasets of a store's sequences, and their batches.
 
     Padded(sequences, kind, max_length)   a sample is one piece
-    Packed(sequences, kind, max_length)   a sample is a row of pieces, as many as fit (models.causal_lm.packing)
+    Packed(sequences, kind, max_length)   a sample is a row of pieces, as many as fit (models/causal_lm/packing.py)
     Pairs(sequences, max_length)          a sample is (chosen, rejected)
     collate(samples, pad_id)              the batch of the first two
     collate_pairs(samples, pad_id)        the batch of the third
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.errors import DataError
-from models.causal_lm.packing import pack
-from models.causal_lm.records import Kind
-from models.causal_lm.store import Sequences
+from trunkline.engine.errors import DataError
+from trunkline.models.causal_lm.packing import pack
+from trunkline.models.causal_lm.records import Kind
+from trunkline.models.causal_lm.store import Sequences
 
 IGNORE = -100
 """The target where nothing is predicted."""

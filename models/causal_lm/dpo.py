@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.causal_lm.config import DPO
-from models.causal_lm.network import CausalLM
+from trunkline.models.causal_lm.config import DPO
+from trunkline.models.causal_lm.network import CausalLM
 
 
 class Preference(NamedTuple):

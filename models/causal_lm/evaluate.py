@@ -20,19 +20,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine.errors import ConfigError
-from engine.evaluation import to_device
-from engine.files import write_json
-from engine.hardware import choose_device
-from engine.loading import evaluation_loader
-from engine.task import Batch, Sums, add_sums
-from engine.weights import described
-from models.causal_lm.config import CausalLMModel
-from models.causal_lm.dpo import PolicyAndReference
-from models.causal_lm.network import CausalLM, make_network
-from models.causal_lm.plots import plot_margins, plot_positions
-from models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
-from models.causal_lm.trained import at, load_sections
+from trunkline.engine.checkpoint.weights import described
+from trunkline.engine.data.loading import evaluation_loader
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.evaluation import to_device
+from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.hardware import choose_device
+from trunkline.engine.task import Batch, Sums, add_sums
+from trunkline.models.causal_lm.config import CausalLMModel
+from trunkline.models.causal_lm.dpo import PolicyAndReference
+from trunkline.models.causal_lm.network import CausalLM, make_network
+from trunkline.models.causal_lm.plots import plot_margins, plot_positions
+from trunkline.models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
+from trunkline.models.causal_lm.trained import at, load_sections
 
 TRAINED, START, FREQUENCIES = "trained", "start", "token frequencies"
 

@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
-from models.causal_lm.records import KINDS
+from trunkline.engine.errors import ConfigError
+from trunkline.models.causal_lm.records import KINDS
 
 VAL_FRACTION = 0.1
 MADE_UP = "the rejected answers are answers to other questions, picked by a rule; nobody judged these pairs"

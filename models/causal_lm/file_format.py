@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError
-from models.causal_lm.folder import read_tensors, reading, tensor_shapes
+from trunkline.engine.errors import CheckpointError
+from trunkline.models.causal_lm.folder import read_tensors, reading, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from engine.errors import CheckpointError, TrunklineError
-from engine.reading import check_regular, read_object
+from trunkline.engine.errors import CheckpointError, TrunklineError
+from trunkline.engine.machine.reading import check_regular, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,7 +4,7 @@
     hf_config_of(model, ...)         the configuration that transformers builds the network from
 
 The network is transformers' own, parameter for parameter; what changes is its last linear layer, which is a LinearLoss,
-and its attention, which is kernels.flash_attention where that can do what the model asks for.
+and its attention, which is trunkline.kernels.attention.flash where that can do what the model asks for.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.digests import check_digests
-from engine.errors import CheckpointError, ConfigError
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.transformers_attention import NAME as TRUNKLINE
-from kernels.transformers_attention import register_with_transformers
-from models.causal_lm.config import CausalLMModel, LlamaShape
-from models.causal_lm.data import IGNORE
-from models.causal_lm.file_format import FileFormat, misfit, shell_of
-from models.causal_lm.folder import brief, read_config, reading, tensor_shapes
-from models.causal_lm.probing import NotCausalError, settle
+from trunkline.engine.checkpoint.digests import check_digests
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
+from trunkline.models.causal_lm.config import CausalLMModel, LlamaShape
+from trunkline.models.causal_lm.data import IGNORE
+from trunkline.models.causal_lm.file_format import FileFormat, misfit, shell_of
+from trunkline.models.causal_lm.folder import brief, read_config, reading, tensor_shapes
+from trunkline.models.causal_lm.probing import NotCausalError, settle
+from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
+from trunkline.models.causal_lm.transformers_attention import register_with_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -225,7 +225,7 @@ class CausalLM(nn.Module):
             input_ids: [B, L] int64, padded on the right.
             targets: [B, L] int64, the token that each position is to predict; IGNORE where it is to predict none.
             position_ids, document: [B, L] int64, of packed rows: the place in its document, and the document's number.
-            packing: of packed rows: the tables of kernels.packed_attention.
+            packing: of packed rows: the tables of trunkline.kernels.attention.packed.
         """
         # padding stands on the right, so causal attention needs no mask to leave it out
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}

@@ -22,12 +22,12 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from engine.errors import ConfigError, DataError
-from engine.hardware import choose_device
-from engine.weights import described
-from models.causal_lm.records import BadRecord
-from models.causal_lm.tokenizer import leading_ids, pad_id
-from models.causal_lm.trained import Trained, load_trained
+from trunkline.engine.checkpoint.weights import described
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.machine.hardware import choose_device
+from trunkline.models.causal_lm.records import BadRecord
+from trunkline.models.causal_lm.tokenizer import leading_ids, pad_id
+from trunkline.models.causal_lm.trained import Trained, load_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

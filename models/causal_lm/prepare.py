@@ -19,22 +19,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.errors import ConfigError, DataError
-from models.causal_lm.conversion import characters, convert_all, texts
-from models.causal_lm.records import KINDS, Kind
-from models.causal_lm.skipped import Skipped, Tally, remarks
-from models.causal_lm.sources import SUFFIXES, Problem, find_files
-from models.causal_lm.splits import Splits
-from models.causal_lm.store import Split, Store, values_digest
-from models.causal_lm.store_writer import StoreWriter, draft_of
-from models.causal_lm.tokenizer import (
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.models.causal_lm.conversion import characters, convert_all, texts
+from trunkline.models.causal_lm.records import KINDS, Kind
+from trunkline.models.causal_lm.skipped import Skipped, Tally, remarks
+from trunkline.models.causal_lm.sources import SUFFIXES, Problem, find_files
+from trunkline.models.causal_lm.splits import Splits
+from trunkline.models.causal_lm.store import Split, Store, values_digest
+from trunkline.models.causal_lm.store_writer import StoreWriter, draft_of
+from trunkline.models.causal_lm.tokenizer import (
     MIN_VOCAB_SIZE,
     load_tokenizer,
     tokenizer_digest,
     train_tokenizer,
     vocabulary_size,
 )
-from models.causal_lm.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
+from trunkline.models.causal_lm.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
 
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
@@ -281,7 +281,7 @@ def _template(path: Path) -> str:
 
 
 def _write_example(out: Path, kind: Kind) -> tuple[list[Path], list[Path]]:
-    from models.causal_lm.examples import MADE_UP, write_examples
+    from trunkline.models.causal_lm.examples import MADE_UP, write_examples
 
     folder = out.parent / "example"
     counts = write_examples(folder)

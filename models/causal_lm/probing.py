@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packed_attention import packing_tables
-from kernels.transformers_attention import NAME as TRUNKLINE
+from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
 
 if TYPE_CHECKING:
-    from models.causal_lm.network import CausalLM
+    from trunkline.models.causal_lm.network import CausalLM
 
 _SHORT, _LONG = 5, 7  # tokens of two documents; of the long ones the first _SHORT are those of the short one
 _LOUDER = 16.0  # times the logits, or an untrained model would whisper; a power of two is taken back exactly

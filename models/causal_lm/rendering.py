@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from models.causal_lm.chat_template import Asked, TemplateLimit, render, render_marked
-from models.causal_lm.records import BadRecord, Conversation, Message, Preference, Record, Text, strings
-from models.causal_lm.tokenizer import leading_ids, special_tokens, turn_ends
-from models.causal_lm.unrendered import Unrendered, without_template
+from trunkline.models.causal_lm.chat_template import Asked, TemplateLimit, render, render_marked
+from trunkline.models.causal_lm.records import BadRecord, Conversation, Message, Preference, Record, Text, strings
+from trunkline.models.causal_lm.tokenizer import leading_ids, special_tokens, turn_ends
+from trunkline.models.causal_lm.unrendered import Unrendered, without_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def _nothing(_: str) -> None:
 
 
 class Renderer:
-    """Renders records with a tokenizer that `models.causal_lm.tokenizer` loaded or trained.
+    """Renders records with a tokenizer that `trunkline.models.causal_lm.tokenizer` loaded or trained.
 
     template: what its chat template is called in an error
     """

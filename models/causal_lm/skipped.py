@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import DataError
-from models.causal_lm.sources import Place, Problem
+from trunkline.engine.errors import DataError
+from trunkline.models.causal_lm.sources import Place, Problem
 
 _SHOWN = 3
 _SHOWN_IN_ERROR = 10

@@ -3,7 +3,7 @@
     find_files(paths)            the files to read, in the order in which they are read
     read_records(files, kind)    (place, record) for a good record, Problem(place, reason) for any other
 
-What a record is stands in models.causal_lm.records; a .txt file is one document. JSONL and Parquet are read piece by
+What a record is stands in models/causal_lm/records.py; a .txt file is one document. JSONL and Parquet are read piece by
 piece, so memory does not depend on their size. A bad record is never dropped silently and never stops the others; a
 file that cannot be read at all is an error.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import polars as pl
 
-from engine.errors import ConfigError, DataError
-from models.causal_lm.records import BadRecord, Kind, Record, record_of
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.models.causal_lm.records import BadRecord, Kind, Record, record_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 MAX_RECORD_BYTES = 16 << 20

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.causal_lm.records import Kind, Record, Text
-from models.causal_lm.sources import Place, Problem, read_records
-from models.causal_lm.store import Split
+from trunkline.models.causal_lm.records import Kind, Record, Text
+from trunkline.models.causal_lm.sources import Place, Problem, read_records
+from trunkline.models.causal_lm.store import Split
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@
                         first.npy    int64 [N], the first learned token that can be predicted (not the first token of
                                      the sequence), or the sequence's length where there is none; absent for texts
 
-Kinds are those of models.causal_lm.records. The sequences of preferences come in pairs: 2i is chosen, 2i + 1 rejected.
-A store is written under another name (models.causal_lm.store_writer) and renamed, so what is there is whole.
+Kinds are those of records.py. The sequences of preferences come in pairs: 2i is chosen, 2i + 1 rejected.
+A store is written under another name (trunkline.models.causal_lm.store_writer) and renamed, so what is there is whole.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from engine.errors import DataError
-from engine.reading import read_object, reason
-from models.causal_lm.records import KINDS, Kind
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.reading import read_object, reason
+from trunkline.models.causal_lm.records import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -206,7 +206,7 @@ class Store:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the tokens."""
-        from models.causal_lm.tokenizer import load_tokenizer
+        from trunkline.models.causal_lm.tokenizer import load_tokenizer
 
         return load_tokenizer(self.root / "tokenizer")
 

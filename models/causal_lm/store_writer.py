@@ -1,4 +1,4 @@
-"""Writes a store (models.causal_lm.store), so that a half-written one is never taken for whole.
+"""Writes a store (trunkline.models.causal_lm.store), so that a half-written one is never taken for whole.
 
     draft_of(out)                          the folder to write into, beside `out`
     StoreWriter(draft, kind, vocab_size)   .add(split, sequences of one record), then .finish(out, ...)
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError
-from engine.files import only_writer, sync
-from models.causal_lm.records import Kind
-from models.causal_lm.rendering import Rendered
-from models.causal_lm.store import (
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.files import only_writer, sync
+from trunkline.models.causal_lm.records import Kind
+from trunkline.models.causal_lm.rendering import Rendered
+from trunkline.models.causal_lm.store import (
     HEADER_BYTES,
     SPLITS,
     VERSION,

@@ -19,20 +19,20 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from engine.errors import ConfigError
-from engine.files import write_json
-from engine.task import Batch, Sums
-from kernels.packed_attention import packing_tables
-from models.causal_lm.config import DPO, CausalLMData, CausalLMModel
-from models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
-from models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from models.causal_lm.file_format import FileFormat, shell_of
-from models.causal_lm.folder import read_generation, token_ids
-from models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
-from models.causal_lm.skipped import remarks
-from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids
-from models.causal_lm.tokenizer_files import keep_tokens, tokenizer_settings
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import write_json
+from trunkline.engine.task import Batch, Sums
+from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
+from trunkline.models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
+from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
+from trunkline.models.causal_lm.file_format import FileFormat, shell_of
+from trunkline.models.causal_lm.folder import read_generation, token_ids
+from trunkline.models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
+from trunkline.models.causal_lm.skipped import remarks
+from trunkline.models.causal_lm.store import Store
+from trunkline.models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids
+from trunkline.models.causal_lm.tokenizer_files import keep_tokens, tokenizer_settings
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -89,7 +89,7 @@ class LanguageModelTask:
         return self._datasets
 
     def collate(self, samples: Sequence[Any]) -> Batch:
-        """See models.causal_lm.data.collate. Packed rows come with the tables of kernels.packed_attention."""
+        """See models/causal_lm/data.py::collate. Packed rows come with the tables of kernels/attention/packed.py."""
         batch = collate(samples, self.pad_id, self.data.max_length)
         return batch | packing_tables(batch["document"]) if "document" in batch else batch
 
@@ -144,7 +144,7 @@ class LanguageModelTask:
         return name.removeprefix("lm.")
 
     def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named and shaped as in the folder that training starts from; see models.causal_lm.file_format."""
+        """Named and shaped as in the folder that training starts from; see trunkline.models.causal_lm.file_format."""
         return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class PreferenceTask(LanguageModelTask):
         return PolicyAndReference(policy, copy.deepcopy(policy))
 
     def collate(self, samples: Sequence[Any]) -> Batch:
-        """See models.causal_lm.data.collate_pairs."""
+        """See trunkline.models.causal_lm.data.collate_pairs."""
         return collate_pairs(samples, self.pad_id, self.data.max_length)
 
     def weight(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The process in which chat templates run: calls on its stdin, replies on its stdout (models.causal_lm.chat_template).
+"""The process in which chat templates run: calls on its stdin, replies on its stdout (chat_template.py).
 
     serve()    what it does; read and write are both sides' of its pipes
 

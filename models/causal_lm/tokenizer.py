@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError
-from engine.reading import check_regular
-from models.causal_lm.chat_template import Asked, render
-from models.causal_lm.records import BadRecord
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import check_regular
+from trunkline.models.causal_lm.chat_template import Asked, render
+from trunkline.models.causal_lm.records import BadRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

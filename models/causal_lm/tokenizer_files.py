@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError
-from engine.files import write_json
-from engine.reading import read_object, reason
-from models.causal_lm.tokenizer import load_tokenizer, tokenizer_digest
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.reading import read_object, reason
+from trunkline.models.causal_lm.tokenizer import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError
-from engine.strict import validated
-from engine.weights import find_weights, read_config
-from models.causal_lm.config import CausalLMData, CausalLMModel
-from models.causal_lm.folder import token_ids
-from models.causal_lm.network import hf_config_of, make_network
-from models.causal_lm.rendering import Renderer
-from models.causal_lm.tokenizer import load_tokenizer, stop_ids
+from trunkline.engine.checkpoint.weights import find_weights, read_config
+from trunkline.engine.config.strict import validated
+from trunkline.engine.errors import CheckpointError
+from trunkline.models.causal_lm.config import CausalLMData, CausalLMModel
+from trunkline.models.causal_lm.folder import token_ids
+from trunkline.models.causal_lm.network import hf_config_of, make_network
+from trunkline.models.causal_lm.rendering import Renderer
+from trunkline.models.causal_lm.tokenizer import load_tokenizer, stop_ids
 
 
 @dataclass(frozen=True)

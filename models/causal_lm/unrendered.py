@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from models.causal_lm.chat_template import Asked
-from models.causal_lm.records import BadRecord, Message
+from trunkline.models.causal_lm.chat_template import Asked
+from trunkline.models.causal_lm.records import BadRecord, Message
 
 _LONGEST_NAME = 40
 

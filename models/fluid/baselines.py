@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import NormalEquations, RidgeAutoregression
-from models.fluid.rollout import rollout, starts, take_windows
-from models.fluid.store import Store
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import NormalEquations, RidgeAutoregression
+from trunkline.models.fluid.rollout import rollout, starts, take_windows
+from trunkline.models.fluid.store import Store
 
 PENALTIES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 DEFAULT_PENALTY = 1e-6

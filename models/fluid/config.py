@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from engine.meaning import FolderPath
-from engine.strict import Strict
+from trunkline.engine.config.meaning import FolderPath
+from trunkline.engine.config.strict import Strict
 
 
 class DecoderShape(NamedTuple):

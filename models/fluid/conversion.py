@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError
-from models.fluid.csv_cases import read_case
-from models.fluid.csv_source import SourceCase
-from models.fluid.schema import Schema
-from models.fluid.store import CaseEntry
-from models.fluid.store_writer import write_case
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.csv.cases import read_case
+from trunkline.models.fluid.csv.source import SourceCase
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.store import CaseEntry
+from trunkline.models.fluid.store_writer import write_case
 
 
 def convert_all(

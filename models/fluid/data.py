@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.errors import DataError
-from models.fluid.store import Store
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.store import Store
 
 Sample = tuple[np.ndarray, np.ndarray]
 """(x [T, V], target [T, Vs]), float32, raw physical units, NaN where a value is missing."""

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import DataError
-from engine.hardware import choose_device
-from engine.weights import described
-from models.fluid.baselines import Persistence, Ridge, fit_ridge
-from models.fluid.evaluation_report import write_report
-from models.fluid.metrics import Errors
-from models.fluid.normalization import Normalization
-from models.fluid.plots import plot_evaluation
-from models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
-from models.fluid.store import SPLITS, Store
-from models.fluid.trained import Trained, load_trained
+from trunkline.engine.checkpoint.weights import described
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.hardware import choose_device
+from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
+from trunkline.models.fluid.evaluation_report import write_report
+from trunkline.models.fluid.metrics import Errors
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.plots import plot_evaluation
+from trunkline.models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
+from trunkline.models.fluid.store import SPLITS, Store
+from trunkline.models.fluid.trained import Trained, load_trained
 
 MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
 HORIZONS = ("1 minute", "60 minutes", "whole day")

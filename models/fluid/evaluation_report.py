@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.fluid.metrics import ALL
-from models.fluid.trained import Trained
+from trunkline.models.fluid.metrics import ALL
+from trunkline.models.fluid.trained import Trained
 
 if TYPE_CHECKING:
-    from models.fluid.evaluate import Evaluation
+    from trunkline.models.fluid.evaluate import Evaluation
 
 Table = list[list[str]]
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.task import Sums
-from models.fluid.normalization import Normalization
-from models.fluid.schema import Schema, parse_column, unit
+from trunkline.engine.task import Sums
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.schema import Schema, parse_column, unit
 
 ALL = "all"
 Scores = dict[str, float]

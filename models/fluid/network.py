@@ -8,7 +8,7 @@ prediction in normalised units as  base + unit * u:
 
     target "level"    base = 0                        unit = 1
     target "change"   base = the state at minute s    unit = the size of a minute's change and of the input noise
-    linear skip       base = what the ridge autoregression of models.fluid.ridge predicts
+    linear skip       base = what the ridge autoregression of trunkline.models.fluid.ridge predicts
     dense skip        u    = the decoder's output + that of a small network over all values of two minutes
 """
 
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import flash_attention, linear_masked_mse, masked_mse
-from models.fluid.config import DecoderShape
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import RidgeAutoregression, two_minutes
+from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.linear_masked_mse import linear_masked_mse
+from trunkline.kernels.masked_mse import masked_mse
+from trunkline.models.fluid.config import DecoderShape
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import RidgeAutoregression, two_minutes
 
 
 class FluidDecoder(nn.Module):

@@ -20,10 +20,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
-from models.fluid.schema import Schema, parse_column, unit
+from trunkline.models.fluid.schema import Schema, parse_column, unit
 
 if TYPE_CHECKING:
-    from models.fluid.evaluate import Evaluation
+    from trunkline.models.fluid.evaluate import Evaluation
 
 _COLOURS = {"surrogate": "#c1432b", "ridge": "#3b6ea5", "persistence": "#8c8c8c", "truth": "#1b1b1b"}
 _STYLE: Any = {

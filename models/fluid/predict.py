@@ -20,16 +20,16 @@ import numpy as np
 import polars as pl
 import torch
 
-from engine.errors import DataError
-from engine.hardware import choose_device
-from engine.weights import described
-from models.fluid.csv_cases import read_case
-from models.fluid.metrics import Errors
-from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
-from models.fluid.rollout import Surrogate, rollout
-from models.fluid.schema import GROUPS, MINUTES, Schema
-from models.fluid.store import Store
-from models.fluid.trained import Trained, load_trained
+from trunkline.engine.checkpoint.weights import described
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.hardware import choose_device
+from trunkline.models.fluid.csv.cases import read_case
+from trunkline.models.fluid.metrics import Errors
+from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
+from trunkline.models.fluid.rollout import Surrogate, rollout
+from trunkline.models.fluid.schema import GROUPS, MINUTES, Schema
+from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.trained import Trained, load_trained
 
 _VARIABLES = 6
 

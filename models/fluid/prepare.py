@@ -18,13 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.errors import ConfigError, DataError
-from engine.files import only_writer
-from models.fluid.conversion import convert_all
-from models.fluid.csv_source import SourceCase, agree_on_schema, find_cases, stamp
-from models.fluid.schema import Schema
-from models.fluid.store import SPLITS, CaseEntry, Store
-from models.fluid.store_writer import (
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.machine.files import only_writer
+from trunkline.models.fluid.conversion import convert_all
+from trunkline.models.fluid.csv.source import SourceCase, agree_on_schema, find_cases, stamp
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.store import SPLITS, CaseEntry, Store
+from trunkline.models.fluid.store_writer import (
     PARTIAL,
     begin_store,
     finish_store,
@@ -196,7 +196,7 @@ def _copy_network(source: Path, out: Path) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from models.fluid.simulate import simulate
+    from trunkline.models.fluid.simulator.simulate import simulate
 
     if arguments.cases < 1:
         raise ConfigError(f"--cases {arguments.cases}: --simulate needs --cases N, 1 or more")

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import DataError
-from models.fluid.normalization import Fp32Buffers, Normalization
-from models.fluid.store import Store
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.normalization import Fp32Buffers, Normalization
+from trunkline.models.fluid.store import Store
 
 _ROWS_PER_FEATURE = 4  # a network of thousands of variables is fitted on evenly spaced minutes, not on all of them
 _LEAST_ROWS = 200_000

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.fluid.store import Store
+from trunkline.models.fluid.store import Store
 
 
 class Forecaster(Protocol):

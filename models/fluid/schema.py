@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from engine.errors import DataError
-from engine.reading import read_json, reason
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.reading import read_json, reason
 
 GROUPS = ("B", "C", "H", "N", "P", "R", "T&E")
 BOUNDARY = "Boundary"

@@ -2,13 +2,13 @@
 
     DIR/store.json               written last: its presence says that the store is whole
     DIR/schema.json              the columns
-    DIR/statistics.safetensors   statistics of the training split, fp64 [V] each (models.fluid.statistics)
+    DIR/statistics.safetensors   statistics of the training split, fp64 [V] each (trunkline.models.fluid.statistics)
     DIR/network.json             the network, where the source has one
     DIR/{train,val,test}/<case>/ boundary.npy [M, Vb], state.npy [M, Vs] (absent for a case without outputs), case.json,
                                  moments.npy (the case's part of the statistics)
 
 Arrays are float32, row i is minute i + 1 of the day, M = 1440. A row of boundary.npy holds the set-points in force at
-that minute; NaN in state.npy is a missing value. models.fluid.store_writer writes all this.
+that minute; NaN in state.npy is a missing value. trunkline.models.fluid.store_writer writes all this.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from safetensors.numpy import load_file
 
-from engine.errors import DataError
-from engine.reading import open_regular, read_object, reason
-from models.fluid.schema import Schema
-from models.fluid.statistics import STATISTICS
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.reading import open_regular, read_object, reason
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.statistics import STATISTICS
 
 SPLITS = ("train", "val", "test")
 VERSION = 1

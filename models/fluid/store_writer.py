@@ -1,4 +1,4 @@
-"""Writes a store (models.fluid.store), so that a half-written one is never taken for whole.
+"""Writes a store (trunkline.models.fluid.store), so that a half-written one is never taken for whole.
 
     write_case(root, split, name, ...)   one case: under a temporary name, synced, then renamed
     finish_store(root, ...)              statistics of the training split, then store.json, last and atomically
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from engine.errors import DataError
-from engine.files import sync
-from engine.reading import open_regular, read_object, read_whole
-from models.fluid.schema import MINUTES, Schema
-from models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
-from models.fluid.store import (
+from trunkline.engine.errors import DataError
+from trunkline.engine.machine.files import sync
+from trunkline.engine.machine.reading import open_regular, read_object, read_whole
+from trunkline.models.fluid.schema import MINUTES, Schema
+from trunkline.models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
+from trunkline.models.fluid.store import (
     MAX_INDEX_BYTES,
     SPLITS,
     VERSION,

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from engine.errors import ConfigError
-from engine.randomness import normal
-from engine.task import Batch, Sums
-from models.fluid.config import FluidData, FluidModel
-from models.fluid.data import FluidWindows, Sample, collate
-from models.fluid.metrics import DIRECTIONS, Errors, flat_scores
-from models.fluid.network import FluidDecoder
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import JITTER, NormalEquations
-from models.fluid.schema import Schema
-from models.fluid.store import Store
+from trunkline.engine.data.randomness import normal
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.task import Batch, Sums
+from trunkline.models.fluid.config import FluidData, FluidModel
+from trunkline.models.fluid.data import FluidWindows, Sample, collate
+from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
+from trunkline.models.fluid.network import FluidDecoder
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import JITTER, NormalEquations
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.store import Store
 
 SKIP_PENALTY = 1e-6
 
@@ -51,7 +51,7 @@ class FluidTask:
         return {split: FluidWindows(self.store, split, self.data.history) for split in ("train", "val")}
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see models.fluid.data."""
+        """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see trunkline.models.fluid.data."""
         return collate(samples)
 
     def weight(self, batch: Batch) -> Tensor:

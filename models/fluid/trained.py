@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError
-from engine.reading import read_object
-from engine.strict import read_json_object, validated
-from engine.weights import find_weights, load_weights
-from models.fluid.config import FluidData, FluidModel
-from models.fluid.network import FluidDecoder
-from models.fluid.schema import Schema
-from models.fluid.task import make_decoder
+from trunkline.engine.checkpoint.weights import find_weights, load_weights
+from trunkline.engine.config.strict import read_json_object, validated
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.machine.reading import read_object
+from trunkline.models.fluid.config import FluidData, FluidModel
+from trunkline.models.fluid.network import FluidDecoder
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.task import make_decoder
 
 _LARGEST_NETWORK = 256 << 20
 

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from engine.deepspeed_section import BatchSizes
-from engine.distributed import start
-from engine.errors import TrunklineError
-from engine.find_micro_batch import find_micro_batch
-from engine.micro_batch import divisors
-from engine.plan import activation_bytes
-from engine.trainer import Trainer
 from tests.distributed import run_distributed_test
-from tests.engine.test_memory import Hungry, config_of, losses, train, trainer_of
+from tests.engine.memory.test_shortage import Hungry, config_of, losses, train, trainer_of
 from tests.engine.tiny import TinyTask
+from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.errors import TrunklineError
+from trunkline.engine.find_micro_batch import find_micro_batch
+from trunkline.engine.memory.micro_batch import divisors
+from trunkline.engine.plan import activation_bytes
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
 
 
 def found_micro_batch(folder: Path, backend: str, stage: int, limit: int | None, resume: str = "none") -> Trainer:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import RunConfig
-from engine.distributed import start
-from engine.errors import ConfigError
-from engine.plan import make_plan, planned_steps, render_plan
-from engine.readiness import ready
-from engine.trainer import Trainer
 from tests.engine.tiny import TinyTask, tiny_config
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.plan import make_plan, planned_steps, render_plan
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.readiness import ready
+from trunkline.engine.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -19,20 +19,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import lookout
-from engine.config import RunConfig
-from engine.deepspeed_section import batch_sizes
-from engine.distributed import start
-from engine.errors import CheckpointError, ConfigError, TrunklineError
-from engine.order import FILLER, GlobalBatches
-from engine.randomness import seed_torch
-from engine.schedules import learning_rates
-from engine.sharded_state import Snapshot
-from engine.task import Batch, Sums
-from engine.trainer import InterruptedRunError, Trainer
-from engine.weights import load_weights
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import Net, TinyTask, tiny_config
+from trunkline.engine.checkpoint.weights import load_weights
+from trunkline.engine.config.deepspeed_section import batch_sizes
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.optim.schedules import learning_rates
+from trunkline.engine.ranks import lookout
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.state.sharded_state import Snapshot
+from trunkline.engine.task import Batch, Sums
+from trunkline.engine.trainer import InterruptedRunError, Trainer
 
 
 def train(folder: Path, config: RunConfig, resume: str = "none") -> Trainer:

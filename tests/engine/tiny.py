@@ -8,8 +8,8 @@ Run as a script it is launched like launchers/train.py, by python or by deepspee
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from engine.output import keep_printing
-    from engine.stopping import listen
+    from trunkline.engine.machine.output import keep_printing
+    from trunkline.engine.machine.stopping import listen
 
     keep_printing()
     listen()
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from engine.config import RunConfig, load_config
-from engine.randomness import mix, normal
-from engine.strict import Strict
-from engine.task import Batch, Sums
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.config.strict import Strict
+from trunkline.engine.data.randomness import mix, normal
+from trunkline.engine.task import Batch, Sums
 
 
 class TinyData(Strict):
@@ -186,9 +186,9 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 
 def main() -> int:
-    from engine.distributed import start, stop
-    from engine.errors import TrunklineError
-    from engine.trainer import InterruptedRunError, Trainer
+    from trunkline.engine.errors import TrunklineError
+    from trunkline.engine.ranks.distributed import start, stop
+    from trunkline.engine.trainer import InterruptedRunError, Trainer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

@@ -31,7 +31,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @contextlib.contextmanager
 def _interpreted() -> Iterator[None]:
-    from kernels import triton_path  # not before tests/conftest.py has chosen how
+    from trunkline.kernels import triton_path  # not before tests/conftest.py has chosen how
 
     if triton_path.triton is None:
         pytest.skip("needs Triton")

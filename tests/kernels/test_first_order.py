@@ -11,15 +11,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from kernels import (
-    flash_attention,
-    linear_cross_entropy,
-    linear_masked_mse,
-    masked_mse,
-    packed_attention,
-    packing_tables,
-    triton_path,
-)
+from trunkline.kernels import triton_path
+from trunkline.kernels.attention import flash_attention, packed_attention, packing_tables
+from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
+from trunkline.kernels.linear_masked_mse import linear_masked_mse
+from trunkline.kernels.masked_mse import masked_mse
 
 MASK = torch.tensor([True, False, True])
 TARGETS = torch.tensor([1, -100, 2])

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_cross_entropy
-from kernels.reference import linear_cross_entropy_reference
+from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
+from trunkline.kernels.reference import linear_cross_entropy_reference
 
-module = importlib.import_module("kernels.linear_cross_entropy")  # whose name in the package is the function's
+module = importlib.import_module(
+    "trunkline.kernels.linear_cross_entropy"
+)  # whose name in the package is the function's
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -304,7 +306,7 @@ def test_what_comes_back_to_ignored_rows_does_not_matter(small_chunks, device, v
 
 _ONE_GRAPH = """
 import importlib, torch
-module = importlib.import_module("kernels.linear_cross_entropy")
+module = importlib.import_module("trunkline.kernels.linear_cross_entropy")
 module._is_read_at_once = lambda x: False
 compiled = torch.compile(module.linear_cross_entropy, fullgraph=True, backend="aot_eager")
 h, w, b = leaves = [torch.randn(shape, requires_grad=True) for shape in ((3, 4), (6, 4), (6,))]

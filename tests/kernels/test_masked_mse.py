@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import linear_masked_mse, masked_mse
-from kernels.reference import linear_masked_mse_reference, masked_mse_reference
+from trunkline.kernels.linear_masked_mse import linear_masked_mse
+from trunkline.kernels.masked_mse import masked_mse
+from trunkline.kernels.reference import linear_masked_mse_reference, masked_mse_reference
 
 
 def values(shape=(3, 5, 7), dtype=torch.float32, seed=0):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import linear_masked_mse, masked_mse
-from kernels.column_sums import column_sums
-from kernels.reference import linear_masked_mse_reference, masked_mse_reference
+from trunkline.kernels.column_sums import column_sums
+from trunkline.kernels.linear_masked_mse import linear_masked_mse
+from trunkline.kernels.masked_mse import masked_mse
+from trunkline.kernels.reference import linear_masked_mse_reference, masked_mse_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -143,7 +144,7 @@ def test_every_way_of_broadcasting_a_mask(device):
 @pytest.mark.parametrize("sizes", [(), (7,), (5, 7), (3, 1, 7), (3, 5, 1), (3, 5, 7), (1, 5, 1), (3, 1, 1)])
 def test_a_broadcast_mask_is_not_copied(device, sizes):
     mask = some(sizes, device)
-    layout = importlib.import_module("kernels.masked_mse")._mask_layout
+    layout = importlib.import_module("trunkline.kernels.masked_mse")._mask_layout
     assert layout(mask, torch.Size((3, 5, 7)))[0].data_ptr() == mask.data_ptr()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers import train
 from tests.models.fluid.toy_network import write_toy_store
+from trunkline.launchers import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from launchers.bench import BENCHMARKS, main
+from trunkline.launchers.bench import BENCHMARKS, main
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

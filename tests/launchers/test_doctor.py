@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine import doctor
-from engine.doctor import Finding, can_train
-from tests.engine.test_impostors import install
+from tests.engine.machine.test_apex import install
+from trunkline.engine.machine import doctor
+from trunkline.engine.machine.doctor import Finding, can_train
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = ROOT / "launchers" / "doctor.py"
@@ -40,20 +40,8 @@ def test_this_machine_can_train() -> None:
     assert "sum, average, reduce-scatter and all-gather" in findings["collectives over gloo"]["detail"]
     assert findings["deepspeed import"]["detail"].startswith("works without a compiler")
     assert findings["tensorboard"]["status"] == "ok"
-    for name in ("python", "torch", "numpy", "package kernels", "cpu", "disk", "memory"):
+    for name in ("python", "torch", "numpy", "cpu", "disk", "memory"):
         assert findings[name]["detail"]
-
-
-def test_hugging_faces_kernels_in_front_of_ours_keeps_training_from_starting(tmp_path: Path) -> None:
-    install(tmp_path, "kernels", "0.17.2", ["kernels/__init__.py"])
-    outcome = _doctor("--quick", path=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert outcome.returncode == 1
-    lines = outcome.stdout.splitlines()
-    (marked,) = [index for index, line in enumerate(lines) if line.startswith("X ")]
-    assert lines[marked].split() == ["X", "package", "kernels", "`import", "kernels`", "leads", "to",
-                                     str(tmp_path / "kernels")]  # fmt: skip
-    assert "-> Hugging Face's `kernels` 0.17.2 hides Trunkline's: pip uninstall kernels" in lines[marked + 1]
-    assert lines[-1].startswith("Training cannot start")
 
 
 def test_the_web_toolkit_named_apex_is_a_warning(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from launchers.evaluate import main
 from tests.models.fluid.toy_network import write_toy_store
 from tests.models.fluid.trained_run import write_run
+from trunkline.launchers.evaluate import main
 
 
 @pytest.fixture

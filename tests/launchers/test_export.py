@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import Checkpoints, verify
-from engine.digests import check_digests
-from engine.export import export_weights
-from engine.sharded_state import capture
-from launchers.export import main
-from models.fluid.trained import load_trained
 from tests.distributed import run_distributed_test
-from tests.engine.test_resume import SAVED, Layout, save_all
-from tests.engine.test_sharded_state import ALONE, Alone
+from tests.engine.checkpoint.test_resume import SAVED, Layout, save_all
+from tests.engine.state.test_sharded_state import ALONE, Alone
+from trunkline.engine.checkpoint.checkpoints import Checkpoints, verify
+from trunkline.engine.checkpoint.digests import check_digests
+from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.state.sharded_state import capture
+from trunkline.launchers.export import main
+from trunkline.models.fluid.trained import load_trained
 
 
 def test_the_newest_checkpoint_gives_the_final_weights(toy: Path, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_the_newest_checkpoint_gives_the_final_weights(toy: Path, tmp_path: Path
 
 def test_the_training_data_is_not_needed(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(toy / "run", tmp_path / "run")
-    monkeypatch.setattr("models.fluid.task.Store.open", None)  # whoever opens it fails
+    monkeypatch.setattr("trunkline.models.fluid.task.Store.open", None)  # whoever opens it fails
     monkeypatch.chdir(tmp_path)
     assert main(["--run", "run", "--out", "out", "--dtype", "float16"]) == 0
     assert load_trained(tmp_path / "out", torch.device("cpu")).schema == load_trained(toy / "run", "cpu").schema

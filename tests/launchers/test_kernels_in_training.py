@@ -13,7 +13,7 @@ NOTES_KERNELS = """
 import os, sys
 from pathlib import Path
 from triton.runtime.interpreter import GridExecutor
-from launchers import train
+from trunkline.launchers import train
 
 launched, execute = set(), GridExecutor.__call__
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers.prepare import main
-from models.fluid.store import Store
 from tests.models.fluid.csv_tree import write_case, write_source
+from trunkline.launchers.prepare import main
+from trunkline.models.fluid.store import Store
 
 ROOT = Path(__file__).parents[2]
 

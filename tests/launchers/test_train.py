@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.plan import make_plan
-from launchers import evaluate, predict, train
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
+from trunkline.engine.plan import make_plan
+from trunkline.launchers import evaluate, predict, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -172,9 +172,9 @@ def _sections(folder: Path) -> tuple[Any, Any]:
 
 
 def test_every_shipped_configuration_is_valid() -> None:
-    from engine.config import load_config
-    from engine.deepspeed_section import batch_sizes
-    from models.registry import config_sections
+    from trunkline.engine.config.deepspeed_section import batch_sizes
+    from trunkline.engine.config.run_config import load_config
+    from trunkline.models.registry import config_sections
 
     paths = sorted((ROOT / "configs").glob("*/*.json"))
     assert len(paths) >= 6

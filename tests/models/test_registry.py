@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine.errors import CheckpointError, ConfigError
-from models.registry import WORKLOADS, config_sections, workload_of_run
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.models.registry import WORKLOADS, config_sections, workload_of_run
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

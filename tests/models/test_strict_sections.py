@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from engine.config import Training
-from engine.deepspeed_section import DeepSpeedSection
-from models.registry import WORKLOADS, config_sections
+from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.run_config import Training
+from trunkline.models.registry import WORKLOADS, config_sections
 
-FREE = {"Optimizer.params", "Scheduler.params"}  # typed by engine.typed_params
+FREE = {"Optimizer.params", "Scheduler.params"}  # typed by trunkline.engine.config.typed_params
 ROOTS = {
     "training": Training,
     "deepspeed": DeepSpeedSection,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.distributed import start
-from engine.trainer import Trainer
-from models.registry import make_task
 from tests.models.causal_lm.toy_language import toy_config, toy_stores
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.models.registry import make_task
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from models.causal_lm.config import CausalLMModel, Pretrain
+from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
 
 SIZES: dict[str, Any] = dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size"), 32)
 SIZES |= dict.fromkeys(("attention_hidden_size", "word_embed_proj_dim"), 32)

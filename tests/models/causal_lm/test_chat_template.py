@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from models.causal_lm import chat_template
-from models.causal_lm.chat_template import Asked, render, render_marked
-from models.causal_lm.records import BadRecord
-from models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.causal_lm import chat_template
+from trunkline.models.causal_lm.chat_template import Asked, render, render_marked
+from trunkline.models.causal_lm.records import BadRecord
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -88,8 +88,8 @@ def test_the_child_imports_nothing_from_the_working_directory_and_ends_with_its_
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the working directory')")
     program = (
         f"import sys; sys.path[0] = {str(Path(__file__).parents[3])!r}\n"
-        "from models.causal_lm import chat_template\n"
-        "from models.causal_lm.tokenizer import train_tokenizer\n"
+        "from trunkline.models.causal_lm import chat_template\n"
+        "from trunkline.models.causal_lm.tokenizer import train_tokenizer\n"
         "tokenizer = train_tokenizer([], 260)\n"
         "print(chat_template.render(tokenizer, [{'role': 'user', 'content': 'q'}], [chat_template.Asked()]))\n"
         "print(chat_template._child._process.pid)\n"

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import ConfigError
-from engine.strict import validated
-from models.causal_lm.config import PRESETS, CausalLMModel
-from models.causal_lm.network import hf_config_of, make_network
+from trunkline.engine.config.strict import validated
+from trunkline.engine.errors import ConfigError
+from trunkline.models.causal_lm.config import PRESETS, CausalLMModel
+from trunkline.models.causal_lm.network import hf_config_of, make_network
 
 
 def model(**keys: Any) -> CausalLMModel:
@@ -56,7 +56,7 @@ def test_a_mistake_in_the_model_section_is_named(keys: dict[str, Any], message: 
 
 
 def test_every_metric_of_the_model_s_own_has_a_direction() -> None:
-    from models.causal_lm.task import _REWARDS, DIRECTIONS
+    from trunkline.models.causal_lm.task import _REWARDS, DIRECTIONS
 
     assert {"loss", "perplexity", "prefers_chosen", *_REWARDS} == set(DIRECTIONS)
     assert [name for name, direction in DIRECTIONS.items() if direction == "max"] == [

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.causal_lm.config import DPO, CausalLMModel, LlamaShape, Pretrain
-from models.causal_lm.data import IGNORE
-from models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from models.causal_lm.network import CausalLM, llama_config, make_network
-from models.registry import make_task
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.models.causal_lm.config import DPO, CausalLMModel, LlamaShape, Pretrain
+from trunkline.models.causal_lm.data import IGNORE
+from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
+from trunkline.models.causal_lm.network import CausalLM, llama_config, make_network
+from trunkline.models.registry import make_task
 
 
 def network() -> CausalLM:

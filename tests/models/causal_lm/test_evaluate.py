@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.distributed import start
-from engine.trainer import Trainer
-from launchers.evaluate import main
-from models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, Held, compare, frequencies
-from models.registry import make_task
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.launchers.evaluate import main
+from trunkline.models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, Held, compare, frequencies
+from trunkline.models.registry import make_task
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from models.causal_lm.examples import write_examples
-from models.causal_lm.records import KINDS
-from models.causal_lm.sources import Problem, read_records
+from trunkline.models.causal_lm.examples import write_examples
+from trunkline.models.causal_lm.records import KINDS
+from trunkline.models.causal_lm.sources import Problem, read_records
 
 
 @pytest.fixture(scope="module")

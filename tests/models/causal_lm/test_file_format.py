@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.distributed import start
-from engine.errors import CheckpointError
-from engine.trainer import Trainer
-from launchers.export import main as export
-from models.causal_lm.file_format import FileFormat, shell_of
-from models.causal_lm.folder import read_config
-from models.registry import make_task
 from tests.models.causal_lm.families import saved, tiny_config
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.launchers.export import main as export
+from trunkline.models.causal_lm.file_format import FileFormat, shell_of
+from trunkline.models.causal_lm.folder import read_config
+from trunkline.models.registry import make_task
 
 
 def gemma3(vocab_size: int = 97) -> Any:

@@ -18,17 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.distributed import start
-from engine.errors import CheckpointError, TrunklineError
-from engine.trainer import Trainer
-from models.causal_lm.config import CausalLMModel, Pretrain
-from models.causal_lm.folder import tensor_shapes
-from models.causal_lm.network import hf_config_of, make_network
-from models.causal_lm.tokenizer import load_tokenizer
-from models.causal_lm.trained import load_trained
-from models.registry import make_task
 from tests.models.causal_lm.families import saved, tiny_config
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.errors import CheckpointError, TrunklineError
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
+from trunkline.models.causal_lm.folder import tensor_shapes
+from trunkline.models.causal_lm.network import hf_config_of, make_network
+from trunkline.models.causal_lm.tokenizer import load_tokenizer
+from trunkline.models.causal_lm.trained import load_trained
+from trunkline.models.registry import make_task
 
 
 def opened(folder: Path) -> Any:
@@ -312,7 +312,7 @@ def test_generation_settings_of_the_start_are_kept_with_all_its_stops(
 
 
 def _stops(task: Any) -> list[int]:
-    from models.causal_lm.tokenizer import stop_ids
+    from trunkline.models.causal_lm.tokenizer import stop_ids
 
     return stop_ids(task.tokenizer)
 

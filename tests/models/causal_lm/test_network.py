@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from engine.errors import CheckpointError, ConfigError
-from kernels.packed_attention import packing_tables
-from models.causal_lm.config import CausalLMModel, Pretrain
-from models.causal_lm.network import CausalLM, attentions_of, hf_config_of, make_network
 from tests.models.causal_lm import families
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
+from trunkline.models.causal_lm.network import CausalLM, attentions_of, hf_config_of, make_network
 
 PRETRAIN = Pretrain(type="pretrain")
 SHAPE = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.causal_lm.packing import pack
+from trunkline.models.causal_lm.packing import pack
 
 
 def rows_of(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import ConfigError
-from launchers.predict import main
-from models.causal_lm.predict import continue_text, reply
-from models.causal_lm.tokenizer import stop_ids
-from models.causal_lm.trained import Trained, load_trained
+from trunkline.engine.errors import ConfigError
+from trunkline.launchers.predict import main
+from trunkline.models.causal_lm.predict import continue_text, reply
+from trunkline.models.causal_lm.tokenizer import stop_ids
+from trunkline.models.causal_lm.trained import Trained, load_trained
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 

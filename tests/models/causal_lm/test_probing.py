@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.errors import ConfigError
-from kernels.packed_attention import packing_tables
-from models.causal_lm.network import CausalLM, hf_config_of, make_network
 from tests.models.causal_lm.families import saved, tiny_config
+from trunkline.engine.errors import ConfigError
+from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.network import CausalLM, hf_config_of, make_network
 
 L = 23  # tokens of a row, none of what the start-up looks at
 

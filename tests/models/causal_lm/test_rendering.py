@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from models.causal_lm import chat_template
-from models.causal_lm.records import BadRecord, Conversation, Message, Preference, Text
-from models.causal_lm.rendering import Rendered, Renderer
-from models.causal_lm.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, load_tokenizer, stop_ids, train_tokenizer
+from trunkline.models.causal_lm import chat_template
+from trunkline.models.causal_lm.records import BadRecord, Conversation, Message, Preference, Text
+from trunkline.models.causal_lm.rendering import Rendered, Renderer
+from trunkline.models.causal_lm.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, load_tokenizer, stop_ids, train_tokenizer
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from engine.errors import ConfigError, DataError
-from models.causal_lm import sources
-from models.causal_lm.records import Conversation, Kind, Preference, Text
-from models.causal_lm.sources import Place, Problem, find_files, read_records
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.models.causal_lm import sources
+from trunkline.models.causal_lm.records import Conversation, Kind, Preference, Text
+from trunkline.models.causal_lm.sources import Place, Problem, find_files, read_records
 
 USER, ANSWER, OTHER = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from engine.errors import DataError
-from models.causal_lm.records import Kind
-from models.causal_lm.rendering import Rendered
-from models.causal_lm.store import Store
-from models.causal_lm.store_writer import StoreWriter, draft_of
-from models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
+from trunkline.engine.errors import DataError
+from trunkline.models.causal_lm.records import Kind
+from trunkline.models.causal_lm.rendering import Rendered
+from trunkline.models.causal_lm.store import Store
+from trunkline.models.causal_lm.store_writer import StoreWriter, draft_of
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
 
 Given = list[tuple[list[int], list[int]]]
 TRAIN: Given = [([5, 6, 7], [0, 0, 1]), ([], []), ([9], [1]), ([1, 2, 3, 4], [1, 0, 0, 0])]

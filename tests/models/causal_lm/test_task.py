@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import RunConfig
-from engine.distributed import start
-from engine.errors import CheckpointError, ConfigError, TrunklineError
-from engine.order import FILLER, GlobalBatches
-from engine.randomness import seed_torch
-from engine.schedules import learning_rates
-from engine.trainer import Trainer
-from launchers.export import main as export
-from models.causal_lm.data import IGNORE
-from models.causal_lm.prepare import prepare
-from models.registry import make_task
 from tests.distributed import run_distributed_test
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.optim.schedules import learning_rates
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.launchers.export import main as export
+from trunkline.models.causal_lm.data import IGNORE
+from trunkline.models.causal_lm.prepare import prepare
+from trunkline.models.registry import make_task
 
 
 def train(config: RunConfig, folder: Path, backend: str = "deepspeed") -> Trainer:
@@ -220,7 +220,7 @@ def test_weights_are_exported_when_the_data_is_gone(
 ) -> None:
     model = {"path": str(pretrained / "best")} if objective == "dpo" else {}
     train(toy_config(tmp_path, stores, objective, model=model, training={"steps": 1}), tmp_path / "run")
-    monkeypatch.setattr("models.causal_lm.task.Store.open", None)  # whoever opens it fails
+    monkeypatch.setattr("trunkline.models.causal_lm.task.Store.open", None)  # whoever opens it fails
     assert export(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     for name in {path.name for path in (tmp_path / "run/final").iterdir()} - {"digests.json"}:
         final, out = (folder / name for folder in (tmp_path / "run/final", tmp_path / "out"))

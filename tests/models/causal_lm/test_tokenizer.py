@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from engine.errors import ConfigError
-from models.causal_lm.tokenizer import (
+from trunkline.engine.errors import ConfigError
+from trunkline.models.causal_lm.tokenizer import (
     MIN_VOCAB_SIZE,
     leading_ids,
     load_tokenizer,

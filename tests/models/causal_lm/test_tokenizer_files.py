@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine.distributed import start
-from engine.errors import ConfigError
-from engine.trainer import Trainer
-from models.causal_lm.prepare import _summary, prepare
-from models.causal_lm.skipped import remarks
-from models.causal_lm.store import Store
-from models.causal_lm.tokenizer import load_tokenizer
-from models.causal_lm.tokenizer_files import same_tokens
-from models.registry import make_task
 from tests.models.causal_lm.families import tiny_config
 from tests.models.causal_lm.test_prepare import write_lines
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
+from trunkline.models.causal_lm.prepare import _summary, prepare
+from trunkline.models.causal_lm.skipped import remarks
+from trunkline.models.causal_lm.store import Store
+from trunkline.models.causal_lm.tokenizer import load_tokenizer
+from trunkline.models.causal_lm.tokenizer_files import same_tokens
+from trunkline.models.registry import make_task
 
 TEXTS = [f"A cat sat  on the mat </s> number {i}.\n\n It was a naïve café; x={i}" for i in range(40)]
 TALKS = [{"prompt": f"What  is {i}?", "response": f" A number, {i}\n"} for i in range(40)]
@@ -142,7 +142,7 @@ def test_tokens_of_an_unfaithful_copy_are_an_error(tmp_path: Path) -> None:
 
 def _as_an_earlier_version_left_it(root: Path, tokenizer: Any) -> None:
     """With the tokenizer that save_pretrained writes."""
-    from models.causal_lm.store import SplitEntry, store_fingerprint, tokenizer_digests
+    from trunkline.models.causal_lm.store import SplitEntry, store_fingerprint, tokenizer_digests
 
     tokenizer.save_pretrained(root / "tokenizer")
     index = json.loads((root / "store.json").read_text())

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, load_config
-from models.causal_lm.examples import write_examples
-from models.causal_lm.prepare import prepare
-from models.registry import config_sections
 from tests.engine.tiny import lay_over
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.models.causal_lm.examples import write_examples
+from trunkline.models.causal_lm.prepare import prepare
+from trunkline.models.registry import config_sections
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 48,

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.fluid import baselines
-from models.fluid.baselines import Persistence, Ridge, fit_ridge
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import NormalEquations
-from models.fluid.rollout import rollout
-from models.fluid.store_writer import write_store
 from tests.models.fluid.toy_network import SCHEMA, day, write_toy_store
+from trunkline.models.fluid import baselines
+from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import NormalEquations
+from trunkline.models.fluid.rollout import rollout
+from trunkline.models.fluid.store_writer import write_store
 
 CPU = torch.device("cpu")
 

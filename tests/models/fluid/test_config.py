@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import ConfigError
-from engine.strict import validated
-from models.fluid.config import PRESETS, DecoderShape, FluidData, FluidModel
+from trunkline.engine.config.strict import validated
+from trunkline.engine.errors import ConfigError
+from trunkline.models.fluid.config import PRESETS, DecoderShape, FluidData, FluidModel
 
 WIDTHS = {"d_model": 64, "num_heads": 2, "num_layers": 3, "d_ff": 96, "d_token": 24}
 CONFIGS = Path(__file__).parents[3] / "configs" / "fluid"

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import DataError
-from models.fluid.csv_cases import read_case
-from models.fluid.data import FluidWindows, collate
-from models.fluid.schema import GROUPS, Schema
-from models.fluid.store import Store
-from models.fluid.store_writer import write_store
 from tests.models.fluid.csv_tree import COLUMNS, STATES, output, set_point, write_case
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.csv.cases import read_case
+from trunkline.models.fluid.data import FluidWindows, collate
+from trunkline.models.fluid.schema import GROUPS, Schema
+from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.store_writer import write_store
 
 SCHEMA = Schema(COLUMNS["Boundary"], {group: COLUMNS[group] for group in GROUPS})
 

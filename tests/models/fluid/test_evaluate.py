@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import DataError
-from models.fluid.evaluate import HORIZONS, evaluate
-from models.fluid.evaluation_report import write_report
-from models.fluid.plots import plot_evaluation
-from models.fluid.store import Store
-from models.fluid.store_writer import write_store
-from models.fluid.trained import load_trained
 from tests.models.fluid.toy_network import SCHEMA, day, write_toy_store
 from tests.models.fluid.trained_run import write_run
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.evaluate import HORIZONS, evaluate
+from trunkline.models.fluid.evaluation_report import write_report
+from trunkline.models.fluid.plots import plot_evaluation
+from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.store_writer import write_store
+from trunkline.models.fluid.trained import load_trained
 
 CPU = torch.device("cpu")
 T = 3

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.fluid.metrics import Errors, flat_scores
-from models.fluid.normalization import Normalization
 from tests.models.fluid.toy_network import OFFSET, SCALE, SCHEMA
+from trunkline.models.fluid.metrics import Errors, flat_scores
+from trunkline.models.fluid.normalization import Normalization
 
 N = 40
 

@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from kernels import triton_path
-from models.fluid.config import PRESETS, DecoderShape
-from models.fluid.network import Encodings, FluidDecoder, Projection
+from trunkline.kernels import triton_path
+from trunkline.models.fluid.config import PRESETS, DecoderShape
+from trunkline.models.fluid.network import Encodings, FluidDecoder, Projection
 
 SHAPE = DecoderShape(32, 2, 2, 64, 16)
 B, T, VB, VS = 2, 3, 4, 9

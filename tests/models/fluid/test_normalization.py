@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.fluid.normalization import Normalization, offset_and_scale
-from models.fluid.statistics import case_moments, column_statistics, merge_moments
+from trunkline.models.fluid.normalization import Normalization, offset_and_scale
+from trunkline.models.fluid.statistics import case_moments, column_statistics, merge_moments
 
 
 def statistics(boundary, state):

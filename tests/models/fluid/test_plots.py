@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
 from tests.models.fluid.toy_network import SCALE, SCHEMA, day
+from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -8,15 +8,15 @@ import polars as pl
 import pytest
 import torch
 
-from engine.errors import DataError
-from models.fluid import predict
-from models.fluid.csv_cases import read_case
-from models.fluid.predict import nearest_start, own_start, predict_day, start_from_case, write_day
-from models.fluid.schema import GROUPS
-from models.fluid.store import Store
-from models.fluid.trained import load_trained
 from tests.models.fluid.toy_network import SCHEMA, write_toy_case, write_toy_store
 from tests.models.fluid.trained_run import write_run
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid import predict
+from trunkline.models.fluid.csv.cases import read_case
+from trunkline.models.fluid.predict import nearest_start, own_start, predict_day, start_from_case, write_day
+from trunkline.models.fluid.schema import GROUPS
+from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.trained import load_trained
 
 CPU = torch.device("cpu")
 T = 3
@@ -113,7 +113,7 @@ def test_written_files_read_back_as_they_were(tmp_path, root):
 
 @pytest.mark.parametrize("case", ["case_0007", "bare"])
 def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, monkeypatch, case):
-    from launchers.predict import main
+    from trunkline.launchers.predict import main
 
     if case == "bare":
         monkeypatch.setattr(predict, "MINUTES", 100)
@@ -136,7 +136,7 @@ def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, monkeypa
 
 
 def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
-    from launchers.predict import main
+    from trunkline.launchers.predict import main
 
     run, case, out = str(root / "run"), str(root / "bare"), str(tmp_path / "out")
     wrong = {

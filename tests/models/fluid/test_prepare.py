@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError, DataError
-from models.fluid.prepare import prepare
-from models.fluid.store import Store
 from tests.models.fluid.csv_tree import STATES, output, write_case, write_source
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.models.fluid.prepare import prepare
+from trunkline.models.fluid.store import Store
 
 ROOT = Path(__file__).parents[3]
 

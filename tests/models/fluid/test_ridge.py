@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import DataError
-from models.fluid.normalization import Normalization
-from models.fluid.ridge import NormalEquations
-from models.fluid.store_writer import write_store
 from tests.models.fluid.toy_network import SCHEMA, day, write_toy_store
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import NormalEquations
+from trunkline.models.fluid.store_writer import write_store
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.fluid.rollout import rollout, starts
+from trunkline.models.fluid.rollout import rollout, starts
 
 B, T, S, VB, VS = 2, 3, 5, 2, 4
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import DataError
-from models.fluid.schema import GROUPS, Schema, parse_column, unit
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.schema import GROUPS, Schema, parse_column, unit
 
 GROUPED = {"B": ("B_001_p_in", "B_001_p_out"), "C": ("C_001_pwr",), "H": (), "N": ("N_001_p",), "P": ("P_001_inv",)} | {
     "R": ("R_001_q",),

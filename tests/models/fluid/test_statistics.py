@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fluid import statistics
-from models.fluid.statistics import STATISTICS, case_moments, column_statistics, merge_moments, sample_positions
+from trunkline.models.fluid import statistics
+from trunkline.models.fluid.statistics import (
+    STATISTICS,
+    case_moments,
+    column_statistics,
+    merge_moments,
+    sample_positions,
+)
 
 
 def streamed(cases: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:

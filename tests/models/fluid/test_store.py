@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import DataError
-from models.fluid.schema import GROUPS, Schema
-from models.fluid.store import MAX_OPEN_MAPS, Store, npy_header
-from models.fluid.store_writer import write_store
+from trunkline.engine.errors import DataError
+from trunkline.models.fluid.schema import GROUPS, Schema
+from trunkline.models.fluid.store import MAX_OPEN_MAPS, Store, npy_header
+from trunkline.models.fluid.store_writer import write_store
 
 SCHEMA = Schema(("B_001:FR",), dict.fromkeys(GROUPS, ()) | {"N": ("N_001_p", "N_002_p")})
 MINUTES = 12
@@ -212,7 +212,7 @@ def test_a_damaged_header_is_found_when_rows_are_read(root: Path) -> None:
 _GROWTH = """
 import sys
 import psutil
-from models.fluid.store import Store
+from trunkline.models.fluid.store import Store
 store = Store.open(sys.argv[1])
 def resident():
     return psutil.Process().memory_info().rss  # file-backed pages included

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from engine.errors import ConfigError, DataError
-from engine.task import add_sums
-from models.fluid.config import FluidData, FluidModel
-from models.fluid.schema import Schema
-from models.fluid.task import FluidTask
 from tests.models.fluid.toy_network import SCHEMA, write_toy_store
+from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.task import add_sums
+from trunkline.models.fluid.config import FluidData, FluidModel
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.task import FluidTask
 
 SMALL = {"d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 32, "d_token": 16}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from models.fluid.schema import GROUPS, MINUTES, Schema
-from models.fluid.store import Store
-from models.fluid.store_writer import write_store
+from trunkline.models.fluid.schema import GROUPS, MINUTES, Schema
+from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.store_writer import write_store
 
 SCHEMA = Schema(
     boundary=("T_001:SP", "E_001:SNQ"),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.fluid.config import FluidData, FluidModel
-from models.fluid.task import FluidTask
+from trunkline.models.fluid.config import FluidData, FluidModel
+from trunkline.models.fluid.task import FluidTask
 
 NETWORK = {
     "nodes": [{"name": "N_001", "x_km": 0.0, "y_km": 0.0}, {"name": "N_002", "x_km": 20.0, "y_km": 5.0}],

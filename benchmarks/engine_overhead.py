@@ -1,0 +1,367 @@
+"""What the engine costs: its step against the same backend driven by a bare loop, on the same model and data.
+
+    add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
+    measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
+
+Two models are made alike. One is driven by Trainer, whole: order of samples, weights, gradient norm, clipping, logging
+every tenth step, progress bar. The other is driven over a plain DataLoader by the loop of DeepSpeed's own tutorial, or
+by the one that PyTorch's documents write for fully_shard, with clipping and warm-up as the same section of the
+configuration asks for them. Their steps take turns, so both of a pair are of the same moment of the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+
+from trunkline.engine.backends.model_options import blocks
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.config.strict import Strict
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.ranks.distributed import Ranks, start, stop
+from trunkline.engine.task import Batch, Sums
+from trunkline.engine.trainer import Trainer
+
+LIMIT_RATIO = 1.01
+LIMIT_SECONDS = 100e-6
+_WARM_UP = 20
+
+
+class OverheadData(Strict):
+    """Random rows."""
+
+    samples: int = 4096
+
+
+class OverheadModel(Strict):
+    """A chain of linear layers, each of two tensors."""
+
+    tensors: int = 10
+    width: int = 64
+
+
+class Rows(Dataset[Any]):
+    """`count` random rows of `width` values and their targets, fp32, held in memory."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.x, self.y = torch.randn(count, width), torch.randn(count, width)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Links(nn.Module):
+    """Linear layers, added up: x + scale * linear(x)."""
+
+    def __init__(self, depth: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.layers, self.scale = nn.ModuleList(nn.Linear(width, width) for _ in range(depth)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width] -> [B, width]."""
+        for layer in self.layers:
+            x = x + layer(x) * self.scale
+        return x
+
+
+class Chain(nn.Module):
+    """Links of five layers, ten tensors: the blocks of a small transformer have as many."""
+
+    _no_split_modules = ("Links",)
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.links = nn.Sequential(*(Links(min(5, depth - first), width, 1 / depth) for first in range(0, depth, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width] -> [B, width]."""
+        return self.links(x)
+
+
+class OverheadTask:
+    """Mean squared error of a chain: trunkline.engine.task.Task at its least."""
+
+    unit = "samples"
+
+    def __init__(self, data: OverheadData, model: OverheadModel) -> None:
+        self.model = model
+        self._sets = {"train": Rows(data.samples, model.width), "val": Rows(8, model.width)}
+
+    def build_model(self) -> nn.Module:
+        return Chain(self.model.tensors // 2, self.model.width)
+
+    def datasets(self) -> dict[str, Dataset[Any]]:
+        return dict(self._sets)
+
+    def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        x, y = zip(*samples, strict=True)
+        return {"x": torch.stack(x), "y": torch.stack(y)}
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch["valid"].sum()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        return {"loss": (squared_errors(model, batch).mean(1) * batch["valid"]).sum()}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        return self.loss(model, batch) | {"weight": self.weight(batch)}
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        return {"loss": float(sums["loss"] / sums["weight"])}
+
+    def flops_per_sample(self) -> float:
+        return 6.0 * self.model.tensors / 2 * self.model.width**2
+
+    def fingerprint(self) -> str:
+        return "random"
+
+    def notes(self) -> list[str]:
+        """There are none."""
+        return []
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """There is no metric but the loss."""
+        return None
+
+    def weight_name(self, name: str) -> str:
+        """The model's own."""
+        return name
+
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own."""
+        return tensors
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """There are none."""
+        return {}
+
+
+def squared_errors(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, width]."""
+    return (model(batch["x"]) - batch["y"]).square()
+
+
+class _Interleaved(Trainer):
+    """Trainer that lets a bare step follow each of its own. `pairs` holds the seconds of both."""
+
+    bare_step: Callable[[], None]
+    clock: Callable[[], float]
+
+    def _micro_batches(self) -> Iterator[list[Batch]]:
+        self.pairs: list[tuple[float, float]] = []
+        micro_batches = super()._micro_batches()
+        while True:
+            begin = self._now()
+            batches = next(micro_batches, None)
+            if batches is None:
+                return
+            yield batches  # the trainer comes back for the next when this step is wholly done
+            between = self._now()
+            self.bare_step()
+            self.pairs.append((between - begin, self._now() - between))
+
+    def _now(self) -> float:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.clock()
+
+
+def measure(
+    *,
+    tensors: int,
+    pairs: int,
+    stage: int,
+    backend: str = "deepspeed",
+    batch_size: int = 32,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[tuple[float, float]]:
+    """Seconds of a step of ours and of the bare loop, `pairs` of them, after a warm-up.
+
+    Call it on one process, in the process group that `trunkline.engine.ranks.distributed.start` made.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(Path(folder), tensors, pairs + _WARM_UP + 1, stage, batch_size)
+        ranks = start()
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  # the progress bar and the lines are made, for nobody to read
+        with nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            task = OverheadTask(config.data, config.model)
+            trainer = _Interleaved(task, config, ranks, Path(folder, "run"), backend=backend)
+            trainer.clock = clock
+            trainer.bare_step = (_bare_fsdp_step if backend == "fsdp" else _bare_deepspeed_step)(task, config, ranks)
+            gc.disable()  # a collection would fall into one step of a pair
+            try:
+                trainer.run()
+            finally:
+                gc.enable()
+        return trainer.pairs[_WARM_UP:]
+
+
+def _bare_deepspeed_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
+    """The tutorial's loop, one step a call."""
+    import deepspeed
+
+    section, model = config.deepspeed, task.build_model()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=list(model.parameters()),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **section.optimizer.params),
+        config={
+            "train_batch_size": section.train_batch_size,
+            "gradient_clipping": section.gradient_clipping,
+            "zero_optimization": {"stage": section.zero_optimization.stage},
+            "zero_allow_untested_optimizer": True,
+            "scheduler": section.scheduler.model_dump() if section.scheduler else None,
+        },
+        dist_init_required=False,
+    )
+
+    source = _bare_batches(task, config, ranks)
+
+    def step() -> None:
+        engine.backward(squared_errors(engine, next(source)).mean())
+        engine.step()
+
+    return step
+
+
+def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Callable[[], None]:
+    """The loop of PyTorch's documents for fully_shard, one step a call."""
+    section, model = config.deepspeed, task.build_model()
+    reshard = section.zero_optimization.stage == 3
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    cuda = ranks.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=cuda or None)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=_WARM_UP)
+    source = _bare_batches(task, config, ranks)
+
+    def step() -> None:
+        squared_errors(model, next(source)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping)
+        optimizer.step()
+        warm_up.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _bare_batches(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
+    size = config.deepspeed.train_batch_size
+    while True:
+        for batch in DataLoader(task.datasets()["train"], size, shuffle=True, collate_fn=task.collate):
+            yield {key: value.to(ranks.device) for key, value in batch.items()}
+
+
+def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int) -> RunConfig:
+    never = steps + 1
+    raw = {
+        "workload": "overhead",
+        "data": {},
+        "model": {"tensors": tensors},
+        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": 10, "trackers": []},
+        "deepspeed": {
+            "train_batch_size": batch_size,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": _WARM_UP}},
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+        },
+    }
+    path = folder / "overhead.json"
+    path.write_text(json.dumps(raw))
+    return load_config(path, sections=lambda name: (OverheadData, OverheadModel))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Medians over the pairs, and an interval that holds the median of the ratios with 95 % confidence."""
+
+    ours_s: float
+    bare_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    difference_s: float
+
+    @property
+    def within_limit(self) -> bool:
+        """At most 1 % or 100 microseconds a step."""
+        return self.ratio <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
+
+
+def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
+    """The verdict on pairs of seconds (ours, bare)."""
+    ratios = sorted(ours / bare for ours, bare in pairs)
+    # order statistics around the median: the binomial interval in its normal approximation
+    reach = round(0.98 * len(ratios) ** 0.5)
+    middle = len(ratios) // 2
+    return Verdict(
+        ours_s=statistics.median(ours for ours, _ in pairs),
+        bare_s=statistics.median(bare for _, bare in pairs),
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[max(0, middle - reach)],
+        ratio_high=ratios[min(len(ratios) - 1, middle + reach)],
+        difference_s=statistics.median(ours - bare for ours, bare in pairs),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py engine`."""
+    parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print a table. Returns 0 if every row is within the limit, else 1."""
+    if arguments.pairs < 10 or min(arguments.tensors) < 2:
+        raise ConfigError("use at least --pairs 10 and --tensors 2")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    print(
+        f"{arguments.backend}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of "
+        f"{arguments.pairs} pairs of steps"
+    )
+    print(f"{'tensors':>7} {'ZeRO':>4} {'bare ms':>9} {'ours ms':>9} {'ratio':>7} {'95 % interval':>15} {'more us':>9}")
+    verdicts = []
+    try:
+        for tensors in arguments.tensors:
+            for stage in arguments.stages:
+                pairs = measure(
+                    tensors=tensors, pairs=arguments.pairs, stage=stage, backend=arguments.backend, clock=clock
+                )
+                verdict = judge(pairs)
+                verdicts.append(verdict)
+                print(
+                    f"{tensors:>7} {stage:>4} {verdict.bare_s * 1e3:>9.3f} {verdict.ours_s * 1e3:>9.3f} "
+                    f"{verdict.ratio:>7.3f} {verdict.ratio_low:>7.3f}-{verdict.ratio_high:.3f} "
+                    f"{verdict.difference_s * 1e6:>10.0f}  {'' if verdict.within_limit else 'over the limit'}",
+                    flush=True,
+                )
+    finally:
+        stop()
+    within = sum(verdict.within_limit for verdict in verdicts)
+    print(f"{within} of {len(verdicts)} within the limit: at most 1 % or 100 microseconds a step")
+    return 0 if within == len(verdicts) else 1

@@ -1,0 +1,80 @@
+"""compile_for, resources, product_loops, wide_loads: a Triton kernel compiled for a GPU that need not be there.
+
+Triton compiles for any architecture, and brings the assembler and the disassembler that tell.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trunkline.kernels.triton_path import triton
+
+
+def compile_for(
+    architecture: int,
+    kernel: Any,
+    constants: dict[str, Any],
+    type_of: Callable[[str], str],
+    is_aligned: Callable[[str], bool],
+    options: dict[str, int],
+) -> Any:
+    """Triton's compiled `kernel` for sm_<architecture>.
+
+    `constants` may name more than the kernel takes; `type_of` gives the type of each other argument, as Triton spells
+    it. Pointers, and the integers that `is_aligned` names, are multiples of 16, as Triton would see at a launch.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or is_aligned(name)]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """What a compiled kernel needs: REG registers a thread, STACK and LOCAL bytes of it spilled to memory."""
+    report = _cuobjdump("-res-usage", compiled)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def product_loops(compiled: Any) -> list[list[str]]:
+    """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _cuobjdump("-sass", compiled))
+    loops = []
+    for end, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
+            body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
+            if any(x.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
+                loops.append(body)
+    return loops
+
+
+def wide_loads(ptx: str) -> int:
+    """How many instructions load 16 bytes from memory."""
+    forms = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.shared\.global [^;]*, 0x10,"
+    return len(re.findall(forms, ptx))
+
+
+def _cuobjdump(option: str, compiled: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        return run_tool(triton.knobs.nvidia.cuobjdump.path, option, str(cubin))
+
+
+def run_tool(*command: str) -> str:
+    """What a command prints, errors included. Raises CalledProcessError."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout

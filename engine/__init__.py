@@ -1,1 +1,0 @@
-"""The training engine: one loop, its backends, checkpoints and configuration. Knows no workload."""

@@ -1,0 +1,150 @@
+"""best/: the weights of the best evaluation of the run as it stands, and nothing else under that name.
+
+    BestWeights(folder, task, best, progress).settle(found, ranks)   at the start: best/ and final/ are this run's
+    outcome(folder, best, progress, report)                          what a finished run says of them
+
+What makes best/ the run's own is the SHA-256 of its weights, which the state in a checkpoint carries: after a resume
+from an earlier step, best/ may hold what was abandoned there.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from trunkline.engine.checkpoint.assets import copy_assets
+from trunkline.engine.checkpoint.checkpoints import Checkpoint, verify
+from trunkline.engine.checkpoint.digests import check_digests, recorded, replace_files
+from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
+from trunkline.engine.config.run_config import Best
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.machine.files import unused
+from trunkline.engine.progress import Progress
+from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
+from trunkline.engine.task import Task
+
+BEST, FINAL = "best", "final"
+
+
+@dataclass
+class BestWeights:
+    """The best weights of a run that begins or goes on, by its folder and the state that it begins in."""
+
+    folder: Path
+    task: Task
+    best: Best
+    progress: Progress
+
+    def settle(self, found: Checkpoint | None, ranks: Ranks) -> list[str]:
+        """Make the best value, best/ and final/ those of the state. Called on all ranks.
+
+        Weights that are of another metric, of an abandoned branch or of an earlier run are set aside under a name. The
+        best ones are brought back from the run that this one goes on from, or from a checkpoint, if they are there.
+
+        Returns what was done, for whoever starts the run. Raises CheckpointError.
+        """
+        notes = []
+        known = self.progress.best_metric, self.progress.best_mode
+        if known[0] and known != (self.best.metric, self.best.mode):
+            notes.append(
+                f"the best weights so far were judged by {known[0]} ({known[1]}), from now on they are by "
+                f"{self.best.metric} ({self.best.mode}): the next evaluation is the first to count"
+            )
+            self.progress.forget_best()
+
+        def put_in_place() -> None:
+            notes.extend(note for name in (BEST, FINAL) if (note := self._set_aside(name)))
+            if found is not None and self.progress.best is not None and not (self.folder / BEST / WEIGHTS).exists():
+                notes.append(self._bring_back(found))
+
+        on_main(put_in_place, ranks, f"{self.folder}: cannot put {BEST}/ in place")
+        self.progress.best_weights = from_main(self.progress.best_weights, ranks)
+        return notes
+
+    def _set_aside(self, name: str) -> str | None:
+        held = self.folder / name
+        if not (held / WEIGHTS).exists():
+            return None
+        step = saved_facts(held).get("step", math.nan)
+        if self._are_in(held) if name == BEST else not step > self.progress.step:
+            return None
+        label = f"{step:.0f}" if math.isfinite(step) else "unknown"
+        target = self.folder / f"aside-{name}-step-{label}"
+        if target.exists() and (mine := _weights(held)) is not None and mine == _weights(target):
+            shutil.rmtree(target)  # the same weights, set aside by an earlier start
+        target = unused(target)
+        held.rename(target)
+        return (
+            f"{held} holds weights of step {label} that are not of the run as it goes on from step "
+            f"{self.progress.step}; renamed to {target.name}"
+        )
+
+    def _are_in(self, held: Path) -> bool:
+        """Whether a folder holds the best weights of the state."""
+        progress = self.progress
+        if progress.best is None:
+            return False
+        if progress.best_weights:
+            return _weights(held) == progress.best_weights
+        facts = saved_facts(held)  # a checkpoint of an earlier version names no weights
+        return facts.get("step") == progress.best_step and facts.get(self.best.metric) == progress.best
+
+    def _bring_back(self, found: Checkpoint) -> str:
+        step = self.progress.best_step
+        value = f"the best {self.best.metric} so far, {self.progress.best:.6g} at step {step}"
+        folders = [found.path.parent.parent / BEST, *sorted(self.folder.glob(f"aside-{BEST}-step-{step}*"))]
+        kept = [place / f"step-{step:08d}" for place in (found.path.parent, self.folder / "checkpoints")]
+        for source in (*folders, *kept):
+            try:
+                if self._copy(source) if source in folders else self._export(source, found):
+                    return f"{value}: {BEST}/ is made from {source}"
+            except CheckpointError as error:
+                print(f"warning: {error}", flush=True)
+        return f"{value}: its weights are not kept, so there is no {BEST}/ before the next gain"
+
+    def _copy(self, other: Path) -> bool:
+        """Take another run's best/, if that holds them."""
+        if not (other / WEIGHTS).exists() or not self._are_in(other):
+            return False
+        check_digests(other)
+        written = replace_files(self.folder / BEST, lambda draft: shutil.copytree(other, draft, dirs_exist_ok=True))
+        self.progress.best_weights = written[WEIGHTS]["sha256"]
+        return True
+
+    def _export(self, path: Path, found: Checkpoint) -> bool:
+        """Take the weights of the checkpoint of the best step, if it is there and of this branch."""
+        if path != found.path and not path.is_dir():
+            return False
+        kept, progress = found if path == found.path else verify(path), self.progress
+        if (kept.state["step"], kept.state.get("best")) != (progress.best_step, progress.best):
+            return False
+        assert progress.best is not None
+        facts = {"step": progress.best_step, self.best.metric: progress.best}
+
+        def write(draft: Path) -> None:
+            export_weights(kept, draft, 1 << 62, None, self.task.weight_name, self.task.file_tensors, facts)
+            copy_assets(self.folder, draft)
+
+        progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]
+        return True
+
+
+def outcome(folder: Path, best: Best, progress: Progress, report: str) -> str:
+    """What a finished run's folder holds, and why there is no best/ if there is none."""
+    last = f"{FINAL}/ and {report}"
+    if progress.best is None:
+        return f"{last}; no {BEST}/: no evaluation has measured a finite {best.metric}"
+    value = f"{best.metric} {progress.best:.6g} at step {progress.best_step}"
+    if not (folder / BEST / WEIGHTS).exists():
+        return f"{last}; no {BEST}/: nothing was better than {value}, whose weights are not here"
+    return f"{BEST}/ ({value}), {last}"
+
+
+def _weights(folder: Path) -> str | None:
+    try:
+        return recorded(folder, WEIGHTS)
+    except (CheckpointError, OSError):
+        return None

@@ -1,0 +1,321 @@
+"""Checkpoints: whole or none.
+
+    <run>/checkpoints/step-00000400/
+        backend/...       parameters and optimizer state, sharded over the ranks: see engine/state/sharded_state.py
+        trainer.json      step, best metric, early stopping, skipped steps, and what the run must have in common
+        MANIFEST.json     every file with its size and SHA-256, and the proof of what was saved; written last
+
+A checkpoint is staged in a hidden folder, every file is fsynced and hashed, the manifest is written, and one rename
+makes it visible. Training goes on meanwhile: only the copy to the CPU holds it up. There is no pickle in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.machine.files import entry, note_written, sync, unused
+from trunkline.engine.machine.reading import read_object, read_whole, reason
+from trunkline.engine.ranks.distributed import Ranks, from_main, gather, on_main, with_own_group
+from trunkline.engine.state.sharded_files import Digests, add_digests, file_names
+from trunkline.engine.state.sharded_state import Snapshot
+
+MANIFEST = "MANIFEST.json"
+TRAINER = "trainer.json"
+BACKEND = "backend"
+_FORMAT = 2
+_TAG = re.compile(r"(aside-)?step-([0-9]{8,})(\.[0-9]+)?")
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been verified. `state` is the trainer's."""
+
+    path: Path
+    state: dict[str, Any]
+    digests: Digests
+    probe_loss: float
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is called on all ranks."""
+
+    def __init__(self, folder: Path, ranks: Ranks, keep_last: int, keep_best: bool = False) -> None:
+        self.folder, self.ranks, self.keep_last, self.keep_best = folder, ranks, keep_last, keep_best
+        self._saving: threading.Thread | None = None
+        self._problem: Exception | None = None
+
+    def open_for_writing(self) -> None:
+        """Make the folder and clear what a killed save left in it. Raises CheckpointError."""
+
+        def clear() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in [*self.folder.glob(".staging-*"), *self.folder.glob(".trash-*")]:
+                _remove(leftover)
+
+        self._on_main(clear, "use", self.folder)
+        # a save talks to the other ranks while training does
+        self.ranks = with_own_group(self.ranks)
+
+    def save(self, snapshot: Snapshot, state: dict[str, Any], probe_loss: float, in_background: bool = True) -> Path:
+        """Write a checkpoint of step `state["step"]`, then drop those past `keep_last`.
+
+        With `keep_best` that of `state["best_step"]` is kept beside them.
+
+        The files of a snapshot are written by a thread of their own unless `in_background` is false. A save that is
+        still under way is waited for first.
+
+        Raises:
+            CheckpointError: on all ranks, if a file could not be written on any, now or by the save before; earlier
+                checkpoints are untouched.
+        """
+        self.wait()
+        step = state["step"]
+        staging, final = self.folder / f".staging-step-{step:08d}", self.folder / f"step-{step:08d}"
+
+        def write() -> None:
+            try:
+                self._on_main(lambda: self._stage(staging, state), "prepare", staging)
+                entries, digests = self._write_and_hash(staging, snapshot)
+                manifest = {"format": _FORMAT, "step": step, "files": entries}
+                proof = {"probe_loss": repr(probe_loss), "digests": {key: f"{n:016x}" for key, n in digests.items()}}
+                self._on_main(lambda: self._publish(staging, final, manifest | proof), "write", final)
+                self._on_main(lambda: self._prune(state.get("best_step")), "prune", self.folder)
+            except Exception as problem:
+                self._problem = problem
+
+        self._saving = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._saving.start()
+        if not in_background:
+            self.wait()
+        return final
+
+    def wait(self) -> None:
+        """Until the save that is under way, if any, has ended. Raises CheckpointError if it failed."""
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def settle(self, timeout_s: float = 60.0) -> None:
+        """Let a save that is under way come to its end, before an error of another kind ends the run."""
+        if self._saving is not None:
+            self._saving.join(timeout_s)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed, which `wait` raises; not at the same moment on all ranks."""
+        return self._problem is not None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None if the run never saved one.
+
+        Damaged ones are named on the way.
+
+        Raises:
+            CheckpointError: there are checkpoints, but every one is damaged.
+        """
+
+        def choose() -> Checkpoint | str | None:
+            problems = []
+            for path in sorted(self._tags(), key=_step, reverse=True):
+                try:
+                    return verify(path)
+                except CheckpointError as error:
+                    problems.append(str(error))
+                    print(f"warning: {error}; trying the one before it", flush=True)
+            if not problems:
+                return None
+            return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"
+
+        return self._agreed(choose)
+
+    def load(self, path: Path) -> Checkpoint:
+        """This one checkpoint, verified. Raises CheckpointError."""
+
+        def choose() -> Checkpoint | str:
+            try:
+                return verify(path)
+            except CheckpointError as error:
+                return str(error)
+
+        found = self._agreed(choose)
+        assert found is not None
+        return found
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps, damaged or abandoned by a resume from `step`, out of the way."""
+
+        def rename() -> None:
+            for path in self._tags():
+                if _step(path) > step:
+                    target = unused(self.folder / f"aside-{path.name}")
+                    path.rename(target)
+                    print(
+                        f"note: {path} is past the step that this run goes on from; renamed to {target.name}",
+                        flush=True,
+                    )
+
+        self._on_main(rename, "set aside", self.folder)
+
+    def _agreed(self, choose: Callable[[], Checkpoint | str | None]) -> Checkpoint | None:
+        found = from_main(choose() if self.ranks.is_main else None, self.ranks)
+        if isinstance(found, str):
+            raise CheckpointError(found)
+        return found
+
+    def _tags(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if is_tag(path)]
+
+    def _on_main(self, work: Callable[[], None], verb: str, path: Path) -> None:
+        on_main(work, self.ranks, f"{path}: cannot {verb} it")
+
+    def _stage(self, staging: Path, state: dict[str, Any]) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / BACKEND).mkdir(parents=True, exist_ok=True)  # a network file system keeps what is open elsewhere
+        (staging / TRAINER).write_text(json.dumps(state, indent=1))
+
+    def _write_and_hash(self, staging: Path, snapshot: Snapshot) -> tuple[dict[str, dict[str, Any]], Digests]:
+        """Write each rank's files; the entries of all files, and the digests added up over the ranks."""
+        mine: dict[str, dict[str, Any]] = {}
+        digests: Digests = {}
+        problem = None
+        try:
+            digests = snapshot.write(staging / BACKEND, self.ranks.rank, self.ranks.world_size)
+            written = [staging / BACKEND / name for name in file_names(self.ranks.rank, self.ranks.world_size)]
+            for path in [*written, staging / TRAINER] if self.ranks.is_main else written:
+                mine[path.relative_to(staging).as_posix()] = entry(path, sync=True)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{error.strerror} ({error.filename})"
+            problem = f"{staging}: cannot write this checkpoint: {reason}; make room or choose another folder"
+        parts = gather((mine, digests, problem), self.ranks)
+        if problems := [problem for _, _, problem in parts if problem]:
+            raise CheckpointError("; ".join(problems))
+        entries = dict(sorted(item for entries, _, _ in parts for item in entries.items()))
+        return entries, add_digests([digests for _, digests, _ in parts])
+
+    def _publish(self, staging: Path, final: Path, manifest: dict[str, Any]) -> None:
+        with (staging / MANIFEST).open("w") as file:
+            file.write(_manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        note_written()
+        for path in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+            sync(path)
+        trash = unused(self.folder / f".trash-{final.name}")
+        if final.exists():  # left by a run that was resumed from before this step
+            final.rename(trash)
+        staging.rename(final)
+        sync(self.folder)
+        _remove(trash)
+
+    def _prune(self, best_step: int | None) -> None:
+        for path in sorted(self._tags(), key=_step)[: -self.keep_last]:
+            if self.keep_best and _step(path) == best_step:
+                continue
+            trash = unused(self.folder / f".trash-{path.name}")
+            path.rename(trash)  # so that a folder which is half deleted is never taken for a checkpoint
+            _remove(trash)
+
+
+def is_tag(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint, "step-" and the step in eight digits or more."""
+    tag = _TAG.fullmatch(path.name)
+    return tag is not None and path.name == f"step-{int(tag[2]):08d}" and path.is_dir()
+
+
+def _step(path: Path) -> int:
+    """The step that the name of a checkpoint's folder tells: names are ordered as numbers, not as text."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _remove(path: Path) -> None:
+    """Delete what is no longer wanted, and nothing that a link leads to. What cannot be deleted now, such as a file
+    that a network file system keeps while it is open elsewhere, is left for the next start."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest. What the manifest does not list is named and ignored.
+
+    Raises:
+        CheckpointError: names the checkpoint, the file and the reason.
+    """
+    manifest = _read_json(path, MANIFEST)
+    if _manifest_text(manifest).encode() != read_whole(path / MANIFEST, _MAX_MANIFEST_BYTES):
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged: its own checksum does not fit")
+    try:
+        files, step, probe_loss = dict(manifest["files"]), manifest["step"], float(manifest["probe_loss"])
+        digests = {str(key): int(value, 16) for key, value in manifest["digests"].items()}
+        readable = manifest["format"] == _FORMAT and TRAINER in files and type(step) is int
+    except (KeyError, TypeError, ValueError, AttributeError):
+        readable = False
+    if not readable:
+        raise CheckpointError(f"{path}: {MANIFEST} is not one that this version can read")
+    tag = _TAG.fullmatch(path.name)
+    if tag is not None and int(tag[2]) != step:
+        raise CheckpointError(
+            f"{path}: {MANIFEST} is of step {step}: this is a copy of another checkpoint under a wrong name; rename it "
+            f"to step-{step:08d}, or remove it"
+        )
+    for name, wanted in files.items():
+        _check_file(path, name, wanted)
+    state = _read_json(path, TRAINER)
+    if state.get("step") != step:
+        raise CheckpointError(f"{path}: {TRAINER} is of step {state.get('step')!r}, but {MANIFEST} of {step}")
+    own = {MANIFEST, *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
+    if extra := sorted({found.relative_to(path).as_posix() for found in path.rglob("*")} - own):
+        more = f" and {len(extra) - 3} more" if extra[3:] else ""
+        print(f"note: {path}: not in its manifest, and ignored: {', '.join(map(repr, extra[:3]))}{more}", flush=True)
+    return Checkpoint(path, state, digests, probe_loss)
+
+
+def _check_file(path: Path, name: str, wanted: Any) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise CheckpointError(f"{path}: {MANIFEST} names a file outside the checkpoint: {name!r}")
+    file = path / relative
+    try:
+        if any(part.is_symlink() for part in (file, *file.parents[: len(relative.parts)])):
+            raise CheckpointError(f"{path}: {name} is a symbolic link; a checkpoint holds plain files")
+        found = entry(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name!r:.100} cannot be read: {reason(error)}") from error
+    if not isinstance(wanted, dict) or found["bytes"] != wanted.get("bytes"):
+        says = wanted.get("bytes") if isinstance(wanted, dict) else wanted
+        raise CheckpointError(f"{path}: {name} has {found['bytes']} bytes; its manifest says {says!r:.100}")
+    if found["sha256"] != wanted.get("sha256"):
+        raise CheckpointError(f"{path}: {name} is damaged: its SHA-256 differs from the manifest's")
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return json.dumps(body | {"checksum": hashlib.sha256(json.dumps(body).encode()).hexdigest()}, indent=1)
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    if (path / name).is_symlink():
+        raise CheckpointError(f"{path}: {name} is a symbolic link; a checkpoint holds plain files")
+    try:
+        return read_object(path / name, _MAX_MANIFEST_BYTES, finite=False, follow=False)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read: {reason(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} is damaged: {error}") from error

@@ -1,0 +1,215 @@
+"""The "deepspeed" section: DeepSpeed's own schema, checked strictly, and the batch sizes that follow from it.
+
+DeepSpeed itself passes unknown keys over in silence. Here every key is known, refused with what to use instead, or an
+error. This table does not need DeepSpeed to be installed; a test compares it with the installed release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from trunkline.engine.config.deepspeed_parts import (
+    OWN_CHECKPOINTS,
+    ActivationCheckpointing,
+    Aio,
+    Bf16,
+    CommsLogger,
+    Compile,
+    DataTypes,
+    Dtype,
+    FlopsProfiler,
+    Fp16,
+    Part,
+    Timers,
+    TorchAutocast,
+    idle,
+    refuse,
+)
+from trunkline.engine.config.strict import Strict, typed
+from trunkline.engine.config.typed_params import known_optimizer, known_scheduler, optimizer_params, scheduler_params
+from trunkline.engine.config.zero_section import ZERO_DEFAULTS, Zero
+from trunkline.engine.errors import ConfigError
+
+REFUSED = {
+    "autotuning": "choose batch sizes with --plan",
+    "checkpoint": "the engine writes whole checkpoints of its own; see training.save_every",
+    "comet": "use training.trackers",
+    "compression_training": "it changes the model behind the engine's back",
+    "csv_monitor": "every run writes metrics.jsonl",
+    "curriculum_learning": "the order of samples is a function of the seed and the epoch",
+    "data_efficiency": "the order of samples is a function of the seed and the epoch",
+    "dataloader_drop_last": "no sample is dropped: a short last batch is filled up with samples of weight zero",
+    "elasticity": "train_batch_size is the global batch on any number of ranks",
+    "expert_parallel": "only data parallelism is driven",
+    "gradient_allreduce_op": "gradients are divided by the weight of the global batch",
+    "hybrid_engine": "it is for inference inside training, which no task here does",
+    "managed_gradient_accumulation": "the engine drives the accumulation",
+    "nebula": "the engine writes checkpoints itself",
+    "pipeline": "only data parallelism is driven",
+    "seq_parallel_communication_data_type": "only data parallelism is driven",
+    "sequence_parallel_size": "only data parallelism is driven",
+    "tensor_parallel": "only data parallelism is driven",
+    "tensorboard": "use training.trackers",
+    "train_steps": "use training.steps",
+    "use_data_before_expert_parallelism": "only data parallelism is driven",
+    "vocabulary_size": "DeepSpeed only warns by it",
+    "wandb": "use training.trackers",
+    "weight_quantization": "it changes the model behind the engine's back",
+}
+
+Json = dict[str, Any]
+
+
+class Optimizer(Part):
+    """`type` is DeepSpeed's name, any class of torch.optim, or "apex.<class>"; `params` are typed by it."""
+
+    type: Annotated[str, AfterValidator(known_optimizer)]
+    params: Json = Field(default_factory=dict, validate_default=True)
+    legacy_fusion: Annotated[bool, idle("it chooses between DeepSpeed's own kernels", False)] = False
+
+    @field_validator("params")
+    @classmethod
+    def _typed(cls, params: Json, info: ValidationInfo) -> Json:
+        return typed(optimizer_params(kind), params, kind) if (kind := info.data.get("type")) else params
+
+
+class Scheduler(Strict):
+    """`type` is one of DeepSpeed's names, any class of torch.optim.lr_scheduler, or one of our own."""
+
+    type: Annotated[str, AfterValidator(known_scheduler)]
+    params: Json = Field(default_factory=dict, validate_default=True)
+
+    @field_validator("params")
+    @classmethod
+    def _typed(cls, params: Json, info: ValidationInfo) -> Json:
+        return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
+
+
+class DeepSpeedSection(Part):
+    """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""
+
+    train_batch_size: int | None = Field(None, gt=0)
+    train_micro_batch_size_per_gpu: int | Literal["auto"] = "auto"
+    gradient_accumulation_steps: int | Literal["auto"] = "auto"
+    optimizer: Optimizer
+    scheduler: Scheduler | None = None
+    gradient_clipping: float = Field(default=0.0, ge=0)
+    bf16: Bf16 = Bf16()
+    fp16: Fp16 = Fp16()
+    zero_optimization: Zero = Zero()
+    zero_allow_untested_optimizer: bool = True
+    zero_force_ds_cpu_optimizer: bool = False
+    activation_checkpointing: ActivationCheckpointing | None = None
+    aio: Aio | None = None
+    comms_logger: CommsLogger | None = None
+    communication_data_type: Dtype | None = None
+    compile: Compile | None = None
+    data_types: DataTypes | None = None
+    disable_allgather: Annotated[bool | None, idle("parameters are always all-gathered", None, False)] = None
+    disable_python_gc: bool | None = None
+    dump_state: bool | None = None
+    flops_profiler: FlopsProfiler | None = None
+    gradient_predivide_factor: float | None = Field(None, gt=0)
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    memory_breakdown: bool | None = None
+    prescale_gradients: bool | None = None
+    steps_per_print: int | None = Field(None, gt=0)
+    timers: Timers | None = None
+    torch_autocast: TorchAutocast | None = None
+    use_node_local_storage: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
+    wall_clock_breakdown: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_refused_key(cls, section: Any) -> Any:
+        return refuse(section, REFUSED)
+
+    @field_validator("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value <= 0:
+            raise ValueError('must be a positive integer or "auto"')
+        return value
+
+    @field_validator("train_micro_batch_size_per_gpu")
+    @classmethod
+    def _something_to_derive_from(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if value == "auto" and info.data.get("train_batch_size", 0) is None:
+            raise PydanticCustomError(
+                "told", '"auto" is derived from train_batch_size (the global batch), which is not given: write it'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeepSpeedSection:
+        if self.bf16.enabled and self.fp16.enabled:
+            raise ValueError("bf16.enabled and fp16.enabled are both true; choose one precision")
+        precision = "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
+        if self.data_types is not None and self.data_types.param_dtype not in (None, precision):
+            raise ValueError(
+                f"data_types.param_dtype {self.data_types.param_dtype!r} contradicts the precision in force, "
+                f"{precision}: remove it, and choose by bf16.enabled and fp16.enabled"
+            )
+        summed = self.data_types.grad_accum_dtype if self.data_types else None
+        if self.bf16.immediate_grad_update and not (self.zero_optimization.stage == 1 and summed == "fp32"):
+            raise ValueError(
+                "bf16.immediate_grad_update has no effect but at zero_optimization.stage 1 with "
+                'data_types.grad_accum_dtype "fp32"; remove it'
+            )
+        return self
+
+
+def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
+    """The dtype that the model computes in."""
+    return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
+
+
+def bucket_size(num_parameters: int) -> int:
+    """DeepSpeed's buckets where none are given: its default is a gigabyte, for the smallest model too."""
+    return min(ZERO_DEFAULTS["reduce_bucket_size"], -(-num_parameters // 1024) * 1024)
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How one global batch is split: global = micro x ranks x accumulation."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    world_size: int
+
+
+def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
+    """Resolve "auto" and check that the sizes multiply. Raises ConfigError with the numbers and the way out."""
+    total, micro = section.train_batch_size, section.train_micro_batch_size_per_gpu
+    accumulation = section.gradient_accumulation_steps
+    if total is None:
+        assert isinstance(micro, int)
+        total = micro * world_size * (accumulation if isinstance(accumulation, int) else 1)
+    if micro == "auto":
+        share, rest = divmod(total, world_size * (accumulation if isinstance(accumulation, int) else 1))
+        if rest or not share:
+            raise ConfigError(
+                f"deepspeed.train_batch_size: {total} cannot be shared by {world_size} ranks"
+                + (f" x {accumulation} accumulation steps" if accumulation != "auto" else "")
+                + f"; choose a multiple of {world_size * (accumulation if isinstance(accumulation, int) else 1)}"
+            )
+        micro = share
+    assert isinstance(micro, int)
+    steps, rest = divmod(total, micro * world_size)
+    if rest or not steps:
+        raise ConfigError(
+            f"deepspeed.train_batch_size: {total} is not a multiple of {micro} samples a micro-batch x {world_size} "
+            f"ranks; use a train_micro_batch_size_per_gpu that divides {total / world_size:g}, or another global batch"
+        )
+    if accumulation not in ("auto", steps):
+        raise ConfigError(
+            f"deepspeed.gradient_accumulation_steps: {accumulation} contradicts train_batch_size {total} = {micro} x "
+            f"{world_size} ranks x {steps}; remove the key: it is derived"
+        )
+    return BatchSizes(total, micro, steps, world_size)

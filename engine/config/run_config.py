@@ -1,0 +1,217 @@
+"""Configuration: a JSON file, command-line settings on top, and the origin of every value.
+
+    config = load_config(path, settings=["training.seed=1"], sections=lookup)
+    config.training.seed, config.deepspeed.train_batch_size, config.data, config.model
+    config.origins["training.seed"] == "command line"
+
+A workload describes its own "data" and "model" sections with subclasses of `Strict`; `sections(workload)` hands them
+in, so that this module knows no workload.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
+from trunkline.engine.errors import ConfigError
+
+
+class Best(Strict):
+    """Which validation metric decides the best weights."""
+
+    metric: str = "loss"
+    mode: Literal["auto", "min", "max"] = Field(
+        default="auto", description="whether lower or higher is better; auto: as the task states of the metric"
+    )
+
+
+class EarlyStopping(Strict):
+    """Stop after `patience` evaluations in a row that improved the best metric by less than `min_delta`."""
+
+    patience: int = Field(gt=0)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class AdaptiveClipping(Strict):
+    """Clip gradients at `factor` times a moving average of recent norms, beside deepspeed.gradient_clipping."""
+
+    factor: float = Field(default=2.0, gt=0)
+    beta: float = Field(default=0.98, gt=0, lt=1, description="of the average, over about 1 / (1 - beta) steps")
+    warmup_steps: int = Field(default=50, ge=0, description="steps that only enter the average")
+
+
+class Training(Strict):
+    """What the engine itself decides. Batch sizes, optimizer, schedule and precision are DeepSpeed's section."""
+
+    epochs: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    eval_every: int = Field(default=500, gt=0, description="optimizer steps between evaluations")
+    eval_samples: int | None = Field(
+        default=None, gt=0, description="evenly spaced validation samples used; all if null"
+    )
+    save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
+    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
+    keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
+    keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
+    log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
+    best: Best = Best()
+    early_stopping: EarlyStopping | None = None
+    adaptive_clipping: AdaptiveClipping | None = None
+    seed: int = Field(default=42, ge=0)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    activation_checkpointing: bool = False
+    compile: bool | str = Field(default=False, description="true, or the name of a torch.compile backend")
+    num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
+    nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
+    hang_timeout_s: float = Field(
+        default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
+    )
+    deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("name each tracker once")
+        return trackers
+
+    @field_validator("compile")
+    @classmethod
+    def _known_backend(cls, backend: bool | str) -> bool | str:
+        if isinstance(backend, str) and backend != "inductor":
+            from torch._dynamo import list_backends  # which takes seconds
+
+            if backend not in (known := list_backends(exclude_tags=())):
+                raise ValueError(f"torch.compile has no such backend{nearest(backend, known)}")
+        return backend
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either 'epochs' or 'steps'")
+        return self
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole, validated configuration. `origins` says of every dotted key where its value came from."""
+
+    source: str
+    workload: str
+    data: Any
+    model: Any
+    training: Training
+    deepspeed: DeepSpeedSection
+    origins: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration of record: every value in force, defaults included, ready for JSON."""
+        return {
+            "workload": self.workload,
+            "data": self.data.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "deepspeed": self.deepspeed.model_dump(mode="json", exclude_none=True),
+        }
+
+
+SECTIONS = ("workload", "data", "model", "training", "deepspeed")
+
+
+def load_config(
+    path: str | Path,
+    *,
+    sections: Callable[[str], tuple[type[BaseModel], type[BaseModel]]],
+    settings: Sequence[str] = (),
+    deepspeed: str | Path | None = None,
+) -> RunConfig:
+    """Read and validate a run's configuration.
+
+    Args:
+        path: the JSON file.
+        sections: gives the models of the "data" and "model" sections for a workload's name; raises ConfigError for
+            a name that it does not know.
+        settings: "dotted.key=value" strings that win over the file; values are JSON, or else plain text.
+        deepspeed: a DeepSpeed configuration file that takes the place of the "deepspeed" section.
+
+    Raises:
+        ConfigError: with file, key, value and remedy; all mistakes of one section in one message.
+    """
+    raw = read_json_object(path)
+    origins = dict.fromkeys(_leaves(raw), "file")
+    if deepspeed is not None:
+        raw["deepspeed"] = read_json_object(deepspeed)
+        origins = {k: v for k, v in origins.items() if not k.startswith("deepspeed.")}
+        origins |= {f"deepspeed.{key}": str(deepspeed) for key in _leaves(raw["deepspeed"])}
+    for setting in settings:
+        key, value = _parse_setting(setting)
+        _assign(raw, key, value, setting)
+        origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
+        origins |= dict.fromkeys(_leaves(value, key) if isinstance(value, dict) else [key], "command line")
+
+    for key in raw:
+        if key not in SECTIONS:
+            raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, SECTIONS)}; the sections are {SECTIONS}")
+    for key in SECTIONS:
+        if key not in raw:
+            raise ConfigError(f"{path}: the section '{key}' is missing; a run's file has {', '.join(SECTIONS)}")
+    if not isinstance(raw["workload"], str):
+        raise ConfigError(f"{path}: workload: expected a name in quotes, found {show(raw['workload'])}")
+    data_model, model_model = sections(raw["workload"])
+    config = RunConfig(
+        source=str(path),
+        workload=raw["workload"],
+        data=validated(data_model, raw["data"], "data", path),
+        model=validated(model_model, raw["model"], "model", path),
+        training=validated(Training, raw["training"], "training", path),
+        deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", deepspeed or path),
+        origins=origins,
+    )
+    values = config.as_dict()
+    origins |= {key: "auto" for key in origins if _at(raw, key) == "auto" != _at(values, key)}
+    for key in _leaves(values):
+        origins.setdefault(key, "default")
+    return config
+
+
+def _at(value: Any, key: str) -> Any:
+    """What a dotted key holds; None if it is not there."""
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, item in value.items():
+        dotted = f"{prefix}.{key}" if prefix else key
+        keys += _leaves(item, dotted) if isinstance(item, dict) and item else [dotted]
+    return keys
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise ConfigError(f"--set {setting}: expected dotted.key=value, such as --set training.seed=1")
+    try:
+        return key, json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return key, text
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    *parents, last = key.split(".")
+    target = raw
+    for depth, part in enumerate(parents):
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            held = ".".join(parents[: depth + 1])
+            raise ConfigError(f"--set {setting}: '{held}' holds {show(target)}, which has no keys; set '{held}' itself")
+    target[last] = value

@@ -1,0 +1,1 @@
+"""From (seed, epoch) to batches: the order of samples, randomness, and loading."""

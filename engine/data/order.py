@@ -1,0 +1,97 @@
+"""The order of samples: a pure function of (seed, epoch), with nothing to store and nothing to replay.
+
+Global batch k holds the same samples on any number of ranks. Position -> sample is a keyed bijection: a Feistel
+network over Z_a x Z_b with a b just above the data set's size, walked until it falls inside (Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002). Any position costs O(1), so resuming at any
+step does too, and no permutation of a large data set is ever held in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from trunkline.engine.data.randomness import mix, mix_last
+
+FILLER = -1
+"""Stands in a short last batch where there is no sample: the engine gives such places weight zero."""
+
+_ROUNDS = 6
+
+
+def permuted(positions: np.ndarray, size: int, key: int) -> np.ndarray:
+    """The samples at these positions of the order that `key` names: int64 [...], a bijection of range(size)."""
+    left_size = math.isqrt(max(size - 1, 0)) + 1
+    right_size = -(-size // left_size)  # left_size * right_size is hardly larger than size, so walks are rare
+    round_keys = np.array([mix(key, turn) & 0xFFFFFFFFFFFFFFFF for turn in range(_ROUNDS)], dtype=np.uint64)
+    out = positions.astype(np.uint64)
+    todo = out >= 0
+    while todo.any():
+        left, right = np.divmod(out[todo], np.uint64(right_size))
+        for even, odd in round_keys.reshape(-1, 2):
+            left = (left + _scramble(right + even) % np.uint64(left_size)) % np.uint64(left_size)
+            right = (right + _scramble(left + odd) % np.uint64(right_size)) % np.uint64(right_size)
+        out[todo] = left * np.uint64(right_size) + right
+        todo = out >= size
+    return out.astype(np.int64)
+
+
+def _scramble(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """The global batches of a run, by optimizer step. An epoch's last batch may be short; no sample is left out."""
+
+    num_samples: int
+    global_batch_size: int
+    seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return -(-self.num_samples // self.global_batch_size)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that step `step` (from 0) belongs to."""
+        return step // self.per_epoch
+
+    def samples(self, step: int) -> np.ndarray:
+        """The samples of step `step` (from 0): int64 [global_batch_size], with FILLER at the end of a short batch."""
+        return self.draws(step)[0]
+
+    def draws(self, step: int) -> np.ndarray:
+        """The samples of a step, and the key of each one's draw in this epoch: int64 [2, global_batch_size]."""
+        epoch, batch = divmod(step, self.per_epoch)
+        first = batch * self.global_batch_size
+        last = min(first + self.global_batch_size, self.num_samples)
+        blocks = [
+            _block(self.num_samples, self.seed, epoch, block) for block in range(first // _BLOCK, -(-last // _BLOCK))
+        ]
+        drawn = (blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))[:, first % _BLOCK :]
+        out = np.full((2, self.global_batch_size), FILLER, dtype=np.int64)
+        out[:, : last - first] = drawn[:, : last - first]
+        return out
+
+    def heaviest(self, step: int, lengths: np.ndarray | None) -> int:
+        """The largest of the lengths [N] of a step's samples, which every rank knows of all; 0 where they are alike."""
+        if lengths is None:
+            return 0
+        samples = self.samples(step)
+        return int(lengths[samples[samples != FILLER]].max())
+
+
+_BLOCK = 8192
+
+
+@lru_cache(maxsize=8)
+def _block(size: int, seed: int, epoch: int, block: int) -> np.ndarray:
+    # a block at a time, because numpy's cost a call would outweigh that of a small batch
+    order = permuted(np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size)), size, mix(seed, epoch))
+    return np.stack([order, mix_last(order, seed, epoch)])

@@ -1,0 +1,1 @@
+"""What the operating system gives: files, signals, output, processes, devices. Knows nothing of training."""

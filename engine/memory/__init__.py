@@ -1,0 +1,1 @@
+"""Running out of memory, and going on with smaller micro-batches."""

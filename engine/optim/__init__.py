@@ -1,0 +1,1 @@
+"""Optimizers, schedules, clipping and loss scaling, by the names of the configuration."""

@@ -1,0 +1,1 @@
+"""A simulator of gas transmission networks: topology, hydraulics, temperatures, scenarios and days."""

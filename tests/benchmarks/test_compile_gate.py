@@ -1,0 +1,95 @@
+"""The shipped tiles of flash_attention, compiled for six architectures without a GPU."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trunkline.benchmarks.compile_gate import Configuration, Usage, limits_broken, rate_limit
+
+ROOT = Path(__file__).parents[2]
+LOOP = Counter(HGMMA=8)
+
+
+def gate(*arguments):
+    """Run in a process of its own: in this one, Triton interprets."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "trunkline.benchmarks.compile_gate", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tiles"),
+    [("sm_90", 25), pytest.param("sm_80", 25, marks=pytest.mark.slow), ("sm_86|sm_1.0", 1 + 3 + 5)],
+)
+def test_a_tile_of_each_kind_fits_its_architecture(architecture, tiles):
+    done = gate("--only", architecture)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(" registers, ") == tiles
+
+
+def test_a_key_mask_without_a_causal_block_and_rows_of_8_modulo_16_values_fit_too():
+    done = gate("--every", "--only", r"sm_90 (forward bf16 D=64 full.mask|(forward|backward) bf16 D=72 causal.mask)")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(" registers, ") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
+    done = gate("--every", "--only", f"{architecture} .* {dtype} ")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(" registers, ") == 8 * (5 * 4 + 1)  # head dimensions, passes, patterns
+
+
+@pytest.mark.parametrize(
+    ("usage", "broken"),
+    [
+        (Usage(168, 0, 0, 227 * 1024, True, False, 99, LOOP), []),
+        (Usage(255, 40, 0, 0, True, False, 99, LOOP), ["spills 40 bytes"]),
+        (Usage(255, 0, 16, 0, True, False, 99, LOOP), ["spills 16 bytes"]),
+        (Usage(168, 0, 0, 227 * 1024 + 1, True, False, 99, LOOP), ["needs 232449 bytes of shared memory"]),
+        (Usage(168, 0, 0, 0, False, False, 99, LOOP), ["no wgmma"]),
+        (Usage(168, 0, 0, 0, True, True, 99, LOOP), ["wgmma serialized"]),
+        (Usage(168, 0, 0, 0, True, False, 99, Counter(HGMMA=8, FSEL=1)), ["mask arithmetic in the inner loop"]),
+        (Usage(168, 0, 0, 0, True, False, 99, Counter()), ["no inner loop found"]),
+        (Usage(168, 0, 0, 0, True, False, 7, LOOP), ["7 loads of 16 bytes, not 8"]),
+    ],
+)
+def test_what_breaks_a_limit(usage, broken):
+    assert limits_broken(Configuration(90, "forward", "bf16", 64, True, True), usage) == broken
+
+
+@pytest.mark.parametrize(
+    ("loop", "what", "clocks"),
+    [
+        # 128 x 64 scores by 8 warps: 2 x 2 x 128 x 64 x 64 operations at 4,096 a clock
+        ({"HGMMA": 8, "MUFU": 30, "FFMA": 200}, "tensor cores", 512),
+        ({"HGMMA": 8, "MUFU": 34, "FFMA": 200}, "exponentials", 34 * 8 * 32 / 16),
+        ({"HGMMA": 8, "MUFU": 34, "FFMA": 300}, "issue", 342 * 8 / 4),
+    ],
+)
+def test_the_busiest_part_of_a_multiprocessor_limits_the_rate(loop, what, clocks):
+    configuration = Configuration(90, "forward", "bf16", 64, True, True)
+    assert configuration.tile[:3] == (128, 64, 8)
+    limit = rate_limit(configuration, Usage(128, 0, 0, 0, True, False, 99, Counter(loop)))
+    assert limit == (what, pytest.approx(4 * 64 * 128 * 64 / clocks * 132 * 1.83e9 / 1e12))
+
+
+@pytest.mark.parametrize(("architecture", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
+def test_shared_memory_is_that_of_the_architecture(architecture, kib):
+    configuration = Configuration(architecture, "backward_delta", "bf16", 64, False, False)
+    usage = Usage(64, 0, 0, kib * 1024, False, False, 99, Counter())
+    assert limits_broken(configuration, usage) == []
+    assert limits_broken(configuration, usage._replace(shared_bytes=kib * 1024 + 1)) == [
+        f"needs {kib * 1024 + 1} bytes of shared memory"
+    ]

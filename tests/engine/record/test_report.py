@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from trunkline.engine.errors import DataError
+from trunkline.engine.record.report import History, _metric_panels, write_report
+from trunkline.engine.record.report_plots import Panel, Series, plot_panels, smooth
+from trunkline.engine.record.trackers import MetricsFile, read_metrics
+
+CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
+
+
+def _run(folder: Path) -> Path:
+    file = MetricsFile.open(folder / "metrics.jsonl")
+    for step in range(10, 61, 10):
+        values = {"loss": 1 / step, "lr": 1e-3, "grad_norm": 2.0, "samples_per_s": 100.0, "step_time_s": 0.5}
+        values |= {"words_per_s": 2500.0}
+        file.log(step, "train", values | {"host_memory_gib": 1.0 + step / 100, "mfu": 0.41})
+        if step == 30:
+            file.log(step, "skipped", {"skipped_steps": 1})
+        if step % 20 == 0:
+            rmse = {20: 0.5, 40: 0.25, 60: 0.375}[step]
+            file.log(step, "val", {"rmse": rmse, "rmse/P": rmse / 2, "rmse/P|x": 1.0, "persistence_rmse": 0.75})
+    file.close()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "plan.json").write_text(json.dumps({"steps": 60, "parameters": 1234567, "world_size": 2}))
+    return folder
+
+
+def _short_run(folder: Path, config: str) -> Path:
+    """A run with a single curve, which is soon drawn."""
+    file = MetricsFile.open(folder / "metrics.jsonl")
+    for step, value in ((20, 0.5), (40, 0.25)):
+        file.log(step, "val", {"rmse": value})
+    file.close()
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(_run(tmp_path_factory.mktemp("run"))).parent
+
+
+def test_the_summary_states_the_run(report: Path) -> None:
+    text = (report / "summary.md").read_text()
+    for line in (
+        "| parameters | 1,234,567 |",
+        "| ranks | 2 |",
+        "| steps | 60 of 60 |",
+        "| best validation rmse | 0.25 at step 40 |",
+        "| skipped steps | 1 |",
+        "| time in training steps | 30 s (evaluations and saves not counted) |",
+        "| throughput, median | 100 samples/s, 2,500 words/s |",
+        "| share of the device's peak, median | 41.0% |",
+        "| memory of rank 0, most | 1.6 GiB |",
+        "| metric | best, step 40 | last, step 60 |",
+        "| rmse | 0.25 | 0.375 |",
+        "| persistence_rmse | 0.75 | 0.75 |",
+        "| rmse/P\\|x | 1 | 1 |",
+    ):
+        assert line in text.splitlines(), line
+    assert json.dumps(CONFIG, indent=2) in text
+
+
+def test_every_picture_that_the_summary_shows_is_one(report: Path) -> None:
+    text = (report / "summary.md").read_text()
+    pictures = [path.name for path in report.glob("*.png")]
+    assert sorted(pictures) == ["gradient_norm.png", "learning_rate.png", "loss.png", "metrics.png", "throughput.png"]
+    for name in pictures:
+        assert f"({name})" in text
+        pixels = imread(report / name)
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.01
+
+
+def test_metrics_with_parts_share_a_panel_with_or_without_a_whole(tmp_path: Path) -> None:
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    rewards = {"rewards/chosen": 1.0, "rewards/rejected": -1.0}
+    file.log(1, "val", {"loss": 1.0, "rmse": 2.0, "rmse/P": 3.0, "mean_rmse": 4.0, **rewards})
+    file.close()
+    panels = {
+        panel.title: list(panel.curves) for panel in _metric_panels(History(read_metrics(tmp_path / "metrics.jsonl")))
+    }
+    assert panels == {"rmse": ["validation", "P", "mean (compared)"], "rewards": ["chosen", "rejected"]}
+
+
+def test_a_metric_that_should_grow_is_best_where_it_is_largest(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, '{"training": {"best": {"metric": "rmse", "mode": "max"}}}')
+    assert "| best validation rmse | 0.5 at step 20 |" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"step": 4, "spl', "[1, 2]\nnull\n{}\n", "\x00\x01"])
+def test_a_run_that_logged_nothing_still_has_a_report(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    text = write_report(tmp_path).read_text()
+    assert "Nothing was logged" in text
+    assert not list((tmp_path / "report").glob("*.png"))
+
+
+def test_nan_values_are_left_out_of_curves_and_shown_in_the_table(tmp_path: Path) -> None:
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    file.log(1, "train", {"loss": math.nan, "lr": 0.0})
+    file.log(2, "train", {"loss": math.inf})
+    file.log(2, "val", {"loss": math.nan})
+    file.close()
+    text = write_report(tmp_path).read_text()
+    assert "| loss | nan | nan |" in text
+    assert not (tmp_path / "report" / "loss.png").exists()
+    assert "best validation" not in text
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{", '{"training": {"best": {"metric": "accuracy"}}}'])
+def test_a_missing_or_damaged_configuration_costs_only_what_it_holds(tmp_path: Path, config: str) -> None:
+    assert "| steps | 40 |" in write_report(_short_run(tmp_path, config)).read_text().splitlines()
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    write_report(_short_run(tmp_path, "{}"))
+    assert (tmp_path / "report" / "metrics.png").exists()
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_report(tmp_path)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["summary.md"]
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere/metrics\.jsonl: not found"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_report_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, "{}")
+    (run / "report").write_text("mine")
+    with pytest.raises(DataError, match=r"report: cannot be made \(File exists\); move away what is there"):
+        write_report(run)
+
+
+def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
+    line = [0.5 * step for step in range(200)]
+    assert smooth(line) == pytest.approx(line)
+    noise = [1.0, -1.0] * 100
+    assert max(abs(value) for value in smooth(noise)[20:-20]) < 0.15
+    assert smooth([3.0]) == [3.0]
+
+
+def test_a_picture_without_any_value_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "none.png"
+    path.write_bytes(b"of an earlier report")
+    assert not plot_panels(path, [Panel("loss", {"train": Series([], [])})])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1e-30, 1e30], [-1.0, 1.0], [5.0]])
+def test_any_finite_values_can_be_drawn(tmp_path: Path, values: list[float]) -> None:
+    series = Series(list(range(1, len(values) + 1)), values)
+    for from_zero in (False, True):
+        panel = Panel("loss", {"train": series, "part": Series([], [])}, smoothed=True, from_zero=from_zero)
+        assert plot_panels(tmp_path / "loss.png", [panel], best_step=1, skipped_steps=[1])

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.output import lasting_output
+from trunkline.engine.record.trackers import MetricsFile, Trackers, make_trackers, read_metrics
+
+
+def _strict(line: str) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def _write_steps(path: Path, steps: range) -> None:
+    file = MetricsFile.open(path)
+    for step in steps:
+        file.log(step, "train", {"loss": 1 / step})
+    file.close()
+
+
+def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": math.pi, "d": 5e-324, "count": 3}
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    file.log(1, "train", values)
+    file.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", **values}]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    file.log(7, "val", {"loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 7, "split": "val", "loss": 0.5}\n'
+
+
+def test_nan_and_infinities_stay_strict_json_and_come_back(tmp_path: Path) -> None:
+    file = MetricsFile.open(tmp_path / "metrics.jsonl")
+    file.log(1, "train", {"loss": math.nan, "grad_norm": math.inf, "low": -math.inf, "lr": 0.1})
+    line = _strict((tmp_path / "metrics.jsonl").read_text())
+    assert line["loss"] is None
+    assert line["nonfinite"] == {"loss": "nan", "grad_norm": "inf", "low": "-inf"}
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["loss"])
+    assert (row["grad_norm"], row["low"], row["lr"]) == (math.inf, -math.inf, 0.1)
+    assert "nonfinite" not in row
+
+
+def test_resuming_withdraws_the_lines_after_the_step_resumed_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write_steps(path, range(1, 11))
+    file = MetricsFile.open(path, resume_step=6)
+    file.log(7, "train", {"loss": 0.0})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert read_metrics(path)[-1]["loss"] == 0.0
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "spl', "{", '{"step": 4, "split": "train", "loss": 1.0}', "\ufffd\x00"])
+def test_a_line_torn_by_a_kill_is_dropped_and_the_next_one_stands_alone(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write_steps(path, range(1, 4))
+    with path.open("a") as file:
+        file.write(torn)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    resumed = MetricsFile.open(path, resume_step=4)
+    resumed.log(5, "train", {"loss": 0.2})
+    assert [_strict(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 5]
+
+
+def test_a_fresh_start_begins_an_empty_file(tmp_path: Path) -> None:
+    _write_steps(tmp_path / "metrics.jsonl", range(1, 4))
+    MetricsFile.open(tmp_path / "metrics.jsonl", resume_step=0).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written"):
+        MetricsFile.open(tmp_path / "metrics.jsonl")
+
+
+class _Away:
+    """A server that fails at calls `first` to `last`, counted from 1."""
+
+    name = "away"
+
+    def __init__(self, first: int, last: int) -> None:
+        self.calls, self.first, self.last = 0, first, last
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        self.calls += 1
+        if self.first <= self.calls <= self.last:
+            raise RuntimeError("the server is gone")
+        self.rows.append((step, dict(values)))
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_tracker_that_fails_gets_its_rows_later_after_one_warning_and_the_others_miss_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = _Away(2, 4)
+    trackers = Trackers([away, MetricsFile.open(tmp_path / "metrics.jsonl")])
+    for step in range(1, 6):
+        trackers.log(step, "train", {"loss": 1.0 / step})
+    trackers.close()
+    assert away.rows == [(step, {"loss": 1.0 / step}) for step in range(1, 6)]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    message = capsys.readouterr().err
+    assert message.count("warning") == 1
+    assert "away fails (RuntimeError: the server is gone)" in message
+
+
+def test_a_tracker_that_never_works_again_is_named_at_the_end_with_what_it_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trackers = Trackers([_Away(2, 10**9)])
+    for step in range(1, 6):
+        trackers.log(step, "train", {"loss": 1.0})
+    trackers.close()
+    assert "away did not take the last 4 rows" in capsys.readouterr().err
+
+
+def test_a_tracker_that_takes_long_to_fail_is_not_asked_at_every_row() -> None:
+    class Slow(_Away):
+        def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+            time.sleep(0.2)
+            super().log(step, split, values)
+
+    slow = Slow(1, 10**9)
+    trackers = Trackers([slow])
+    for step in range(1, 20):
+        trackers.log(step, "train", {"loss": 1.0})
+    assert slow.calls == 1  # the next one is due after four seconds
+
+
+def test_a_tracker_that_cannot_start_is_started_later_with_all_rows(tmp_path: Path) -> None:
+    away, tries = _Away(0, 0), iter([OSError("no network"), OSError("no network")])
+
+    def make() -> _Away:
+        if error := next(tries, None):
+            raise error
+        return away
+
+    trackers = Trackers()
+    trackers.add("away", make)
+    for step in range(1, 4):
+        trackers.log(step, "train", {"loss": 1.0})
+    trackers.close()
+    assert [step for step, _ in away.rows] == [1, 2, 3]
+
+
+def test_a_row_that_cannot_be_written_at_all_does_not_stand_in_the_way_of_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trackers = make_trackers([], tmp_path, {})
+    trackers.log(1, "val", {"loss": "many"})  # type: ignore[dict-item]
+    trackers.log(2, "val", {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
+    assert "metrics.jsonl cannot take the row of step 1" in capsys.readouterr().err
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Every file of this process ends at `size` bytes: what a full disk does, a write that is cut short included."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with lasting_output():  # pytest's own record of what is printed is such a file too
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.fault("disk full for metrics.jsonl, for a while")
+@pytest.mark.parametrize("room", [0, 60, 61, 130])
+def test_rows_that_found_no_room_are_written_in_order_when_there_is_room_again(tmp_path: Path, room: int) -> None:
+    """With room for a part of a row too: no line is torn at any moment."""
+    path = tmp_path / "metrics.jsonl"
+    trackers = Trackers([MetricsFile.open(path)])
+    trackers.log(1, "train", {"loss": 1.0})
+    with no_room_beyond(path.stat().st_size + room):
+        for step in range(2, 6):
+            trackers.log(step, "train", {"loss": 1.0 / step})
+            assert all(_strict(line) for line in path.read_text().splitlines())
+        assert len(read_metrics(path)) < 5
+    trackers.log(6, "train", {"loss": 0.0})
+    trackers.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert path.read_text().count("\n") == 6
+
+
+@pytest.mark.fault("disk full for metrics.jsonl until the last row")
+def test_rows_that_found_no_room_are_tried_once_more_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    trackers = Trackers([MetricsFile.open(path)])
+    with no_room_beyond(0):
+        trackers.log(1, "train", {"loss": 1.0})
+    trackers.close()
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+def test_an_evaluation_that_is_due_again_is_withdrawn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile.open(path)
+    for step, split in ((5, "val"), (6, "train"), (6, "val"), (7, "train")):
+        file.log(step, split, {"loss": 1.0})
+    MetricsFile.open(path, resume_step=6, evaluation_due=True)
+    assert [(row["step"], row["split"]) for row in read_metrics(path)] == [(5, "val"), (6, "train")]
+
+
+def _scalars(folder: Path, tag: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_tensorboard_holds_the_values_and_hides_those_after_the_step_resumed_from(tmp_path: Path) -> None:
+    first = make_trackers(["tensorboard"], tmp_path, {})
+    for step in range(1, 6):
+        first.log(step, "train", {"loss": float(step)})
+    first.close()
+    second = make_trackers(["tensorboard"], tmp_path, {}, resume_step=3)
+    second.log(4, "train", {"loss": 40.0})
+    second.close()
+    assert _scalars(tmp_path / "tensorboard", "train/loss") == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0}
+
+
+def test_only_the_main_rank_tracks(tmp_path: Path) -> None:
+    trackers = make_trackers(["tensorboard"], tmp_path, {}, is_main=False)
+    trackers.log(1, "train", {"loss": 1.0})
+    trackers.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_an_error_at_the_start_that_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    with pytest.raises(ConfigError, match=rf"training\.trackers: '{name}' cannot be imported .*pip install .*{name}"):
+        make_trackers([name], tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_cannot_start_is_left_out_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file in the way of the folder")
+    trackers = make_trackers(["tensorboard"], tmp_path, {})
+    trackers.log(1, "train", {"loss": 1.0})
+    trackers.close()
+    assert "warning: tensorboard fails" in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_weights_and_biases_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trackers = make_trackers(["wandb"], tmp_path, {"workload": "tiny"})
+    trackers.log(1, "train", {"loss": 1.0})
+    assert [tracker.name for tracker in trackers.active] == ["metrics.jsonl", "wandb"]
+    trackers.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_mlflow_continues_its_run_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    config = {"workload": "tiny", "training": {f"setting_{number}": number for number in range(150)}}
+    for resume_step in (0, 1):
+        trackers = make_trackers(["mlflow"], tmp_path, config, resume_step)
+        trackers.log(resume_step + 1, "train", {"loss": 1.0 + resume_step})
+        assert [tracker.name for tracker in trackers.active] == ["metrics.jsonl", "mlflow"]
+        trackers.close()
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.data.params["training.setting_149"] == "149"
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]

@@ -1,0 +1,414 @@
+"""The Triton kernels of flash_attention: on the CPU interpreted, in small tiles, and with `-m gpu` as shipped."""
+
+import contextlib
+import mmap
+import random
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import checkpoint
+
+from trunkline.kernels.attention import backward as flash_attention_backward
+from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention import forward as flash_attention_forward
+from trunkline.kernels.attention.backward import launch_backward
+from trunkline.kernels.attention.forward import heads_in_l2, launch_forward
+from trunkline.kernels.attention.key_tiles import sort_key_tiles
+from trunkline.kernels.attention.op import flash_attention_op
+from trunkline.kernels.attention.tiles import TILES, Tile
+from trunkline.kernels.reference import attention_reference, visible_pairs
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(device, monkeypatch):
+    """Tiles of 16 in the interpreter, so that short sequences have inner tiles, boundaries and remainders."""
+    if device.type == "cpu":
+        work_in_tiles(monkeypatch, 16, 16)
+
+
+def work_in_tiles(monkeypatch, queries, keys):
+    for module in (flash_attention_forward, flash_attention_backward):
+        monkeypatch.setattr(module, "choose_tile", lambda *_: Tile(queries, keys, 4, 2))
+
+
+@pytest.fixture(autouse=True)
+def bf16_rounds_to_nearest(device, monkeypatch):
+    """As on a GPU. The interpreter cuts fp32 down to bf16, an error that adds up."""
+    if device.type == "cuda":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, dtype):
+        if source.dtype.scalar != interpreter.tl.float32 or dtype.scalar != interpreter.tl.bfloat16:
+            return cast(self, source, dtype)
+        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(rounded, dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+
+
+@contextlib.contextmanager
+def deterministic(mode=True):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def inputs(device, B=2, N=37, M=37, Hq=2, Hkv=1, D=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, N, Hq, D), (B, M, Hkv, D), (B, M, Hkv, D))
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def some_keys(B, M, device="cpu", seed=1):
+    """A mask with wholly padded tiles, partly padded ones and whole ones; the last sample has no real key."""
+    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(seed)) > 0.4
+    mask[0, : M // 3] = False
+    mask[0, M // 3 : 2 * M // 3] = True
+    mask[-1] = False
+    return mask.to(device)
+
+
+def upstream_of(out):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.device, out.dtype)
+
+
+def gradients(out, leaves, retain_graph=False):
+    return torch.autograd.grad(out, leaves, upstream_of(out), retain_graph=retain_graph)
+
+
+def dense_in_the_same_dtype(q, k, v, causal_block=None, key_mask=None, softmax_scale=None):
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    seen = visible_pairs(q.shape[1], k.shape[1], causal_block, key_mask, q.device)
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = (torch.einsum("bihd,bjhd->bhij", q, k) * scale).masked_fill(~seen, torch.finfo(q.dtype).min)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).masked_fill(~seen, 0), v)
+
+
+def assert_as_accurate_as_dense_torch(leaves, **arguments):
+    """The error of the output and of every gradient is at most twice that of dense torch in the same dtype."""
+    out = flash_attention(*leaves, **arguments)
+    plain = dense_in_the_same_dtype(*leaves, **arguments)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = attention_reference(*wide, **arguments)
+    plain_and_true_gradients = list(zip(gradients(plain, leaves), gradients(truth, wide), strict=True))
+    cases = [(out, plain, truth, torch.zeros(()))]
+    inherited = gradients_of_a_rounded_output(wide, (out - truth).detach(), **arguments)
+    for mode in (False, True):
+        with deterministic(mode):
+            ours = gradients(out, leaves, retain_graph=True)
+        cases += [(x, *rest, by) for x, rest, by in zip(ours, plain_and_true_gradients, inherited, strict=True)]
+    for ours, plain, truth, inherited_error in cases:
+        assert ours.dtype == leaves[0].dtype
+        error, allowed = ((x.detach() - truth).abs().max() for x in (ours, plain))
+        # and a rounding of the largest value, for where dense torch happens to be exact
+        rounding = torch.finfo(leaves[0].dtype).eps * truth.abs().max()
+        assert error <= 2 * allowed + inherited_error.abs().max() + rounding + 1e-5 * (1 + truth.abs().max())
+
+
+def gradients_of_a_rounded_output(leaves, error, causal_block=None, key_mask=None, softmax_scale=None):
+    """By how much an error of the output shifts the gradients of every flash attention.
+
+    Its backward pass reads delta = rowsum(dO * O) off the rounded output. Off by e_i, it takes p_ij e_i from each
+    gradient of a score, and p_ij is that of row i's log-sum-exp.
+    """
+    q, k, v = leaves
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    seen = visible_pairs(q.shape[1], k.shape[1], causal_block, key_mask, q.device)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) * scale
+    lse = scores.masked_fill(~seen, -1e30).logsumexp(-1)
+    shift = (upstream_of(error) * error).sum(-1).transpose(1, 2)
+    return *torch.autograd.grad((shift * lse).sum(), (q, k)), torch.zeros_like(v)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal_block", [None, 1, 7, 21])
+@pytest.mark.parametrize(("N", "M"), [(37, 37), (20, 45), (40, 20)])
+def test_every_pattern(device, causal_block, masked, N, M):
+    dtype = DTYPES[(N + (causal_block or 0)) % 3]
+    mask = some_keys(2, M, device) if masked else None
+    leaves = inputs(device, N=N, M=M, Hq=2, Hkv=1, dtype=dtype)
+    assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block, key_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [16, 24, 32, 64, 80, 128, 256])
+def test_every_head_dimension(device, dtype, D):
+    leaves = inputs(device, B=1, N=20, M=35, D=D, dtype=dtype)
+    assert_as_accurate_as_dense_torch(leaves, causal_block=10)
+
+
+def draw_configuration(draw, device):
+    """Leaves and arguments of one random call."""
+    B, D = draw.randint(1, 2), draw.choice([16, 16, 19, 32, 40])
+    Hkv, group = draw.choice([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)])
+    N, M = draw.randint(1, 40), draw.randint(1, 40)
+    leaves = inputs(device, B, N, M, Hkv * group, Hkv, D, draw.choice(DTYPES), seed=draw.randrange(2**31))
+    layout = draw.choice(["plain", "heads first", "batch last"])
+    if layout == "heads first":
+        leaves = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves]
+    elif layout == "batch last":
+        leaves = [x.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2).requires_grad_() for x in leaves]
+    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(draw.randrange(2**31))) > draw.choice(
+        [0.2, 0.9, 1.0]
+    )
+    if draw.random() < 0.5:  # padding at the end
+        mask = torch.arange(M) < torch.tensor([[draw.randint(0, M)] for _ in range(B)])
+    arguments = {
+        "causal_block": draw.choice([None, 1, draw.randint(2, 45)]),
+        "key_mask": mask.to(device) if draw.random() < 0.6 else None,
+        "softmax_scale": draw.choice([None, draw.uniform(0.05, 1.0)]),
+    }
+    return leaves, arguments
+
+
+@pytest.mark.parametrize(
+    "seed", [233299, 496117, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (720481, 905533, *[None] * 4))]
+)
+def test_random_configurations(device, seed, monkeypatch):
+    """10 of each seed here, 200 of fresh seeds in all with -m slow."""
+    count = 50 if seed is None else 10
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    print(f"random configurations of seed {seed}")
+    draw = random.Random(seed)
+    for i in range(count):
+        leaves, arguments = draw_configuration(draw, device)
+        tile = draw.choice([(16, 16), (16, 32), (32, 16)])
+        if device.type == "cpu":
+            work_in_tiles(monkeypatch, *tile)
+        try:
+            assert_as_accurate_as_dense_torch(leaves, **arguments)
+        except AssertionError as error:
+            what = f"{[list(x.shape) for x in leaves]} {leaves[0].dtype} {arguments}, tile {tile}"
+            raise AssertionError(f"configuration {i} of seed {seed}: {what}") from error
+
+
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("D", "Hkv", "dtype"),
+    [(16, 1, "half"), (32, 2, "half"), (64, 2, "bfloat16"), (64, 1, "float"), (128, 1, "bfloat16"), (256, 2, "half")],
+)
+def test_shipped_tiles(device, D, Hkv, dtype, architecture, monkeypatch):
+    """Three blocks of 107 variables, whose borders cut the tiles, the last variables of each padding."""
+    chosen = lambda name, q, block_d: TILES[architecture, 8 * q.element_size(), name][block_d]  # noqa: E731
+    for module in (flash_attention_forward, flash_attention_backward):
+        monkeypatch.setattr(module, "choose_tile", chosen)
+    leaves = inputs(device, B=1, N=3 * 107, M=3 * 107, Hq=2, Hkv=Hkv, D=D, dtype=getattr(torch, dtype))
+    mask = (torch.arange(3 * 107, device=device) % 107 < 101)[None]
+    assert_as_accurate_as_dense_torch(leaves, causal_block=107, key_mask=mask)
+
+
+@pytest.mark.parametrize("causal_block", [None, 1, 8])
+def test_rows_without_a_visible_key_give_zero_and_pass_no_gradient(device, causal_block):
+    leaves = inputs(device)
+    mask = torch.ones(2, 37, dtype=torch.bool, device=device)
+    mask[0, :24] = False
+    mask[1] = False
+    dead = torch.zeros_like(mask)
+    dead[1] = True
+    dead[0, :24] = causal_block is not None
+    out = flash_attention(*leaves, causal_block=causal_block, key_mask=mask)
+    assert (out[dead] == 0).all()
+    assert (out[~dead].abs().sum(dim=(-1, -2)) > 0).all()
+    for mode in (False, True):
+        with deterministic(mode):
+            assert all((g == 0).all() for g in torch.autograd.grad(out[dead].sum(), leaves, retain_graph=True))
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+@pytest.mark.parametrize("causal_block", [None, 1, 8])
+def test_what_stands_in_padding_never_matters(device, causal_block, garbage):
+    clean, mask = inputs(device), some_keys(2, 37, device)
+    dead = ~visible_pairs(37, 37, causal_block, mask, device)[:, 0].any(-1)
+    assert dead[0].any() == (causal_block is not None)
+    spoiled = [x.detach().clone() for x in clean]
+    spoiled[0][dead] = garbage
+    spoiled[1][~mask] = garbage
+    spoiled[2][~mask] = garbage
+    results = []
+    for leaves, upstream_of_dead in ((clean, 0.0), (spoiled, garbage)):
+        leaves = [x.requires_grad_() for x in leaves]
+        out = flash_attention(*leaves, causal_block=causal_block, key_mask=mask)
+        upstream = torch.ones_like(out)
+        upstream[dead] = upstream_of_dead
+        results.append([out])
+        for mode in (False, True):
+            with deterministic(mode):
+                results[-1] += torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0 if device.type == "cpu" else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [{"N": 0}, {"M": 0}, {"B": 0}, {"N": 0, "M": 0}])
+def test_no_rows(device, shape):
+    leaves = inputs(device, **shape)
+    out = flash_attention(*leaves, causal_block=4)
+    assert out.shape == leaves[0].shape
+    assert (out == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_inputs_need_not_be_contiguous(device):
+    packed = torch.randn(2, 37, 2, 3, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    views = [packed[:, :, :, i] for i in range(3)]
+    turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in views]
+    far_apart = [torch.zeros(2, 37, 2, 40, device=device)[..., :16].copy_(x) for x in views]
+    want = flash_attention(*(x.contiguous() for x in views), causal_block=4)
+    for leaves in (views, turned, far_apart):
+        assert not leaves[0].is_contiguous()
+        torch.testing.assert_close(flash_attention(*leaves, causal_block=4), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("N", [128, pytest.param(512, marks=pytest.mark.slow)])
+def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
+    """So it grows with N, not with N x N. On top comes what says where the padding is."""
+    B, H, D, M = 1, 2, 16, N
+    q, k, v = (x.detach() for x in inputs(device, B=B, N=N, M=M, Hq=H, Hkv=H, D=D, dtype=torch.bfloat16))
+    d_out, mask = torch.ones_like(q), torch.arange(M, device=device)[None] % 50 < 45
+    tracker = MemTracker()
+    tracker.track_external(q, k, v, d_out)
+    with tracker:
+        out, lse = launch_forward(q, k, v, mask, 64, 0.25)
+        launch_backward(d_out, q, k, v, out, lse, mask, 64, 0.25, deterministic=mode)
+    (peak,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
+    values = B * N * H * D
+    counted = 2 * (4 * values + 4 * values) + 8 * B * N * H + (0 if mode else 4 * values)
+    assert counted <= peak <= 1.05 * counted
+
+
+def test_offsets_beyond_two_to_the_31_elements(device):
+    if device.type == "cuda":
+        memory = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)
+    else:  # pages that nobody touches cost nothing
+        memory = torch.frombuffer(mmap.mmap(-1, 2**32 + 2**21), dtype=torch.float16)
+    near = [x.detach() for x in inputs(device, B=2, N=20, M=20, Hq=2, Hkv=2, dtype=torch.float16)]
+    near.append(torch.randn(near[0].shape, generator=torch.Generator().manual_seed(3)).to(near[0]))
+    for mode, atol in ((False, 0 if device.type == "cpu" else 1e-2), (True, 0)):
+        with deterministic(mode):
+            want = out_and_gradients(*near)
+            for strides in ((2**31, 64, 16, 1), (16, 64, 2**31, 1), (16, 2**26, 2**25, 1)):
+                for i in range(4):
+                    far = list(near)
+                    far[i] = torch.as_strided(memory, near[i].shape, strides).copy_(near[i])
+                    for got, expected in zip(out_and_gradients(*far), want, strict=True):
+                        torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def test_few_keys_do_not_put_more_heads_to_work_than_there_are():
+    """Kernels multiply this by a number of tiles, in 32 bits: it must not exceed what the grid holds."""
+    assert heads_in_l2(bytes_per_head=2 * 16 * 2, num_heads=8) == 8
+    assert heads_in_l2(bytes_per_head=5_000_000, num_heads=8) == 5
+    assert heads_in_l2(bytes_per_head=10**9, num_heads=8) == 1
+
+
+def out_and_gradients(q, k, v, upstream):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = flash_attention(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+def test_key_tiles_are_sorted_into_whole_and_partly_padded_ones(device):
+    T, F = [True] * 4, [False] * 4
+    P = [True, False, True, False]
+    mask = torch.tensor([F + P + T + T + F + P[:2], T + T + P + T + T + T[:2], F * 5 + F[:2]], device=device)
+    tiles = sort_key_tiles(mask.view(torch.uint8), 4).tolist()
+    assert [*tiles[0][0][:4], *tiles[0][1:]] == [2, 3, 1, 5, [0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 2]]
+    assert [*tiles[1][0][:6], *tiles[1][1:]] == [0, 1, 3, 4, 2, 5, [0, 1, 2, 2, 3, 4, 4], [0, 0, 0, 1, 1, 1, 2]]
+    assert tiles[2][1:] == [[0] * 7, [0] * 7]
+
+
+@pytest.mark.parametrize("M", [1, 127 * 16, 128 * 16, 129 * 16, 5000])
+def test_key_tiles_of_many_keys(device, M):
+    """Of more tiles than are sorted at once."""
+    mask = torch.rand(2, M // 50 + 1, generator=torch.Generator().manual_seed(M)) > 0.3
+    mask = mask.repeat_interleave(50, dim=1)[:, :M].contiguous()
+    tiles = sort_key_tiles(mask.to(device).view(torch.uint8), 16).tolist()
+    for (order, whole_before, partial_before), sample in zip(tiles, mask, strict=True):
+        real = [part.sum().item() for part in sample.split(16)]
+        whole = [t for t, count in enumerate(real) if count == 16]
+        partial = [t for t, count in enumerate(real) if 0 < count < 16]
+        assert order[: len(whole + partial)] == whole + partial
+        assert whole_before == [sum(w < t for w in whole) for t in range(len(real) + 1)]
+        assert partial_before == [sum(p < t for p in partial) for t in range(len(real) + 1)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_without_graph_breaks(device, masked):
+    torch.compiler.reset()
+    leaves = inputs(device, M=14)
+    mask = some_keys(2, 14, device) if masked else None
+    compiled = torch.compile(
+        flash_attention, fullgraph=True, backend="aot_eager" if device.type == "cpu" else "inductor"
+    )
+    want = flash_attention(*leaves, causal_block=4, key_mask=mask)
+    out = compiled(*leaves, causal_block=4, key_mask=mask)
+    torch.testing.assert_close(out, want)
+    for got, expected in zip(gradients(out, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_is_a_proper_operator_of_torch(device, masked):
+    leaves = inputs(device, N=10, M=14)
+    torch.library.opcheck(flash_attention_op, (*leaves, some_keys(2, 14, device) if masked else None, 4, 0.25))
+
+
+def test_activation_checkpointing_changes_nothing(device):
+    leaves = inputs(device, N=20, M=20)
+    call = lambda q, k, v: flash_attention(q, k, v, causal_block=4)  # noqa: E731
+    with deterministic():
+        want = gradients(call(*leaves), leaves)
+        got = gradients(checkpoint(call, *leaves, use_reentrant=False), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_takes_part_in_autocast(device):
+    leaves = inputs(device, N=20, M=20)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = flash_attention(leaves[0], leaves[1].bfloat16(), leaves[2])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, flash_attention(*(x.bfloat16() for x in leaves)), rtol=0, atol=0)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_reach_the_kernels_at_multiples_of_16_bytes(device, dtype):
+    """Which their loads take for granted. What lies so already is not copied."""
+    B, N, H, D, bytes_each = 2, 5, 3, 24, torch.finfo(dtype).bits // 8
+    flat = torch.randn(B * N * H * 32 + 16).to(device, dtype)
+    fitting = flat[: B * N * H * 32].view(B, N, H, 32)
+    for x in (
+        fitting,
+        fitting[..., 8:],
+        fitting[..., :D],
+        fitting.transpose(1, 2),
+        flat[8:][: B * N * H * D].view(B, N, H, D),
+    ):
+        assert flash_attention_forward.addressable(x).data_ptr() == x.data_ptr()
+    for x in (
+        flat[1 : 1 + B * N * H * D].view(B, N, H, D),  # contiguous, but not from a multiple of 16 bytes on
+        fitting[..., 1 : 1 + D],
+        flat[: B * N * H * (D + 1)].view(B, N, H, D + 1)[..., :D],
+        flat[: B * N * H * D].view(B, N, D, H).transpose(2, 3),
+    ):
+        copy = flash_attention_forward.addressable(x)
+        assert torch.equal(copy, x)
+        assert all(at * bytes_each % 16 == 0 for at in copy.stride()[:-1])
+        assert (copy.data_ptr() % 16, copy.stride(-1)) == (0, 1)
+
+
+@pytest.mark.parametrize("D", [17, 20, 24, 40, 72])
+def test_head_dimensions_and_places_that_16_does_not_divide(device, D):
+    q, k, v = (torch.cat([x[..., :1], x], dim=-1).detach()[..., 1:] for x in inputs(device, N=20, M=20, D=D))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert leaves[0].stride(2) == D + 1
+    assert_as_accurate_as_dense_torch(leaves, causal_block=10, key_mask=some_keys(2, 20, device))
