@@ -14,7 +14,7 @@ from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.optim.optimizers import build_optimizer, is_deepspeed_only
+from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
 from trunkline.engine.task import Task
 
@@ -146,7 +146,7 @@ def _parameter_bytes(config: RunConfig) -> int:
 
 def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
     """What the optimizer keeps for a parameter, from one step of it on a small one."""
-    if is_deepspeed_only(config.deepspeed.optimizer):
+    if config.deepspeed.optimizer.is_deepspeed_only:
         return 4.0 if config.deepspeed.optimizer.type.lower() in ("lion", "muon") else 8.0
     probe = nn.Parameter(torch.zeros(64, 64))
     optimizer = build_optimizer([probe], config.deepspeed.optimizer)

@@ -31,7 +31,7 @@ from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSecti
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.extensions import compilation_watched
-from trunkline.engine.optim.optimizers import build_optimizer, is_deepspeed_only
+from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler, fast_forward
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
@@ -73,7 +73,7 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameter
         zero.setdefault(bucket, bucket_size(num_parameters))
     for part in zero.keys() & {"offload_optimizer", "offload_param"}:
         zero[part] = {key: zero[part][key] for key in ("device", "pin_memory")}  # the others ask for nothing
-    if is_deepspeed_only(section.optimizer):
+    if section.optimizer.is_deepspeed_only:
         config["optimizer"] = section.optimizer.model_dump(mode="json")
     if _engine_clips(section):
         config["gradient_clipping"] = 0.0
@@ -96,9 +96,7 @@ class DeepSpeedBackend:
         quiet()
         join(ranks.device)
         section = config.deepspeed
-        optimizer = (
-            None if is_deepspeed_only(section.optimizer) else partial(build_optimizer, section=section.optimizer)
-        )
+        optimizer = None if section.optimizer.is_deepspeed_only else partial(build_optimizer, section=section.optimizer)
         weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         try:

@@ -31,7 +31,13 @@ from trunkline.engine.config.deepspeed_parts import (
     refuse,
 )
 from trunkline.engine.config.strict import Strict, typed
-from trunkline.engine.config.typed_params import known_optimizer, known_scheduler, optimizer_params, scheduler_params
+from trunkline.engine.config.typed_params import (
+    DEEPSPEED_ONLY,
+    known_optimizer,
+    known_scheduler,
+    optimizer_params,
+    scheduler_params,
+)
 from trunkline.engine.config.zero_section import ZERO_DEFAULTS, Zero
 from trunkline.engine.errors import ConfigError
 
@@ -76,6 +82,11 @@ class Optimizer(Part):
     @classmethod
     def _typed(cls, params: Json, info: ValidationInfo) -> Json:
         return typed(optimizer_params(kind), params, kind) if (kind := info.data.get("type")) else params
+
+    @property
+    def is_deepspeed_only(self) -> bool:
+        """True for the names that no other library builds."""
+        return self.type.lower() in [name.lower() for name in DEEPSPEED_ONLY]
 
 
 class Scheduler(Strict):

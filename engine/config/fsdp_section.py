@@ -20,7 +20,6 @@ import torch
 from trunkline.engine.config.deepspeed_section import REFUSED, DeepSpeedSection
 from trunkline.engine.config.zero_section import REFUSED_ZERO
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.optim.optimizers import is_deepspeed_only
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
         elif isinstance(rule, Obeyed) and rule.only is not None and value not in rule.only:
             yield key, f"{shown} cannot be had: use {_values(rule.only)}, or --backend deepspeed"
     optimizer = section.optimizer.type
-    if is_deepspeed_only(section.optimizer):
+    if section.optimizer.is_deepspeed_only:
         yield "optimizer.type", f"only DeepSpeed builds {optimizer}: use AdamW, or --backend deepspeed"
     elif optimizer in _NOT_ON_SHARDS or optimizer.startswith("apex."):
         yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): use AdamW, or --backend deepspeed"

@@ -20,7 +20,6 @@ import torch
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.optim.optimizers import is_deepspeed_only
 
 _QUIET_S = 4.0
 """How long a folder whose lock nobody has open may stay as it is."""
@@ -30,7 +29,7 @@ def check_compiler(section: DeepSpeedSection, device: torch.device) -> None:
     """Raise ConfigError if DeepSpeed cannot build the optimizer here: a package, a GPU or a compiler is missing."""
     optimizer, where = section.optimizer, "deepspeed.optimizer.type"
     kind, offloaded = optimizer.type.lower(), section.zero_optimization.offloads
-    if not is_deepspeed_only(optimizer) or (kind == "muon" and optimizer.params.get("torch_adam")):
+    if not optimizer.is_deepspeed_only or (kind == "muon" and optimizer.params.get("torch_adam")):
         return
     if kind in ("muadam", "muadamw", "musgd"):
         if importlib.util.find_spec("mup") is None:

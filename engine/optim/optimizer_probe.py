@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection, Optimizer
 from trunkline.engine.config.strict import show
 from trunkline.engine.errors import ConfigError, TrunklineError
-from trunkline.engine.optim.optimizers import build_optimizer, is_deepspeed_only
+from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, capture, restore
@@ -25,7 +25,7 @@ def check_optimizer(section: DeepSpeedSection, backend: str, total_steps: int, d
     """Raise ConfigError for an optimizer that could not train, be saved or be resumed under this backend and stage,
     or that the schedule cannot drive for `total_steps`."""
     optimizer, stage = section.optimizer, section.zero_optimization.stage
-    if is_deepspeed_only(optimizer):
+    if optimizer.is_deepspeed_only:
         if optimizer.type.lower() == "lamb" and stage > 0:
             raise _refused(optimizer, _WHOLE.format(where=f"ZeRO {stage}"))
         return

@@ -22,11 +22,6 @@ from trunkline.engine.config.typed_params import DEEPSPEED_ONLY
 from trunkline.engine.errors import ConfigError
 
 
-def is_deepspeed_only(section: Optimizer) -> bool:
-    """True for the names that no other library builds."""
-    return section.type.lower() in [name.lower() for name in DEEPSPEED_ONLY]
-
-
 def same_name(name: str) -> str:
     """One name for all spellings of an optimizer, and for "Adam" and "AdamW", whose states are the same."""
     names = {known.lower(): known for known in DEEPSPEED_ONLY} | {"adam": "AdamW", "adamw": "AdamW"}

@@ -27,9 +27,10 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import choose_device
 from trunkline.engine.task import Batch, Sums, add_sums
+from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
 from trunkline.models.causal_lm.dpo import PolicyAndReference
-from trunkline.models.causal_lm.network import CausalLM, make_network
+from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.plots import plot_margins, plot_positions
 from trunkline.models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
 from trunkline.models.causal_lm.trained import at, load_sections

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
-
-if TYPE_CHECKING:
-    from trunkline.models.causal_lm.network import CausalLM
 
 _SHORT, _LONG = 5, 7  # tokens of two documents; of the long ones the first _SHORT are those of the short one
 _LOUDER = 16.0  # times the logits, or an untrained model would whisper; a power of two is taken back exactly

@@ -23,12 +23,13 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.task import Batch, Sums
 from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.build import head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from trunkline.models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
 from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from trunkline.models.causal_lm.file_format import FileFormat, shell_of
 from trunkline.models.causal_lm.folder import read_generation, token_ids
-from trunkline.models.causal_lm.network import CausalLM, head_dim_of, hf_config_of, make_network
+from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.skipped import remarks
 from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids

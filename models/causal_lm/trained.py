@@ -12,9 +12,9 @@ import torch
 from trunkline.engine.checkpoint.weights import find_weights, read_config
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import CheckpointError
+from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMData, CausalLMModel
 from trunkline.models.causal_lm.folder import token_ids
-from trunkline.models.causal_lm.network import hf_config_of, make_network
 from trunkline.models.causal_lm.rendering import Renderer
 from trunkline.models.causal_lm.tokenizer import load_tokenizer, stop_ids
 

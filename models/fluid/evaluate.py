@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from trunkline.engine.errors import DataError
 from trunkline.engine.machine.hardware import choose_device
 from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
 from trunkline.models.fluid.evaluation_report import write_report
-from trunkline.models.fluid.metrics import Errors
+from trunkline.models.fluid.metrics import Errors, Evaluation
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.plots import plot_evaluation
 from trunkline.models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
@@ -33,17 +32,6 @@ from trunkline.models.fluid.trained import Trained, load_trained
 MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
 HORIZONS = ("1 minute", "60 minutes", "whole day")
 _VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
-
-
-@dataclass
-class Evaluation:
-    """Errors by horizon and forecaster, and mean squared errors [S] by minute of the rollout, normalised."""
-
-    split: str
-    cases: list[str]
-    errors: dict[str, dict[str, Errors]]
-    by_minute: dict[str, dict[str, Tensor]]
-    ridge_penalty: float | None
 
 
 def evaluate(

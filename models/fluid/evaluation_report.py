@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trunkline.models.fluid.metrics import ALL
+from trunkline.models.fluid.metrics import ALL, Evaluation
 from trunkline.models.fluid.trained import Trained
-
-if TYPE_CHECKING:
-    from trunkline.models.fluid.evaluate import Evaluation
 
 Table = list[list[str]]
 

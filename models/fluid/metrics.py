@@ -110,3 +110,14 @@ def _units(schema: Schema) -> dict[str, Tensor]:
     """Which state variables are in each unit: {"MPa": bool [Vs], ...}, in order of first appearance."""
     names = [unit(parse_column(column)[1]) or "?" for column in schema.states]
     return {name: torch.tensor([other == name for other in names]) for name in dict.fromkeys(names)}
+
+
+@dataclass
+class Evaluation:
+    """Errors by horizon and forecaster, and mean squared errors [S] by minute of the rollout, normalised."""
+
+    split: str
+    cases: list[str]
+    errors: dict[str, dict[str, Errors]]
+    by_minute: dict[str, dict[str, Tensor]]
+    ridge_penalty: float | None

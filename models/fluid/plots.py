@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,10 +20,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
+from trunkline.models.fluid.metrics import Evaluation
 from trunkline.models.fluid.schema import Schema, parse_column, unit
-
-if TYPE_CHECKING:
-    from trunkline.models.fluid.evaluate import Evaluation
 
 _COLOURS = {"surrogate": "#c1432b", "ridge": "#3b6ea5", "persistence": "#8c8c8c", "truth": "#1b1b1b"}
 _STYLE: Any = {

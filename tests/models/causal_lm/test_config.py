@@ -7,8 +7,8 @@ import torch
 
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import ConfigError
+from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import PRESETS, CausalLMModel
-from trunkline.models.causal_lm.network import hf_config_of, make_network
 
 
 def model(**keys: Any) -> CausalLMModel:

@@ -23,9 +23,9 @@ from tests.models.causal_lm.toy_language import toy_config
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
+from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
 from trunkline.models.causal_lm.folder import tensor_shapes
-from trunkline.models.causal_lm.network import hf_config_of, make_network
 from trunkline.models.causal_lm.tokenizer import load_tokenizer
 from trunkline.models.causal_lm.trained import load_trained
 from trunkline.models.registry import make_task

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tests.models.causal_lm import families
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.kernels.attention.packed import packing_tables
+from trunkline.models.causal_lm.build import attentions_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
-from trunkline.models.causal_lm.network import CausalLM, attentions_of, hf_config_of, make_network
+from trunkline.models.causal_lm.network import CausalLM
 
 PRETRAIN = Pretrain(type="pretrain")
 SHAPE = {

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tests.models.causal_lm.families import saved, tiny_config
 from trunkline.engine.errors import ConfigError
 from trunkline.kernels.attention.packed import packing_tables
-from trunkline.models.causal_lm.network import CausalLM, hf_config_of, make_network
+from trunkline.models.causal_lm.build import hf_config_of, make_network
+from trunkline.models.causal_lm.network import CausalLM
 
 L = 23  # tokens of a row, none of what the start-up looks at
 
