@@ -9,18 +9,16 @@ at a time. (Where rows have an odd length they cannot be; the rows below are of 
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 from trunkline.benchmarks.offline_compiler import compile_for, resources, wide_loads
+from trunkline.kernels import column_sums as _column_sums
+from trunkline.kernels import linear_masked_mse as _linear
+from trunkline.kernels import masked_mse as _masked
+from trunkline.kernels.attention import key_tiles as _key_tiles
 
-# the functions that the package exports have the names of these modules
-_column_sums, _key_tiles, _linear, _masked = (
-    importlib.import_module(f"kernels.{name}")
-    for name in ("column_sums", "key_tiles", "linear_masked_mse", "masked_mse")
-)
 _IN_INPUT_DTYPE = {"pred", "grad_pred", "hidden", "weight", "bias", "grad_hidden"}
 _IN_FP32 = {"target", "grad_target", "grad_sum", "error", "partials", "out"}
 

@@ -263,7 +263,7 @@ def _sweep(report: Report, copy: float, deadline: Deadline) -> int:
 
 
 def _module(kernel: str) -> ModuleType:
-    return importlib.import_module(f"kernels.{kernel}")  # `kernels` itself has the function under this name
+    return importlib.import_module(f"trunkline.kernels.{kernel}")
 
 
 def _constants(kernel: str) -> dict[str, int]:

@@ -50,7 +50,7 @@ def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
 
 
 def _refuse_forward_mode(name: str) -> NoReturn:
-    raise RuntimeError(f"kernels.{name} has no forward-mode derivative (jvp); use reverse mode, backward()")
+    raise RuntimeError(f"{name} has no forward-mode derivative (jvp); use reverse mode, backward()")
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> NoReturn:
-        raise RuntimeError(f"kernels.{ctx.name} is differentiable once; its gradient has no derivative")
+        raise RuntimeError(f"{ctx.name} is differentiable once; its gradient has no derivative")
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> NoReturn:

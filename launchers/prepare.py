@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in workloads:
         command = commands.add_parser(name)
         if name in argv[:1]:  # importing all of them would take seconds
-            importlib.import_module(f"models.{name}.prepare").add_arguments(command)
+            importlib.import_module(f"trunkline.models.{name}.prepare").add_arguments(command)
     arguments = parser.parse_args(argv)
     listen_no_more()  # a preparation that is interrupted removes its drafts
     try:
-        importlib.import_module(f"models.{arguments.workload}.prepare").run(arguments)
+        importlib.import_module(f"trunkline.models.{arguments.workload}.prepare").run(arguments)
     except TrunklineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

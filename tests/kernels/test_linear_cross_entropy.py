@@ -1,7 +1,6 @@
 """linear_cross_entropy against logits written out, its gradients, what it leaves out and the memory it takes."""
 
 import contextlib
-import importlib
 import math
 import subprocess
 import sys
@@ -11,12 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trunkline.kernels import linear_cross_entropy as module
 from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
 from trunkline.kernels.reference import linear_cross_entropy_reference
-
-module = importlib.import_module(
-    "trunkline.kernels.linear_cross_entropy"
-)  # whose name in the package is the function's
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
