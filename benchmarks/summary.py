@@ -1,6 +1,6 @@
-"""README's table of what the kernels reach on an H200, from the files that `make gpu-bench` leaves.
+"""The table of what the kernels reach on an H200, from the files that `make gpu-bench` leaves.
 
-    python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into README.md too
+    python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into docs/measured.md too
 
 Only a right result gives a number; what was not measured, or only in part, says so.
 """
@@ -98,7 +98,7 @@ def _in_both(spans: dict[str, str]) -> str:
 def put_into(text: str, new: str) -> str:
     """The text with what stands between BEGIN and END replaced."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, around its table of the kernels")
+        raise ValueError(f"docs/measured.md must hold {BEGIN} and {END} once each, around its table of the kernels")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n{END}{after}"
 
@@ -106,13 +106,13 @@ def put_into(text: str, new: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print, and with --write write. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured.md")
     arguments = parser.parse_args(argv)
     new = table(FOLDER)
     print(new, end="")
     if arguments.write:
-        readme = ROOT / "README.md"
-        readme.write_text(put_into(readme.read_text(), new))
+        page = ROOT / "docs/measured.md"
+        page.write_text(put_into(page.read_text(encoding="utf-8"), new), encoding="utf-8")
     return 0
 
 
