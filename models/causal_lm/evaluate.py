@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import choose_device
+from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
     names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows: list[list[Any]] = [[f"{result.samples:,} samples of {result.split}", *names], ["---"] * (len(names) + 1)]
+    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
     for model, values in result.metrics.items():
         rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows, align="right")
