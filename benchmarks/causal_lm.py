@@ -1,4 +1,4 @@
-"""Training speed of language models: the engine against transformers' Trainer and a plain loop of Accelerate.
+"""Training speed of language models against transformers' Trainer and Accelerate.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py causal_lm [--backend fsdp]`
     measure(config, turns=..., steps=...)   tokens and seconds of every turn, and the losses

@@ -1,4 +1,4 @@
-"""What the engine costs: its step against the same backend driven by a bare loop, on the same model and data.
+"""What the engine costs: its step against a bare loop on the same backend.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
     measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps

@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: how a call is timed and checked, when to stop, and how the figures are written.
+"""How the kernels' benchmarks time, check, stop and write their figures.
 
 Report collects rows and writes <name>.csv, .md, .json and .png; median_seconds times a call; as_accurate says whether a
 rate may be shown at all; Deadline says whether there is time to start another.

@@ -1,4 +1,4 @@
-"""The table of what the kernels reach on an H200, from the files that `make gpu-bench` leaves.
+"""The table of what the kernels reach, from the files of `make gpu-bench`.
 
     python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into docs/measured.md too
 

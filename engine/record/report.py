@@ -1,4 +1,4 @@
-"""What a run did, for a person to read: <run>/report/ with curves as PNG and one summary in Markdown.
+"""What a run did, for a person to read: <run>/report/.
 
     write_report(Path("runs/fluid-demo"))    -> runs/fluid-demo/report/summary.md
     python -m trunkline.engine.record.report runs/fluid-demo  the same, of a run that was stopped or is still going

@@ -152,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
     parser.add_argument("--split", default="val", choices=("train", "val"))
     parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
-    parser.add_argument("--max-samples", type=int, help="evaluate evenly spaced samples, so many")
+    parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 

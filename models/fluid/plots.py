@@ -1,4 +1,4 @@
-"""Pictures of the surrogate: errors of an evaluation, predicted variables, and a map of the network.
+"""Pictures of the surrogate: errors, predicted variables, a map of the network.
 
 plot_evaluation(evaluation, schema, path)
 plot_variables(day, names, schema, path)
