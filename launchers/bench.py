@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 
 from trunkline.engine.errors import TrunklineError
@@ -24,6 +25,9 @@ BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and call the benchmark. Returns the exit status: 0 done, 1 a limit was missed, 2 a user's error."""
+    if importlib.util.find_spec("trunkline.benchmarks") is None:
+        print("error: an installed Trunkline has no benchmarks: run launchers/bench.py in a clone", file=sys.stderr)
+        return 2
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")

@@ -57,7 +57,7 @@ def _explain(error: Exception) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the run's JSON file")
+    parser.add_argument("--config", required=True, type=Path, help="the run's JSON file, or a shipped one: fluid/demo")
     parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over the file")
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")

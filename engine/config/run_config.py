@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.shipped import find_config
 from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
 from trunkline.engine.errors import ConfigError
 
@@ -135,7 +136,7 @@ def load_config(
     """Read and validate a run's configuration.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or the name of a configuration that is shipped, such as fluid/demo.
         sections: gives the models of the "data" and "model" sections for a workload's name; raises ConfigError for
             a name that it does not know.
         settings: "dotted.key=value" strings that win over the file; values are JSON, or else plain text.
@@ -144,6 +145,7 @@ def load_config(
     Raises:
         ConfigError: with file, key, value and remedy; all mistakes of one section in one message.
     """
+    path = find_config(path)
     raw = read_json_object(path)
     origins = dict.fromkeys(_leaves(raw), "file")
     if deepspeed is not None:
