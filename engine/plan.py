@@ -30,7 +30,7 @@ def make_plan(
     """
     config = with_direction(config, task)
     sizes = sizes or batch_sizes(config.deepspeed, world_size)
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    samples = len(task.dataset("train"))
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
     steps = total_steps(config, batches)
     section = config.deepspeed
@@ -86,7 +86,7 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dic
 
 def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:
     """The number of optimizer steps of a run on so many ranks, before anything is built. Raises ConfigError."""
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    samples = len(task.dataset("train"))
     size = batch_sizes(config.deepspeed, world_size).global_batch_size
     return total_steps(config, GlobalBatches(samples, size, config.training.seed))
 
@@ -187,7 +187,7 @@ def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batc
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    batch = task.collate([task.datasets()["train"][0]] * micro_batch_size)
+    batch = task.collate([task.dataset("train")[0]] * micro_batch_size)
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:
