@@ -2,7 +2,7 @@
 # make test    set up .venv and run the linter, the type checker and the tests
 # make chaos   kill, cut, fill and hang everything that can be, and print what survived; some minutes
 # make gpu-bench   on a machine with a GPU, in at most 8 minutes: the kernels' rates and what limits them, into
-#                  benchmarks/<device>/ and README.md, and their tests there; sets up nothing, PYTHON is any that has torch,
+#                  benchmarks/results/<device>/ and docs/measured.md, and their tests there; sets up nothing, PYTHON is any that has torch,
 #                  Triton, pytest-xdist, hypothesis, matplotlib and tqdm; ncu, NVIDIA's profiler, has to be on the PATH
 #                  or in /usr/local/cuda/bin
 #

@@ -1,4 +1,4 @@
-"""What the engine costs: its step against the same backend driven by a bare loop, on the same model and data.
+"""What the engine costs: its step against a bare loop on the same backend.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
     measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
+from trunkline.benchmarks.pairs import Ratio, ratio_of
 from trunkline.engine.backends.model_options import blocks
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict
@@ -264,34 +265,27 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Medians over the pairs, and an interval that holds the median of the ratios with 95 % confidence."""
+    """Medians over the pairs."""
 
     ours_s: float
     bare_s: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    ratio: Ratio
     difference_s: float
 
     @property
     def within_limit(self) -> bool:
         """At most 1 % or 100 microseconds a step."""
-        return self.ratio <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
+        return self.ratio.median <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
 
 
 def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
     """The verdict on pairs of seconds (ours, bare)."""
-    ratios = sorted(ours / bare for ours, bare in pairs)
-    # order statistics around the median: the binomial interval in its normal approximation
-    reach = round(0.98 * len(ratios) ** 0.5)
-    middle = len(ratios) // 2
+    ours, bare = zip(*pairs, strict=True)
     return Verdict(
-        ours_s=statistics.median(ours for ours, _ in pairs),
-        bare_s=statistics.median(bare for _, bare in pairs),
-        ratio=statistics.median(ratios),
-        ratio_low=ratios[max(0, middle - reach)],
-        ratio_high=ratios[min(len(ratios) - 1, middle + reach)],
-        difference_s=statistics.median(ours - bare for ours, bare in pairs),
+        ours_s=statistics.median(ours),
+        bare_s=statistics.median(bare),
+        ratio=ratio_of(ours, bare),
+        difference_s=statistics.median(our - their for our, their in pairs),
     )
 
 
@@ -325,7 +319,7 @@ def run(arguments: argparse.Namespace) -> int:
                 verdicts.append(verdict)
                 print(
                     f"{tensors:>7} {stage:>4} {verdict.bare_s * 1e3:>9.3f} {verdict.ours_s * 1e3:>9.3f} "
-                    f"{verdict.ratio:>7.3f} {verdict.ratio_low:>7.3f}-{verdict.ratio_high:.3f} "
+                    f"{verdict.ratio.median:>7.3f} {verdict.ratio.low:>7.3f}-{verdict.ratio.high:.3f} "
                     f"{verdict.difference_s * 1e6:>10.0f}  {'' if verdict.within_limit else 'over the limit'}",
                     flush=True,
                 )

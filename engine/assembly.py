@@ -1,4 +1,6 @@
-"""A run put together: plan, model, backend and probe, for given batch sizes and again for others in the same state.
+"""A run put together: plan, model, backend and probe.
+
+It is put together for given batch sizes, and again for others in the same state.
 
 assembly = Assembly(task, config, ranks, "deepspeed", total_steps, identity, found)
 assembly.build(sizes)                          what step 0 begins with
@@ -41,7 +43,7 @@ class Assembly:
         task, config, ranks, total_steps: the run's.
         backend_name: which engine shards the model.
         identity: what a checkpoint of the run must have in common with it (`engine/checkpoint/resume.py::identity`).
-        found: the checkpoint that the run goes on from.
+        found: the checkpoint that the run resumes from.
         begin: told what is begun, on all ranks alike.
     """
 

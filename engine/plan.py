@@ -1,4 +1,7 @@
-"""What a run would be: resolved sizes, memory, steps and learning rates, without training and without a GPU."""
+"""What a run would be, without training and without a GPU.
+
+Resolved sizes, memory, steps and learning rates.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dic
 
 
 def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:
-    """The number of optimizer steps of a run on so many ranks, before anything is built. Raises ConfigError."""
+    """The number of optimizer steps of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
     samples = len(task.dataset("train"))
     size = batch_sizes(config.deepspeed, world_size).global_batch_size
     return total_steps(config, GlobalBatches(samples, size, config.training.seed))

@@ -1,4 +1,7 @@
-"""What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
+"""What a run carries from step to step beside model, optimizer and schedule.
+
+It is saved with every checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends: the only place that knows which engine shards the model, and everything in which those engines differ."""
+"""Backends: the only place that knows which engine shards the model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Backend(Protocol):
         """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
 
     def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
-        """Go on from a loaded state. Called on all ranks, before the first step.
+        """Continue from a loaded state. Called on all ranks, before the first step.
 
         The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such
         as half-precision copies), the schedule to where it is after `applied_steps`, and the loss scaler to its state.

@@ -1,4 +1,4 @@
-"""Whole weights from any checkpoint: safetensors, sharded as Hugging Face does, written, read back and compared.
+"""Whole weights from any checkpoint, as safetensors, read back and compared.
 
 No model is built and no device is used; at most one output file is held in memory.
 """

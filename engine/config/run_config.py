@@ -57,7 +57,7 @@ class Training(Strict):
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
     save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
-    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
+    async_save: bool = Field(default=True, description="write checkpoints while training continues")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
     keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
     log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
@@ -71,7 +71,7 @@ class Training(Strict):
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
     hang_timeout_s: float = Field(
-        default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
+        default=1800, gt=0, description="seconds without progress on any rank after which the run ends"
     )
     deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
 

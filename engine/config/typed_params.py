@@ -1,4 +1,4 @@
-"""The parameters of optimizers and schedules as typed sections: which there are, of what type, in what range.
+"""The parameters of optimizers and schedules: names, types and ranges.
 
     typed(optimizer_params("AdamW"), {"lr": 1e-3}, "AdamW")  engine/config/strict.py::typed raises for a misfit
 

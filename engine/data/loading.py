@@ -1,4 +1,4 @@
-"""From the order of samples to batches: which samples a rank reads at each step, and how they become tensors."""
+"""From the order of samples to batches: which samples a rank reads, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers by name: DeepSpeed's names, any class of torch.optim, and NVIDIA apex's where that is truly installed.
+"""Optimizers by name: DeepSpeed's, torch.optim's, and NVIDIA apex's where installed.
 
 `trunkline.engine.config.typed_params` says which names and parameters there are; here they become objects.
 

@@ -106,7 +106,7 @@ def _refused(section: Scheduler, params: dict[str, Any], error: Exception) -> Co
 
 
 def fast_forward(scheduler: Any, applied_steps: int) -> None:
-    """Bring a scheduler, and what it sets in its optimizer, to where they are after so many more calls of step().
+    """Bring a scheduler, and what it sets in its optimizer, to where they are after that many more calls of step().
 
     The result is that of the calls, to the last bit. torch's own schedules compute each rate from the one before, so
     they are stepped; the others jump.

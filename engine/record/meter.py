@@ -1,4 +1,4 @@
-"""Throughput of a run: time a step, samples a second, and the share of the device's peak."""
+"""Throughput: time a step, samples a second, share of the device's peak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run's folder: one run at a time, the same folder on all ranks, and nothing of an earlier run lost.
+"""A run's folder: one run at a time, the same on all ranks.
+
+Nothing that an earlier run left is lost.
 
     claim(folder, ranks)        hold the folder against a second start, and see that all ranks share it
     with in_use(folder): ...    while it trains: also this process may not claim it again; it is let go at the end

@@ -1,4 +1,4 @@
-"""The files of a run's state: which elements of which tensor stand in which rank's file, and digests of them.
+"""The files of a run's state: which rank's file holds which elements.
 
     rank-00000-of-00002.safetensors   "<parameter>:value", "<parameter>:exp_avg", ...: the fragments, flat
     rank-00000-of-00002.json          where each fragment begins, the parameter's shape, the optimizer's scalars

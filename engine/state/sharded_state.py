@@ -1,4 +1,4 @@
-"""The state of a run in one form for every backend, ZeRO stage and number of ranks.
+"""The state of a run in one form for every backend, stage and world size.
 
 A rank holds, of each parameter, one run of consecutive elements: the whole of it, a ZeRO partition, the rows of an FSDP
 shard. That is a `Fragment`. Each rank writes the elements that it owns, of the parameter and of everything that the
@@ -63,7 +63,7 @@ class Sharded(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's part of the state at one moment, copied to the CPU so that training can go on."""
+    """A rank's part of the state at one moment, copied to the CPU so that training can continue."""
 
     tensors: dict[str, Tensor]
     index: dict[str, Any]
@@ -238,5 +238,5 @@ def _prove(
         if entry not in otherwise and total % 2**64 != expected:
             raise CheckpointError(
                 f"{files.folder}: {entry.replace(':', ', ')}: after loading, its elements are not those that were "
-                "saved (their digests differ); the checkpoint cannot be taken up on this layout"
+                "saved (their digests differ); the checkpoint cannot be loaded on this layout"
             )

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import choose_device
+from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
@@ -152,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
     parser.add_argument("--split", default="val", choices=("train", "val"))
     parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
-    parser.add_argument("--max-samples", type=int, help="evaluate evenly spaced samples, so many")
+    parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 
@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
     names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows: list[list[Any]] = [[f"{result.samples:,} samples of {result.split}", *names], ["---"] * (len(names) + 1)]
+    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
     for model, values in result.metrics.items():
         rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows, align="right")

@@ -1,4 +1,4 @@
-"""The three tasks of causal language models, as the engine wants them stated: pre-training, SFT, and DPO.
+"""The three tasks of causal language models: pre-training, SFT and DPO.
 
 Pre-training and SFT are one: the sum of -log p(token) over the tokens that carry loss, all of a text's or an answer's.
 DPO compares pairs of answers; its loss is in models/causal_lm/dpo.py.

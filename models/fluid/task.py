@@ -1,4 +1,4 @@
-"""FluidTask: predict the next minute of a gas network from the last T, as the engine wants it stated."""
+"""FluidTask: predict the next minute of a gas network from the last T."""
 
 from __future__ import annotations
 

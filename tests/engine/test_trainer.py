@@ -287,7 +287,7 @@ def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_a
 def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     train(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; go on with --resume auto"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; resume it with --resume auto"):
         train(tmp_path / "run", config)
 
 
@@ -311,7 +311,7 @@ def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any
 def test_a_run_goes_on_with_a_changed_data_set_where_that_is_wanted(tmp_path: Path) -> None:
     train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
     config = tiny_config(tmp_path, data={"samples": 39, "longest": 4})  # other validation samples too
-    with pytest.raises(CheckpointError, match="--accept-new-data goes on with the data set as it is now"):
+    with pytest.raises(CheckpointError, match="--accept-new-data takes the data set as it is now"):
         train(tmp_path / "run", config, resume="auto")
     task = TinyTask(config.data, config.model)
     trainer = Trainer(task, config, start(), tmp_path / "run", resume="auto", accept_new_data=True)
