@@ -116,6 +116,7 @@ class Trainer:
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)
         self._lengths = lengths_of(self.dataset)
         self.total_steps = total_steps(config, self.batches)
+        config = config.in_steps(self.batches.per_epoch)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         known = identity(task, config, backend, ranks.world_size, self.batches)
         agree(leaves(known) | class_version(task))
