@@ -69,6 +69,11 @@ class Task(Protocol):
         """Whether lower ("min") or higher ("max") is better of a metric that `summarize` names, parts included; None
         where neither is, or the name is not known. Of "loss" it is never asked: that is what training lowers."""
 
+    def statistics(self, model: nn.Module) -> Sequence[str]:
+        """Globs over the names of the buffers that are statistics of the data, changed in place by a forward pass in
+        training. The engine makes them the same on every rank (optim/statistics.py). The default names BatchNorm's."""
+        return ("*running_mean", "*running_var", "*num_batches_tracked")
+
     def flops_per_sample(self) -> float:
         """Useful floating-point operations of one sample's forward and backward pass, without recomputation."""
 

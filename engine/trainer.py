@@ -140,7 +140,7 @@ class Trainer:
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
-        self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
+        self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.assembly.notes, *self.micro.notes]))
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self._say(f"note: {note}")
@@ -257,6 +257,7 @@ class Trainer:
                     self._skipped(micro_batches, scale)
                 else:
                     progress.skipped_in_a_row = 0
+                    self.assembly.applied(progress)
                     if settings.adaptive_clipping is not None:
                         fixed = self.config.deepspeed.gradient_clipping
                         note_norm(settings.adaptive_clipping, fixed, progress, float(stepped.grad_norm))
@@ -313,6 +314,7 @@ class Trainer:
         except OutOfMemory as error:
             shortage = error.shortage
         micro_batches.clear()
+        self.assembly.statistics.put_back()
         self._make_room(self.micro.halve, shortage, intact=not updating)
         return None
 
@@ -327,7 +329,11 @@ class Trainer:
         """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self._draws, self.progress.step)
-        micro_batches[:] = [to_device(batch, self.ranks.device) for batch in micro_batches]
+        statistics = self.assembly.statistics
+        statistics.begin()
+        micro_batches[:] = [
+            to_device(statistics.without_fillers(batch), self.ranks.device) for batch in micro_batches
+        ]
         self.watchdog.note(self.progress.step, "all-reduce of the batch's weight")
         weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {
@@ -342,9 +348,11 @@ class Trainer:
             self._lookout.look()  # a step that is broken off is made again from its beginning
             self.watchdog.note(self.progress.step, "forward, backward and reduction of the gradients")
             part = self.task.loss(self.backend.model, batch)
+            statistics.take(batch["valid"].sum())
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             self.backend.backward(part["loss"] * (scale + (loss - loss)))
+            statistics.put_back()
             if with_sums:
                 sums = add_sums(sums, part)
         return sums, agreed["weight"], agreed["flags"]
@@ -366,6 +374,7 @@ class Trainer:
             seed_torch(self._draws, progress.step - 1)
             with self.backend.gathered() as model:
                 where = nonfinite.locate(self.task, model, micro_batches, self.ranks)
+            self.assembly.statistics.put_back()
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )
@@ -386,6 +395,7 @@ class Trainer:
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
+            progress.best_is_average = self.assembly.average.serves("evaluation")
             progress.best_weights = self._save_weights(BEST, {"step": progress.step, name: metrics[name]})
         progress.evaluation_due = False
         self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
@@ -403,7 +413,7 @@ class Trainer:
             self._lookout.look()
 
         try:
-            with self.attempt(self._evaluation_fits):
+            with self.assembly.average.in_place("evaluation"), self.attempt(self._evaluation_fits):
                 metrics = evaluate(
                     self.task, self.backend.model, self.ranks, num_samples=num_samples,
                     micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
@@ -461,7 +471,8 @@ class Trainer:
 
     def _save_weights(self, name: str, facts: dict[str, float]) -> str:
         self.watchdog.note(self.progress.step, f"writing {name}/", works=True)
-        return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
+        with self.assembly.average.in_place("evaluation" if name == BEST else "final"):
+            return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(

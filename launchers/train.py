@@ -122,6 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     from trunkline.engine.machine.hardware import choose_device
+    from trunkline.engine.optim.parameter_rules import freeze
     from trunkline.engine.plan import make_plan, planned_steps, render_plan
     from trunkline.engine.readiness import ready
 
@@ -131,7 +132,7 @@ def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     task = make_task(config)
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
     config = ready(config, backend, planned_steps(task, config, world_size), world_size, choose_device(None))
-    plan = make_plan(task, config, world_size, task.build_model())
+    plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
     return 0
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
+from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
 
 
@@ -64,6 +65,8 @@ class Training(Strict):
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import write_json
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.attention.packed import packing_tables
 from trunkline.models.causal_lm.build import head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
@@ -56,7 +56,7 @@ def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
     return task
 
 
-class LanguageModelTask:
+class LanguageModelTask(Task):
     """Next-token prediction over a prepared data set: pre-training and SFT."""
 
     unit = "tokens"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from trunkline.engine.data.randomness import normal
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.data import FluidWindows, Sample, collate
 from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
@@ -26,7 +26,7 @@ from trunkline.models.fluid.store import Store
 SKIP_PENALTY = 1e-6
 
 
-class FluidTask:
+class FluidTask(Task):
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
 
     unit = "values"

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict
 from trunkline.engine.data.randomness import mix, normal
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 
 
 class TinyData(Strict):
@@ -92,7 +92,7 @@ class Net(nn.Module):
         return self.leave(x).float() + self.offset
 
 
-class TinyTask:
+class TinyTask(Task):
     """Sum of squared errors over the points of a row; the weight is the number of points."""
 
     unit = "points"
