@@ -112,7 +112,7 @@ def measure(
     padded: Any = make_task(with_padding) if config.data.packing else task
     with tempfile.TemporaryDirectory() as folder, _quiet():
         engine = _Engine(task, config, ranks, Path(folder, "run"), backend=backend)
-        names = ((task.weight_name(name), value) for name, value in engine.backend.full_state())
+        names = ((task.tensor_name(name), value) for name, value in engine.backend.full_state())
         weights = {name: value for name, value in names if name is not None}
         with no_launcher():
             engine.others = [
@@ -145,7 +145,7 @@ def total_steps(turns: int, steps: int) -> int:
 
 def _documents(task: Any, padded: Any) -> tuple[Batch, Batch]:
     """The same documents as the engine's batch and as a padded one."""
-    dataset, count = task.datasets()["train"], min(_CHECKED, len(task.datasets()["train"]))
+    dataset, count = task.dataset("train"), min(_CHECKED, len(task.dataset("train")))
     if task is not padded:
         rows = [dataset[place] for place in range(min(2, count))]
         pieces = [piece for row in rows for piece in row]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, start, stop
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.trainer import Trainer
 
 LIMIT_RATIO = 1.01
@@ -98,10 +98,8 @@ class Chain(nn.Module):
         return self.links(x)
 
 
-class OverheadTask:
+class OverheadTask(Task):
     """Mean squared error of a chain: trunkline.engine.task.Task at its least."""
-
-    unit = "samples"
 
     def __init__(self, data: OverheadData, model: OverheadModel) -> None:
         self.model = model
@@ -110,50 +108,21 @@ class OverheadTask:
     def build_model(self) -> nn.Module:
         return Chain(self.model.tensors // 2, self.model.width)
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        return dict(self._sets)
+    def dataset(self, split: str) -> Rows:
+        return self._sets[split]
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         x, y = zip(*samples, strict=True)
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def weight(self, batch: Batch) -> Tensor:
-        return batch["valid"].sum()
-
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         return {"loss": (squared_errors(model, batch).mean(1) * batch["valid"]).sum()}
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        return self.loss(model, batch) | {"weight": self.weight(batch)}
-
-    def summarize(self, sums: Sums) -> dict[str, float]:
-        return {"loss": float(sums["loss"] / sums["weight"])}
 
     def flops_per_sample(self) -> float:
         return 6.0 * self.model.tensors / 2 * self.model.width**2
 
     def fingerprint(self) -> str:
         return "random"
-
-    def notes(self) -> list[str]:
-        """There are none."""
-        return []
-
-    def direction(self, metric: str) -> Literal["min", "max"] | None:
-        """There is no metric but the loss."""
-        return None
-
-    def weight_name(self, name: str) -> str:
-        """The model's own."""
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own."""
-        return tensors
-
-    def save_assets(self, folder: Path) -> dict[str, Any]:
-        """There are none."""
-        return {}
 
 
 def squared_errors(model: nn.Module, batch: Batch) -> Tensor:
@@ -270,7 +239,7 @@ def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Call
 def _bare_batches(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
     size = config.deepspeed.train_batch_size
     while True:
-        for batch in DataLoader(task.datasets()["train"], size, shuffle=True, collate_fn=task.collate):
+        for batch in DataLoader(task.dataset("train"), size, shuffle=True, collate_fn=task.collate):
             yield {key: value.to(ranks.device) for key, value in batch.items()}
 
 

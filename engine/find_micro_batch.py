@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from trunkline.engine.config.deepspeed_section import BatchSizes
@@ -30,6 +28,7 @@ from trunkline.engine.optim.parameter_rules import freeze
 from trunkline.engine.plan import activation_bytes, readable_size
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
+from trunkline.engine.task import Samples, lengths_of
 from trunkline.engine.trainer import Trainer
 
 _SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counted
@@ -95,10 +94,9 @@ def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
     return f"fits, peak {peak:.2f} GiB a rank, {seconds:.3g} s, {total / seconds:,.0f} samples/s"
 
 
-def _heaviest(dataset: Dataset[Any], count: int) -> np.ndarray:
+def _heaviest(dataset: Samples, count: int) -> np.ndarray:
     """The samples that need most memory, int64 [count]; any, where the data set does not tell."""
-    size = len(dataset)  # type: ignore[arg-type]
-    lengths = getattr(dataset, "lengths", None)
+    size, lengths = len(dataset), lengths_of(dataset)
     order = np.arange(size) if lengths is None else np.argsort(-lengths, kind="stable")
     return order[np.arange(count) % size]
 

@@ -34,7 +34,7 @@ def make_plan(
     """
     config = with_direction(config, task)
     sizes = sizes or batch_sizes(config.deepspeed, world_size)
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    samples = len(task.dataset("train"))
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
     steps = total_steps(config, batches)
     section = config.deepspeed
@@ -61,6 +61,7 @@ def make_plan(
         "steps_per_epoch": batches.per_epoch,
         "steps": steps,
         "epochs": steps / batches.per_epoch,
+        "in_steps": {key: config.in_force(key) for key in config.in_epochs},
         "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
                           f"end of warm-up (step {ramp})": rates[min(ramp, steps - 1)],
                           f"last (step {steps - 1})": rates[steps - 1]},
@@ -90,11 +91,10 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dic
     return shown, origins
 
 
-def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:
-    """The number of optimizer steps of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+def planned_batches(task: Task, config: RunConfig, world_size: int) -> GlobalBatches:
+    """The global batches of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
     size = batch_sizes(config.deepspeed, world_size).global_batch_size
-    return total_steps(config, GlobalBatches(samples, size, config.training.seed))
+    return GlobalBatches(len(task.dataset("train")), size, config.training.seed)
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
@@ -114,15 +114,17 @@ def render_plan(plan: dict[str, Any]) -> str:
 
 
 def render_summary(plan: dict[str, Any]) -> str:
-    """What a run is: six lines, and one for each way in which parameters are trained."""
+    """What a run is, in a few lines."""
     memory = plan["memory_bytes"]
     known = [value for value in memory.values() if value is not None]
+    in_steps = plan["in_steps"]
     lines = [
         f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained",
         f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} "
         f"ranks x {plan['grad_accum_steps']} accumulation steps",
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
+        *(["in steps    " + ", ".join(f"{key} {steps}" for key, steps in in_steps.items())] if in_steps else []),
         "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),
         f"memory      {readable_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
@@ -196,7 +198,7 @@ def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batc
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    batch = task.collate([task.datasets()["train"][0]] * micro_batch_size)
+    batch = task.collate([task.dataset("train")[0]] * micro_batch_size)
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:

@@ -51,7 +51,7 @@ from trunkline.engine.readiness import ready
 from trunkline.engine.record.meter import Meter, brief
 from trunkline.engine.record.run_folder import claim, in_use, release
 from trunkline.engine.record.trackers import Trackers, make_trackers, require_trackers
-from trunkline.engine.task import Batch, Sums, Task, add_sums
+from trunkline.engine.task import Batch, Sums, Task, add_sums, checked_task, lengths_of
 
 Accumulated = tuple[Sums | None, Tensor, Tensor]
 """A rank's sums if wanted, the global weight, and on how many ranks a signal came and a save failed."""
@@ -85,7 +85,7 @@ class Trainer:
         resume: str = "none",
         accept_new_data: bool = False,
     ) -> None:
-        config = with_direction(config, task)
+        config = with_direction(config, checked_task(task))
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         require_trackers(config.training.trackers)
         agree(
@@ -112,10 +112,11 @@ class Trainer:
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self._begin("reading the data")
-        self.dataset = task.datasets()["train"]
-        self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
-        self._lengths = getattr(self.dataset, "lengths", None)
+        self.dataset = task.dataset("train")
+        self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)
+        self._lengths = lengths_of(self.dataset)
         self.total_steps = total_steps(config, self.batches)
+        config = config.in_steps(self.batches.per_epoch)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         known = identity(task, config, backend, ranks.world_size, self.batches)
         agree(leaves(known) | class_version(task))

@@ -70,7 +70,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     def write(draft: Path) -> None:
         nonlocal size
-        files = export_weights(found, draft, shard_bytes, dtype, task.weight_name, task.file_tensors)
+        files = export_weights(found, draft, shard_bytes, dtype, task.tensor_name, task.file_tensors)
         size = sum(file.stat().st_size for file in files)
         if kept:
             copy_assets(arguments.run, draft, arguments.dtype or "float32")

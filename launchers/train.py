@@ -123,7 +123,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     from trunkline.engine.machine.hardware import choose_device
     from trunkline.engine.optim.parameter_rules import freeze
-    from trunkline.engine.plan import make_plan, planned_steps, render_plan
+    from trunkline.engine.plan import make_plan, planned_batches, render_plan, total_steps
     from trunkline.engine.readiness import ready
 
     world_size = launched_world_size() if arguments.world_size is None else arguments.world_size
@@ -131,7 +131,9 @@ def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
         raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
     task = make_task(config)
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
-    config = ready(config, backend, planned_steps(task, config, world_size), world_size, choose_device(None))
+    batches = planned_batches(task, config, world_size)
+    config = config.in_steps(batches.per_epoch)
+    config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
     plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
     return 0

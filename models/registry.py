@@ -16,7 +16,7 @@ from trunkline.engine.checkpoint.weights import read_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.config.strict import nearest
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
-from trunkline.engine.task import Task
+from trunkline.engine.task import Task, checked_task
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
 
 def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
-    return _load(WORKLOADS[config.workload].task)(config.data, config.model)
+    return checked_task(_load(WORKLOADS[config.workload].task)(config.data, config.model))
 
 
 def weights_task(config: RunConfig) -> Task:
     """The task of a run for what it says of weights alone. It needs no data where the workload can do without."""
     workload = WORKLOADS[config.workload]
-    return _load(workload.weights)(config.data, config.model) if workload.weights else make_task(config)
+    return checked_task(_load(workload.weights)(config.data, config.model)) if workload.weights else make_task(config)
 
 
 def workload_of_run(run: Path) -> Workload:

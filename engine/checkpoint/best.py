@@ -125,7 +125,7 @@ class BestWeights:
         facts = {"step": progress.best_step, self.best.metric: progress.best}
 
         def write(draft: Path) -> None:
-            export_weights(kept, draft, 1 << 62, None, self.task.weight_name, self.task.file_tensors, facts)
+            export_weights(kept, draft, 1 << 62, None, self.task.tensor_name, self.task.file_tensors, facts)
             copy_assets(self.folder, draft)
 
         progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]

@@ -32,7 +32,7 @@ def export_weights(
 ) -> list[Path]:  # fmt: skip
     """Write a checkpoint's parameters and buffers into `out` and return the files.
 
-    `called` and `file_tensors` are the task's `weight_name` and `file_tensors`; `facts` is what the files say of
+    `called` and `file_tensors` are the task's `tensor_name` and `file_tensors`; `facts` is what the files say of
     themselves.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.

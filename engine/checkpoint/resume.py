@@ -172,7 +172,7 @@ class Probe:
     @cached_property
     def _batch(self) -> Batch:
         first = np.zeros(1, dtype=np.int64)
-        return to_device(collate(self.task, [self.task.datasets()["val"][0]], [first, first]), self.device)
+        return to_device(collate(self.task, [self.task.dataset("val")[0]], [first, first]), self.device)
 
     @torch.no_grad()
     def loss(self) -> float:

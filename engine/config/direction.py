@@ -33,5 +33,4 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
 def _direction(task: Task, metric: str) -> Literal["min", "max"] | None:
     if metric == "loss":
         return "min"  # what training minimises
-    direction = getattr(task, "direction", None)  # tasks of other packages may state none
-    return None if direction is None else direction(metric)
+    return task.direction(metric)

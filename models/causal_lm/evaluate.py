@@ -67,7 +67,7 @@ class Held:
     def batches(self, title: str) -> Iterator[Batch]:
         """Every chosen sample once."""
         loader = evaluation_loader(
-            self.task, self.task.datasets()[self.split], num_samples=self.max_samples,
+            self.task, self.task.dataset(self.split), num_samples=self.max_samples,
             micro_batch_size=self.batch_size, world_size=1, rank=0,
         )  # fmt: skip
         for batch in tqdm(loader, desc=title, unit="batch", disable=not self.progress):
@@ -86,7 +86,7 @@ def compare(
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))
     held = Held(task, split, device, batch_size, max_samples, progress)
-    size = len(task.datasets()[split])  # type: ignore[arg-type]
+    size = len(task.dataset(split))
     result = Comparison(split, size if max_samples is None else min(size, max_samples))
     networks = {TRAINED: folder} | ({START: Path(model.path)} if model.path else {})
     if isinstance(task, PreferenceTask):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from trunkline.engine.data.randomness import normal
 from trunkline.engine.errors import ConfigError
@@ -46,9 +45,9 @@ class FluidTask(Task):
             model.skip.load_state_dict(equations.solve(SKIP_PENALTY, self.model.input_noise).state_dict())
         return model
 
-    def datasets(self) -> dict[str, Dataset[Sample]]:
-        """Windows of the training and of the validation split."""
-        return {split: FluidWindows(self.store, split, self.data.history) for split in ("train", "val")}
+    def dataset(self, split: str) -> FluidWindows:
+        """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
+        return FluidWindows(self.store, split, self.data.history)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see trunkline.models.fluid.data."""
@@ -109,18 +108,6 @@ class FluidTask(Task):
     def fingerprint(self) -> str:
         """Names the data set's content."""
         return self.store.fingerprint
-
-    def notes(self) -> list[str]:
-        """None: every window is used and every parameter trained."""
-        return []
-
-    def weight_name(self, name: str) -> str:
-        """The model's own."""
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own."""
-        return tensors
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""

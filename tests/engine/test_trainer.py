@@ -59,7 +59,7 @@ def reference_losses(config: RunConfig) -> list[float]:
     optimizer = torch.optim.AdamW(without_decay_on_norms_and_biases(model), **params)
     steps = config.training.steps or 0
     rates = learning_rates(config.deepspeed.scheduler, params["lr"], steps, list(range(steps)))
-    rows = task.datasets()["train"]
+    rows = task.dataset("train")
     batches = GlobalBatches(len(rows), config.deepspeed.train_batch_size or 0, config.training.seed)  # type: ignore[arg-type]
     out = []
     for step in range(steps):
@@ -180,7 +180,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
 class Renamed(TinyTask):
     """Leaves the buffer out of files of weights and gives the parameters a prefix."""
 
-    def weight_name(self, name: str) -> str | None:
+    def tensor_name(self, name: str) -> str | None:
         return None if name == "offset" else f"net.{name}"
 
 
@@ -221,7 +221,7 @@ def test_best_holds_the_weights_of_the_best_evaluation(tmp_path: Path) -> None:
     facts = load_weights(model, tmp_path / "run/best")
     assert facts == {"step": 1 + int(np.argmin(val)), "loss": min(val)}
     task = trainer.task
-    batch = task.collate([task.datasets()["val"][i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
+    batch = task.collate([task.dataset("val")[i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
     with torch.no_grad():
         sums = task.evaluate(model.eval(), batch)
     assert task.summarize(sums)["loss"] == pytest.approx(min(val), rel=1e-5)

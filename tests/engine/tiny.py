@@ -103,8 +103,8 @@ class TinyTask(Task):
     def build_model(self) -> nn.Module:
         return Net(self.data.width, self.model)
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        return {"train": Rows(self.data, 0, self.data.samples), "val": Rows(self.data, 10_000, 11)}
+    def dataset(self, split: str) -> Rows:
+        return {"train": Rows(self.data, 0, self.data.samples), "val": Rows(self.data, 10_000, 11)}[split]
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         x = torch.zeros(len(samples), self.data.longest, self.data.width)
@@ -138,12 +138,6 @@ class TinyTask(Task):
 
     def notes(self) -> list[str]:
         return ["tiny: nothing is left out"]
-
-    def weight_name(self, name: str) -> str | None:
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         (folder / "note.txt").write_text("tiny")
