@@ -167,7 +167,7 @@ def planned_rules(model: nn.Module, config: RunConfig, lr: float) -> list[dict[s
     rows: dict[Any, dict[str, Any]] = {}
     for one in treatments(model, config):
         trained = one.parameter.requires_grad
-        row = {
+        row: dict[str, Any] = {
             "rule": "no rule" if one.rule is None else " ".join(config.training.parameters[one.rule].names),
             "norms_and_biases": one.is_norm_or_bias,
             "trained": trained,

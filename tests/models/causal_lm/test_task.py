@@ -79,7 +79,7 @@ def losses_of_transformers_trainer(config: RunConfig, folder: Path) -> list[floa
         return {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": torch.ones_like(labels)}
 
     params = section.optimizer.params
-    names = transformers.Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it uses no self
+    names = TheirTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it uses no self
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name in names].append(parameter)
