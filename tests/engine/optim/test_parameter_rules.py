@@ -29,6 +29,8 @@ RULES: list[dict[str, Any]] = [
     {"names": ["blocks.0.*"], "lr_scale": 0.25},
     {"names": ["blocks.1.*"], "weight_decay": 0.2, "lr_scale": 2.0},
 ]
+EMA: dict[str, Any] = {"decay": 0.8, "warmup": True, "every": 2, "use": ["evaluation"]}
+"""With it best/ holds the average, and final/ the weights."""
 LAYOUTS = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 3)]
 
 
@@ -36,7 +38,8 @@ def configuration(folder: Path, stage: int = 0, rules: list[dict[str, Any]] | No
     """Weight decay that shows, and batches of 16 out of 40 samples, so that the last of an epoch is short."""
     return tiny_config(
         folder,
-        training={"parameters": RULES if rules is None else rules, "eval_every": 99, "save_every": 99} | training,
+        training={"parameters": RULES if rules is None else rules, "eval_every": 99, "save_every": 99, "ema": EMA}
+        | training,
         deepspeed={
             "train_batch_size": 16, "zero_optimization": {"stage": stage},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.02, "weight_decay": 0.1}},
@@ -44,10 +47,8 @@ def configuration(folder: Path, stage: int = 0, rules: list[dict[str, Any]] | No
     )  # fmt: skip
 
 
-def train(folder: Path, config: RunConfig, backend: str = "deepspeed", resume: str = "none") -> dict[str, torch.Tensor]:
-    """The weights at the end, on all ranks."""
+def train(folder: Path, config: RunConfig, backend: str = "deepspeed", resume: str = "none") -> None:
     Trainer(TinyTask(config.data, config.model), config, start(), folder, backend=backend, resume=resume).run()
-    return load_file(folder / "final" / "model.safetensors")
 
 
 def groups_by_hand(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
@@ -100,10 +101,17 @@ def assert_equal(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_as_a_plain_loop(folder: Path, config: RunConfig) -> None:
+    weights, average = plain_loop(config, EMA)
+    assert_equal(load_file(folder / "final" / "model.safetensors"), weights)
+    assert_equal(load_file(folder / "best" / "model.safetensors"), average)
+
+
 @pytest.mark.parametrize(("backend", "stage"), LAYOUTS)
-def test_rules_train_as_a_plain_loop_with_groups_does(tmp_path: Path, backend: str, stage: int) -> None:
+def test_rules_and_average_are_those_of_a_plain_loop_with_groups(tmp_path: Path, backend: str, stage: int) -> None:
     config = configuration(tmp_path, stage)
-    assert_equal(train(tmp_path / "run", config, backend), plain_loop(config)[0])
+    train(tmp_path / "run", config, backend)
+    assert_as_a_plain_loop(tmp_path / "run", config)
 
 
 def train_on_a_rank(rank: int, world_size: int, folder: Path, layouts: list[tuple[str, int]]) -> None:
@@ -112,11 +120,10 @@ def train_on_a_rank(rank: int, world_size: int, folder: Path, layouts: list[tupl
 
 
 @pytest.mark.distributed
-def test_two_ranks_train_by_rules_as_a_plain_loop_does(tmp_path: Path) -> None:
+def test_rules_and_average_on_two_ranks_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     run_distributed_test(train_on_a_rank, 2, tmp_path, LAYOUTS, backend=None)
-    wanted = plain_loop(configuration(tmp_path))[0]
     for backend, stage in LAYOUTS:
-        assert_equal(load_file(tmp_path / f"{backend}-{stage}" / "final" / "model.safetensors"), wanted)
+        assert_as_a_plain_loop(tmp_path / f"{backend}-{stage}", configuration(tmp_path))
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
