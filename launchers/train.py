@@ -122,6 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     from trunkline.engine.machine.hardware import choose_device
+    from trunkline.engine.optim.parameter_rules import freeze
     from trunkline.engine.plan import make_plan, planned_batches, render_plan, total_steps
     from trunkline.engine.readiness import ready
 
@@ -133,7 +134,7 @@ def _plan(arguments: argparse.Namespace, config: RunConfig) -> int:
     batches = planned_batches(task, config, world_size)
     config = config.in_steps(batches.per_epoch)
     config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
-    plan = make_plan(task, config, world_size, task.build_model())
+    plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
     return 0
 

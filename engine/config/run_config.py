@@ -22,6 +22,7 @@ from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.epochs import Steps, in_steps
 from trunkline.engine.config.shipped import find_config
 from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
+from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
 
 
@@ -66,6 +67,8 @@ class Training(Strict):
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False
