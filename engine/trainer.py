@@ -60,6 +60,8 @@ Accumulated = tuple[Sums | None, Tensor, Tensor]
 class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
+    heading, status = "stopped", stopping.EXIT_CODE
+
 
 class Trainer:
     """One run of one task.

@@ -1,0 +1,50 @@
+"""What evaluate and predict have in common: the run's workload gives their flags and does the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trunkline.engine.config.flags import Parser
+from trunkline.models.registry import open_room, workload_of_run, workloads
+
+
+def work_on_run(
+    room: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    add_arguments: Callable[[Parser, Path | None], None] = lambda parser, run: None,
+) -> int:
+    """Find the run's workload, parse its flags, call its module `room`. Returns the exit status.
+
+    The module gets --run as a Path and --device as a torch.device, beside its own flags.
+
+    add_arguments: adds the flags that this command has for every workload, beside --run and --device; is told the run
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    run = _run_named_in(words)
+    others = f"The workloads: {', '.join(workloads())}." if run is None else None
+    parser = Parser(description=description, epilog=others)
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+    add_arguments(parser, run)
+    if run is None:
+        parser.parse_args(words)  # which prints help, or that --run is missing, and ends
+        raise AssertionError("--run is required")
+    workload = workload_of_run(run)
+    parser.hint = f" of {workload}"
+    module = open_room(workload, room)
+    module.add_arguments(parser)
+    arguments = parser.parse_args(words)
+
+    from trunkline.engine.machine.hardware import choose_device
+
+    arguments.device = choose_device(arguments.device)
+    return module.run(arguments)
+
+
+def _run_named_in(words: Sequence[str]) -> Path | None:
+    first = Parser(add_help=False)
+    first.add_argument("--run", type=Path)
+    return first.parse_known_args(words)[0].run
