@@ -39,15 +39,17 @@ class Command:
         if given["--epochs"] is not None and given["--steps"] is not None:
             raise ConfigError(f"--epochs {given['--epochs']} and --steps {given['--steps']}: give one of them")
         for flag in self.flags:
-            value, origin = given[flag.option], flag.option
+            value, is_default = given[flag.option], False
             if value is None and self.arguments.config is None:
-                value, origin = flag.default, f"{flag.option} by default"
-            if value is not None:
-                for key, meant in flag.changes(self.file.values, value, world_size).items():
-                    if key.startswith("--"):
-                        options[key.removeprefix("--").replace("-", "_")] = meant
-                    else:
-                        self.file.assign(key, meant, origin)
+                value, is_default = flag.default, True
+            changes = {} if value is None else flag.changes(self.file.values, value, world_size)
+            for key, meant in changes.items():
+                if key.startswith("--"):
+                    options[key.removeprefix("--").replace("-", "_")] = meant
+                elif not is_default:
+                    self.file.assign(key, meant, flag.option)
+                elif not self._was_given(key):
+                    self.file.assign(key, meant, f"{flag.option} by default")
         for name, meant in options.items():
             given[name] = meant if given[name] is None else given[name]
         for setting in self.arguments.set:
@@ -56,6 +58,12 @@ class Command:
             if flag.required and value_at(self.file.values, str(flag.sets)) is None:
                 raise ConfigError(f"{flag.option}: is needed: {flag.help}")
         return self.file
+
+    def _was_given(self, key: str) -> bool:
+        """Whether a flag that a user has given has set the key, or something in it."""
+        given = {flag.option for flag in self.flags}
+        origins = self.file.origins.items()
+        return any(origin in given for name, origin in origins if name == key or name.startswith(f"{key}."))
 
 
 def parse(words: Sequence[str], description: str | None = None) -> Command:
@@ -93,7 +101,7 @@ def _parser(files: Parser, description: str | None, workload: str | None, flags:
     parser = Parser(
         parents=[files], usage=_USAGE, description=description,
         epilog=None if workload else f"The workloads: {', '.join(workloads())}.",
-        hint=f"; {workload} has {', '.join(flag.option for flag in flags)}" if workload else "",
+        hint=f"{workload} has {', '.join(flag.option for flag in flags)}" if workload else "",
     )  # fmt: skip
     parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over all else")

@@ -23,17 +23,21 @@ def work_on_run(
     add_arguments: adds the flags that this command has for every workload, beside --run and --device; is told the run
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    run = _run_named_in(words)
-    others = f"The workloads: {', '.join(workloads())}." if run is None else None
-    parser = Parser(description=description, epilog=others)
+    first = Parser(add_help=False)
+    first.add_argument("--run", type=Path)
+    run = first.parse_known_args(words)[0].run
+    workload = None if run is None else workload_of_run(run)
+    parser = Parser(
+        description=description,
+        epilog=None if workload else f"The workloads: {', '.join(workloads())}.",
+        hint=f"the run is one of {workload}" if workload else "",
+    )
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
     parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
     add_arguments(parser, run)
-    if run is None:
+    if workload is None:
         parser.parse_args(words)  # which prints help, or that --run is missing, and ends
         raise AssertionError("--run is required")
-    workload = workload_of_run(run)
-    parser.hint = f" of {workload}"
     module = open_room(workload, room)
     module.add_arguments(parser)
     arguments = parser.parse_args(words)
@@ -42,9 +46,3 @@ def work_on_run(
 
     arguments.device = choose_device(arguments.device)
     return module.run(arguments)
-
-
-def _run_named_in(words: Sequence[str]) -> Path | None:
-    first = Parser(add_help=False)
-    first.add_argument("--run", type=Path)
-    return first.parse_known_args(words)[0].run

@@ -11,20 +11,20 @@
                 "deepspeed.train_batch_size": value * world_size * accumulation}
 
 Flags act in the order in which they are declared, on top of the configuration file, and --set on top of them. Without
-a file, the `default` of each flag acts too, on top of the workload's own defaults. A user may write `_` or `-` in a
-flag's name, and --flag, --flag=true, --flag false, --no-flag for one that is true or false.
+a file, flags that are not given act by their `default`, but leave alone what a flag before them was given for.
+A user may write `_` or `-` in a flag's name, and --flag, --flag=true, --flag false, --no-flag for true or false.
 This module imports nothing that takes long.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trunkline.engine.config.json_object import nearest
 from trunkline.engine.errors import ConfigError
 
 Change = Callable[[dict[str, Any], Any, int], dict[str, Any]]
@@ -72,7 +72,12 @@ class Flag:
 
     def changes(self, config: dict[str, Any], value: Any, world_size: int) -> dict[str, Any]:
         """{dotted key: value} that the flag means with `value`. Raises ConfigError."""
-        return {self.sets: value} if isinstance(self.sets, str) else self.sets(config, value, world_size)
+        if isinstance(self.sets, str):
+            return {self.sets: value}
+        try:
+            return self.sets(config, value, world_size)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # at unchecked values
+            raise ConfigError(f"{self.option} {value}: means nothing with this configuration ({error!r})") from error
 
 
 LENGTH = (
@@ -85,7 +90,7 @@ LENGTH = (
 
 
 def boolean(text: str) -> bool:
-    """True or False, from what people write. Raises ValueError."""
+    """True or False, from what people write. Raises argparse.ArgumentTypeError."""
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
@@ -95,13 +100,13 @@ def boolean(text: str) -> bool:
 class Parser(argparse.ArgumentParser):
     """Takes `_` for `-` in the names of flags, no abbreviations, and names the nearest to a flag that is unknown.
 
-    hint: what the error about an unknown flag ends with
+    hint: what an error about an unknown flag adds
     """
 
     def __init__(self, *, hint: str = "", **how: Any) -> None:
         ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**ours | how)
-        self.hint = hint
+        self._hint = f" ({hint}; --help lists all flags)" if hint else " (--help lists all flags)"
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's. Raises ConfigError for a flag that is unknown."""
@@ -109,10 +114,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                raise ConfigError(f"{name}: not expected here{self.hint}")
-            known = sorted(option for option in self._options() if option.startswith("--"))
-            close = nearest(name, known) if nearest(name, known).startswith("; did") else ""
-            raise ConfigError(f"{name}: unknown flag{close}{self.hint}; --help lists all")
+                raise ConfigError(f"{name}: no flag stands before it{self._hint}")
+            close = difflib.get_close_matches(name, sorted(self._options()), n=1, cutoff=0.6)
+            raise ConfigError(f"{name}: unknown flag{f'; did you mean {close[0]}?' if close else ''}{self._hint}")
         return parsed
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
