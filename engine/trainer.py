@@ -52,6 +52,8 @@ from trunkline.engine.validation import Validation
 class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
+    heading, status = "stopped", stopping.EXIT_CODE
+
 
 class Trainer(Run):
     """One run of one task.

@@ -22,8 +22,6 @@ from trunkline.engine.state.sharded_files import AVERAGE, BUFFER_AVERAGE, VALUE,
 
 FileTensors = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def export_weights(
     found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None,

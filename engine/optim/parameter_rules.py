@@ -60,7 +60,9 @@ def freeze(model: nn.Module, config: RunConfig) -> nn.Module:
     return model
 
 
-def parameter_groups(model: nn.Module, config: RunConfig, kept: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: RunConfig, kept: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The trainable parameters as groups of an optimizer, in an order that is the same on all ranks.
 
     `kept` says by name what a checkpoint has of the optimizer's state (`ShardedFiles.kept`). ZeRO lays a group's
@@ -96,7 +98,10 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
         own = 0.0 if spared and "weight_decay" in optimizer_params(optimizer.type).model_fields else decay
         found.append(
             Treatment(
-                tuple(called), parameter, index, spared,
+                tuple(called),
+                parameter,
+                index,
+                spared,
                 weight_decay=own if rule is None or rule.weight_decay is None else rule.weight_decay,
                 lr_scale=1.0 if rule is None else rule.lr_scale,
             )  # fmt: skip
@@ -132,7 +137,9 @@ def _check(config: RunConfig, found: list[Treatment], model: nn.Module) -> None:
         if rule.weight_decay is not None and "weight_decay" not in optimizer_params(optimizer.type).model_fields:
             raise ConfigError(f"[{index}].weight_decay: {optimizer.type} has no weight decay: remove the key")
         if rule.lr_scale != 1.0 and optimizer.type.lower() == "muon":
-            raise ConfigError(f"[{index}].lr_scale: Muon has rates of its own: use muon_lr and adam_lr of the optimizer")
+            raise ConfigError(
+                f"[{index}].lr_scale: Muon has rates of its own: use muon_lr and adam_lr of the optimizer"
+            )
 
 
 def _match(globs: tuple[str, ...] | list[str], names: list[str]) -> bool:

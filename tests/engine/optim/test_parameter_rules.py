@@ -34,7 +34,9 @@ EMA: dict[str, Any] = {"decay": 0.8, "warmup": True, "every": 2, "use": ["evalua
 LAYOUTS = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 3)]
 
 
-def configuration(folder: Path, stage: int = 0, rules: list[dict[str, Any]] | None = None, **training: Any) -> RunConfig:
+def configuration(
+    folder: Path, stage: int = 0, rules: list[dict[str, Any]] | None = None, **training: Any
+) -> RunConfig:
     """Weight decay that shows, and batches of 16 out of 40 samples, so that the last of an epoch is short."""
     return tiny_config(
         folder,
@@ -98,7 +100,9 @@ def plain_loop(config: RunConfig, ema: Mapping[str, Any] | None = None) -> tuple
 
 def assert_equal(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_as_a_plain_loop(folder: Path, config: RunConfig) -> None:
@@ -215,7 +219,10 @@ def test_the_plan_counts_each_rule_and_names_tied_parameters(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([{"names": ["block.0.*"]}], r"tiny.json: training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*"),
+        (
+            [{"names": ["block.0.*"]}],
+            r"tiny.json: training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*",
+        ),
         ([{"names": ["*"]}, {"names": ["enter.*"]}], r"parameters\[1\]: rules before it have taken all"),
         ([{"names": ["*"], "frozen": True}], "every parameter is frozen"),
     ],
@@ -266,7 +273,8 @@ def thawed_by_hand(config: RunConfig, at: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(("deepspeed", 1), ("deepspeed", 3)), (("deepspeed", 3), ("fsdp", 3)), (("fsdp", 3), ("deepspeed", 2))]
+    ("before", "after"),
+    [(("deepspeed", 1), ("deepspeed", 3)), (("deepspeed", 3), ("fsdp", 3)), (("fsdp", 3), ("deepspeed", 2))],
 )
 def test_frozen_then_thawed_begins_afresh_and_stays_apart_in_later_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], before: tuple[str, int], after: tuple[str, int]
@@ -285,7 +293,9 @@ def test_frozen_then_thawed_begins_afresh_and_stays_apart_in_later_checkpoints(
         "note: 8 parameters of 176 elements are trained that were not before this checkpoint: "
         "their optimizer state begins afresh"
     ]
-    assert_equal(load_file(run / "final" / "model.safetensors"), thawed_by_hand(configuration(tmp_path, rules=[]), at=4))
+    assert_equal(
+        load_file(run / "final" / "model.safetensors"), thawed_by_hand(configuration(tmp_path, rules=[]), at=4)
+    )
 
 
 def stop_at(trainer: Trainer, step: int) -> None:
