@@ -15,7 +15,7 @@ PYTHON ?= python3
 WORKLOAD ?= fluid
 VENV ?= .venv
 
-WORKLOADS := fluid causal_lm
+WORKLOADS := $(patsubst models/%/task.py,%,$(wildcard models/*/task.py))
 ifeq ($(filter $(WORKLOAD),$(WORKLOADS)),)
 $(error WORKLOAD=$(WORKLOAD) is none of: $(WORKLOADS))
 endif

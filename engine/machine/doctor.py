@@ -1,4 +1,6 @@
-"""Can training start on this machine? Every check is a finding with what was seen and, if need be, what to do.
+"""Can training start on this machine?
+
+Every check is a finding: what was seen and, if need be, what to do.
 
     findings = examine()
     can_train(findings)

@@ -139,7 +139,7 @@ def test_planned_activations_are_those_that_autograd_keeps(tmp_path: Path) -> No
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = task.collate([task.datasets()["train"][0]] * 4) | {"valid": torch.ones(4, dtype=torch.bool)}
+    batch = task.collate([task.dataset("train")[0]] * 4) | {"valid": torch.ones(4, dtype=torch.bool)}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = task.loss(model, batch)["loss"]
     assert loss.requires_grad

@@ -11,9 +11,9 @@ import pytest
 from tests.engine.tiny import TinyData, TinyModel, tiny_config
 from trunkline.engine.config.deepspeed_section import REFUSED, DeepSpeedSection
 from trunkline.engine.config.run_config import load_config
-from trunkline.engine.config.strict import MAX_JSON_BYTES
 from trunkline.engine.config.zero_section import REFUSED_ZERO, Zero
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import MAX_JSON_BYTES
 
 
 def base(folder: Path) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def test_a_signal_during_the_start_is_one_line(tmp_path: Path, number: signal.Si
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
-    assert said == (f"stopped: by {number.name}, with no step under way: nothing is lost; go on with --resume auto\n")
+    assert said == (f"stopped: by {number.name}, with no step under way: nothing is lost; resume with --resume auto\n")
 
 
 TORCHRUN = ["torchrun", "--nproc_per_node", "{ranks}", "--master_port", "{port}"]
