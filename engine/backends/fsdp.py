@@ -203,6 +203,11 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
     units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
     _check_parameters(model, units, source)
+    if mesh.size() > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"torch {torch.__version__}: several ranks of FSDP need torch 2.13 or newer, since before it a parameter "
+            "that only some ranks use leaves the others waiting: install it, or use --backend deepspeed"
+        )
     dtype = parameter_dtype(section)
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -224,8 +229,9 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
             # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
-        # a parameter that only some ranks use must not leave the others waiting
-        shard.set_reduce_scatter_unused_params(True, recurse=False)
+        if hasattr(shard, "set_reduce_scatter_unused_params"):
+            # a parameter that only some ranks use must not leave the others waiting
+            shard.set_reduce_scatter_unused_params(True, recurse=False)
     return [cast(FSDPModule, unit) for unit in units]
 
 
