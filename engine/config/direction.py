@@ -21,10 +21,11 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
     if stated is None or best.mode == stated:
         return config
     if best.mode != "auto":
+        key = "training.best.mode"
         worse = "lower" if stated == "max" else "higher"
         raise ConfigError(
-            f"{config.where('training.best.mode')}: training.best.mode: {best.mode} would keep the worst weights, since "
-            f"a {worse} '{best.metric}' is worse: set it to {stated}, or leave it out"
+            f"{config.where(key)}: {key}: {best.mode} would keep the worst weights, since a {worse} "
+            f"'{best.metric}' is worse: set it to {stated}, or leave it out"
         )
     training = config.training.model_copy(update={"best": best.model_copy(update={"mode": stated})})
     return replace(config, training=training, origins=config.origins | {"training.best.mode": "the metric's direction"})
