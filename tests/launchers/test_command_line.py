@@ -41,7 +41,8 @@ def test_a_workload_starts_from_its_defaults() -> None:
     assert (config.training.epochs, config.training.early_stopping.patience) == (100, 100)
     assert config.data.path == str(Path("shots").absolute())
     assert (config.model.arch, config.model.project_name) == ("resnet18", "ai-classifier")
-    assert section(config)["optimizer"] == {"type": "Adam", "params": {"lr": 0.01, "weight_decay": 0.01}}
+    optimizer = config.deepspeed.optimizer
+    assert (optimizer.type, optimizer.params) == ("Adam", {"lr": 0.01, "weight_decay": 0.01})
     assert section(config)["scheduler"]["params"] == {"warmup": 0.03, "min_ratio": 0.1}
     assert (command.arguments.resume, command.arguments.output_dir) == ("auto", None)
     assert config.source == str(DEFAULTS)
