@@ -1,4 +1,7 @@
-"""Errors that a user can cause. Launchers print them as one message, without a traceback, and exit with status 2."""
+"""Errors that a user can cause.
+
+Launchers print them as one message, without a traceback, and exit with status 2.
+"""
 
 
 class TrunklineError(Exception):

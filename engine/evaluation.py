@@ -31,7 +31,7 @@ def evaluate(
     Every rank runs the same number of batches; places without a sample carry no weight, and no sample counts twice.
     """
     loader = evaluation_loader(
-        task, task.datasets()[split], num_samples=num_samples, micro_batch_size=micro_batch_size,
+        task, task.dataset(split), num_samples=num_samples, micro_batch_size=micro_batch_size,
         world_size=ranks.world_size, rank=ranks.rank, num_workers=num_workers, pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     was_training = model.training

@@ -1,4 +1,6 @@
-"""What can be known of a configuration once the run's length, ranks and backend are, before anything is built.
+"""Checks of a configuration that need the run's length, ranks and backend.
+
+They come before anything is built.
 
 config = ready(config, "deepspeed", total_steps, world_size, device)     "auto" decided, faults named
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 
 from trunkline.engine.config.flags import Parser
@@ -13,7 +14,7 @@ BENCHMARKS = {
     "masked_mse": ("trunkline.benchmarks.masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
     "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
     "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
-    "save": ("trunkline.benchmarks.save", "how long a save holds training up, in the background and blocking"),
+    "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
@@ -24,6 +25,9 @@ BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and call the benchmark. Returns the exit status: 0 done, 1 a limit was missed, 2 a user's error."""
+    if importlib.util.find_spec("trunkline.benchmarks") is None:
+        print("error: an installed Trunkline has no benchmarks: run launchers/bench.py in a clone", file=sys.stderr)
+        return 2
     return status_of(lambda: _measure(sys.argv[1:] if argv is None else argv))
 
 

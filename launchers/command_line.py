@@ -70,7 +70,7 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
     """Raises ConfigError. Ends the process for --help, and where argparse finds a mistake."""
     workload, words = _workload_of(words)
     files = Parser(add_help=False, usage=_USAGE)
-    files.add_argument("--config", type=Path, metavar="FILE", help="the run's JSON file")
+    files.add_argument("--config", type=Path, metavar="FILE", help="the run's JSON file, or a shipped one: fluid/demo")
     files.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
     given = files.parse_known_args(words)[0]
     path = given.config

@@ -29,6 +29,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder for the weights")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest good one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint, fp32 master weights")
+    parser.add_argument("--average", action="store_true", help="the weights' moving average (training.ema) instead")
     parser.add_argument("--max-shard-gib", type=float, default=2.0, help="largest file, in GiB (default 2)")
     return parser
 
@@ -58,6 +59,8 @@ def _export(arguments: argparse.Namespace) -> None:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
     config = load_config(arguments.run / "config.json", sections=config_sections)
+    if arguments.average and config.training.ema is None:
+        raise ConfigError(f"--average: {arguments.run} keeps no average of its weights (training.ema): leave it out")
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -66,7 +69,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
     def write(draft: Path) -> None:
         nonlocal size
-        files = export_weights(found, draft, shard_bytes, dtype, task.weight_name, task.file_tensors)
+        files = export_weights(
+            found, draft, shard_bytes, dtype, task.tensor_name, task.file_tensors, average=arguments.average
+        )
         size = sum(file.stat().st_size for file in files)
         if kept:
             copy_assets(arguments.run, draft, arguments.dtype or "float32")

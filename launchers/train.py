@@ -101,13 +101,16 @@ def _train(arguments: argparse.Namespace, config: RunConfig) -> None:
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> None:
     from trunkline.engine.machine.hardware import choose_device
-    from trunkline.engine.plan import make_plan, planned_steps, render_plan
+    from trunkline.engine.optim.parameter_rules import freeze
+    from trunkline.engine.plan import make_plan, planned_batches, render_plan, total_steps
     from trunkline.engine.readiness import ready
 
     task = make_task(config)
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
-    config = ready(config, backend, planned_steps(task, config, world_size), world_size, choose_device(None))
-    plan = make_plan(task, config, world_size, task.build_model())
+    batches = planned_batches(task, config, world_size)
+    config = config.in_steps(batches.per_epoch)
+    config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
+    plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
 
 

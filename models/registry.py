@@ -65,13 +65,17 @@ def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
 
 def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
-    return open_room(config.workload, "task").make_task(config.data, config.model)
+    from trunkline.engine.task import checked_task
+
+    return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
 
 
 def weights_task(config: RunConfig) -> Task:
     """The task of a run for what it says of weights alone. It needs no data where the workload can do without."""
+    from trunkline.engine.task import checked_task
+
     task = open_room(config.workload, "task")
-    return getattr(task, "weights_task", task.make_task)(config.data, config.model)
+    return checked_task(getattr(task, "weights_task", task.make_task)(config.data, config.model))
 
 
 def flags_of(workload: str) -> tuple[tuple[Flag, ...], Path | None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.config.json_object import read_json_object, show
+from trunkline.engine.config.shipped import find_config
 from trunkline.engine.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -31,7 +32,11 @@ class Draft:
 
     @classmethod
     def read(cls, path: str | Path, deepspeed: str | Path | None = None) -> Draft:
-        """From a run's file, and from a DeepSpeed file that takes the place of its section. Raises ConfigError."""
+        """From a run's file, or a shipped one by its name. A DeepSpeed file takes the place of its section.
+
+        Raises ConfigError.
+        """
+        path = find_config(path)
         draft = cls(read_json_object(path), str(path))
         if deepspeed is not None:
             draft.assign("deepspeed", read_json_object(deepspeed), str(deepspeed))

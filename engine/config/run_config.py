@@ -11,7 +11,7 @@ in, so that this module knows no workload.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.draft import Draft, leaves, value_at, whence
+from trunkline.engine.config.epochs import Steps, in_steps
 from trunkline.engine.config.strict import Strict, nearest, show, validated
+from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
 
 
@@ -52,18 +54,20 @@ class Training(Strict):
 
     epochs: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
-    eval_every: int = Field(default=500, gt=0, description="optimizer steps between evaluations")
+    eval_every: Steps = Field(default=500, description="optimizer steps between evaluations, or epochs")
     eval_samples: int | None = Field(
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
-    save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
-    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
+    save_every: Steps = Field(default=1000, description="optimizer steps between checkpoints, or epochs")
+    async_save: bool = Field(default=True, description="write checkpoints while training continues")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
     keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
-    log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
+    log_every: Steps = Field(default=10, description="optimizer steps between lines of metrics.jsonl, or epochs")
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False
@@ -71,7 +75,7 @@ class Training(Strict):
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
     hang_timeout_s: float = Field(
-        default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
+        default=1800, gt=0, description="seconds without progress on any rank after which the run ends"
     )
     deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
 
@@ -110,9 +114,39 @@ class RunConfig:
     training: Training
     deepspeed: DeepSpeedSection
     origins: dict[str, str]
+    in_epochs: dict[str, Any] = field(default_factory=dict)
+    """What was asked for in epochs, by dotted key. The sections hold steps in its place after `in_steps`."""
+
+    def in_steps(self, steps_per_epoch: int) -> RunConfig:
+        """The same run with steps in place of epochs. `as_dict` keeps the epochs."""
+
+        def steps(asked: dict[str, Any]) -> dict[str, Any]:
+            found = {key: in_steps(value, steps_per_epoch) for key, value in asked.items()}
+            return {key: value for key, value in found.items() if value != asked[key]}
+
+        training, section, schedule = self.training, self.deepspeed, self.deepspeed.scheduler
+        in_epochs = {f"training.{key}": getattr(training, key) for key in steps(dict(training))}
+        if schedule is not None:
+            params = schedule.params
+            in_epochs |= {f"deepspeed.scheduler.params.{key}": params[key] for key in steps(params)}
+            schedule = schedule.model_copy(update={"params": params | steps(params)})
+            section = section.model_copy(update={"scheduler": schedule})
+        training = training.model_copy(update=steps(dict(training)))
+        return replace(self, training=training, deepspeed=section, in_epochs=self.in_epochs | in_epochs)
+
+    def in_force(self, key: str) -> Any:
+        """The value of a dotted key that the run goes by."""
+        return value_at(self._values(), key)
 
     def as_dict(self) -> dict[str, Any]:
-        """The configuration of record: every value in force, defaults included, ready for JSON."""
+        """The configuration of record: every value, defaults included, as it was asked for, ready for JSON."""
+        values = self._values()
+        for key, value in self.in_epochs.items():
+            holder, _, name = key.rpartition(".")
+            value_at(values, holder)[name] = value
+        return values
+
+    def _values(self) -> dict[str, Any]:
         return {
             "workload": self.workload,
             "data": self.data.model_dump(mode="json"),
@@ -140,7 +174,7 @@ def load_config(
     """Read and validate a run's configuration.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or the name of a configuration that is shipped, such as fluid/demo.
         sections: gives the models of the "data" and "model" sections for a workload's name; raises ConfigError for
             a name that it does not know.
         settings: "dotted.key=value" strings that win over the file; values are JSON, or else plain text.

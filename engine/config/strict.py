@@ -1,4 +1,4 @@
-"""Strict JSON: objects read from files and checked against a model, with errors that a user can act on.
+"""Strict JSON: objects from files, checked against a model, with helpful errors.
 
 An unknown key is an error that names the nearest known one, and so is a value of the wrong type; nothing is dropped.
 A number without a fraction is an integer however it is written: 5e8 and 500000000 are one value.

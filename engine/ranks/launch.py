@@ -1,4 +1,4 @@
-"""Which process this is among those that were started together, from what the launcher put into the environment.
+"""Which process of a launch this is, from what the launcher put into the environment.
 
     launch = read_launch()      rank, number of ranks, and where they meet
 

@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
+from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
@@ -66,7 +66,7 @@ class Held:
     def batches(self, title: str) -> Iterator[Batch]:
         """Every chosen sample once."""
         loader = evaluation_loader(
-            self.task, self.task.datasets()[self.split], num_samples=self.max_samples,
+            self.task, self.task.dataset(self.split), num_samples=self.max_samples,
             micro_batch_size=self.batch_size, world_size=1, rank=0,
         )  # fmt: skip
         for batch in tqdm(loader, desc=title, unit="batch", disable=not self.progress):
@@ -85,7 +85,7 @@ def compare(
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))
     held = Held(task, split, device, batch_size, max_samples, progress)
-    size = len(task.datasets()[split])  # type: ignore[arg-type]
+    size = len(task.dataset(split))
     result = Comparison(split, size if max_samples is None else min(size, max_samples))
     networks = {TRAINED: folder} | ({START: Path(model.path)} if model.path else {})
     if isinstance(task, PreferenceTask):
@@ -149,7 +149,7 @@ def frequencies(held: Held) -> dict[str, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="val", choices=("train", "val"))
-    parser.add_argument("--max-samples", type=int, help="evaluate evenly spaced samples, so many")
+    parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
     parser.add_argument("--batch-size", type=int, default=16)
 
 
@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
     names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows: list[list[Any]] = [[f"{result.samples:,} samples of {result.split}", *names], ["---"] * (len(names) + 1)]
+    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
     for model, values in result.metrics.items():
         rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows, align="right")

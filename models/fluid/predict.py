@@ -1,4 +1,4 @@
-"""Prediction of a whole day: a rollout under a case's Boundary.csv from a start state, written as CSV and pictures.
+"""Prediction of a whole day under a case's Boundary.csv, as CSV and pictures.
 
     predict_day(trained, boundary, start)      -> [1440, Vs]
     add_arguments(parser), run(arguments)      what launchers/predict.py calls
