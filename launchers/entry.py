@@ -25,9 +25,7 @@ AGAIN = "run the same command again"
 
 def begin(*streams: str, exit_code: int = INTERRUPTED, advice: str = AGAIN) -> None:
     """Be a program from now on: see trunkline.engine.machine.output and stopping."""
-    from trunkline.engine.machine.stopping import (
-        listen,
-    )  # which needs psutil; the doctor runs where nothing is installed
+    from trunkline.engine.machine.stopping import listen  # needs psutil, which status_of can do without
 
     keep_printing(*streams)
     listen(exit_code, advice)
