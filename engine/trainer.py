@@ -141,7 +141,9 @@ class Trainer:
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
-        self._say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.assembly.notes, *self.micro.notes]))
+        self._say(
+            "\n".join([render_summary(self.assembly.plan), *task.notes(), *self.assembly.notes, *self.micro.notes])
+        )
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self._say(f"note: {note}")
@@ -331,10 +333,7 @@ class Trainer:
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self._draws, self.progress.step)
         statistics = self.assembly.statistics
-        statistics.begin()
-        micro_batches[:] = [
-            to_device(statistics.without_fillers(batch), self.ranks.device) for batch in micro_batches
-        ]
+        micro_batches[:] = [to_device(batch, self.ranks.device) for batch in statistics.begin(micro_batches)]
         self.watchdog.note(self.progress.step, "all-reduce of the batch's weight")
         weights = [self.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {

@@ -1,4 +1,4 @@
-"""How each parameter of a model is trained: the rules of `training.parameters`, and what holds where none says otherwise.
+"""How each parameter of a model is trained: the rules of `training.parameters`, and what holds without one.
 
     freeze(model, config)                  requires_grad off where a rule says "frozen"
     parameter_groups(model, config, kept)  groups of the optimizer, for torch and for DeepSpeed
@@ -60,7 +60,9 @@ def freeze(model: nn.Module, config: RunConfig) -> nn.Module:
     return model
 
 
-def parameter_groups(model: nn.Module, config: RunConfig, kept: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: RunConfig, kept: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The trainable parameters as groups of an optimizer, in an order that is the same on all ranks.
 
     `kept` says by name what a checkpoint has of the optimizer's state (`ShardedFiles.kept`). ZeRO lays a group's
@@ -86,9 +88,8 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     optimizer, rules = config.deepspeed.optimizer, config.training.parameters
-    decay = _weight_decay(optimizer)
+    decay, norms = _weight_decay(optimizer), _in_norms(model)
     found = []
-    norms = _in_norms(model)
     for parameter, called in names.items():
         index = next((n for n, rule in enumerate(rules) if _match(rule.names, called)), None)
         rule = None if index is None else rules[index]
@@ -96,10 +97,13 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
         own = 0.0 if spared and "weight_decay" in optimizer_params(optimizer.type).model_fields else decay
         found.append(
             Treatment(
-                tuple(called), parameter, index, spared,
+                names=tuple(called),
+                parameter=parameter,
+                rule=index,
+                is_norm_or_bias=spared,
                 weight_decay=own if rule is None or rule.weight_decay is None else rule.weight_decay,
                 lr_scale=1.0 if rule is None else rule.lr_scale,
-            )  # fmt: skip
+            )
         )
     try:
         _check(config, found, model)
@@ -132,7 +136,9 @@ def _check(config: RunConfig, found: list[Treatment], model: nn.Module) -> None:
         if rule.weight_decay is not None and "weight_decay" not in optimizer_params(optimizer.type).model_fields:
             raise ConfigError(f"[{index}].weight_decay: {optimizer.type} has no weight decay: remove the key")
         if rule.lr_scale != 1.0 and optimizer.type.lower() == "muon":
-            raise ConfigError(f"[{index}].lr_scale: Muon has rates of its own: use muon_lr and adam_lr of the optimizer")
+            raise ConfigError(
+                f"[{index}].lr_scale: Muon has rates of its own: use muon_lr and adam_lr of the optimizer"
+            )
 
 
 def _match(globs: tuple[str, ...] | list[str], names: list[str]) -> bool:

@@ -55,7 +55,9 @@ class GroupSchedule:
 
     def __init__(self, optimizer: Optimizer, section: Scheduler | None, total_steps: int) -> None:
         first = optimizer.param_groups[0]
-        led = Optimizer([torch.zeros(1)], {key: value for key, value in first.items() if key not in ("params", LR_SCALE)})
+        led = Optimizer(
+            [torch.zeros(1)], {key: value for key, value in first.items() if key not in ("params", LR_SCALE)}
+        )
         led._opt_called = True  # type: ignore[attr-defined]  # it never is: torch would warn of that
         self._led, self._given = led.param_groups[0], dict(led.param_groups[0])
         # Muon gives its groups rates of their own, in proportion

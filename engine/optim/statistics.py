@@ -10,8 +10,8 @@ For BatchNorm this is one update with the mean of the micro-batches' statistics,
 they are spread over. `num_batches_tracked` counts steps. A step that is skipped leaves them as they were.
 
 What a batch is normalised with remains the statistics of its micro-batch on its rank, as in timm and in torch without
-SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So the gradient is
-the same for any number of ranks with the same micro-batch, and differs by the size of the micro-batch.
+SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So the gradient
+is the same for any number of ranks with micro-batches of one size, and differs with that size.
 """
 
 from __future__ import annotations
@@ -43,13 +43,17 @@ class Statistics:
 
     def agree(self) -> None:
         """Make them the same on all ranks, by their mean: a checkpoint of an earlier version has those of each rank."""
-        self.begin()
+        self._begin()
         self.take(1)
         self.settle()
 
+    def begin(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """Before the first micro-batch of a step: the micro-batches as the model may see them."""
+        self._begin()
+        return [self.without_fillers(batch) for batch in micro_batches]
+
     @torch.no_grad()
-    def begin(self) -> None:
-        """Before the first micro-batch of a step."""
+    def _begin(self) -> None:
         self._before = [buffer.clone() for buffer in self.buffers]
         self._sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in [*self.buffers, *self._one()]]
 
@@ -70,7 +74,7 @@ class Statistics:
 
     @torch.no_grad()
     def take(self, samples: Tensor | int) -> None:
-        """After the forward pass of a micro-batch with this many real samples. What is recomputed later adds nothing."""
+        """After the forward pass of a micro-batch with this many real samples. A recomputed one does not count."""
         for total, buffer in zip(self._sums, self.buffers, strict=False):
             # where, because what fillers alone make of a buffer need not be finite
             total += torch.where(torch.as_tensor(samples, device=total.device) > 0, buffer.double() * samples, 0.0)

@@ -61,7 +61,10 @@ class ShardedFiles:
     def kept(self) -> dict[str, str]:
         """What the optimizer keeps for each parameter: the keys, and the numbers such as its count of steps, as text;
         "" where it keeps nothing, because the parameter was frozen or has never been used."""
-        found = {name: ([k for k in keys if k not in (VALUE, AVERAGE)], self.scalars[name]) for name, keys in self.keys.items()}
+        found = {
+            name: ([k for k in keys if k not in (VALUE, AVERAGE)], self.scalars[name])
+            for name, keys in self.keys.items()
+        }
         return {name: json.dumps(state, sort_keys=True) if any(state) else "" for name, state in found.items()}
 
     def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -121,9 +121,7 @@ def capture(backend: Sharded, averages: Averages | None = None) -> Snapshot:
 
 
 @torch.no_grad()
-def restore(
-    backend: Sharded, folder: Path, digests: Digests, ranks: Ranks, averages: Averages | None = None
-) -> None:
+def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks, averages: Averages | None = None) -> None:
     """Overwrite parameters, optimizer state, averages and buffers with what `folder` holds, written on any layout.
 
     Called on all ranks. At most one fragment is held beside what is loaded into. What is frozen now has no optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ EMA: dict[str, Any] = {"decay": 0.8, "warmup": True, "every": 2, "use": ["evalua
 LAYOUTS = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("fsdp", 3)]
 
 
-def configuration(folder: Path, stage: int = 0, rules: list[dict[str, Any]] | None = None, **training: Any) -> RunConfig:
+def configuration(
+    folder: Path, stage: int = 0, rules: list[dict[str, Any]] | None = None, **training: Any
+) -> RunConfig:
     """Weight decay that shows, and batches of 16 out of 40 samples, so that the last of an epoch is short."""
     return tiny_config(
         folder,
@@ -98,7 +101,9 @@ def plain_loop(config: RunConfig, ema: Mapping[str, Any] | None = None) -> tuple
 
 def assert_equal(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_as_a_plain_loop(folder: Path, config: RunConfig) -> None:
@@ -215,7 +220,10 @@ def test_the_plan_counts_each_rule_and_names_tied_parameters(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([{"names": ["block.0.*"]}], r"tiny.json: training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*"),
+        (
+            [{"names": ["block.0.*"]}],
+            r"tiny.json: training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*",
+        ),
         ([{"names": ["*"]}, {"names": ["enter.*"]}], r"parameters\[1\]: rules before it have taken all"),
         ([{"names": ["*"], "frozen": True}], "every parameter is frozen"),
     ],
@@ -266,7 +274,8 @@ def thawed_by_hand(config: RunConfig, at: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(("deepspeed", 1), ("deepspeed", 3)), (("deepspeed", 3), ("fsdp", 3)), (("fsdp", 3), ("deepspeed", 2))]
+    ("before", "after"),
+    [(("deepspeed", 1), ("deepspeed", 3)), (("deepspeed", 3), ("fsdp", 3)), (("fsdp", 3), ("deepspeed", 2))],
 )
 def test_frozen_then_thawed_begins_afresh_and_stays_apart_in_later_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], before: tuple[str, int], after: tuple[str, int]
@@ -285,7 +294,9 @@ def test_frozen_then_thawed_begins_afresh_and_stays_apart_in_later_checkpoints(
         "note: 8 parameters of 176 elements are trained that were not before this checkpoint: "
         "their optimizer state begins afresh"
     ]
-    assert_equal(load_file(run / "final" / "model.safetensors"), thawed_by_hand(configuration(tmp_path, rules=[]), at=4))
+    assert_equal(
+        load_file(run / "final" / "model.safetensors"), thawed_by_hand(configuration(tmp_path, rules=[]), at=4)
+    )
 
 
 def stop_at(trainer: Trainer, step: int) -> None:
@@ -295,17 +306,15 @@ def stop_at(trainer: Trainer, step: int) -> None:
     def save_and_leave(in_background: bool | None = None) -> Any:
         path = save(False)
         if trainer.progress.step == step < trainer.total_steps:
-            raise Left
+            raise LeftError
         return path
 
     trainer.save = save_and_leave  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(LeftError):
         trainer.run()
-    except Left:
-        pass
 
 
-class Left(Exception):
+class LeftError(Exception):
     pass
 
 
