@@ -348,7 +348,7 @@ class Trainer:
             self._lookout.look()  # a step that is broken off is made again from its beginning
             self.watchdog.note(self.progress.step, "forward, backward and reduction of the gradients")
             part = self.task.loss(self.backend.model, batch)
-            statistics.take(batch["valid"].sum())
+            statistics.take(batch["valid"])
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             self.backend.backward(part["loss"] * (scale + (loss - loss)))

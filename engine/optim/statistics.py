@@ -44,42 +44,32 @@ class Statistics:
     def agree(self) -> None:
         """Make them the same on all ranks, by their mean: a checkpoint of an earlier version has those of each rank."""
         self._begin()
-        self.take(1)
+        self.take(torch.ones(1, device=self.ranks.device))
         self.settle()
 
     def begin(self, micro_batches: Sequence[Batch]) -> list[Batch]:
         """Before the first micro-batch of a step: the micro-batches as the model may see them."""
+        if not self.buffers:
+            return list(micro_batches)
         self._begin()
-        return [self.without_fillers(batch) for batch in micro_batches]
+        return [without_fillers(batch) for batch in micro_batches]
 
     @torch.no_grad()
     def _begin(self) -> None:
         self._before = [buffer.clone() for buffer in self.buffers]
-        self._sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in [*self.buffers, *self._one()]]
-
-    def _one(self) -> list[Tensor]:
-        return [torch.zeros((), device=self.ranks.device)] if self.buffers else []
-
-    def without_fillers(self, batch: Batch) -> Batch:
-        """The batch as a model with such buffers may see it: without the samples that fill it up behind the real ones.
-
-        Where there is one real sample, a filler stays, as a copy of it: BatchNorm refuses a single value. A batch of
-        fillers alone is left as it is, because other ranks wait for its forward pass. It enters no statistic.
-        """
-        count = int(batch["valid"].sum())
-        if not self.buffers or count in (0, len(batch["valid"])):
-            return batch
-        rows = torch.arange(max(2, count)).clamp(max=count - 1)
-        return {key: value[rows] for key, value in batch.items()} | {"valid": torch.arange(len(rows)) < count}
+        samples = torch.zeros((), device=self.ranks.device)
+        self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in [*self.buffers, samples]]
 
     @torch.no_grad()
-    def take(self, samples: Tensor | int) -> None:
-        """After the forward pass of a micro-batch with this many real samples. A recomputed one does not count."""
-        for total, buffer in zip(self._sums, self.buffers, strict=False):
+    def take(self, valid: Tensor) -> None:
+        """After the forward pass of a micro-batch, whose real samples are those of `valid` [B]. One that is recomputed
+        in the backward pass is not counted."""
+        if not self.buffers:
+            return
+        samples = valid.sum()
+        for total, value in zip(self._sums, [*self.buffers, torch.ones_like(samples)], strict=True):
             # where, because what fillers alone make of a buffer need not be finite
-            total += torch.where(torch.as_tensor(samples, device=total.device) > 0, buffer.double() * samples, 0.0)
-        for total in self._sums[len(self.buffers) :]:
-            total += samples
+            total += torch.where(samples > 0, value.double() * samples, 0.0)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -96,3 +86,17 @@ class Statistics:
         for buffer, total in zip(self.buffers, totals, strict=True):
             mean = total / samples
             buffer.copy_(mean if buffer.is_floating_point() else mean.round())
+        self._begin()  # a step that is broken off puts these back
+
+
+def without_fillers(batch: Batch) -> Batch:
+    """The batch as a model with such buffers may see it: without the samples that fill it up behind the real ones.
+
+    Where there is one real sample, a filler stays, as a copy of it: BatchNorm refuses a single value. A batch of
+    fillers alone is left as it is, because other ranks wait for its forward pass. It enters no statistic.
+    """
+    count = int(batch["valid"].sum())
+    if count in (0, len(batch["valid"])):
+        return batch
+    rows = torch.arange(max(2, count)).clamp(max=count - 1)
+    return {key: value[rows] for key, value in batch.items()} | {"valid": torch.arange(len(rows)) < count}
