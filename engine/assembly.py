@@ -104,9 +104,8 @@ class Assembly:
 
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
-        return capture(self.backend, self.average.of), asdict(progress) | self.identity | {
-            "loss_scaler": self.backend.loss_scaler()
-        }
+        trainers = asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        return capture(self.backend, self.average.of), trainers
 
     def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:
         """Everything anew for other sizes, in the state that it is in, or in that of the first step if no other has
