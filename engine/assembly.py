@@ -27,7 +27,7 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
-from trunkline.engine.optim.averaging import WeightAverage
+from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.optim.parameter_rules import freeze, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
