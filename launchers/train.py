@@ -91,9 +91,9 @@ def _train(arguments: argparse.Namespace) -> int:
     # imported late: DeepSpeed takes seconds, and a wrong configuration should be named at once
     from trunkline.engine.backends import choose_backend
     from trunkline.engine.checkpoint.best import outcome
-    from trunkline.engine.find_micro_batch import find_micro_batch
     from trunkline.engine.record.report import write_report
     from trunkline.engine.trainer import Trainer
+    from trunkline.engine.trials import find_micro_batch
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / arguments.config.stem

@@ -74,7 +74,7 @@ class Backend(Protocol):
     def loss_scaler(self) -> dict[str, float]:
         """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         """Continue from a loaded state. Called on all ranks, before the first step.
 
         The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such

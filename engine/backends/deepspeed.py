@@ -139,7 +139,7 @@ class DeepSpeedBackend:
                 )
         if self._unsharded_masters():
             self.optimizer.state.clear()
-        self.resume(0, {})
+        self.restore_derived(0, {})
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
@@ -237,7 +237,7 @@ class DeepSpeedBackend:
             return {}
         return {ours: getattr(scaler, theirs) for ours, theirs in _SCALER.items() if hasattr(scaler, theirs)}
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
             for group in range(len(wrapper.fp32_partitioned_groups_flat)):
