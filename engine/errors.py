@@ -5,7 +5,12 @@ Launchers print them as one message, without a traceback, and exit with status 2
 
 
 class TrunklineError(Exception):
-    """What went wrong, with the file, key and value concerned, and what to do about it."""
+    """What went wrong, with the file, key and value concerned, and what to do about it.
+
+    heading, status: what a launcher prints it under, and the exit status
+    """
+
+    heading, status = "error", 2
 
 
 class ConfigError(TrunklineError):

@@ -18,6 +18,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
+from trunkline.engine.optim.parameter_rules import planned_rules, render_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
 from trunkline.engine.task import Task
 
@@ -64,6 +65,8 @@ def make_plan(
         "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
                           f"end of warm-up (step {ramp})": rates[min(ramp, steps - 1)],
                           f"last (step {steps - 1})": rates[steps - 1]},
+        "parameter_rules": planned_rules(model, config, peak),
+        "tied_parameters": tied_names(model, config),
         "memory_bytes": states | {"activations": activations},
         "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
         "flops_per_sample": task.flops_per_sample(),
@@ -126,6 +129,7 @@ def render_summary(plan: dict[str, Any]) -> str:
         f"memory      {readable_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
         f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",
+        *render_rules(plan["parameter_rules"], plan["tied_parameters"]),
     ]
     return "\n".join(lines)
 
@@ -168,7 +172,8 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
     optimizer_on_device = 0 if zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu" else 1
     # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
     master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
-    return {
+    average = {"average": math.ceil(4 * trainable / shards[2]) * optimizer_on_device} if config.training.ema else {}
+    return average | {
         "parameters": math.ceil(width * parameters / shards[0]),
         "gradients": math.ceil(width * trainable / shards[1]),
         "master weights": math.ceil(master / shards[2]) * optimizer_on_device,
@@ -179,7 +184,8 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
 def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:
     """All files of one checkpoint over all ranks: every value once, in fp32, with what the optimizer keeps for it."""
     frozen = _parameter_bytes(config) * (parameters - trainable)
-    return round(frozen + (4 + _optimizer_bytes_a_parameter(config)) * trainable)
+    average = 4 if config.training.ema else 0
+    return round(frozen + (4 + average + _optimizer_bytes_a_parameter(config)) * trainable)
 
 
 def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:

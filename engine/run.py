@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from trunkline.engine.assembly import Assembly
 from trunkline.engine.backends import Backend
+from trunkline.engine.checkpoint.best import BEST
 from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.weights import save_weights
 from trunkline.engine.config.run_config import RunConfig
@@ -68,7 +69,8 @@ class Run:
     def save_weights(self, name: str, facts: dict[str, float]) -> str:
         """Write best/ or final/. Called on all ranks. Returns the SHA-256 of the weights."""
         self.begin(f"writing {name}/")
-        return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
+        with self.assembly.average.in_place("evaluation" if name == BEST else "final"):
+            return save_weights(self.folder / name, self.backend, self.task, self.config, facts, self.ranks)
 
     @contextmanager
     def naming_a_lost_rank(self) -> Iterator[None]:

@@ -99,10 +99,12 @@ class Stepper:
                 self._skipped(micro_batches, scale)
             else:
                 progress.skipped_in_a_row = 0
+                run.assembly.applied(progress)
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
             return StepResult(sums, weight, rate, stepped.grad_norm, bool(stop))
         micro_batches.clear()
+        run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
         return None
 
@@ -111,7 +113,9 @@ class Stepper:
         run = self.run
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self._draws, run.progress.step)
-        micro_batches[:] = [to_device(batch, run.ranks.device) for batch in micro_batches]
+        statistics = run.assembly.statistics
+        statistics.begin()
+        micro_batches[:] = [to_device(statistics.without_fillers(batch), run.ranks.device) for batch in micro_batches]
         run.note("all-reduce of the batch's weight")
         weights = [run.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {
@@ -126,9 +130,11 @@ class Stepper:
             run.lookout.look()  # a step that is broken off is made again from its beginning
             run.note("forward, backward and reduction of the gradients")
             part = run.task.loss(run.backend.model, batch)
+            statistics.take(batch["valid"].sum())
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             run.backend.backward(part["loss"] * (scale + (loss - loss)))
+            statistics.put_back()
             if with_sums:
                 sums = add_sums(sums, part)
         return Accumulated(sums, agreed["weight"], agreed["flags"])
@@ -154,6 +160,7 @@ class Stepper:
             seed_torch(self._draws, progress.step - 1)
             with run.backend.gathered() as model:
                 where = nonfinite.locate(run.task, model, micro_batches, run.ranks)
+            run.assembly.statistics.put_back()
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )

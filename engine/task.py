@@ -118,6 +118,11 @@ class Task(ABC):
         where neither is, or the name is not known. Of "loss" it is never asked: that is what training lowers."""
         return None
 
+    def running_statistics(self, model: nn.Module) -> Sequence[str]:
+        """Globs over the names of the buffers that are statistics of the data, changed in place by a forward pass in
+        training. The engine makes them the same on every rank (optim/statistics.py). The default names BatchNorm's."""
+        return ("*running_mean", "*running_var", "*num_batches_tracked")
+
     def flops_per_sample(self) -> float:
         """Useful floating-point operations of one sample's forward and backward pass, without recomputation.
 

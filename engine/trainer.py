@@ -52,6 +52,8 @@ from trunkline.engine.validation import Validation
 class InterruptedRunError(TrunklineError):
     """The run was asked to stop; what it had done is saved."""
 
+    heading, status = "stopped", stopping.EXIT_CODE
+
 
 class Trainer(Run):
     """One run of one task.
@@ -130,7 +132,8 @@ class Trainer(Run):
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
-        self.say("\n".join([render_summary(self.assembly.plan), *task.notes(), *self.micro.notes]))
+        notes = [*task.notes(), *self.assembly.notes, *self.micro.notes]
+        self.say("\n".join([render_summary(self.assembly.plan), *notes]))
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self.say(f"note: {note}")

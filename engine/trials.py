@@ -24,6 +24,7 @@ from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
 from trunkline.engine.memory.micro_batch import divisors, resized, ways_out
 from trunkline.engine.memory.shortage import OutOfMemory, Shortage
+from trunkline.engine.optim.parameter_rules import freeze
 from trunkline.engine.plan import activation_bytes, readable_size
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
@@ -122,7 +123,7 @@ def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
         states = 0  # it is elsewhere, wholly or partly
     two, four = 0, 0
     if not (settings.activation_checkpointing or settings.compile):  # neither of which the count knows
-        model = trainer.task.build_model()
+        model = freeze(trainer.task.build_model(), trainer.config)
         two, four = (activation_bytes(trainer.task, model, trainer.config, size) or 0 for size in (2, 4))
     return [states + max(0.0, two + (four - two) / 2 * (size - 2)) for size in candidates]
 

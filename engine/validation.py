@@ -31,6 +31,7 @@ class Validation:
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
+            progress.best_is_average = run.assembly.average.serves("evaluation")
             progress.best_weights = run.save_weights(BEST, {"step": progress.step, name: metrics[name]})
         progress.evaluation_due = False
         run.say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
@@ -50,7 +51,7 @@ class Validation:
             run.lookout.look()
 
         try:
-            with self.room.attempt(self.room.evaluation_fits):
+            with run.assembly.average.in_place("evaluation"), self.room.attempt(self.room.evaluation_fits):
                 metrics = evaluate(
                     run.task, run.backend.model, run.ranks, num_samples=num_samples,
                     micro_batch_size=run.micro.evaluation, num_workers=run.config.training.num_workers,

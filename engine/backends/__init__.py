@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class Backend(Protocol):
     def loss_scaler(self) -> dict[str, float]:
         """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
 
+    def refresh(self) -> None:
+        """Bring what is derived from the fragments, such as half-precision copies, up to date with them. Called on all
+        ranks, after the fragments have been overwritten."""
+
     def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         """Continue from a loaded state. Called on all ranks, before the first step.
 
@@ -110,14 +114,15 @@ def choose_backend(name: str) -> str:
 
 
 def prepare_backend(
-    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int
-) -> Backend:
-    """The model under the named engine, ready for its first step."""
+    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+    kept: Mapping[str, Any] | None = None,
+) -> Backend:  # fmt: skip
+    """The model under the named engine, ready for its first step, or to load the checkpoint that `kept` is of."""
     if name == "fsdp":
         from trunkline.engine.backends.fsdp import FSDPBackend
 
-        return FSDPBackend(model, config, sizes, ranks, total_steps)
+        return FSDPBackend(model, config, sizes, ranks, total_steps, kept)
     assert name == "deepspeed"
     from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(model, config, sizes, ranks, total_steps)
+    return DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)

@@ -125,7 +125,8 @@ class BestWeights:
         facts = {"step": progress.best_step, self.best.metric: progress.best}
 
         def write(draft: Path) -> None:
-            export_weights(kept, draft, 1 << 62, None, self.task.tensor_name, self.task.file_tensors, facts)
+            task, average = self.task, progress.best_is_average
+            export_weights(kept, draft, 1 << 62, None, task.tensor_name, task.file_tensors, facts, average)
             copy_assets(self.folder, draft)
 
         progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]

@@ -36,7 +36,7 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.optim.optimizers import same_name
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.record.run_folder import had_checkpoints, records, set_records_aside
-from trunkline.engine.state.sharded_state import restore
+from trunkline.engine.state.sharded_state import Averages, restore
 from trunkline.engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
@@ -153,9 +153,9 @@ def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:
     return value
 
 
-def restore_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks) -> None:
+def restore_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks, averages: Averages | None = None) -> None:
     """Put a checkpoint's state into the backend. Called on all ranks, before the first step. Raises CheckpointError."""
-    restore(backend, found.path / BACKEND, found.digests, ranks)
+    restore(backend, found.path / BACKEND, found.digests, ranks, averages)
     backend.restore_derived(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
 
 

@@ -10,7 +10,6 @@ in, so that this module knows no workload.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.draft import Draft, leaves, value_at, whence
 from trunkline.engine.config.epochs import Steps, in_steps
-from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
+from trunkline.engine.config.strict import Strict, nearest, show, validated
+from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
 
 
@@ -65,6 +66,8 @@ class Training(Strict):
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False
@@ -151,21 +154,26 @@ class RunConfig:
             "deepspeed": self.deepspeed.model_dump(mode="json", exclude_none=True),
         }
 
+    def where(self, key: str) -> str:
+        """What a message about a dotted key begins with: where its value came from."""
+        return whence(key, self.origins, self.source)
 
+
+Sections = Callable[[str], tuple[type[BaseModel], type[BaseModel]]]
 SECTIONS = ("workload", "data", "model", "training", "deepspeed")
 
 
 def load_config(
     path: str | Path,
     *,
-    sections: Callable[[str], tuple[type[BaseModel], type[BaseModel]]],
+    sections: Sections,
     settings: Sequence[str] = (),
     deepspeed: str | Path | None = None,
 ) -> RunConfig:
     """Read and validate a run's configuration.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or the name of a configuration that is shipped, such as fluid/demo.
         sections: gives the models of the "data" and "model" sections for a workload's name; raises ConfigError for
             a name that it does not know.
         settings: "dotted.key=value" strings that win over the file; values are JSON, or else plain text.
@@ -174,74 +182,39 @@ def load_config(
     Raises:
         ConfigError: with file, key, value and remedy; all mistakes of one section in one message.
     """
-    raw = read_json_object(path)
-    origins = dict.fromkeys(_leaves(raw), "file")
-    if deepspeed is not None:
-        raw["deepspeed"] = read_json_object(deepspeed)
-        origins = {k: v for k, v in origins.items() if not k.startswith("deepspeed.")}
-        origins |= {f"deepspeed.{key}": str(deepspeed) for key in _leaves(raw["deepspeed"])}
+    draft = Draft.read(path, deepspeed)
     for setting in settings:
-        key, value = _parse_setting(setting)
-        _assign(raw, key, value, setting)
-        origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
-        origins |= dict.fromkeys(_leaves(value, key) if isinstance(value, dict) else [key], "command line")
+        draft.set(setting)
+    return checked(draft, sections)
 
+
+def checked(draft: Draft, sections: Sections) -> RunConfig:
+    """The draft as a configuration. Raises ConfigError as `load_config` does."""
+    raw, path = draft.values, draft.source
     for key in raw:
         if key not in SECTIONS:
-            raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, SECTIONS)}; the sections are {SECTIONS}")
+            raise ConfigError(
+                f"{draft.where(key)}: unknown key '{key}'{nearest(key, SECTIONS)}; the sections are {SECTIONS}"
+            )
     for key in SECTIONS:
         if key not in raw:
             raise ConfigError(f"{path}: the section '{key}' is missing; a run's file has {', '.join(SECTIONS)}")
     if not isinstance(raw["workload"], str):
-        raise ConfigError(f"{path}: workload: expected a name in quotes, found {show(raw['workload'])}")
+        raise ConfigError(
+            f"{draft.where('workload')}: workload: expected a name in quotes, found {show(raw['workload'])}"
+        )
     data_model, model_model = sections(raw["workload"])
     config = RunConfig(
-        source=str(path),
+        source=path,
         workload=raw["workload"],
-        data=validated(data_model, raw["data"], "data", path),
-        model=validated(model_model, raw["model"], "model", path),
-        training=validated(Training, raw["training"], "training", path),
-        deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", deepspeed or path),
-        origins=origins,
+        data=validated(data_model, raw["data"], "data", draft.where),
+        model=validated(model_model, raw["model"], "model", draft.where),
+        training=validated(Training, raw["training"], "training", draft.where),
+        deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", draft.where),
+        origins=draft.origins,
     )
-    values = config.as_dict()
-    origins |= {key: "auto" for key in origins if _at(raw, key) == "auto" != _at(values, key)}
-    for key in _leaves(values):
+    values, origins = config.as_dict(), config.origins
+    origins |= {key: "auto" for key in origins if value_at(raw, key) == "auto" != value_at(values, key)}
+    for key in leaves(values):
         origins.setdefault(key, "default")
     return config
-
-
-def _at(value: Any, key: str) -> Any:
-    """What a dotted key holds; None if it is not there."""
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, item in value.items():
-        dotted = f"{prefix}.{key}" if prefix else key
-        keys += _leaves(item, dotted) if isinstance(item, dict) and item else [dotted]
-    return keys
-
-
-def _parse_setting(setting: str) -> tuple[str, Any]:
-    key, equals, text = setting.partition("=")
-    if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(f"--set {setting}: expected dotted.key=value, such as --set training.seed=1")
-    try:
-        return key, json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return key, text
-
-
-def _assign(raw: dict[str, Any], key: str, value: Any, setting: str) -> None:
-    *parents, last = key.split(".")
-    target = raw
-    for depth, part in enumerate(parents):
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            held = ".".join(parents[: depth + 1])
-            raise ConfigError(f"--set {setting}: '{held}' holds {show(target)}, which has no keys; set '{held}' itself")
-    target[last] = value

@@ -24,7 +24,6 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
-from trunkline.engine.machine.hardware import choose_device
 from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
@@ -148,13 +147,10 @@ def frequencies(held: Held) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/evaluate.py` for this workload."""
-    parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
+    """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="val", choices=("train", "val"))
-    parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
     parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -164,10 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     result = compare(
-        arguments.run, choose_device(arguments.device), split=arguments.split, store=arguments.store,
+        arguments.run, arguments.device, split=arguments.split, store=arguments.store,
         batch_size=arguments.batch_size, max_samples=arguments.max_samples, progress=True,
     )  # fmt: skip
-    out = arguments.out or arguments.run / "evaluation"
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     table = render(result)
     picture = out / "evaluation.png"

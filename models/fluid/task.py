@@ -124,6 +124,9 @@ def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
     return task
 
 
+make_task = FluidTask
+
+
 def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:
     """A decoder of the configured shape for a network's columns; its statistics are yet to be filled in."""
     if model.linear_skip and data.history < 2:

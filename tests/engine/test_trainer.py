@@ -56,7 +56,7 @@ def reference_losses(config: RunConfig) -> list[float]:
     seed_torch(config.training.seed, 0)
     model = task.build_model()
     params = config.deepspeed.optimizer.params
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
+    optimizer = torch.optim.AdamW(without_decay_on_norms_and_biases(model), **params)
     steps = config.training.steps or 0
     rates = learning_rates(config.deepspeed.scheduler, params["lr"], steps, list(range(steps)))
     rows = task.dataset("train")
@@ -71,9 +71,16 @@ def reference_losses(config: RunConfig) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed.gradient_clipping)
-        optimizer.param_groups[0]["lr"] = rates[step]
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
         optimizer.step()
     return out
+
+
+def without_decay_on_norms_and_biases(model: torch.nn.Module) -> list[dict[str, Any]]:
+    spared = [p for name, p in model.named_parameters() if name.endswith("bias") or ".norm." in name]
+    others = [p for name, p in model.named_parameters() if not (name.endswith("bias") or ".norm." in name)]
+    return [{"params": others}, {"params": spared, "weight_decay": 0.0}]
 
 
 @pytest.mark.parametrize(("stage", "micro"), [(0, 8), (0, 1), (1, 2), (2, 8), (2, 1), (3, 2)])

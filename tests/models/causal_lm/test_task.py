@@ -79,7 +79,14 @@ def losses_of_transformers_trainer(config: RunConfig, folder: Path) -> list[floa
         return {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": torch.ones_like(labels)}
 
     params = section.optimizer.params
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
+    names = TheirTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it uses no self
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name in names].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=params["lr"], weight_decay=params["weight_decay"],
+    )  # fmt: skip
     rates = learning_rates(section.scheduler, params["lr"], steps, list(range(steps + 1)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[step] / params["lr"])
     accumulate = 2
