@@ -23,8 +23,8 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
     if best.mode != "auto":
         worse = "lower" if stated == "max" else "higher"
         raise ConfigError(
-            f"{config.where('training.best.mode')}: training.best.mode: {best.mode} would keep the worst weights, since "
-            f"a {worse} '{best.metric}' is worse: set it to {stated}, or leave it out"
+            f"{config.where('training.best.mode')}: training.best.mode: {best.mode} would keep the worst weights, "
+            f"since a {worse} '{best.metric}' is worse: set it to {stated}, or leave it out"
         )
     training = config.training.model_copy(update={"best": best.model_copy(update={"mode": stated})})
     return replace(config, training=training, origins=config.origins | {"training.best.mode": "the metric's direction"})

@@ -32,7 +32,10 @@ class Draft:
 
     @classmethod
     def read(cls, path: str | Path, deepspeed: str | Path | None = None) -> Draft:
-        """From a run's file, or a shipped one by its name, and from a DeepSpeed file that takes the place of its section. Raises ConfigError."""
+        """From a run's file, or a shipped one by its name. A DeepSpeed file takes the place of its section.
+
+        Raises ConfigError.
+        """
         path = find_config(path)
         draft = cls(read_json_object(path), str(path))
         if deepspeed is not None:

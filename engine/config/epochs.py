@@ -22,7 +22,7 @@ def _epochs_or(value: Any, otherwise: Callable[[Any], Any]) -> Any:
     if not isinstance(value, dict):
         return otherwise(value)
     epochs: Any = value.get("epochs")
-    is_number = isinstance(epochs, (int, float)) and not isinstance(epochs, bool)
+    is_number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
     if not is_number or len(value) > 1 or not 0 < epochs <= _MOST_EPOCHS:
         raise ValueError('expected a number of steps, or of epochs above 0 as in {"epochs": 0.5}')
     return value

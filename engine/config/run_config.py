@@ -136,13 +136,14 @@ class RunConfig:
 
     def in_force(self, key: str) -> Any:
         """The value of a dotted key that the run goes by."""
-        return _at(self._values(), key)
+        return value_at(self._values(), key)
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration of record: every value, defaults included, as it was asked for, ready for JSON."""
         values = self._values()
         for key, value in self.in_epochs.items():
-            _assign(values, key, value, key)
+            holder, _, name = key.rpartition(".")
+            value_at(values, holder)[name] = value
         return values
 
     def _values(self) -> dict[str, Any]:
