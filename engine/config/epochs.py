@@ -1,4 +1,4 @@
-"""Lengths that may be written in epochs: {"epochs": 1.5} wherever a number of optimizer steps can stand.
+"""Lengths in epochs: {"epochs": 1.5} wherever a number of steps can stand.
 
     Steps                             a field that is one: an integer from 1 on, or such an object
     or_epochs(kind)                   a field of another kind that may be such an object too

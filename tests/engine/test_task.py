@@ -1,4 +1,4 @@
-"""What a task must say, what it may leave to the defaults, and what is read how often."""
+"""What a task must say, and what it may leave to the defaults."""
 
 from __future__ import annotations
 
