@@ -39,7 +39,7 @@ class Room:
     def make(
         self, halve: Callable[[int, Shortage, dict[str, Any]], str], shortage: Shortage, intact: bool = True
     ) -> None:
-        """Continue with a smaller micro-batch, or say how to. `intact`: no parameter has changed since the last step."""
+        """Continue with a smaller micro-batch, or say how to. `intact`: no parameter changed since the last step."""
         run, step = self.run, self.run.progress.step
         line = halve(step, shortage, run.assembly.plan)
         if not shortage.agreed or not (intact or step == run.assembly.first_step):

@@ -97,7 +97,6 @@ def _loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader[
     return DataLoader(
         batches,
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=False,
@@ -105,10 +104,6 @@ def _loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader[
         # the order of samples needs no generator; without this a loader would advance torch's global one
         generator=torch.Generator(),
     )
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
 
 
 def collate(task: Task, samples: Sequence[Any], draws: Draws) -> Batch:
