@@ -1,9 +1,10 @@
-"""One optimizer step: the gradient of a global batch, split over ranks and micro-batches, and its update.
+"""One optimizer step: the gradient of a global batch, and the update.
 
     made = stepper.make(micro_batches)    a StepResult, or None where memory ran out
     stepper.values(made)                  what is logged of it
 
-The gradient is d(sum of losses over the global batch) / (sum of weights over the global batch), however it is split.
+The gradient is d(sum of losses over the global batch) / (sum of weights over the global batch), on any number of ranks
+and in any number of micro-batches.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class MeasuredSamples(Samples, Protocol):
 class Task(ABC):
     """One training problem. `trunkline.models.fluid.task.FluidTask` is the example to read.
 
-    A task must say what is abstract here. What follows `loss` has a default that serves many.
+    A task must say what is abstract here. What follows `fingerprint` has a default that serves many.
     """
 
     unit: str = "samples"

@@ -124,7 +124,7 @@ class Trainer(Run):
         self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self.begin)
         self.assembly.build(self.micro.sizes)
         self.begin("loading the checkpoint" if found is not None else "writing the plan")
-        self.progress = self.assembly.take_up()
+        self.progress = self.assembly.restore()
         if found is not None:
             self.checkpoints.set_aside_after(self.progress.step)
             other = "" if known[LAYOUT] == found.state[LAYOUT] else f", from {found.state[LAYOUT]} to {known[LAYOUT]}"

@@ -1,4 +1,4 @@
-"""Validation of a run: its metrics, the best weights so far, and whether it is time to stop early."""
+"""Validation of a run: metrics, best weights, early stopping."""
 
 from __future__ import annotations
 

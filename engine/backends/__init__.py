@@ -78,7 +78,7 @@ class Backend(Protocol):
         """Bring what is derived from the fragments, such as half-precision copies, up to date with them. Called on all
         ranks, after the fragments have been overwritten."""
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         """Continue from a loaded state. Called on all ranks, before the first step.
 
         The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such

@@ -145,7 +145,7 @@ class DeepSpeedBackend:
                 )
         if self._unsharded_masters():
             self.optimizer.state.clear()
-        self.resume(0, {})
+        self.restore_derived(0, {})
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
@@ -255,7 +255,7 @@ class DeepSpeedBackend:
         for parameter, (master, offset) in self._unsharded_masters().items():
             parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         self.refresh()
         self.scheduler.forward(applied_steps)
         self.engine.global_steps = applied_steps

@@ -148,7 +148,7 @@ class FSDPBackend:
     def loss_scaler(self) -> dict[str, float]:
         return self._scaler.state()
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         self.refresh()
         self._scheduler.forward(applied_steps)
         self._scaler.load(loss_scaler)
