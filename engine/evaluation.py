@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from trunkline.engine.backends import Backend
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
@@ -19,6 +21,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def evaluated(task: Task, backend: Backend) -> AbstractContextManager[nn.Module]:
+    """The model that `evaluate` hands to the task. Entered on all ranks.
+
+    Where the task generates, it is the bare model with whole weights on each rank, gathered once: ranks that decode
+    different lengths call it differently often, and a sharded model would wait for ever in a collective.
+    """
+    return backend.whole() if getattr(task, "generates", False) else nullcontext(backend.model)
 
 
 @torch.no_grad()
