@@ -22,7 +22,7 @@ from trunkline.engine.checkpoint.best import BEST, FINAL, BestWeights
 from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
 from trunkline.engine.checkpoint.weights import save_weights
-from trunkline.engine.config.deepspeed_section import batch_sizes, parameter_dtype
+from trunkline.engine.config.deepspeed_section import batch_sizes, own_classes, parameter_dtype
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.config.strict import nearest
@@ -30,7 +30,7 @@ from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.randomness import mix, seed_torch
 from trunkline.engine.errors import ConfigError, TrunklineError
-from trunkline.engine.evaluation import evaluate, to_device
+from trunkline.engine.evaluation import evaluate, evaluated, to_device
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
@@ -118,7 +118,7 @@ class Trainer:
         self.total_steps = total_steps(config, self.batches)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         known = identity(task, config, backend, ranks.world_size, self.batches)
-        agree(leaves(known) | class_version(task))
+        agree(leaves(known) | class_version(type(task), *own_classes(config.deepspeed)))
         self._begin("looking for checkpoints")
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
@@ -403,9 +403,9 @@ class Trainer:
             self._lookout.look()
 
         try:
-            with self.attempt(self._evaluation_fits):
+            with self.attempt(self._evaluation_fits), evaluated(self.task, self.backend) as model:
                 metrics = evaluate(
-                    self.task, self.backend.model, self.ranks, num_samples=num_samples,
+                    self.task, model, self.ranks, num_samples=num_samples,
                     micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
                     before_batch=before_batch,
                 )  # fmt: skip

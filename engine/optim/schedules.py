@@ -1,4 +1,4 @@
-"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, and a few of our own.
+"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, a few of our own, and a user's.
 
     WarmupCosine  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then a half cosine to min_ratio x lr
     WarmupLinear  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then linear to min_ratio x lr
@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES, Shape
 from trunkline.engine.config.deepspeed_section import Scheduler
-from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_params
+from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_class, scheduler_params
 from trunkline.engine.errors import ConfigError
 
 
@@ -58,7 +58,7 @@ def build_scheduler(optimizer: Optimizer, section: Scheduler | None, total_steps
     try:
         if section.type in DEEPSPEED_SCHEDULES:
             return FormulaScheduler(optimizer, partial(DEEPSPEED_SCHEDULES[section.type], **params))
-        return getattr(lr_scheduler, section.type)(optimizer, **params)
+        return scheduler_class(section.type)(optimizer, **params)
     except (TypeError, ValueError, AttributeError) as error:
         raise _refused(section, params, error) from error
 
