@@ -271,10 +271,7 @@ def _fields(made_by: Callable[..., Any], kinds: dict[str, Any]) -> dict[str, Any
     """Name -> type and default, from the signature of a class or a function; without what the engine hands in."""
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(made_by).parameters.items():
-        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        ):
+        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind.name.startswith("VAR_"):
             continue
         required = parameter.default is parameter.empty
         kind = kinds.get(f"{made_by.__name__}.{name}", kinds.get(name, _by_default(parameter.default)))
