@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +16,9 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
+
+SHOWN = "evaluation"
+"""The folder of a run for what the task shows of the last evaluation: pictures, texts, tables."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -36,10 +41,13 @@ def evaluated(task: Task, backend: Backend) -> AbstractContextManager[nn.Module]
 def evaluate(
     task: Task, model: nn.Module, ranks: Ranks, *, split: str = "val", num_samples: int | None, micro_batch_size: int,
     num_workers: int = 0, progress: bool = True, before_batch: Callable[[], None] = lambda: None,
+    show_in: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """The metrics of a split. Called on all ranks, which all get the same.
 
     Every rank runs the same number of batches; places without a sample carry no weight, and no sample counts twice.
+    What the task has to show of the sums, it writes into the folder `show_in`: its method `show(sums, folder)`, if it
+    has one. It cannot end the run.
     """
     loader = evaluation_loader(
         task, task.datasets()[split], num_samples=num_samples, micro_batch_size=micro_batch_size,
@@ -56,4 +64,11 @@ def evaluate(
         model.train(was_training)
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
-    return task.summarize(sum_over_ranks(sums, ranks))
+    sums = sum_over_ranks(sums, ranks)
+    if show_in is not None and ranks.is_main and hasattr(task, "show"):
+        try:
+            show_in.mkdir(parents=True, exist_ok=True)
+            task.show(sums, show_in)
+        except Exception as error:  # a picture is worth no run
+            tqdm.write(f"warning: {show_in}: is not whole ({type(error).__name__}: {error})", file=sys.stderr)
+    return task.summarize(sums)

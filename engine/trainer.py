@@ -30,7 +30,7 @@ from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.randomness import mix, seed_torch
 from trunkline.engine.errors import ConfigError, TrunklineError
-from trunkline.engine.evaluation import evaluate, evaluated, to_device
+from trunkline.engine.evaluation import SHOWN, evaluate, evaluated, to_device
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
@@ -48,9 +48,10 @@ from trunkline.engine.ranks.selftest import collective_self_test
 from trunkline.engine.ranks.start_facts import class_version, leaves
 from trunkline.engine.ranks.watchdog import Watchdog
 from trunkline.engine.readiness import ready
+from trunkline.engine.record.boards import require_boards
 from trunkline.engine.record.meter import Meter, brief
 from trunkline.engine.record.run_folder import claim, in_use, release
-from trunkline.engine.record.trackers import Trackers, make_trackers, require_trackers
+from trunkline.engine.record.trackers import Trackers, make_trackers
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
 Accumulated = tuple[Sums | None, Tensor, Tensor]
@@ -87,7 +88,7 @@ class Trainer:
     ) -> None:
         config = with_direction(config, task)
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
-        require_trackers(config.training.trackers)
+        require_boards(config.training.trackers)
         agree(
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )
@@ -157,8 +158,9 @@ class Trainer:
     def _open_trackers(self) -> None:
         progress, config = self.progress, self.config
         self.trackers = make_trackers(
-            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due
-        )
+            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due,
+            getattr(self.task, "tracking", None), self.batches.per_epoch,
+        )  # fmt: skip
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -281,6 +283,7 @@ class Trainer:
                     break
                 self.watchdog.note(progress.step, "reading the next batch")
         self._save_weights(FINAL, {"step": progress.step})
+        self.trackers.finish(progress.best_step)
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
         while self.progress.step < self.total_steps:
@@ -383,9 +386,11 @@ class Trainer:
         metrics = self._metrics(settings.eval_samples)
         self._evaluation_fits = True
         self.trackers.log(progress.step, "val", metrics)
+        self.trackers.keep(progress.step, self.folder / SHOWN)
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
+            self.trackers.best(progress.step, metrics)
             progress.best_weights = self._save_weights(BEST, {"step": progress.step, name: metrics[name]})
         progress.evaluation_due = False
         self._say(f"step {progress.step}: val {name} {metrics[name]:.6g}{' (best)' if better else ''}")
@@ -407,7 +412,7 @@ class Trainer:
                 metrics = evaluate(
                     self.task, model, self.ranks, num_samples=num_samples,
                     micro_batch_size=self.micro.evaluation, num_workers=self.config.training.num_workers,
-                    before_batch=before_batch,
+                    before_batch=before_batch, show_in=self.folder / SHOWN,
                 )  # fmt: skip
         except OutOfMemory as error:
             shortage = error.shortage
