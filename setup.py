@@ -9,7 +9,8 @@ setup(
     license="Apache-2.0",
     packages=find_namespace_packages(include=["trunkline", "trunkline.*"], exclude=["trunkline.benchmarks*"]),
     package_data={"trunkline": ["configs/*/*.json"]},
-    python_requires=">=3.10,<3.13",
+    entry_points={"console_scripts": ["trunkline = trunkline.launchers.cli:main"]},
+    python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -31,6 +32,7 @@ setup(
             "trunkline[examples]",
             "accelerate>=1.10",  # these two are what results and speeds are compared with
             "trl>=1.14",
+            "kernels>=0.17",  # Hugging Face's, beside which everything has to work
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -100,7 +100,7 @@ class Peer:
         self.model.config.use_cache = False
         self.model.to(device)
         self.task, self.device, self.steps, self.padding_mask = task, device, steps, padding_mask
-        self.dataset, section = task.datasets()["train"], config.deepspeed
+        self.dataset, section = task.dataset("train"), config.deepspeed
         sizes = batch_sizes(section, world_size=1)
         self.micro_batch_size, self.accumulate = sizes.micro_batch_size, sizes.grad_accum_steps
         self.clip = section.gradient_clipping

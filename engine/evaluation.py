@@ -34,7 +34,7 @@ def evaluated(task: Task, backend: Backend) -> AbstractContextManager[nn.Module]
     Where the task generates, it is the bare model with whole weights on each rank, gathered once: ranks that decode
     different lengths call it differently often, and a sharded model would wait for ever in a collective.
     """
-    return backend.whole() if getattr(task, "generates", False) else nullcontext(backend.model)
+    return backend.whole() if task.generates else nullcontext(backend.model)
 
 
 @torch.no_grad()
@@ -46,11 +46,10 @@ def evaluate(
     """The metrics of a split. Called on all ranks, which all get the same.
 
     Every rank runs the same number of batches; places without a sample carry no weight, and no sample counts twice.
-    What the task has to show of the sums, it writes into the folder `show_in`: its method `show(sums, folder)`, if it
-    has one. It cannot end the run.
+    What the task shows of the sums goes into the folder `show_in`. A fault in that is only warned about.
     """
     loader = evaluation_loader(
-        task, task.datasets()[split], num_samples=num_samples, micro_batch_size=micro_batch_size,
+        task, task.dataset(split), num_samples=num_samples, micro_batch_size=micro_batch_size,
         world_size=ranks.world_size, rank=ranks.rank, num_workers=num_workers, pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     was_training = model.training
@@ -65,7 +64,7 @@ def evaluate(
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
     sums = sum_over_ranks(sums, ranks)
-    if show_in is not None and ranks.is_main and hasattr(task, "show"):
+    if show_in is not None and ranks.is_main:
         try:
             show_in.mkdir(parents=True, exist_ok=True)
             task.show(sums, show_in)

@@ -1,12 +1,12 @@
-"""Backends: the only place that knows which engine shards the model, and everything in which those engines differ."""
+"""Backends: the only place that knows which engine shards the model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,12 @@ class Backend(Protocol):
     def loss_scaler(self) -> dict[str, float]:
         """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
 
+    def refresh(self) -> None:
+        """Bring what is derived from the fragments, such as half-precision copies, up to date with them. Called on all
+        ranks, after the fragments have been overwritten."""
+
     def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
-        """Go on from a loaded state. Called on all ranks, before the first step.
+        """Continue from a loaded state. Called on all ranks, before the first step.
 
         The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such
         as half-precision copies), the schedule to where it is after `applied_steps`, and the loss scaler to its state.
@@ -115,18 +119,19 @@ def choose_backend(name: str) -> str:
 
 
 def prepare_backend(
-    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int
-) -> Backend:
-    """The model under the named engine, ready for its first step."""
+    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+    kept: Mapping[str, Any] | None = None,
+) -> Backend:  # fmt: skip
+    """The model under the named engine, ready for its first step, or to load the checkpoint that `kept` is of."""
     backend: Backend
     if name == "fsdp":
         from trunkline.engine.backends.fsdp import FSDPBackend
 
-        backend = FSDPBackend(model, config, sizes, ranks, total_steps)
+        backend = FSDPBackend(model, config, sizes, ranks, total_steps, kept)
     else:
         assert name == "deepspeed"
         from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
-        backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps)
+        backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)
     tell_fragments(backend.optimizer, backend.fragments(), ranks)
     return backend

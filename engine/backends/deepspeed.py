@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -32,7 +32,8 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.extensions import compilation_watched
 from trunkline.engine.optim.optimizers import build_optimizer
-from trunkline.engine.optim.schedules import build_scheduler, fast_forward
+from trunkline.engine.optim.parameter_rules import parameter_groups
+from trunkline.engine.optim.schedules import build_scheduler
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
@@ -90,7 +91,10 @@ class DeepSpeedBackend:
 
     name = "deepspeed"
 
-    def __init__(self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         import deepspeed
 
         quiet()
@@ -103,14 +107,16 @@ class DeepSpeedBackend:
             with compilation_watched(ranks.is_main):
                 self.engine, _, _, self.scheduler = deepspeed.initialize(
                     model=model,
-                    model_parameters=[p for p in model.parameters() if p.requires_grad],
+                    model_parameters=parameter_groups(model, config, kept),
                     optimizer=optimizer,
                     lr_scheduler=partial(build_scheduler, section=section.scheduler, total_steps=total_steps),
                     config=deepspeed_config(section, sizes, sum(p.numel() for p in model.parameters())),
                     dist_init_required=False,
                 )
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
+            raise ConfigError(
+                f"{config.where('deepspeed')}: deepspeed: DeepSpeed does not accept this section: {error}"
+            ) from error
         for module, name, buffer in buffers:
             if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(ranks.device)
@@ -180,7 +186,7 @@ class DeepSpeedBackend:
         return Stepped(float("inf") if norm is None else norm, skipped=not self.engine.was_step_applied())
 
     def learning_rate(self) -> float:
-        return float(self.engine.get_lr()[0])
+        return float(self.scheduler.learning_rate)
 
     def loss_scale(self) -> float:
         return float(self.engine._get_optimizer_loss_scale() or 1.0) if self.engine.fp16_enabled() else 1.0
@@ -262,7 +268,7 @@ class DeepSpeedBackend:
             return {}
         return {ours: getattr(scaler, theirs) for ours, theirs in _SCALER.items() if hasattr(scaler, theirs)}
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def refresh(self) -> None:
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
             for group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -273,7 +279,10 @@ class DeepSpeedBackend:
             wrapper.update_lp_params()
         for parameter, (master, offset) in self._unsharded_masters().items():
             parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
-        fast_forward(self.scheduler, applied_steps)
+
+    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        self.refresh()
+        self.scheduler.forward(applied_steps)
         self.engine.global_steps = applied_steps
         scaler = self._dynamic_scaler()
         if scaler is not None:

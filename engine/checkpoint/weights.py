@@ -36,7 +36,7 @@ def save_weights(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in backend.full_state():
-        called = task.weight_name(name)
+        called = task.tensor_name(name)
         if ranks.is_main and called is not None:
             tensors[called] = tensor
 

@@ -1,4 +1,4 @@
-"""The "deepspeed" section: DeepSpeed's own schema, checked strictly, and the batch sizes that follow from it.
+"""The "deepspeed" section, checked strictly, and the batch sizes that follow from it.
 
 DeepSpeed itself passes unknown keys over in silence. Here every key is known, refused with what to use instead, or an
 error. This table does not need DeepSpeed to be installed; a test compares it with the installed release.

@@ -1,4 +1,4 @@
-"""The parameters of optimizers and schedules as typed sections: which there are, of what type, in what range.
+"""The parameters of optimizers and schedules: names, types and ranges.
 
     typed(optimizer_params("AdamW"), {"lr": 1e-3}, "AdamW")  engine/config/strict.py::typed raises for a misfit
 
@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler
 
 from trunkline.engine.config.deepspeed_parts import Part
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES
+from trunkline.engine.config.epochs import Steps, or_epochs
 from trunkline.engine.config.own_class import is_own, own_class
 from trunkline.engine.config.strict import nearest
 
@@ -63,7 +64,7 @@ def _only_true(why: str) -> Any:
 
 _Rate = Annotated[Any, AfterValidator(_rate)]
 _RateOrAuto = Annotated[Any, AfterValidator(lambda value: value if value == "auto" else _rate(value))]
-_StepsOrAuto = Annotated[Any, AfterValidator(_steps_or_auto)]
+_StepsOrAuto = or_epochs(Annotated[Any, AfterValidator(_steps_or_auto)])
 
 _OPTIMIZER: dict[str, Any] = {
     "lr": _NotNegative,
@@ -97,12 +98,12 @@ _OPTIMIZER: dict[str, Any] = {
 }
 
 _SCHEDULE: dict[str, Any] = {
-    "warmup": Annotated[Any, AfterValidator(_warmup)],
+    "warmup": or_epochs(Annotated[Any, AfterValidator(_warmup)]),
     "min_ratio": _Share,
-    "step_size": _Steps,
-    "milestones": Annotated[list[_Steps], Field(min_length=1)],
+    "step_size": Steps,
+    "milestones": Annotated[list[Steps], Field(min_length=1)],
     "T_max": _StepsOrAuto,
-    "T_0": _Steps,
+    "T_0": Steps,
     "T_mult": _Steps,
     "total_iters": _StepsOrAuto,
     "total_steps": _StepsOrAuto,
@@ -122,8 +123,8 @@ _SCHEDULE: dict[str, Any] = {
     "max_lr": _Rate,
     "base_momentum": _Decay,
     "max_momentum": _Decay,
-    "step_size_up": _Steps,
-    "step_size_down": _Steps | None,
+    "step_size_up": Steps,
+    "step_size_down": Steps | None,
     "mode": Literal["triangular", "triangular2", "exp_range"],
     "scale_fn": None,
     "scale_mode": Literal["cycle", "iterations"],
@@ -138,16 +139,16 @@ _SCHEDULE: dict[str, Any] = {
     "cycle_min_lr": _Rate,
     "cycle_max_lr": _Rate,
     "decay_lr_rate": _NotNegative,
-    "cycle_first_step_size": _Positive,
-    "cycle_second_step_size": _NotNegative | None,
+    "cycle_first_step_size": or_epochs(_Positive),
+    "cycle_second_step_size": or_epochs(_NotNegative | None),
     "cycle_first_stair_count": _Count,
     "cycle_second_stair_count": _Count | None,
-    "decay_step_size": _NotNegative,
+    "decay_step_size": or_epochs(_NotNegative),
     "cycle_min_mom": _Decay,
     "cycle_max_mom": _Decay,
     "decay_mom_rate": _NotNegative,
     "lr_range_test_min_lr": _Rate,
-    "lr_range_test_step_size": _Steps,
+    "lr_range_test_step_size": Steps,
     "lr_range_test_step_rate": _NotNegative,
 }
 

@@ -1,4 +1,4 @@
-"""From the order of samples to batches: which samples a rank reads at each step, and how they become tensors."""
+"""From the order of samples to batches: which samples a rank reads, and when."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import mix_last
 from trunkline.engine.machine.workers import WORKERS
-from trunkline.engine.task import Batch, Task
+from trunkline.engine.task import Batch, Samples, Task
 
 Draws = list[np.ndarray]
 """Two: the samples of a micro-batch, int64 [B] with FILLER where there is none, and the keys of their draws."""
 
 
 def training_loader(
-    task: Task, dataset: Dataset[Any], batches: GlobalBatches, sizes: BatchSizes, rank: int, *,
+    task: Task, dataset: Samples, batches: GlobalBatches, sizes: BatchSizes, rank: int, *,
     first_step: int, last_step: int, num_workers: int, pin_memory: bool,
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """For each step of range(first_step, last_step): this rank's micro-batches, `grad_accum_steps` of them."""
@@ -38,14 +38,14 @@ def training_loader(
 
 
 def evaluation_loader(
-    task: Task, dataset: Dataset[Any], *, num_samples: int | None, micro_batch_size: int, world_size: int, rank: int,
+    task: Task, dataset: Samples, *, num_samples: int | None, micro_batch_size: int, world_size: int, rank: int,
     num_workers: int = 0, pin_memory: bool = False,
 ) -> DataLoader[Batch] | _InThisProcess:  # fmt: skip
     """Every chosen sample once over all ranks, the same number of batches on each, filled up where short.
 
     `num_samples` evenly spaced samples are chosen; all of them if None.
     """
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     count = size if num_samples is None else min(num_samples, size)
     chosen = np.arange(count) * size // max(count, 1)
     steps = -(-count // (micro_batch_size * world_size))
@@ -60,7 +60,7 @@ def evaluation_loader(
 
 
 def _loader(
-    task: Task, dataset: Dataset[Any], draws: Callable[[], Iterator[Draws]], count: int, num_workers: int,
+    task: Task, dataset: Samples, draws: Callable[[], Iterator[Draws]], count: int, num_workers: int,
     pin_memory: bool,
 ) -> DataLoader[Batch] | _InThisProcess:  # fmt: skip
     """`count` batches, made by `num_workers` processes ahead of time, or here when they are asked for."""
@@ -113,7 +113,7 @@ class _InThisProcess:
 
 
 class _Keyed(Dataset[Any]):
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __getitems__(self, draws: Draws) -> list[Any]:

@@ -1,4 +1,6 @@
-"""Whether a run's optimizer can be saved, split over ranks and resumed, found by trying it on two small parameters.
+"""Whether an optimizer can be saved, split over ranks and resumed.
+
+It is found by trying the optimizer on two small parameters.
 
 Nothing is judged by its name, but what DeepSpeed builds itself: that would have to be compiled to be tried.
 """

@@ -1,5 +1,4 @@
-"""Optimizers by name: DeepSpeed's names, any class of torch.optim, AdamWScale, NVIDIA apex's where that is truly
-installed, and a user's own as "module:Class".
+"""Optimizers by name: DeepSpeed's, torch.optim's, AdamWScale, NVIDIA apex's where installed, and a user's own.
 
 `trunkline.engine.config.typed_params` says which names and parameters there are; here they become objects.
 
@@ -32,16 +31,22 @@ def same_name(name: str) -> str:
     return names.get(name.lower(), name)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], section: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of a run over these parameters. Raises ConfigError for values that do not go together."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]], section: Optimizer
+) -> torch.optim.Optimizer:
+    """The optimizer of a run over these parameters, of which those that are frozen are left out, or over these groups.
+
+    Raises ConfigError for values that do not go together.
+    """
     cls, params = _resolve(section)
     known = inspect.signature(cls.__init__).parameters
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    given = [each for each in parameters if isinstance(each, dict) or each.requires_grad]
+    trainable = [parameter for each in given for parameter in (each["params"] if isinstance(each, dict) else [each])]
     if "fused" in known and "foreach" not in params and all(p.device.type == "cuda" for p in trainable):
         params.setdefault("fused", True)
     try:
-        return cls(trainable, **params)
+        return cls(given, **params)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"deepspeed.optimizer.params: {section.type} does not accept {params}: {error}") from error
 

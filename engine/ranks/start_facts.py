@@ -1,4 +1,4 @@
-"""What ranks must have in common besides their configuration, as values that can be compared: code and weights.
+"""What ranks must share besides their configuration: code and weights, as comparable values.
 
 code_version()            versions of packages, and a digest of each of our source files
 class_version(type(task)) the same of classes that may be anybody's

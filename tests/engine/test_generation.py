@@ -57,8 +57,8 @@ class ChatTask(TinyTask):
             )
         )  # fmt: skip
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        return {"train": Pairs(0, 40), "val": Pairs(10_000, VALIDATED)}
+    def dataset(self, split: str) -> Pairs:  # type: ignore[override]
+        return {"train": Pairs(0, 40), "val": Pairs(10_000, VALIDATED)}[split]
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         return {key: torch.tensor([sample[key] for sample in samples]) for key in ("index", "prompt", "length")}

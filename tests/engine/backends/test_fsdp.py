@@ -402,7 +402,7 @@ def test_an_evaluation_sees_the_weights_of_the_last_step(tmp_path: Path, stage: 
     model = Net(config.data.width, config.model)
     load_weights(model, tmp_path / "run/final")
     task = trainer.task
-    batch = task.collate([task.datasets()["val"][i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
+    batch = task.collate([task.dataset("val")[i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
     with torch.no_grad():
         assert task.summarize(task.evaluate(model.eval(), batch))["loss"] == pytest.approx(val[-1], rel=1e-5)
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)

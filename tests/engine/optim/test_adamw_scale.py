@@ -28,7 +28,7 @@ def step_of_torch(parameters: list[nn.Parameter], optimizer: torch.optim.Optimiz
     """AdamW of torch with one group a parameter, whose rate is scaled and whose decay is not."""
     for parameter, group in zip(parameters, optimizer.param_groups, strict=True):
         rms = max(parameter.detach().double().square().mean().sqrt().item(), 1e-3)
-        group["lr"], group["weight_decay"] = lr * rms, decay / rms
+        group["lr"], group["weight_decay"] = lr * rms, decay / rms * group.get("decays", True)
     optimizer.step()
 
 
@@ -73,8 +73,9 @@ def plain_losses(config: RunConfig) -> list[float]:
     task = TinyTask(config.data, config.model)
     seed_torch(config.training.seed, 0)
     model = task.build_model()
-    parameters, rows, out = list(model.parameters()), task.datasets()["train"], []
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], betas=(0.9, 0.98))
+    parameters, rows, out = list(model.parameters()), task.dataset("train"), []
+    matrices = [{"params": [p], "decays": p.dim() > 1} for p in parameters]  # norms and biases do not decay
+    optimizer = torch.optim.AdamW(matrices, betas=(0.9, 0.98))
     for step in range(12):
         chosen = [index for index in GlobalBatches(40, 8, config.training.seed).samples(step) if index != FILLER]
         points, targets = (torch.cat([rows[index][part] for index in chosen]) for part in (0, 1))
