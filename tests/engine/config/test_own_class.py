@@ -112,7 +112,7 @@ def refusal(folder: Path, **deepspeed: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 0), ("deepspeed", 3), ("fsdp", 3)])
+@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 3), pytest.param("fsdp", 3, marks=pytest.mark.slow)])
 def test_a_run_trains_with_them_and_resumes_to_the_same_losses(tmp_path: Path, backend: str, stage: int) -> None:
     def train(name: str, steps: int, resume: str = "none") -> list[dict[str, Any]]:
         config = tiny_config(tmp_path, training={"steps": steps}, deepspeed=section(stage=stage, betas=[0.8, 0.9]))
