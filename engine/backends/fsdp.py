@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -169,6 +169,7 @@ class FSDPBackend:
         """The model with whole parameters, entered on all ranks. Within, neither its forward nor its gradients take a
         collective, so that ranks may go different ways."""
         root = self._units[-1]
+        root._get_fsdp_state()._lazy_init()  # else a block that is called before the model takes itself for the root
         for unit in self._units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
@@ -182,6 +183,9 @@ class FSDPBackend:
             for unit in self._units:
                 unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)
             self.refresh()
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return self.gathered()
 
     def refresh(self) -> None:
         """Drop gathered copies, which do not follow what is written into the shards."""
