@@ -48,6 +48,9 @@ class Task(Protocol):
 
         One whose samples need different amounts of memory may say how much there is of each: an attribute `lengths`,
         int64 [N]. Steps that hold more than any before are then made with care for memory.
+
+        One that reads a store says which of its arrays: an attribute `arrays`, of trunkline.engine.data.store.Array.
+        Their values are verified before the first step, once on each machine.
         """
 
     def collate(self, samples: Sequence[Any]) -> Batch:

@@ -29,6 +29,7 @@ from trunkline.engine.config.strict import nearest
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.randomness import mix, seed_torch
+from trunkline.engine.data.store import verify_together
 from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.evaluation import evaluate, to_device
 from trunkline.engine.machine import stopping
@@ -112,7 +113,10 @@ class Trainer:
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self._begin("reading the data")
-        self.dataset = task.datasets()["train"]
+        datasets = task.datasets()
+        self.dataset = datasets["train"]
+        self._begin("verifying the data")
+        verify_together([array for data in datasets.values() for array in getattr(data, "arrays", ())], ranks)
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)  # type: ignore[arg-type]
         self._lengths = getattr(self.dataset, "lengths", None)
         self.total_steps = total_steps(config, self.batches)

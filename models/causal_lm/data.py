@@ -96,6 +96,7 @@ class Padded(Dataset[Piece]):
 
     def __init__(self, sequences: Sequences, kind: Kind, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, kind, max_length)
+        self.arrays = list(sequences.arrays.values())
         self.notes, self.lengths = self._pieces.notes, self._pieces.length
 
     def __len__(self) -> int:
@@ -114,6 +115,7 @@ class Packed(Dataset[list[Piece]]):
 
     def __init__(self, sequences: Sequences, kind: Kind, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, kind, max_length)
+        self.arrays = list(sequences.arrays.values())
         self._packing = pack(self._pieces.length, max_length)
         self.lengths = np.add.reduceat(self._pieces.length[self._packing.order], self._packing.row_starts[:-1])
         fill = self.lengths.sum() / (len(self.lengths) * max_length)
@@ -139,6 +141,7 @@ class Pairs(Dataset[tuple[Piece, Piece]]):
 
     def __init__(self, sequences: Sequences, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, "preferences", max_length)
+        self.arrays = list(sequences.arrays.values())
         self.notes, self.lengths = self._pieces.notes, self._pieces.length.reshape(-1, 2).max(axis=1)
 
     def __len__(self) -> int:
