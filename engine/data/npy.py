@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -109,7 +109,7 @@ class NpyFile:
         if not 0 <= start <= stop <= self._spec.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {self._spec.shape[0]}")
         out = np.empty((stop - start, *self._spec.shape[1:]), self._spec.dtype)
-        rest, place = memoryview(out.reshape(-1).view(np.uint8)), self._start + start * self._spec.row_bytes
+        rest, place = out.reshape(-1).view(np.uint8).data, self._start + start * self._spec.row_bytes
         while len(rest):  # one call reads at most 2 GiB
             count = os.preadv(self.file.fileno(), [rest], place)
             if count == 0:
@@ -202,7 +202,7 @@ class _Blocks:
         return self._done.hexdigest()
 
 
-def digests_found(files: Sequence[tuple[Path, Spec]], remedy: str) -> Iterator[str]:
+def digests_found(files: Sequence[tuple[Path, Spec]], remedy: str) -> Generator[str, None, None]:
     """The digest of each file's bytes as they are now, of the kind in its Spec, in their order, by several threads.
 
     Raises DataError. Close the iterator to stop early.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trunkline.engine.data.store import Array
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.packing import pack
 from trunkline.models.causal_lm.records import Kind
@@ -88,7 +89,16 @@ class _Pieces:
 _NAMES = {"text": "documents", "conversations": "conversations", "preferences": "pairs"}
 
 
-class Padded(Dataset[Piece]):
+class _OfSequences:
+    _sequences: Sequences
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What is read of the store."""
+        return list(self._sequences.arrays.values())
+
+
+class Padded(_OfSequences, Dataset[Piece]):
     """One piece a sample. Raises DataError if no sequence can be learned from.
 
     lengths: int64 [P], the number of tokens of each sample
@@ -96,7 +106,6 @@ class Padded(Dataset[Piece]):
 
     def __init__(self, sequences: Sequences, kind: Kind, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, kind, max_length)
-        self.arrays = list(sequences.arrays.values())
         self.notes, self.lengths = self._pieces.notes, self._pieces.length
 
     def __len__(self) -> int:
@@ -107,7 +116,7 @@ class Padded(Dataset[Piece]):
         return self._pieces.read(self._sequences, index)
 
 
-class Packed(Dataset[list[Piece]]):
+class Packed(_OfSequences, Dataset[list[Piece]]):
     """A row of pieces a sample, at most `max_length` tokens together. Raises DataError as Padded does.
 
     lengths: int64 [R], the number of tokens of each row
@@ -115,7 +124,6 @@ class Packed(Dataset[list[Piece]]):
 
     def __init__(self, sequences: Sequences, kind: Kind, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, kind, max_length)
-        self.arrays = list(sequences.arrays.values())
         self._packing = pack(self._pieces.length, max_length)
         self.lengths = np.add.reduceat(self._pieces.length[self._packing.order], self._packing.row_starts[:-1])
         fill = self.lengths.sum() / (len(self.lengths) * max_length)
@@ -133,7 +141,7 @@ class Packed(Dataset[list[Piece]]):
         return [self._pieces.read(self._sequences, int(piece)) for piece in self._packing.order[start:stop]]
 
 
-class Pairs(Dataset[tuple[Piece, Piece]]):
+class Pairs(_OfSequences, Dataset[tuple[Piece, Piece]]):
     """(chosen, rejected) a sample. Raises DataError as Padded does.
 
     lengths: int64 [P], the number of tokens of the longer side
@@ -141,7 +149,6 @@ class Pairs(Dataset[tuple[Piece, Piece]]):
 
     def __init__(self, sequences: Sequences, max_length: int) -> None:
         self._sequences, self._pieces = sequences, _Pieces(sequences, "preferences", max_length)
-        self.arrays = list(sequences.arrays.values())
         self.notes, self.lengths = self._pieces.notes, self._pieces.length.reshape(-1, 2).max(axis=1)
 
     def __len__(self) -> int:

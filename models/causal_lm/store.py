@@ -105,7 +105,7 @@ class Store(ArrayStore):
     """
 
     workload = "causal_lm"
-    prepare = "python launchers/prepare.py causal_lm ... --out"
+    prepare = "python launchers/prepare.py causal_lm --out"
 
     def __init__(self, root: Path, index: dict[str, Any]) -> None:
         super().__init__(root, index)

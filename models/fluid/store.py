@@ -50,8 +50,8 @@ class Store(ArrayStore):
         store = super().open(root)
         widths = {"boundary": store.schema.num_boundary, "state": store.schema.num_states}
         for name, spec in store.arrays.items():
-            split, _, kind = name.partition("/")[0], *name.rpartition("/")[1:]
-            if split not in SPLITS or name.count("/") != 2 or spec.shape != (store.minutes, widths.get(kind)):
+            split, case, kind = name.split("/") if name.count("/") == 2 else ("", "", "")
+            if split not in SPLITS or spec.shape != (store.minutes, widths.get(kind)) or spec.dtype != "<f4":
                 raise DataError(f"{store.path(name)}: does not fit schema.json: {store.remedy}")
         _ = store.statistics  # read now, so that damage shows
         return store

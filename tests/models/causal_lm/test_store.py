@@ -64,7 +64,7 @@ def test_a_part_of_a_sequence_never_reaches_into_the_next(store: Store) -> None:
     assert sequences.tokens(3, 1, 3).tolist() == [2, 3]
     assert sequences.loss_mask(3, 0, 2).tolist() == [True, False]
     assert sequences.tokens(0, 1, 99).tolist() == [6, 7]
-    with pytest.raises(IndexError, match="sequence 4 of 4"):
+    with pytest.raises(IndexError, match="item 4 of 4"):
         sequences.tokens(4)
 
 
