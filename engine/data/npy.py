@@ -1,9 +1,9 @@
 """One .npy file: what is said of it, its header, reading by position, and digests of its values.
 
-    Spec                  dtype, shape and digest; .header, .nbytes
-    NpyFile(path, spec)   open for reading; .rows(start, stop)
-    NpyWriter(path, ...)  written row by row: .add(values), then .finish() -> Spec
-    digests_found(files)  what the files hold now, by several threads
+Spec                  dtype, shape and digest; .header, .nbytes
+NpyFile(path, spec)   open for reading; .rows(start, stop)
+NpyWriter(path, ...)  written row by row: .add(values), then .finish() -> Spec
+digests_found(files)  what the files hold now, by several threads
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Spec:
     def from_json(cls, value: dict[str, Any]) -> Spec:
         """Raises KeyError, TypeError or ValueError for what is no description of an array."""
         spec = cls(value["dtype"], tuple(value["shape"]), value["digest"], value.get("offsets"))
-        counts = all(type(n) is int and 0 <= n for n in spec.shape)
+        counts = all(type(n) is int and n >= 0 for n in spec.shape)
         kind = spec.digest.partition(":")[0]
         if spec.dtype not in _DTYPES or kind not in _KINDS or not spec.shape or not counts or spec.nbytes >= 1 << 62:
             raise ValueError(f"an array of {spec.dtype!r:.20} {spec.shape!r:.80}, digest {spec.digest!r:.20}")
@@ -84,7 +84,7 @@ class NpyFile:
 
     def __init__(self, path: Path, spec: Spec, remedy: str) -> None:
         self._path, self._spec, self._remedy = path, spec, remedy
-        self._start = len(spec.header)
+        self._start, self._row_bytes, self._dtype = len(spec.header), spec.row_bytes, np.dtype(spec.dtype)
         try:
             self.file = open_regular(path)
         except FileNotFoundError as error:
@@ -108,13 +108,14 @@ class NpyFile:
         """Rows start ... stop-1, a copy [stop - start, ...]."""
         if not 0 <= start <= stop <= self._spec.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {self._spec.shape[0]}")
-        out = np.empty((stop - start, *self._spec.shape[1:]), self._spec.dtype)
-        rest, place = out.reshape(-1).view(np.uint8).data, self._start + start * self._spec.row_bytes
-        while len(rest):  # one call reads at most 2 GiB
-            count = os.preadv(self.file.fileno(), [rest], place)
+        out = np.empty((stop - start, *self._spec.shape[1:]), self._dtype)
+        place, done = self._start + start * self._row_bytes, 0
+        while done < out.nbytes:  # one call reads at most 2 GiB
+            rest = [out.reshape(-1).view(np.uint8)[done:] if done else out]
+            count = os.preadv(self.file.fileno(), rest, place + done)
             if count == 0:
                 raise DataError(f"{self._path}: cut short since it was opened: {self._remedy}")
-            rest, place = rest[count:], place + count
+            done += count
         return out
 
     def map(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A store: a folder of typed arrays with an index. Slices of them are read, and only from files that have been verified.
+"""A store: a folder of typed arrays with an index, read in slices, and only from files that have been verified.
 
     DIR/store.json       the index, written last: its presence says that the store is whole
     DIR/<name>.npy       one array each, a plain .npy file
@@ -42,7 +42,6 @@ INDEX, VERIFIED = "store.json", ".verified.json"
 VERSION = 2
 MAX_INDEX_BYTES = 256 << 20
 MAX_OPEN_FILES, MAX_OPEN_MAPS = 256, 8
-_K = TypeVar("_K")
 _V = TypeVar("_V")
 _S = TypeVar("_S", bound="ArrayStore")
 
@@ -76,7 +75,9 @@ class Array:
         offsets = self._offsets()
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != self.spec.shape[0] or lengths.min(initial=0) < 0:
-            raise DataError(f"{self.store.path(str(self.spec.offsets))}: not the offsets of values: {self.store.remedy}")
+            raise DataError(
+                f"{self.store.path(str(self.spec.offsets))}: not the offsets of values: {self.store.remedy}"
+            )
         return lengths
 
     def map(self) -> np.ndarray:
@@ -109,8 +110,8 @@ class ArrayStore:
         self.facts: dict[str, Any] = index["facts"]
         self.fingerprint: str = index["fingerprint"]
         self._verified: dict[str, list[Any]] = {}
-        self._open_files: _Recent[str, NpyFile] = _Recent(MAX_OPEN_FILES)
-        self._maps: _Recent[str, np.ndarray] = _Recent(MAX_OPEN_MAPS)
+        self._open = _Recent(MAX_OPEN_FILES, self._verified_file)
+        self._map = _Recent(MAX_OPEN_MAPS, lambda name: self._open(name).map())
 
     @classmethod
     def open(cls: type[_S], root: Path | str) -> _S:
@@ -222,17 +223,11 @@ class ArrayStore:
                 raise ValueError(f"offsets of {name!r:.80} that are none")
             self._state(name)
 
-    def _open(self, name: str) -> NpyFile:
-        def make() -> NpyFile:
-            file = self._file(name)
-            if self._verified.get(name) != file.state:
-                self.verify([name])
-            return file
-
-        return self._open_files.get(name, make)
-
-    def _map(self, name: str) -> np.ndarray:
-        return self._maps.get(name, lambda: self._open(name).map())
+    def _verified_file(self, name: str) -> NpyFile:
+        file = self._file(name)
+        if self._verified.get(name) != file.state:
+            self.verify([name])
+        return file
 
 
 def verify_together(arrays: Iterable[Array], ranks: Ranks) -> None:
@@ -259,19 +254,19 @@ def fingerprint(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class _Recent(Generic[_K, _V]):
-    """The values used last, at most `size` of them."""
+class _Recent(Generic[_V]):
+    """A function of names, of which the values used last are kept, at most `size` of them."""
 
-    def __init__(self, size: int) -> None:
-        self._size, self._values = size, OrderedDict[_K, _V]()
+    def __init__(self, size: int, make: Callable[[str], _V]) -> None:
+        self._size, self._make, self.values = size, make, OrderedDict[str, _V]()
 
-    def get(self, key: _K, make: Callable[[], _V]) -> _V:
-        if key not in self._values:
-            self._values[key] = make()
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+    def __call__(self, name: str) -> _V:
+        if name not in self.values:
+            self.values[name] = self._make(name)
+            while len(self.values) > self._size:
+                self.values.popitem(last=False)
+        self.values.move_to_end(name)
+        return self.values[name]
 
 
 def _inside(name: str) -> bool:

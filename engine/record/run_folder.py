@@ -186,8 +186,8 @@ def _locked(descriptor: int, folder: Path) -> str:
         )
     if without is not None:
         print(
-            f"warning: {folder}: its file system has no locks ({without.strerror}): a second run that is started in this "
-            "folder would not be noticed",
+            f"warning: {folder}: its file system has no locks ({without.strerror}): a second run that is started in "
+            "this folder would not be noticed",
             flush=True,
         )
     return ""

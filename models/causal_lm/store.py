@@ -47,7 +47,7 @@ class SplitEntry:
 class Sequences:
     """Token sequences of one split. Safe to pickle: a copy opens the files for itself, when it first reads."""
 
-    def __init__(self, store: Store, split: Split) -> None:
+    def __init__(self, store: Store, split: str) -> None:
         self._kind, self._vocab_size = store.kind, store.vocab_size
         self.arrays = {array: store[f"{split}/{array}"] for array in layout(store.kind, store.vocab_size)}
         self._tokens = self.arrays["tokens"]
@@ -121,7 +121,7 @@ class Store(ArrayStore):
         if held != specs(self.kind, self.vocab_size, self.entries, {}):
             raise ValueError("not the arrays of its kind")
 
-    def split(self, name: Split) -> Sequences:
+    def split(self, name: str) -> Sequences:
         """The sequences of "train" or "val"; "val" may have none. Raises DataError for any other name."""
         if name not in self.entries:
             raise DataError(f"no split {name!r}: use one of {', '.join(SPLITS)}")
@@ -160,7 +160,12 @@ def specs(
 ) -> dict[str, Spec]:
     """The arrays of a store with these counts; the digests are by split, then by file."""
     shapes = {
-        split: {"offsets": entry.sequences + 1, "first": entry.sequences, "tokens": entry.tokens, "learned": entry.tokens}
+        split: {
+            "offsets": entry.sequences + 1,
+            "first": entry.sequences,
+            "tokens": entry.tokens,
+            "learned": entry.tokens,
+        }
         for split, entry in entries.items()
     }
     return {

@@ -3,7 +3,7 @@
     {train,val,test}/<case>/boundary   float32 [M, Vb], the set-points in force at each minute
     {train,val,test}/<case>/state      float32 [M, Vs], NaN where a value is missing; absent for a case without outputs
     schema.json                        the columns
-    statistics.safetensors             statistics of the training split, fp64 [V] each (trunkline.models.fluid.statistics)
+    statistics.safetensors             fp64 [V] each, of the training split (trunkline.models.fluid.statistics)
     network.json                       the network, where the source has one
 
 Row i is minute i + 1 of the day, M = 1440. trunkline.models.fluid.store_writer writes it, case by case.
@@ -50,7 +50,7 @@ class Store(ArrayStore):
         store = super().open(root)
         widths = {"boundary": store.schema.num_boundary, "state": store.schema.num_states}
         for name, spec in store.arrays.items():
-            split, case, kind = name.split("/") if name.count("/") == 2 else ("", "", "")
+            split, _, kind = name.split("/") if name.count("/") == 2 else ("", "", "")
             if split not in SPLITS or spec.shape != (store.minutes, widths.get(kind)) or spec.dtype != "<f4":
                 raise DataError(f"{store.path(name)}: does not fit schema.json: {store.remedy}")
         _ = store.statistics  # read now, so that damage shows

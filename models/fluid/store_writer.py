@@ -1,9 +1,9 @@
-"""Writes the data set of trunkline.models.fluid.store, case by case, so that a half-written one is never taken for whole.
+"""Writes the data set of trunkline.models.fluid.store, case by case; a half-written one is never taken for whole.
 
-    begin_store(root, schema)            store.json must not be there while cases are written
-    write_case(root, split, name, ...)   one case, whole or not there
-    finish_store(root, ...)              statistics of the training split, then store.json
-    write_store(root, schema, splits)    all of it, for arrays at hand
+begin_store(root, schema)            store.json must not be there while cases are written
+write_case(root, split, name, ...)   one case, whole or not there
+finish_store(root, ...)              statistics of the training split, then store.json
+write_store(root, schema, splits)    all of it, for arrays at hand
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import open_regular, read_object
 from trunkline.models.fluid.schema import MINUTES, Schema
 from trunkline.models.fluid.statistics import case_moments, column_statistics, merge_moments, sample_positions
-from trunkline.models.fluid.store import SPLITS, Store, specs_of_version_1
+from trunkline.models.fluid.store import Store, specs_of_version_1
 
 MOMENTS = "moments"
 """The array of a case, fp64 [2, 5, V], that is its part of the statistics."""
@@ -161,9 +161,7 @@ def _read_moments(folder: Path, schema: Schema) -> np.ndarray:
     return moments
 
 
-def _sampled_rows(
-    root: Path, schema: Schema, parts: Mapping[str, Part], fitted: list[str], minutes: int
-) -> np.ndarray:
+def _sampled_rows(root: Path, schema: Schema, parts: Mapping[str, Part], fitted: list[str], minutes: int) -> np.ndarray:
     """float32 [R, V]: rows evenly spaced over the minutes of these training cases."""
     positions = sample_positions(minutes * len(fitted), schema.num_variables)
     out = np.empty((len(positions), schema.num_variables), np.float32)

@@ -73,7 +73,8 @@ def test_a_file_that_is_cut_short_while_it_is_open_is_an_error(tmp_path: Path) -
 
 BAD = {
     "dtype": ("<c8", [3], "blocks:"), "object": ("|O", [3], "blocks:"), "a scalar": ("<f4", [], "blocks:"),
-    "negative": ("<f4", [-1], "blocks:"), "true": ("<f4", [True], "blocks:"), "huge": ("<f4", [1 << 40, 1 << 40], "blocks:"),
+    "negative": ("<f4", [-1], "blocks:"), "true": ("<f4", [True], "blocks:"),
+    "huge": ("<f4", [1 << 40, 1 << 40], "blocks:"),
     "kind": ("<f4", [3], "md5:"),
 }  # fmt: skip
 

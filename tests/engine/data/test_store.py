@@ -82,7 +82,10 @@ def test_bytes_rows_and_what_describes_them_are_read_as_written(store: Pictures)
 
 
 def test_a_store_without_rows_is_read_too(tmp_path: Path) -> None:
-    arrays = {"x": write_npy(tmp_path / "x.npy", np.zeros((0, 3))), "o": write_npy(tmp_path / "o.npy", np.zeros(1, int))}
+    arrays = {
+        "x": write_npy(tmp_path / "x.npy", np.zeros((0, 3))),
+        "o": write_npy(tmp_path / "o.npy", np.zeros(1, int)),
+    }
     arrays["r"] = Spec(**vars(write_npy(tmp_path / "r.npy", np.zeros(0, np.uint8))) | {"offsets": "o"})
     write_index(tmp_path, "pictures", arrays, [], {}, {})
     store = Pictures.open(tmp_path)
@@ -207,7 +210,9 @@ def test_ranks_of_one_machine_verify_once_and_hear_the_same_verdict(store: Pictu
     (store.root / VERIFIED).mkdir()  # so that no rank reads what another has found
     bad = write(tmp_path / "bad")
     flip(bad.path("pictures"))
-    (hashed, read, said), (hashed_too, read_too, said_too) = run_distributed_test(_verify_on_ranks, 2, store.root, bad.root)
+    (hashed, read, said), (hashed_too, read_too, said_too) = run_distributed_test(
+        _verify_on_ranks, 2, store.root, bad.root
+    )
     assert (hashed, hashed_too) == (True, False)
     assert read == read_too == PICTURES
     assert said == said_too

@@ -81,7 +81,7 @@ def test_maps_are_read_only_and_few(root: Path) -> None:
             for name in store.cases(split):
                 store.boundary(split, name)
                 store.state(split, name)
-    assert len(store._maps._values) == 6
+    assert len(store._map.values) == 6
     assert MAX_OPEN_MAPS <= 16
 
 
@@ -168,7 +168,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: (r / "store.json").write_text("[" * 100_000),
         r"store\.json: damaged \(nested more",
     ),
-    "schema nested deep": (lambda r: (r / "schema.json").write_text("[" * 100_000), r"schema\.json: changed since it was written"),
+    "schema nested deep": (
+        lambda r: (r / "schema.json").write_text("[" * 100_000),
+        r"schema\.json: changed since it was written",
+    ),
     "schema a pipe": (_pipe("schema.json"), r"schema\.json: .*it is a named pipe, where a file is expected"),
     "statistics a pipe": (_pipe("statistics.safetensors"), r"statistics\.safetensors: .*it is a named pipe"),
     "state a pipe": (_pipe("val/v/state.npy"), r"val/v/state\.npy: cannot be read: it is a named pipe"),
