@@ -90,7 +90,7 @@ class NpyFile:
         except FileNotFoundError as error:
             raise DataError(f"{path}: is missing: {remedy}") from error
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {reason(error)}: {remedy}") from error
+            raise self._unreadable(error) from error
         found, expected = os.fstat(self.file.fileno()), self._start + spec.nbytes
         if found.st_size != expected:
             raise DataError(f"{path}: has {found.st_size} bytes where {expected} were written: {remedy}")
@@ -111,8 +111,11 @@ class NpyFile:
         out = np.empty((stop - start, *self._spec.shape[1:]), self._dtype)
         place, done = self._start + start * self._row_bytes, 0
         while done < out.nbytes:  # one call reads at most 2 GiB
-            rest = [out.reshape(-1).view(np.uint8)[done:] if done else out]
-            count = os.preadv(self.file.fileno(), rest, place + done)
+            try:
+                rest: list[Any] = [out.reshape(-1).view(np.uint8)[done:] if done else out]
+                count = os.preadv(self.file.fileno(), rest, place + done)
+            except OSError as error:
+                raise self._unreadable(error) from error
             if count == 0:
                 raise DataError(f"{self._path}: cut short since it was opened: {self._remedy}")
             done += count
@@ -128,11 +131,17 @@ class NpyFile:
         """The digest of some of the file's bytes."""
         kind, start, stop = part
         found = _KINDS[kind]()
-        while start < stop and (data := os.pread(self.file.fileno(), min(stop - start, _READ_AT_ONCE), start)):
-            found.update(data)
-            start += len(data)
-            note_written()
+        try:
+            while start < stop and (data := os.pread(self.file.fileno(), min(stop - start, _READ_AT_ONCE), start)):
+                found.update(data)
+                start += len(data)
+                note_written()
+        except OSError as error:
+            raise self._unreadable(error) from error
         return found.digest()
+
+    def _unreadable(self, error: OSError) -> DataError:
+        return DataError(f"{self._path}: cannot be read: {reason(error)}: {self._remedy}")
 
 
 class NpyWriter:

@@ -231,7 +231,10 @@ class ArrayStore:
 
 
 def verify_together(arrays: Iterable[Array], ranks: Ranks) -> None:
-    """Verify these arrays, once on each machine. Called on all ranks; raises DataError on all of them."""
+    """Verify these arrays, once on each machine. Called on all ranks; raises DataError on all of them.
+
+    The first rank of each machine verifies, and tells the others what it found.
+    """
     machine = socket.gethostname()
     verifies = gather(machine, ranks).index(machine) == ranks.rank
     by_store = [(store, [array.name for array in group]) for store, group in groupby(arrays, lambda a: a.store)]

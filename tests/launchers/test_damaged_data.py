@@ -1,4 +1,4 @@
-"""Values that are not those that were prepared are never used: status 2, and a message that says which and what to do."""
+"""Values that are not those that were prepared are never used: status 2, and a message that says what to do."""
 
 from __future__ import annotations
 

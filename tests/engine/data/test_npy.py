@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,12 @@ def test_what_describes_no_array_is_refused(name: str) -> None:
     dtype, shape, digest = BAD[name]
     with pytest.raises(ValueError, match="an array of"):
         Spec.from_json({"dtype": dtype, "shape": shape, "digest": digest})
+
+
+def test_a_disk_that_cannot_be_read_is_an_error_with_the_files_name(tmp_path: Path) -> None:
+    spec = write_npy(tmp_path / "x.npy", np.zeros(5))
+    with NpyFile(tmp_path / "x.npy", spec, "copy it again") as file:
+        os.dup2(os.open(tmp_path, os.O_RDONLY), file.file.fileno())  # reading a folder is refused, as a bad disk would
+        for read in (lambda: file.rows(0, 5), lambda: file.hash(("blocks", 0, 8))):
+            with pytest.raises(DataError, match=r"x\.npy: cannot be read: .*: copy it again"):
+                read()
