@@ -25,7 +25,7 @@ def _trunkline(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_launcher_is_a_command() -> None:
-    programs = {path.stem for path in (ROOT / "launchers").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    programs = {path.stem for path in (ROOT / "launchers").glob("*.py") if '\nif __name__ == ' in path.read_text()}
     assert set(COMMANDS) == programs - {"cli"}
 
 
