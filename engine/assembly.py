@@ -4,7 +4,7 @@ It is put together for given batch sizes, and again for others in the same state
 
 assembly = Assembly(task, config, ranks, "deepspeed", total_steps, identity, found)
 assembly.build(sizes)                          what step 0 begins with
-progress = assembly.take_up()                  or what the checkpoint holds that was found
+progress = assembly.restore()                  or what the checkpoint holds that was found
 assembly.rebuild(sizes, progress, checkpoints)   the same state, in this process, after an interrupted step too
 """
 
@@ -22,12 +22,12 @@ import torch
 from trunkline.engine.backends import Backend, prepare_backend
 from trunkline.engine.backends.model_options import apply_options
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
-from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, load_checkpoint
+from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
-from trunkline.engine.optim.averaging import WeightAverage
+from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.optim.parameter_rules import freeze, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
@@ -87,11 +87,11 @@ class Assembly:
         self.average = WeightAverage(self.backend, self.config.training.ema, self.statistics.buffers)
         self.probe = Probe(self.task, self.backend.model, self.ranks.device)
 
-    def take_up(self) -> Progress:
+    def restore(self) -> Progress:
         """Put the state of the checkpoint that was found, if any, into what was built. Raises CheckpointError."""
         if self.found is None:
             return Progress()
-        self._load(self.found)
+        self._restore(self.found)
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
         # what a checkpoint of an earlier version lacks is as it is at the beginning
@@ -104,9 +104,8 @@ class Assembly:
 
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
-        return capture(self.backend, self.average.of), asdict(progress) | self.identity | {
-            "loss_scaler": self.backend.loss_scaler()
-        }
+        trainers = asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        return capture(self.backend, self.average.of), trainers
 
     def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:
         """Everything anew for other sizes, in the state that it is in, or in that of the first step if no other has
@@ -121,12 +120,12 @@ class Assembly:
         self._release()
         self.build(sizes, state)
         if state is not None:
-            self._load(state)
+            self._restore(state)
         if held is not None:
             on_main(lambda: shutil.rmtree(held.folder), self.ranks, f"{held.folder}: cannot be removed")
 
-    def _load(self, state: Checkpoint) -> None:
-        load_checkpoint(state, self.backend, self.ranks, self.average.of)
+    def _restore(self, state: Checkpoint) -> None:
+        restore_checkpoint(state, self.backend, self.ranks, self.average.of)
         self.statistics.agree()
 
     def _release(self) -> None:

@@ -1,4 +1,4 @@
-"""Room in memory: what is known to fit, and what a run does when memory runs out.
+"""Room in memory: what is known to fit, and what happens when memory runs out.
 
 with room.attempt(fits): ...                     raises OutOfMemory, on all ranks alike unless it is known to fit
 room.make(run.micro.halve, shortage, intact)     continue with smaller micro-batches, or say how to
@@ -39,7 +39,7 @@ class Room:
     def make(
         self, halve: Callable[[int, Shortage, dict[str, Any]], str], shortage: Shortage, intact: bool = True
     ) -> None:
-        """Go on with a smaller micro-batch, or say how to. `intact`: no parameter has changed since the last step."""
+        """Continue with a smaller micro-batch, or say how to. `intact`: no parameter changed since the last step."""
         run, step = self.run, self.run.progress.step
         line = halve(step, shortage, run.assembly.plan)
         if not shortage.agreed or not (intact or step == run.assembly.first_step):

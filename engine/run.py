@@ -1,4 +1,4 @@
-"""A run, as its parts see it: what it is made of, how far it is, and what it says."""
+"""A run as its parts see it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run:
         return self.assembly.backend
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether what is done every so many steps is done after this one. After the last one everything is."""
+        """Whether what is done every `every` steps is done after this one. After the last one everything is."""
         return step % every == 0 or step == self.total_steps
 
     def note(self, doing: str) -> None:

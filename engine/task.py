@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.tracking import Tracking
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample, [B, ...].
@@ -56,11 +57,20 @@ class MeasuredSamples(Samples, Protocol):
 class Task(ABC):
     """One training problem. `trunkline.models.fluid.task.FluidTask` is the example to read.
 
-    A task must say what is abstract here. What follows `loss` has a default that serves many.
+    A task must say what is abstract here. What follows `fingerprint` has a default that serves many.
     """
 
     unit: str = "samples"
     """What `weight` counts, in the plural: "values", "tokens", "pairs". Throughput is shown in it too."""
+
+    generates: bool = False
+    """Whether `evaluate` calls the model, or a part of it, as often as it likes: to decode texts, to sample. It is then
+    given the bare model with whole weights, gathered on each rank once an evaluation, with all its methods, such as
+    transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
+    """
+
+    tracking: Tracking = Tracking()
+    """How TensorBoard, Weights & Biases and MLflow show the run."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -112,6 +122,13 @@ class Task(ABC):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set. The default divides each by the weight."""
         return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """Write what a person wants to see of an evaluation into a folder: pictures (.png), texts (.txt, .md), tables.
+
+        Given what `summarize` is, on rank 0 alone, after each evaluation. Trackers take the files.
+        """
+        return None
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether lower ("min") or higher ("max") is better of a metric that `summarize` names, parts included; None

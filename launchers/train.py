@@ -69,11 +69,11 @@ def _run(words: list[str]) -> None:
 def _train(arguments: argparse.Namespace, config: RunConfig) -> None:
     from trunkline.engine.backends import choose_backend
     from trunkline.engine.checkpoint.best import outcome
-    from trunkline.engine.find_micro_batch import find_micro_batch
     from trunkline.engine.ranks.agreement import agree
     from trunkline.engine.ranks.distributed import start
     from trunkline.engine.record.report import write_report
     from trunkline.engine.trainer import Trainer
+    from trunkline.engine.trials import find_micro_batch
 
     backend = choose_backend(arguments.backend)
     folder = arguments.output_dir or Path("runs") / config.workload / (arguments.config or Path("default")).stem

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -145,7 +145,7 @@ class DeepSpeedBackend:
                 )
         if self._unsharded_masters():
             self.optimizer.state.clear()
-        self.resume(0, {})
+        self.restore_derived(0, {})
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
@@ -198,6 +198,31 @@ class DeepSpeedBackend:
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+        with self._gathered_once(), autocast_if_enabled(self.engine):  # as the engine's own forward does
+            yield self.module
+
+    @contextmanager
+    def _gathered_once(self) -> Iterator[None]:
+        """ZeRO 3 without the hooks that gather and free parameters module by module."""
+        if self.engine.zero_optimization_stage() < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        hooks = self.engine.optimizer.parameter_offload
+        with GatheredParameters(list(self.module.parameters())):
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(self.module)
 
     def prefetch(self) -> None:
         """Nothing: ZeRO 0 to 2 keep parameters whole, ZeRO 3 prefetches by itself."""
@@ -255,7 +280,7 @@ class DeepSpeedBackend:
         for parameter, (master, offset) in self._unsharded_masters().items():
             parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         self.refresh()
         self.scheduler.forward(applied_steps)
         self.engine.global_steps = applied_steps

@@ -26,7 +26,7 @@ from torch import nn
 from trunkline.engine.backends import Backend
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
 from trunkline.engine.config.deepspeed_section import parameter_dtype
-from trunkline.engine.config.meaning import meaning
+from trunkline.engine.config.meaning import meaning_of
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.config.strict import show
 from trunkline.engine.data.loading import collate
@@ -51,7 +51,7 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         LAYOUT: f"{backend} ZeRO {section.zero_optimization.stage}, {precision}, "
         f"{world_size} rank{'s' * (world_size > 1)}",
         "workload": config.workload,
-        "model": meaning(config.model),
+        "model": meaning_of(config.model),
         "optimizer": same_name(section.optimizer.type),
         "data": task.fingerprint(),
         "num_samples": batches.num_samples,
@@ -147,16 +147,16 @@ def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:
         return same_name(value)
     if key == "model" and model is not None:
         try:
-            return meaning(model.model_validate_json(json.dumps(value)))
+            return meaning_of(model.model_validate_json(json.dumps(value)))
         except ValueError:  # of another workload, or of another version of this one
             return value
     return value
 
 
-def load_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks, averages: Averages | None = None) -> None:
+def restore_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks, averages: Averages | None = None) -> None:
     """Put a checkpoint's state into the backend. Called on all ranks, before the first step. Raises CheckpointError."""
     restore(backend, found.path / BACKEND, found.digests, ranks, averages)
-    backend.resume(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
+    backend.restore_derived(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
 
 
 class Probe:

@@ -1,4 +1,4 @@
-"""Lengths that may be written in epochs: {"epochs": 1.5} wherever a number of optimizer steps can stand.
+"""Lengths in epochs: {"epochs": 1.5} wherever a number of steps can stand.
 
     Steps                             a field that is one: an integer from 1 on, or such an object
     or_epochs(kind)                   a field of another kind that may be such an object too
@@ -15,15 +15,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, WrapValidator
 
-MOST_EPOCHS = 1 << 31
+_MOST_EPOCHS = 1 << 31
 
 
 def _epochs_or(value: Any, otherwise: Callable[[Any], Any]) -> Any:
     if not isinstance(value, dict):
         return otherwise(value)
-    epochs = value.get("epochs")
+    epochs: Any = value.get("epochs")
     is_number = isinstance(epochs, int | float) and not isinstance(epochs, bool)
-    if epochs is None or not is_number or len(value) > 1 or not 0 < epochs <= MOST_EPOCHS:
+    if not is_number or len(value) > 1 or not 0 < epochs <= _MOST_EPOCHS:
         raise ValueError('expected a number of steps, or of epochs above 0 as in {"epochs": 0.5}')
     return value
 

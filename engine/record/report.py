@@ -18,9 +18,9 @@ from typing import Any
 
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.reading import read_object
+from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels
 from trunkline.engine.record.tables import markdown
-from trunkline.engine.record.trackers import read_metrics
 
 MAX_PANELS = 8
 

@@ -39,7 +39,7 @@ from trunkline.engine.config.strict import read_json_object
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import unused
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.metrics_file import read_metrics
 
 LOCK, RANKS_LOCK = ".lock", ".lock-ranks"
 _LONGEST = 4096  # bytes of it that are read

@@ -1,4 +1,4 @@
-"""What a task must say, what it may leave to the defaults, and what is read how often."""
+"""What a task must say, and what it may leave to the defaults."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tests.engine.tiny import Rows, TinyData, TinyModel, TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.find_micro_batch import find_micro_batch
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.task import Batch, Samples, Sums, Task, lengths_of
 from trunkline.engine.trainer import Trainer
+from trunkline.engine.trials import find_micro_batch
 
 
 class Points:

@@ -1,4 +1,4 @@
-"""Lengths in epochs: what they are in steps, what a run does with them, and what is kept of them."""
+"""Lengths in epochs: what they are in steps, and what is kept of them."""
 
 from __future__ import annotations
 
