@@ -94,6 +94,9 @@ class Task(ABC):
         A run asks for "train" and "val". Where there is a "test", it is for who measures the trained model. However
         often it is asked for, a split is read once: whoever asks gets what was returned first. Raises DataError for a
         split that is not there.
+
+        One that reads a store says which of its arrays: an attribute `arrays`, of trunkline.engine.data.store.Array.
+        Their values are verified before the first step, once on each machine.
         """
 
     @abstractmethod

@@ -24,6 +24,7 @@ from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.data.store import verify_together
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
@@ -108,6 +109,9 @@ class Trainer(Run):
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.begin("reading the data")
         self.dataset = task.dataset("train")
+        self.begin("verifying the data")
+        datasets = (self.dataset, task.dataset("val"))
+        verify_together([array for data in datasets for array in getattr(data, "arrays", ())], ranks)
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)
         self.total_steps = total_steps(config, self.batches)
         config = config.in_steps(self.batches.per_epoch)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import open_regular, parse_json
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -110,13 +111,12 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _withdraw_after(path: Path, step: int, evaluation_due: bool) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with path.open(encoding="utf-8", errors="replace") as lines, draft.open("w", encoding="utf-8") as kept:
-        for line in lines:
-            row = _parse(line)
-            again = evaluation_due and row is not None and (row["step"], row.get("split")) == (step, "val")
-            if row is not None and row["step"] <= step and not again:
-                kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    draft.replace(path)
+    def write(draft: Path) -> None:
+        with path.open(encoding="utf-8", errors="replace") as lines, draft.open("w", encoding="utf-8") as kept:
+            for line in lines:
+                row = _parse(line)
+                again = evaluation_due and row is not None and (row["step"], row.get("split")) == (step, "val")
+                if row is not None and row["step"] <= step and not again:
+                    kept.write(line)
+
+    replace_whole(path, write)

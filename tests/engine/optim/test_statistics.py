@@ -173,7 +173,7 @@ def test_two_ranks_have_the_weights_and_statistics_of_a_plain_loop_at_every_layo
         run = tmp_path / f"{backend}-{stage}"
         assert_as_a_plain_loop(run, configuration(tmp_path))
         assert all(torch.equal(mine[name], other[name]) for name in mine)
-        saved = [load_file(path) for path in sorted(run.glob("checkpoints/*/backend/rank-*.safetensors"))]
+        saved = [load_file(path) for path in sorted((run / "checkpoints").rglob("rank-*.safetensors"))]
         held = [{name: value for name, value in each.items() if "#" in name} for each in saved]
         assert [len(each) for each in held] == [15, 15]
         assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
