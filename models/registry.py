@@ -52,9 +52,9 @@ def open_room(workload: str, room: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{room}")
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{package}.{room}.".startswith(f"{error.name}."):
-            raise  # something that the room needs
-        raise ConfigError(f"workload '{workload}': {giver} gives no module {error.name}") from error
+        if f"{package}.{room}.".startswith(f"{error.name}."):
+            raise ConfigError(f"workload '{workload}': {giver} gives no module {error.name}") from error
+        raise ConfigError(f"workload '{workload}': {package}.{room} needs {error.name}: install it") from error
 
 
 def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
@@ -83,7 +83,7 @@ def flags_of(workload: str) -> tuple[tuple[Flag, ...], Path | None]:
     try:
         flags = open_room(workload, "flags")
     except ConfigError as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
+        if isinstance(error.__cause__, ModuleNotFoundError) and str(error.__cause__.name).endswith(".flags"):
             return (), None
         raise
     return flags.FLAGS, getattr(flags, "DEFAULTS", None)

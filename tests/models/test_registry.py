@@ -98,8 +98,10 @@ def test_a_room_that_is_not_there_is_named(tmp_path: Path) -> None:
     said = "try: open_room('audio', 'predict')\nexcept ConfigError as error: print(error)"
     assert ask(tmp_path, said) == "workload 'audio': audio-tools 1.0 gives no module audio_tools.predict\n"
     (tmp_path / "audio_tools/predict.py").write_text("import a_library_that_it_needs")
-    said = "try: open_room('audio', 'predict')\nexcept ModuleNotFoundError as error: print(error.name)"
-    assert ask(tmp_path, said) == "a_library_that_it_needs\n"
+    assert ask(tmp_path, said) == "workload 'audio': audio_tools.predict needs a_library_that_it_needs: install it\n"
+    (tmp_path / "audio_tools/flags.py").write_text("import another")
+    said = "try: flags_of('audio')\nexcept ConfigError as error: print(error)"
+    assert ask(tmp_path, said) == "workload 'audio': audio_tools.flags needs another: install it\n"
 
 
 @pytest.mark.parametrize(("name", "first"), [("audio", "audio_tools of audio-tools 1.0"),
