@@ -11,7 +11,7 @@ setup(
     package_data={"trunkline": ["configs/*/*.json"]},
     entry_points={"console_scripts": ["trunkline = trunkline.launchers.cli:main"]},
     python_requires=">=3.10,<3.14",
-    install_requires=[  # the lowest versions that the tests have passed with, together
+    install_requires=[  # the lowest versions with which what uses them was tested
         "torch>=2.13",
         "deepspeed>=0.19.8",  # whose schema engine/config describes key by key
         "safetensors>=0.8",
