@@ -249,7 +249,14 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
         "workload": "overhead",
         "data": {},
         "model": {"tensors": tensors},
-        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": 10, "trackers": []},
+        "training": {
+            "steps": steps,
+            "eval_every": never,
+            "save_every": never,
+            "log_every": 10,
+            "trackers": [],
+            "parameters": [{"names": ["*"], "weight_decay": 0.01}],  # as in the loops beside it
+        },
         "deepspeed": {
             "train_batch_size": batch_size,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trunkline.engine.backends import Backend, prepare_backend
+from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.backends.model_options import apply_options
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
 from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
@@ -27,7 +28,6 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
-from trunkline.engine.optim.averaging import WeightAverage
 from trunkline.engine.optim.parameter_rules import freeze, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
@@ -104,9 +104,8 @@ class Assembly:
 
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
-        return capture(self.backend, self.average.of), asdict(progress) | self.identity | {
-            "loss_scaler": self.backend.loss_scaler()
-        }
+        trainers = asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        return capture(self.backend, self.average.of), trainers
 
     def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:
         """Everything anew for other sizes, in the state that it is in, or in that of the first step if no other has

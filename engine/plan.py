@@ -173,12 +173,12 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
     # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
     master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
     average = {"average": math.ceil(4 * trainable / shards[2]) * optimizer_on_device} if config.training.ema else {}
-    return average | {
+    return {
         "parameters": math.ceil(width * parameters / shards[0]),
         "gradients": math.ceil(width * trainable / shards[1]),
         "master weights": math.ceil(master / shards[2]) * optimizer_on_device,
         "optimizer": math.ceil(_optimizer_bytes_a_parameter(config) * trainable / shards[2]) * optimizer_on_device,
-    }
+    } | average
 
 
 def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:

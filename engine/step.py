@@ -115,8 +115,7 @@ class Stepper:
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
         seed_torch(self._draws, run.progress.step)
         statistics = run.assembly.statistics
-        statistics.begin()
-        micro_batches[:] = [to_device(statistics.without_fillers(batch), run.ranks.device) for batch in micro_batches]
+        micro_batches[:] = [to_device(batch, run.ranks.device) for batch in statistics.begin(micro_batches)]
         run.note("all-reduce of the batch's weight")
         weights = [run.task.weight(batch).to(torch.float64) for batch in micro_batches]
         mine = {
@@ -131,7 +130,7 @@ class Stepper:
             run.lookout.look()  # a step that is broken off is made again from its beginning
             run.note("forward, backward and reduction of the gradients")
             part = run.task.loss(run.backend.model, batch)
-            statistics.take(batch["valid"].sum())
+            statistics.take(batch["valid"])
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             run.backend.backward(part["loss"] * (scale + (loss - loss)))

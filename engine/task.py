@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.tracking import Tracking
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample, [B, ...].
@@ -62,6 +63,15 @@ class Task(ABC):
     unit: str = "samples"
     """What `weight` counts, in the plural: "values", "tokens", "pairs". Throughput is shown in it too."""
 
+    generates: bool = False
+    """Whether `evaluate` calls the model, or a part of it, as often as it likes: to decode texts, to sample. It is then
+    given the bare model with whole weights, gathered on each rank once an evaluation, with all its methods, such as
+    transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
+    """
+
+    tracking: Tracking = Tracking()
+    """How TensorBoard, Weights & Biases and MLflow show the run."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if renamed := _renamed(cls):
@@ -84,6 +94,9 @@ class Task(ABC):
         A run asks for "train" and "val". Where there is a "test", it is for who measures the trained model. However
         often it is asked for, a split is read once: whoever asks gets what was returned first. Raises DataError for a
         split that is not there.
+
+        One that reads a store says which of its arrays: an attribute `arrays`, of trunkline.engine.data.store.Array.
+        Their values are verified before the first step, once on each machine.
         """
 
     @abstractmethod
@@ -112,6 +125,13 @@ class Task(ABC):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set. The default divides each by the weight."""
         return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """Write what a person wants to see of an evaluation into a folder: pictures (.png), texts (.txt, .md), tables.
+
+        Given what `summarize` is, on rank 0 alone, after each evaluation. Trackers take the files.
+        """
+        return None
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether lower ("min") or higher ("max") is better of a metric that `summarize` names, parts included; None

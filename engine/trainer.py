@@ -19,11 +19,12 @@ from trunkline.engine.checkpoint.assets import keep_assets
 from trunkline.engine.checkpoint.best import FINAL, BestWeights
 from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
-from trunkline.engine.config.deepspeed_section import batch_sizes, parameter_dtype
+from trunkline.engine.config.deepspeed_section import batch_sizes, own_classes, parameter_dtype
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.data.store import verify_together
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
@@ -39,9 +40,10 @@ from trunkline.engine.ranks.selftest import collective_self_test
 from trunkline.engine.ranks.start_facts import class_version, leaves
 from trunkline.engine.ranks.watchdog import Watchdog
 from trunkline.engine.readiness import ready
+from trunkline.engine.record.boards import require_boards
 from trunkline.engine.record.meter import Meter, brief
 from trunkline.engine.record.run_folder import claim, in_use, release
-from trunkline.engine.record.trackers import Trackers, make_trackers, require_trackers
+from trunkline.engine.record.trackers import Trackers, make_trackers
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
 from trunkline.engine.step import Stepper, StepResult
@@ -81,7 +83,7 @@ class Trainer(Run):
     ) -> None:
         config = with_direction(config, checked_task(task))
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
-        require_trackers(config.training.trackers)
+        require_boards(config.training.trackers)
         agree(
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )
@@ -107,12 +109,15 @@ class Trainer(Run):
         sizes = batch_sizes(config.deepspeed, ranks.world_size)
         self.begin("reading the data")
         self.dataset = task.dataset("train")
+        self.begin("verifying the data")
+        datasets = (self.dataset, task.dataset("val"))
+        verify_together([array for data in datasets for array in getattr(data, "arrays", ())], ranks)
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)
         self.total_steps = total_steps(config, self.batches)
         config = config.in_steps(self.batches.per_epoch)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)
         known = identity(task, config, backend, ranks.world_size, self.batches)
-        agree(leaves(known) | class_version(task))
+        agree(leaves(known) | class_version(type(task), *own_classes(config.deepspeed)))
         self.begin("looking for checkpoints")
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
@@ -146,8 +151,9 @@ class Trainer(Run):
     def _open_trackers(self) -> None:
         progress, config = self.progress, self.config
         self.trackers = make_trackers(
-            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due
-        )
+            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due,
+            self.task.tracking, self.batches.per_epoch,
+        )  # fmt: skip
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -221,6 +227,7 @@ class Trainer(Run):
                     break
                 self.note("reading the next batch")
         self.save_weights(FINAL, {"step": progress.step})
+        self.trackers.finish(progress.best_step)
 
     def _micro_batches(self) -> Iterator[list[Batch]]:
         """This rank's share of each step to come. A step that was not made is read again, with the sizes in force."""

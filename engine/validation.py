@@ -5,7 +5,7 @@ from __future__ import annotations
 from trunkline.engine.checkpoint.best import BEST
 from trunkline.engine.config.strict import nearest
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.evaluation import evaluate
+from trunkline.engine.evaluation import SHOWN, evaluate, evaluated
 from trunkline.engine.memory.shortage import OutOfMemory
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
@@ -28,9 +28,11 @@ class Validation:
         metrics = self._metrics(settings.eval_samples)
         self.room.evaluation_fits = True
         run.trackers.log(progress.step, "val", metrics)
+        run.trackers.keep(progress.step, run.folder / SHOWN)
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
+            run.trackers.best(progress.step, metrics)
             progress.best_is_average = run.assembly.average.serves("evaluation")
             progress.best_weights = run.save_weights(BEST, {"step": progress.step, name: metrics[name]})
         progress.evaluation_due = False
@@ -51,11 +53,15 @@ class Validation:
             run.lookout.look()
 
         try:
-            with run.assembly.average.in_place("evaluation"), self.room.attempt(self.room.evaluation_fits):
+            with (
+                run.assembly.average.in_place("evaluation"),
+                self.room.attempt(self.room.evaluation_fits),
+                evaluated(run.task, run.backend) as model,
+            ):
                 metrics = evaluate(
-                    run.task, run.backend.model, run.ranks, num_samples=num_samples,
+                    run.task, model, run.ranks, num_samples=num_samples,
                     micro_batch_size=run.micro.evaluation, num_workers=run.config.training.num_workers,
-                    before_batch=before_batch,
+                    before_batch=before_batch, show_in=run.folder / SHOWN,
                 )  # fmt: skip
         except OutOfMemory as error:
             shortage = error.shortage

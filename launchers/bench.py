@@ -7,6 +7,7 @@ import importlib.util
 import sys
 
 from trunkline.engine.config.flags import Parser
+from trunkline.engine.errors import TrunklineError
 from trunkline.launchers.entry import status_of
 
 BENCHMARKS = {
@@ -25,13 +26,12 @@ BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and call the benchmark. Returns the exit status: 0 done, 1 a limit was missed, 2 a user's error."""
-    if importlib.util.find_spec("trunkline.benchmarks") is None:
-        print("error: an installed Trunkline has no benchmarks: run launchers/bench.py in a clone", file=sys.stderr)
-        return 2
     return status_of(lambda: _measure(sys.argv[1:] if argv is None else argv))
 
 
 def _measure(argv: list[str]) -> int:
+    if importlib.util.find_spec("trunkline.benchmarks") is None:
+        raise TrunklineError("an installed Trunkline has no benchmarks: run launchers/bench.py in a clone")
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
     for name, (module, summary) in BENCHMARKS.items():

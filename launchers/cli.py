@@ -32,10 +32,8 @@ def main() -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        ["usage: trunkline <command> [flags]", "", *lines, "", "trunkline <command> --help lists its flags."]
-    )
+    lines = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return f"usage: trunkline <command> [flags]\n\n{lines}\n\ntrunkline <command> --help lists its flags."
 
 
 if __name__ == "__main__":

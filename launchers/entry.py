@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.output import keep_printing
-from trunkline.engine.machine.stopping import listen
 
 INTERRUPTED = 130
 AGAIN = "run the same command again"
@@ -26,6 +25,8 @@ AGAIN = "run the same command again"
 
 def begin(*streams: str, exit_code: int = INTERRUPTED, advice: str = AGAIN) -> None:
     """Be a program from now on: see trunkline.engine.machine.output and stopping."""
+    from trunkline.engine.machine.stopping import listen  # needs psutil, which status_of can do without
+
     keep_printing(*streams)
     listen(exit_code, advice)
 

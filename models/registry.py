@@ -13,8 +13,10 @@ pydantic.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -103,6 +105,11 @@ def workload_of_run(run: Path) -> str:
 
 def _packages() -> dict[str, dict[str, str]]:
     """Name -> {package: who gives it}; of a name that is given twice, both."""
+    return _packages_on(tuple(sys.path))
+
+
+@functools.lru_cache
+def _packages_on(_path: tuple[str, ...]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for path in sorted(Path(__file__).parent.glob("*/task.py")):
         found[path.parent.name] = {f"trunkline.models.{path.parent.name}": "Trunkline"}

@@ -103,8 +103,8 @@ def test_no_imports_run_in_a_circle() -> None:
 
 
 ENGINE = (
-    *("errors", "task", "machine", "config", "progress", "ranks", "data", "record", "state", "optim", "backends"),
-    *("evaluation", "plan", "checkpoint", "memory", "readiness", "assembly"),
+    *("errors", "tracking", "task", "machine", "config", "progress", "ranks", "data", "record", "state", "optim"),
+    *("backends", "evaluation", "plan", "checkpoint", "memory", "readiness", "assembly"),
     *("run", "room", "step", "validation", "trainer", "trials"),
 )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.optimizers import tell_fragments
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment
 
@@ -61,6 +62,10 @@ class Backend(Protocol):
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The bare model, for gradients that the engine must not see. Entered and used on all ranks alike."""
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The bare model with whole parameters on this rank's device, for forwards without gradients. Entered on all
+        ranks; within, no forward of it or of a part of it takes a collective, so that ranks may go different ways."""
 
     def prefetch(self) -> None:
         """Begin to gather what the next forward needs and what stays gathered until then, if that is anything."""
@@ -118,11 +123,15 @@ def prepare_backend(
     kept: Mapping[str, Any] | None = None,
 ) -> Backend:  # fmt: skip
     """The model under the named engine, ready for its first step, or to load the checkpoint that `kept` is of."""
+    backend: Backend
     if name == "fsdp":
         from trunkline.engine.backends.fsdp import FSDPBackend
 
-        return FSDPBackend(model, config, sizes, ranks, total_steps, kept)
-    assert name == "deepspeed"
-    from trunkline.engine.backends.deepspeed import DeepSpeedBackend
+        backend = FSDPBackend(model, config, sizes, ranks, total_steps, kept)
+    else:
+        assert name == "deepspeed"
+        from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)
+        backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)
+    tell_fragments(backend.optimizer, backend.fragments(), ranks)
+    return backend

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -198,6 +198,31 @@ class DeepSpeedBackend:
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+        with self._gathered_once(), autocast_if_enabled(self.engine):  # as the engine's own forward does
+            yield self.module
+
+    @contextmanager
+    def _gathered_once(self) -> Iterator[None]:
+        """ZeRO 3 without the hooks that gather and free parameters module by module."""
+        if self.engine.zero_optimization_stage() < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        hooks = self.engine.optimizer.parameter_offload
+        with GatheredParameters(list(self.module.parameters())):
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(self.module)
 
     def prefetch(self) -> None:
         """Nothing: ZeRO 0 to 2 keep parameters whole, ZeRO 3 prefetches by itself."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -169,6 +169,7 @@ class FSDPBackend:
         """The model with whole parameters, entered on all ranks. Within, neither its forward nor its gradients take a
         collective, so that ranks may go different ways."""
         root = self._units[-1]
+        root._get_fsdp_state()._lazy_init()  # else a block that is called before the model takes itself for the root
         for unit in self._units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
@@ -182,6 +183,9 @@ class FSDPBackend:
             for unit in self._units:
                 unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)
             self.refresh()
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return self.gathered()
 
     def refresh(self) -> None:
         """Drop gathered copies, which do not follow what is written into the shards."""
@@ -203,6 +207,11 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
     units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
     _check_parameters(model, units, source)
+    if mesh.size() > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"torch {torch.__version__}: several ranks of FSDP need torch 2.13 or newer, since before it a parameter "
+            "that only some ranks use leaves the others waiting: install it, or use --backend deepspeed"
+        )
     dtype = parameter_dtype(section)
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -224,8 +233,9 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
             # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
-        # a parameter that only some ranks use must not leave the others waiting
-        shard.set_reduce_scatter_unused_params(True, recurse=False)
+        if hasattr(shard, "set_reduce_scatter_unused_params"):
+            # a parameter that only some ranks use must not leave the others waiting
+            shard.set_reduce_scatter_unused_params(True, recurse=False)
     return [cast(FSDPModule, unit) for unit in units]
 
 

@@ -128,11 +128,4 @@ def _are_states(value: Any) -> bool:
 
 
 def _write(folder: Path, files: States) -> None:
-    text = json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
-
-    def write(draft: Path) -> None:
-        draft.write_text(text, encoding="utf-8")
-        sync(draft)
-
-    replace_whole(folder / DIGESTS, write)
-    sync(folder)
+    replace_whole(folder / DIGESTS, json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")

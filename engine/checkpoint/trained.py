@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from trunkline.engine.checkpoint.weights import find_weights, read_config
+from trunkline.engine.checkpoint.weights import find_weights
+from trunkline.engine.config.json_object import read_json_object
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import CheckpointError
 
@@ -22,7 +23,7 @@ def trained_sections(run: Path, workload: str, data: type[Data], model: type[Mod
     """
     folder = find_weights(run)
     path = folder / "config.json"
-    config = read_config(path)
+    config = read_json_object(path, finite=False)  # transformers may have put Infinity there
     if config.get("workload") != workload:
         raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of {workload!r}")
     found = validated(data, config.get("data"), "data", path)

@@ -13,8 +13,11 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import MAX_JSON_BYTES, parse_json, read_whole, reason
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file's object, of bounded size and depth; repeated keys, NaN, Infinity are errors. Raises ConfigError."""
+def read_json_object(path: str | Path, finite: bool = True) -> dict[str, Any]:
+    """A JSON file's object, of bounded size and depth. Raises ConfigError, also for repeated keys.
+
+    NaN and Infinity are errors unless `finite` is false.
+    """
     path = Path(path)
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -25,7 +28,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         return whole
 
     try:
-        value = parse_json(read_whole(path, MAX_JSON_BYTES), pairs_hook=no_repeats)
+        value = parse_json(read_whole(path, MAX_JSON_BYTES), finite, pairs_hook=no_repeats)
     except OSError as error:
         remedy = "this is not a configuration" if error.errno == errno.EFBIG else "check the path"
         raise ConfigError(f"{path}: cannot be read ({reason(error)}); {remedy}") from error

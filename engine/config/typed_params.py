@@ -20,6 +20,7 @@ from torch.optim import lr_scheduler
 from trunkline.engine.config.deepspeed_parts import Part
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES
 from trunkline.engine.config.epochs import Steps, or_epochs
+from trunkline.engine.config.own_class import is_own, own_class
 from trunkline.engine.config.strict import nearest
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -88,6 +89,7 @@ _OPTIMIZER: dict[str, Any] = {
     "Adafactor.eps": Annotated[tuple[_NotNegative | None, _NotNegative], _LIST],
     "foreach": bool | None,
     "fused": bool | None,
+    "min_rms": _Positive,
     "max_coeff": _Positive,
     "min_coeff": _Positive,
     "max_grad_norm": _NotNegative,
@@ -153,6 +155,7 @@ _SCHEDULE: dict[str, Any] = {
 _ADAM = "lr betas eps weight_decay amsgrad"
 _SGD = "lr momentum dampening weight_decay nesterov"
 _ELSEWHERE = {
+    "adamwscale": "lr betas eps weight_decay min_rms",
     "lamb": "lr bias_correction betas eps eps_inside_sqrt weight_decay max_coeff min_coeff",
     "lion": "lr betas weight_decay",
     "muon": "lr muon_lr adam_lr momentum weight_decay ns_method betas eps adam_w_mode torch_adam",
@@ -165,8 +168,10 @@ _ELSEWHERE = {
     "apex.FusedNovoGrad": f"{_ADAM} bias_correction reg_inside_moment grad_averaging norm_type init_zero set_grad_none",
     "apex.FusedSGD": f"{_SGD} wd_after_momentum materialize_master_grads set_grad_none",
 }
-"""Parameters of optimizers that DeepSpeed or apex build; those that no table of types names are switches."""
+"""Parameters of optimizers that DeepSpeed, apex or the engine build. Those that no table of types names are
+switches."""
 
+ADAMW_SCALE = "AdamWScale"
 DEEPSPEED_ONLY = ("Lamb", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
 APEX = tuple(name.removeprefix("apex.") for name in _ELSEWHERE if name.startswith("apex."))
 
@@ -191,14 +196,19 @@ _UNWRITABLE = {
 def known_optimizer(kind: str) -> str:
     """The name of an optimizer that can be built somewhere. Raises ValueError for any other."""
     names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer"]
-    known = dict.fromkeys([*names, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)])
-    if kind not in known and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
+    known = dict.fromkeys([*names, ADAMW_SCALE, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)])
+    if is_own(kind):
+        own_class(kind, torch.optim.Optimizer)
+    elif kind not in known and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
         raise ValueError(f"unknown optimizer '{kind}'{nearest(kind, list(known))}")
     return kind
 
 
 def known_scheduler(kind: str) -> str:
     """The name of a schedule that a file can describe. Raises ValueError for any other."""
+    if is_own(kind):
+        own_class(kind, lr_scheduler.LRScheduler)
+        return kind
     if kind in _UNWRITABLE:
         raise ValueError(f"{kind} {_UNWRITABLE[kind]}; use WarmupCosine")
     names = [
@@ -210,6 +220,16 @@ def known_scheduler(kind: str) -> str:
     if kind not in known:
         raise ValueError(f"unknown schedule '{kind}'{nearest(kind, known)}")
     return kind
+
+
+def optimizer_class(kind: str) -> Any:
+    """The class of torch.optim, or of a user's own, that a known name stands for."""
+    return own_class(kind, torch.optim.Optimizer) if is_own(kind) else getattr(torch.optim, kind)
+
+
+def scheduler_class(kind: str) -> Any:
+    """The class of torch.optim.lr_scheduler, or of a user's own, that a known name stands for."""
+    return own_class(kind, lr_scheduler.LRScheduler) if is_own(kind) else getattr(lr_scheduler, kind)
 
 
 @cache
@@ -227,7 +247,7 @@ def optimizer_params(kind: str) -> type[BaseModel]:
             "bias_correction": (corrected, True),
         }
     else:
-        fields = _fields(getattr(torch.optim, kind), _OPTIMIZER)
+        fields = _fields(optimizer_class(kind), _OPTIMIZER)
     return create_model(kind, __base__=_Params, **fields | {"lr": (_OPTIMIZER["lr"], ...)})
 
 
@@ -237,7 +257,7 @@ def scheduler_params(kind: str) -> type[BaseModel]:
     if kind in OWN_SCHEDULES:
         fields: dict[str, Any] = {name: (_SCHEDULE[name], default) for name, default in OWN_SCHEDULES[kind].items()}
     else:
-        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or getattr(lr_scheduler, kind), _SCHEDULE)
+        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or scheduler_class(kind), _SCHEDULE)
     return create_model(kind, __base__=_Params, **fields)
 
 
@@ -252,7 +272,7 @@ def _fields(made_by: Callable[..., Any], kinds: dict[str, Any]) -> dict[str, Any
     """Name -> type and default, from the signature of a class or a function; without what the engine hands in."""
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(made_by).parameters.items():
-        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind is parameter.VAR_KEYWORD:
+        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind.name.startswith("VAR_"):
             continue
         required = parameter.default is parameter.empty
         kind = kinds.get(f"{made_by.__name__}.{name}", kinds.get(name, _by_default(parameter.default)))
@@ -264,5 +284,7 @@ def _by_default(default: Any) -> Any:
     if isinstance(default, bool):
         return bool
     if isinstance(default, (int, float)):
-        return float
+        return float if isinstance(default, float) else int | float
+    if isinstance(default, (tuple, list)):
+        return Annotated[tuple[bool | int | float | str, ...], _LIST]
     return str if isinstance(default, str) else bool | int | float | str | None

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from trunkline.engine.data.randomness import mix, mix_last
+from trunkline.engine.data.randomness import finalise_array, mix, mix_last
 
 FILLER = -1
 """Stands in a short last batch where there is no sample: the engine gives such places weight zero."""
@@ -34,17 +34,11 @@ def permuted(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     while todo.any():
         left, right = np.divmod(out[todo], np.uint64(right_size))
         for even, odd in round_keys.reshape(-1, 2):
-            left = (left + _scramble(right + even) % np.uint64(left_size)) % np.uint64(left_size)
-            right = (right + _scramble(left + odd) % np.uint64(right_size)) % np.uint64(right_size)
+            left = (left + finalise_array(right + even) % np.uint64(left_size)) % np.uint64(left_size)
+            right = (right + finalise_array(left + odd) % np.uint64(right_size)) % np.uint64(right_size)
         out[todo] = left * np.uint64(right_size) + right
         todo = out >= size
     return out.astype(np.int64)
-
-
-def _scramble(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True)

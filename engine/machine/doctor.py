@@ -27,6 +27,7 @@ from trunkline.engine.machine.apex import find_apex
 
 GIB = 2**30
 LEAST_TORCH = (2, 11)
+FSDP_TORCH = (2, 13)
 _IS_CLONE = (Path(__file__).resolve().parents[2] / "constraints.txt").is_file()
 INSTALL = "pip install -c constraints.txt -e ." if _IS_CLONE else "install Trunkline's wheel again, with pip"
 
@@ -83,6 +84,8 @@ def _versions() -> Iterator[Finding]:
         release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         if name == "torch" and release < LEAST_TORCH:
             yield Finding(name, "problem", f"{version} is too old", INSTALL)
+        elif name == "torch" and release < FSDP_TORCH:
+            yield Finding(name, "warning", f"{version}: --backend fsdp trains on one rank only before 2.13", INSTALL)
         else:
             yield Finding(name, "ok", version)
     try:

@@ -42,18 +42,27 @@ def pieces_written() -> int:
     return _pieces_written
 
 
-def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a draft beside `path`, then put it in `path`'s place. Raises OSError."""
+def replace_whole(path: Path, content: str | Callable[[Path], object], suffix: str = "") -> None:
+    """Write a text, or let a function write a draft beside `path`, then put it in `path`'s place, on the disk.
+
+    suffix: of the draft's name, where several processes may write the same file at once
+
+    Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    write(draft)
+    draft = path.with_name(f".{path.name}.draft{suffix}")
+    if isinstance(content, str):
+        draft.write_text(content, encoding="utf-8", errors="backslashreplace")  # a folder's name need not be UTF-8
+    else:
+        content(draft)
+    sync(draft)
     draft.replace(path)
-    note_written()
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all. Raises OSError."""
-    replace_whole(path, lambda draft: draft.write_text(json.dumps(value, indent=2) + "\n"))
+    replace_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -131,6 +140,20 @@ def _flush(descriptor: int, size: int) -> None:
     note_written()
 
 
+def try_lock(descriptor: int, shared: bool = False) -> OSError | None:
+    """Hold an open file or folder against other processes, until it is closed. Returns why there are no locks there.
+
+    Raises BlockingIOError while another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return error
+    return None
+
+
 @contextmanager
 def only_writer(folder: Path, out: Path) -> Iterator[None]:
     """Hold `folder` against a second preparation of `out`. The lock goes with the process, however it ends.
@@ -140,13 +163,11 @@ def only_writer(folder: Path, out: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(descriptor)
         except BlockingIOError as error:
             raise DataError(
                 f"{out}: another preparation is writing this folder: wait for it, or choose another --out"
             ) from error
-        except OSError:
-            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)

@@ -125,12 +125,10 @@ class MicroBatches:
         sizes = {"micro_batch_size": self.sizes.micro_batch_size, "evaluation_micro_batch_size": self.evaluation}
         text = json.dumps(sizes | {"why": why, "for": self.facts}, indent=2) + "\n"
         if together:
-            on_main(lambda: replace_whole(self.path, lambda draft: draft.write_text(text)), self.ranks, str(self.path))
+            on_main(lambda: replace_whole(self.path, text), self.ranks, str(self.path))
             return
-        draft = self.path.with_name(f".{MEMORY}.draft-{self.ranks.rank}")  # another rank may be doing the same
         try:
-            draft.write_text(text)
-            draft.replace(self.path)
+            replace_whole(self.path, text, f"-{self.ranks.rank}")  # another rank may be doing the same
         except OSError as error:
             raise TrunklineError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
 

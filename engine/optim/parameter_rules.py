@@ -1,4 +1,4 @@
-"""How each parameter of a model is trained: the rules of `training.parameters`, and what holds where none says otherwise.
+"""How each parameter of a model is trained: the rules of `training.parameters`, and what holds without one.
 
     freeze(model, config)                  requires_grad off where a rule says "frozen"
     parameter_groups(model, config, kept)  groups of the optimizer, for torch and for DeepSpeed
@@ -88,9 +88,8 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     optimizer, rules = config.deepspeed.optimizer, config.training.parameters
-    decay = _weight_decay(optimizer)
+    decay, norms = _weight_decay(optimizer), _in_norms(model)
     found = []
-    norms = _in_norms(model)
     for parameter, called in names.items():
         index = next((n for n, rule in enumerate(rules) if _match(rule.names, called)), None)
         rule = None if index is None else rules[index]
@@ -98,13 +97,13 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
         own = 0.0 if spared and "weight_decay" in optimizer_params(optimizer.type).model_fields else decay
         found.append(
             Treatment(
-                tuple(called),
-                parameter,
-                index,
-                spared,
+                names=tuple(called),
+                parameter=parameter,
+                rule=index,
+                is_norm_or_bias=spared,
                 weight_decay=own if rule is None or rule.weight_decay is None else rule.weight_decay,
                 lr_scale=1.0 if rule is None else rule.lr_scale,
-            )  # fmt: skip
+            )
         )
     try:
         _check(config, found, model)

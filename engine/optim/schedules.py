@@ -1,4 +1,4 @@
-"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, and a few of our own.
+"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, a few of our own, and a user's.
 
     WarmupCosine  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then a half cosine to min_ratio x lr
     WarmupLinear  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then linear to min_ratio x lr
@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES, Shape
 from trunkline.engine.config.deepspeed_section import Scheduler
-from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_params
+from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_class, scheduler_params
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.parameter_rules import LR_SCALE
 
@@ -115,7 +115,7 @@ def _schedule(led: Optimizer, section: Scheduler | None, total_steps: int) -> An
     try:
         if section.type in DEEPSPEED_SCHEDULES:
             return FormulaScheduler(led, partial(DEEPSPEED_SCHEDULES[section.type], **params))
-        return getattr(lr_scheduler, section.type)(led, **params)
+        return scheduler_class(section.type)(led, **params)
     except (TypeError, ValueError, AttributeError) as error:
         raise _refused(section, params, error) from error
 

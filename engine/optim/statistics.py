@@ -10,8 +10,8 @@ For BatchNorm this is one update with the mean of the micro-batches' statistics,
 they are spread over. `num_batches_tracked` counts steps. A step that is skipped leaves them as they were.
 
 What a batch is normalised with remains the statistics of its micro-batch on its rank, as in timm and in torch without
-SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So the gradient is
-the same for any number of ranks with the same micro-batch, and differs by the size of the micro-batch.
+SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So the gradient
+is the same for any number of ranks with micro-batches of one size, and differs with that size.
 """
 
 from __future__ import annotations
@@ -43,39 +43,33 @@ class Statistics:
 
     def agree(self) -> None:
         """Make them the same on all ranks, by their mean: a checkpoint of an earlier version has those of each rank."""
-        self.begin()
-        self.take(1)
+        self._begin()
+        self.take(torch.ones(1, device=self.ranks.device))
         self.settle()
 
+    def begin(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        """Before the first micro-batch of a step: the micro-batches as the model may see them."""
+        if not self.buffers:
+            return list(micro_batches)
+        self._begin()
+        return [without_fillers(batch) for batch in micro_batches]
+
     @torch.no_grad()
-    def begin(self) -> None:
-        """Before the first micro-batch of a step."""
+    def _begin(self) -> None:
         self._before = [buffer.clone() for buffer in self.buffers]
-        self._sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in [*self.buffers, *self._one()]]
-
-    def _one(self) -> list[Tensor]:
-        return [torch.zeros((), device=self.ranks.device)] if self.buffers else []
-
-    def without_fillers(self, batch: Batch) -> Batch:
-        """The batch as a model with such buffers may see it: without the samples that fill it up behind the real ones.
-
-        Where there is one real sample, a filler stays, as a copy of it: BatchNorm refuses a single value. A batch of
-        fillers alone is left as it is, because other ranks wait for its forward pass. It enters no statistic.
-        """
-        count = int(batch["valid"].sum())
-        if not self.buffers or count in (0, len(batch["valid"])):
-            return batch
-        rows = torch.arange(max(2, count)).clamp(max=count - 1)
-        return {key: value[rows] for key, value in batch.items()} | {"valid": torch.arange(len(rows)) < count}
+        samples = torch.zeros((), device=self.ranks.device)
+        self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in [*self.buffers, samples]]
 
     @torch.no_grad()
-    def take(self, samples: Tensor | int) -> None:
-        """After the forward pass of a micro-batch with this many real samples. What is recomputed later adds nothing."""
-        for total, buffer in zip(self._sums, self.buffers, strict=False):
+    def take(self, valid: Tensor) -> None:
+        """After the forward pass of a micro-batch, whose real samples are those of `valid` [B]. One that is recomputed
+        in the backward pass is not counted."""
+        if not self.buffers:
+            return
+        samples = valid.sum()
+        for total, value in zip(self._sums, [*self.buffers, torch.ones_like(samples)], strict=True):
             # where, because what fillers alone make of a buffer need not be finite
-            total += torch.where(torch.as_tensor(samples, device=total.device) > 0, buffer.double() * samples, 0.0)
-        for total in self._sums[len(self.buffers) :]:
-            total += samples
+            total += torch.where(samples > 0, value.double() * samples, 0.0)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -92,3 +86,17 @@ class Statistics:
         for buffer, total in zip(self.buffers, totals, strict=True):
             mean = total / samples
             buffer.copy_(mean if buffer.is_floating_point() else mean.round())
+        self._begin()  # a step that is broken off puts these back
+
+
+def without_fillers(batch: Batch) -> Batch:
+    """The batch as a model with such buffers may see it: without the samples that fill it up behind the real ones.
+
+    Where there is one real sample, a filler stays, as a copy of it: BatchNorm refuses a single value. A batch of
+    fillers alone is left as it is, because other ranks wait for its forward pass. It enters no statistic.
+    """
+    count = int(batch["valid"].sum())
+    if count in (0, len(batch["valid"])):
+        return batch
+    rows = torch.arange(max(2, count)).clamp(max=count - 1)
+    return {key: value[rows] for key, value in batch.items()} | {"valid": torch.arange(len(rows)) < count}

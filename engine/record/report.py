@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.errors import DataError
+from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import read_object
+from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels
 from trunkline.engine.record.tables import markdown
-from trunkline.engine.record.trackers import read_metrics
 
 MAX_PANELS = 8
 
@@ -65,10 +66,8 @@ def write_report(run_folder: Path) -> Path:
         raise DataError(f"{report}: cannot be made ({error.strerror}); move away what is there") from error
     pictures = _draw(history, config, report)
     summary = report / "summary.md"
-    draft = report / ".summary.md.draft"
     text = _summary(run_folder, history, config, plan, pictures)
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a folder's name need not be UTF-8
-    draft.replace(summary)
+    replace_whole(summary, text)
     return summary
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import secrets
@@ -37,9 +36,9 @@ from typing import Any
 
 from trunkline.engine.config.strict import read_json_object
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.files import unused
+from trunkline.engine.machine.files import try_lock, unused
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.metrics_file import read_metrics
 
 LOCK, RANKS_LOCK = ".lock", ".lock-ranks"
 _LONGEST = 4096  # bytes of it that are read
@@ -186,7 +185,7 @@ def _locked(descriptor: int, folder: Path) -> str:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return f"{folder / LOCK}: is not a plain file; remove it or choose another --output-dir"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        without = try_lock(descriptor)
     except BlockingIOError:
         holder = _read(folder)
         return (
@@ -194,10 +193,10 @@ def _locked(descriptor: int, folder: Path) -> str:
             f"{holder.get('host', 'an unknown machine')} trains in it since {holder.get('since', 'an unknown time')}; "
             "wait for it or end it, or choose another --output-dir"
         )
-    except OSError as error:
+    if without is not None:
         print(
-            f"warning: {folder}: its file system has no locks ({error.strerror}): a second run that is started in this "
-            "folder would not be noticed",
+            f"warning: {folder}: its file system has no locks ({without.strerror}): a second run that is started in "
+            "this folder would not be noticed",
             flush=True,
         )
     return ""
@@ -212,12 +211,10 @@ def _ranks_that_live(folder: Path) -> str:
     try:
         for _ in range(_TRIES):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(descriptor)  # where there are no locks, that was said
                 return ""
             except BlockingIOError:
                 time.sleep(_PAUSE_S)
-            except OSError:  # no locks there, which was said
-                return ""
     finally:
         os.close(descriptor)
     return (
@@ -232,7 +229,7 @@ def _share(folder: Path) -> None:
         path = folder.resolve()
         descriptor = os.open(path / RANKS_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         _held[path] = descriptor
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try_lock(descriptor, shared=True)
 
 
 def _why_another(folder: Path, token: str) -> str:

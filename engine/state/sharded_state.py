@@ -2,8 +2,8 @@
 
 A rank holds, of each parameter, one run of consecutive elements: the whole of it, a ZeRO partition, the rows of an FSDP
 shard. That is a `Fragment`. Each rank writes the elements that it owns, of the parameter, of everything that the
-optimizer keeps for each element, and of the weights' average (engine/optim/averaging.py), as they are, in fp32 masters,
-into the files of trunkline.engine.state.sharded_files.
+optimizer keeps for each element, and of the weights' average (backends/averaging.py), as they are, in fp32
+masters, into the files of trunkline.engine.state.sharded_files.
 
 So there is nothing to convert: any layout reads the elements that it needs from the files that have them, one fragment
 at a time. Digests prove after loading that each element has come to its place.

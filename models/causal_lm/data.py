@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trunkline.engine.data.store import Array
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.packing import pack
 from trunkline.models.causal_lm.records import Kind
@@ -88,7 +89,16 @@ class _Pieces:
 _NAMES = {"text": "documents", "conversations": "conversations", "preferences": "pairs"}
 
 
-class Padded(Dataset[Piece]):
+class _OfSequences:
+    _sequences: Sequences
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What is read of the store."""
+        return list(self._sequences.arrays.values())
+
+
+class Padded(_OfSequences, Dataset[Piece]):
     """One piece a sample. Raises DataError if no sequence can be learned from.
 
     lengths: int64 [P], the number of tokens of each sample
@@ -106,7 +116,7 @@ class Padded(Dataset[Piece]):
         return self._pieces.read(self._sequences, index)
 
 
-class Packed(Dataset[list[Piece]]):
+class Packed(_OfSequences, Dataset[list[Piece]]):
     """A row of pieces a sample, at most `max_length` tokens together. Raises DataError as Padded does.
 
     lengths: int64 [R], the number of tokens of each row
@@ -131,7 +141,7 @@ class Packed(Dataset[list[Piece]]):
         return [self._pieces.read(self._sequences, int(piece)) for piece in self._packing.order[start:stop]]
 
 
-class Pairs(Dataset[tuple[Piece, Piece]]):
+class Pairs(_OfSequences, Dataset[tuple[Piece, Piece]]):
     """(chosen, rejected) a sample. Raises DataError as Padded does.
 
     lengths: int64 [P], the number of tokens of the longer side

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,9 @@ def compare(
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))
     held = Held(task, split, device, batch_size, max_samples, progress)
-    size = len(task.dataset(split))
+    dataset: Any = task.dataset(split)
+    task.store.verify(array.name for array in dataset.arrays)
+    size = len(dataset)
     result = Comparison(split, size if max_samples is None else min(size, max_samples))
     networks = {TRAINED: folder} | ({START: Path(model.path)} if model.path else {})
     if isinstance(task, PreferenceTask):

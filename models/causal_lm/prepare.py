@@ -19,14 +19,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trunkline.engine.data.store import INDEX
+from trunkline.engine.data.store_writer import draft_of
 from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.machine.files import entry
 from trunkline.models.causal_lm.conversion import characters, convert_all, texts
 from trunkline.models.causal_lm.records import KINDS, Kind
 from trunkline.models.causal_lm.skipped import Skipped, Tally, remarks
 from trunkline.models.causal_lm.sources import SUFFIXES, Problem, find_files
 from trunkline.models.causal_lm.splits import Splits
-from trunkline.models.causal_lm.store import Split, Store, values_digest
-from trunkline.models.causal_lm.store_writer import StoreWriter, draft_of
+from trunkline.models.causal_lm.store import Split, Store
+from trunkline.models.causal_lm.store_writer import StoreWriter
 from trunkline.models.causal_lm.tokenizer import (
     MIN_VOCAB_SIZE,
     load_tokenizer,
@@ -149,7 +152,7 @@ def prepare(
         "tokenizer": vocab_size if given is None else tokenizer_digest(given),
         "chat template": None if chat_template is None else _template(chat_template),
     }
-    if (out / "store.json").is_file():
+    if (out / INDEX).is_file():
         store = _finished(out, made_from)
         if given is not None and given.backend_tokenizer.to_str() != store.tokenizer().backend_tokenizer.to_str():
             raise ConfigError(
@@ -245,7 +248,7 @@ def _check_out(out: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         if source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents:
             raise DataError(f"--out {out} and the source {source} contain one another: choose an --out of its own")
-    if out.is_dir() and not (out / "store.json").is_file() and any(out.iterdir()):
+    if out.is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
         raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
 
 
@@ -263,7 +266,7 @@ def _finished(out: Path, made_from: dict[str, Any]) -> Store:
 
 def _file_digests(files: Sequence[Path]) -> list[list[str]]:
     """[[name, SHA-256], ...] in the order in which the files are read; where they lie is of no account."""
-    return [[path.name, values_digest(path, skip=0)] for path in files]
+    return [[path.name, entry(path, follow=True)["sha256"]] for path in files]
 
 
 def _template(path: Path) -> str:
@@ -293,10 +296,10 @@ def _write_example(out: Path, kind: Kind) -> tuple[list[Path], list[Path]]:
 
 def _summary(store: Store) -> str:
     text = [f"{store.root}: {store.kind}, {store.vocab_size:,} tokens in the vocabulary"]
-    for split, entry in store.entries.items():
-        learned = f", {entry.learned:,} of them learned" if store.kind != "text" else ""
+    for split, counted in store.entries.items():
+        learned = f", {counted.learned:,} of them learned" if store.kind != "text" else ""
         text.append(
-            f"  {split}: {store.index['records'][split]:,} records, {entry.tokens:,} tokens{learned}; "
-            f"the longest has {entry.longest:,}"
+            f"  {split}: {store.index['records'][split]:,} records, {counted.tokens:,} tokens{learned}; "
+            f"the longest has {counted.longest:,}"
         )
     return "\n".join(text + [f"  {line}" for line in remarks(store.index)])

@@ -14,17 +14,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from trunkline.engine.data.store_writer import Part
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.csv.cases import read_case
 from trunkline.models.fluid.csv.source import SourceCase
 from trunkline.models.fluid.schema import Schema
-from trunkline.models.fluid.store import CaseEntry
 from trunkline.models.fluid.store_writer import write_case
 
 
 def convert_all(
     cases: list[SourceCase], out: Path, schema: Schema, stamps: dict[str, dict[str, Any]], workers: int | None
-) -> Generator[tuple[SourceCase, CaseEntry | DataError], None, None]:
+) -> Generator[tuple[SourceCase, Part | DataError], None, None]:
     """Read these cases and write them into `out`; each worker holds one case in memory.
 
     stamps: what each case (by key) is to remember of its source. workers: how many at a time; None for one a core.
@@ -39,7 +39,7 @@ def convert_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _convert(case: SourceCase, out: Path, schema: Schema, stamp: dict[str, Any]) -> CaseEntry | DataError:
+def _convert(case: SourceCase, out: Path, schema: Schema, stamp: dict[str, Any]) -> Part | DataError:
     try:
         read = read_case(case.folder, schema, outputs=case.outputs)
     except DataError as error:

@@ -27,7 +27,7 @@ class FluidWindows(Dataset[Sample]):
     """All windows of a split: M - T of each case that has outputs. Cases without outputs give none.
 
     Sample i belongs to case i // (M - T) of `cases` and starts at row i % (M - T), minute row + 1. A sample is read by
-    two positioned reads; nothing of the store stays in memory.
+    two positioned reads; nothing of the store stays in memory. `arrays` are those that it reads.
 
     Raises DataError if `history` does not fit a case or if the split has no window.
     """
@@ -39,6 +39,7 @@ class FluidWindows(Dataset[Sample]):
             )
         self.store, self.split, self.history = store, split, history
         self.cases = [case for case in store.cases(split) if store.has_state(split, case)]
+        self.arrays = store.arrays_of(split, self.cases)
         self.windows_per_case = store.minutes - history
         if not self.cases:
             held = len(store.cases(split))

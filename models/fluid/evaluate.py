@@ -53,6 +53,8 @@ def evaluate(
             f"{store.root}: no case of split {split!r} has outputs to compare with: choose another --split, or use "
             "launchers/predict.py"
         )
+    fitted = store.cases("train") if with_ridge else []
+    store.verify(array.name for array in [*store.arrays_of(split, cases), *store.arrays_of("train", fitted)])
     normalization = trained.model.normalization
     device = normalization.scale.device
     forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model)}

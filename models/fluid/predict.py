@@ -84,6 +84,7 @@ def nearest_start(store: Store, schema: Schema, boundary: np.ndarray, scale: np.
     """
     if store.schema != schema:
         raise DataError(f"{store.root}: has other columns than the run was trained on; give --start FOLDER")
+    store.verify(f"train/{case}/boundary" for case in store.cases("train"))
     best: tuple[float, str, int] | None = None
     for case in store.cases("train"):
         if store.has_state("train", case):

@@ -18,20 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trunkline.engine.data.store import INDEX
+from trunkline.engine.data.store_writer import PART, PARTIAL, Part
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.engine.machine.files import only_writer
+from trunkline.engine.machine.files import only_writer, replace_whole
 from trunkline.models.fluid.conversion import convert_all
 from trunkline.models.fluid.csv.source import SourceCase, agree_on_schema, find_cases, stamp
 from trunkline.models.fluid.schema import Schema
-from trunkline.models.fluid.store import SPLITS, CaseEntry, Store
-from trunkline.models.fluid.store_writer import (
-    PARTIAL,
-    begin_store,
-    finish_store,
-    is_finished,
-    read_record,
-    write_atomically,
-)
+from trunkline.models.fluid.store import SPLITS, Store
+from trunkline.models.fluid.store_writer import begin_store, finish_store, is_finished, read_case
 
 _LARGEST_NETWORK = 1 << 30
 
@@ -114,11 +109,10 @@ def prepare(
         stamps = {case.key: stamp(case, schema) for case in cases}
         entries = _kept_cases(out, cases, stamps, schema)
         unread = [case for case in cases if case.name not in entries[case.split]]
-        if not unread and is_finished(out, schema, entries, notes=_notes(val_fraction, seed, bad)):
-            _copy_network(source, out)
+        _copy_network(source, out)
+        if not unread and is_finished(out, entries, notes=_notes(val_fraction, seed, bad)):
             return _reasons(bad)
         begin_store(out, schema)
-        _copy_network(source, out)
         _remove_other_cases(out, entries)
         with (
             tqdm(total=len(cases), initial=len(cases) - len(unread), unit="case", disable=not progress) as bar,
@@ -164,35 +158,37 @@ def _check_out(source: Path, out: Path) -> None:
 
 def _kept_cases(
     out: Path, cases: list[SourceCase], stamps: dict[str, dict[str, Any]], schema: Schema
-) -> dict[str, dict[str, CaseEntry]]:
+) -> dict[str, dict[str, Part]]:
     """The cases that stand finished in `out`, read from the same files with the same columns."""
-    kept: dict[str, dict[str, CaseEntry]] = {split: {} for split in SPLITS}
+    kept: dict[str, dict[str, Part]] = {split: {} for split in SPLITS}
     for case in cases:
-        record = read_record(out / case.split / case.name, schema)
-        if record is not None and record[1] == stamps[case.key]:
-            kept[case.split][case.name] = record[0]
+        part = read_case(out / case.split / case.name, schema)
+        if part is not None and part.note["source"] == stamps[case.key]:
+            kept[case.split][case.name] = part
     return kept
 
 
-def _remove_other_cases(out: Path, kept: dict[str, dict[str, CaseEntry]]) -> None:
+def _remove_other_cases(out: Path, kept: dict[str, dict[str, Part]]) -> None:
     for split in SPLITS:
         for folder in sorted((out / split).iterdir()) if (out / split).is_dir() else []:
-            ours = folder.name.endswith(PARTIAL) or (folder / "case.json").is_file()
+            ours = folder.name.endswith(PARTIAL) or any((folder / name).is_file() for name in (PART, "case.json"))
             if ours and folder.name not in kept[split]:
                 shutil.rmtree(folder)
 
 
 def _copy_network(source: Path, out: Path) -> None:
-    path = source / "network.json"
-    if not path.is_file():
-        (out / "network.json").unlink(missing_ok=True)
-        return
-    if path.stat().st_size > _LARGEST_NETWORK:
+    path, copy = source / "network.json", out / "network.json"
+    if path.is_file() and path.stat().st_size > _LARGEST_NETWORK:
         raise DataError(f"{path}: larger than {_LARGEST_NETWORK >> 30} GiB: not a network")
     try:
-        write_atomically(out / "network.json", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8, or remove it") from error
+    if copy.is_file() and text is not None and copy.read_bytes() == text.encode():
+        return
+    if text is not None or copy.is_file():
+        (out / INDEX).unlink(missing_ok=True)  # it says what it was
+        copy.unlink(missing_ok=True) if text is None else replace_whole(copy, text)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

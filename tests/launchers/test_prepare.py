@@ -90,7 +90,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "--workers", "2"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not list(out.glob("*/case_*/case.json")):
+    while not list(out.glob("*/case_*/part.json")):
         assert process.poll() is None
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does

@@ -30,6 +30,7 @@ import polars as pl
 from tqdm import tqdm
 
 from trunkline.engine.errors import ConfigError, DataError, TrunklineError
+from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.workers import end_with_parent
 from trunkline.models.fluid.simulator import scenario
 from trunkline.models.fluid.simulator.gas import Array
@@ -41,7 +42,7 @@ from trunkline.models.fluid.simulator.transient import MINUTES, Record, run_day
 
 NETWORKS = {"demo": demo, "reference": reference}
 FORMAT = 1
-DRAFT = "network.json.partial"
+DRAFT = ".network.json.draft"
 DECIMALS = {"p": 6, "q": 5, "t": 4, "pwr": 3, "inv": 2}
 
 
@@ -126,10 +127,7 @@ def _claim(out: Path, name: str, seed: int) -> None:
     elif out.exists() and (not out.is_dir() or any(path.name != DRAFT for path in out.iterdir())):
         raise DataError(f"{out}: is not empty and has no network.json of a simulation; give a new or an empty folder")
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        draft = out / DRAFT
-        draft.write_text(text, encoding="utf-8")
-        draft.rename(marker)
+        replace_whole(marker, text)
     shutil.rmtree(out / ".partial", ignore_errors=True)
 
 

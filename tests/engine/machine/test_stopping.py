@@ -23,7 +23,7 @@ from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.machine import stopping
 from trunkline.engine.ranks import lookout
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.task import Batch, Sums
 from trunkline.engine.trainer import InterruptedRunError, Trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -305,17 +306,15 @@ def stop_at(trainer: Trainer, step: int) -> None:
     def save_and_leave(in_background: bool | None = None) -> Any:
         path = save(False)
         if trainer.progress.step == step < trainer.total_steps:
-            raise Left
+            raise LeftError
         return path
 
     trainer.save = save_and_leave  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(LeftError):
         trainer.run()
-    except Left:
-        pass
 
 
-class Left(Exception):
+class LeftError(Exception):
     pass
 
 

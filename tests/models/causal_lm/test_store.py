@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from trunkline.engine.data.store import fingerprint
+from trunkline.engine.data.store_writer import draft_of
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
 from trunkline.models.causal_lm.store import Store
-from trunkline.models.causal_lm.store_writer import StoreWriter, draft_of
+from trunkline.models.causal_lm.store_writer import StoreWriter
 from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
 
 Given = list[tuple[list[int], list[int]]]
@@ -62,7 +64,7 @@ def test_a_part_of_a_sequence_never_reaches_into_the_next(store: Store) -> None:
     assert sequences.tokens(3, 1, 3).tolist() == [2, 3]
     assert sequences.loss_mask(3, 0, 2).tolist() == [True, False]
     assert sequences.tokens(0, 1, 99).tolist() == [6, 7]
-    with pytest.raises(IndexError, match="sequence 4 of 4"):
+    with pytest.raises(IndexError, match="item 4 of 4"):
         sequences.tokens(4)
 
 
@@ -104,7 +106,7 @@ def test_a_pickled_store_holds_no_arrays_and_reads_for_itself(store: Store) -> N
     data = pickle.dumps((store, sequences))
     assert len(data) < 6000
     copied_store, copied = pickle.loads(data)
-    assert copied._maps == {}
+    assert not copied_store._map.values
     assert copied.tokens(3).tolist() == [1, 2, 3, 4]
     assert copied_store.fingerprint == store.fingerprint
 
@@ -144,7 +146,7 @@ def test_flipped_values_show_when_verified(store: Store) -> None:
     path = store.root / "val/tokens.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     Store.open(store.root)
-    with pytest.raises(DataError, match=r"val/tokens\.npy: its bytes changed"):
+    with pytest.raises(DataError, match=r"val/tokens\.npy: damaged: its values are not those that were written"):
         store.verify()
 
 
@@ -158,11 +160,11 @@ def test_another_index_or_tokenizer_is_not_taken_for_the_one_written(store: Stor
     path = store.root / "store.json"
     index = json.loads(path.read_text())
     for key, value, message in [
-        ("version", 0, "store version 0 where 1 is read"),
-        ("kind", "text", "changed since it was written"),
-        ("kind", "poems", "damaged"),
-        ("vocab_size", 9, "changed since it was written"),
-        ("splits", {}, "damaged"),
+        ("version", 0, "store version 0 where 2 is read"),
+        ("arrays", {}, "changed since it was written"),
+        ("facts", index["facts"] | {"kind": "text"}, "changed since it was written"),
+        ("facts", index["facts"] | {"vocab_size": 9}, "changed since it was written"),
+        ("files", {}, "changed since it was written"),
     ]:
         path.write_text(json.dumps(index | {key: value}))
         with pytest.raises(DataError, match=message):
@@ -204,9 +206,10 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path: Path) -> None:
 
 INDICES: dict[str, tuple[object, str]] = {
     "nested deep": ("[" * 100_000, r"damaged \(nested more than 64 deep\)"),
-    "version true": ({"version": True}, "store version True where 1 is read"),
-    "a size that is a word": ({"vocab_size": "300"}, r"damaged \(ValueError\('a count that is none'\)\)"),
+    "version true": ({"version": True}, "store version True where 2 is read"),
+    "a size that is a word": ({"vocab_size": "300"}, r"damaged \(a count that is none\)"),
     "a size without end": ({"vocab_size": 10**400}, r"damaged \(10+\.\.\. is larger than any number"),
+    "a split more": ({"splits": {"train": {}, "val": {}, "test": {}}}, r"damaged \("),
     "splits that are a list": ({"splits": [1]}, r"damaged \("),
 }
 
@@ -215,6 +218,12 @@ INDICES: dict[str, tuple[object, str]] = {
 def test_an_index_of_other_types_is_named(store: Store, name: str) -> None:
     change, message = INDICES[name]
     path = store.root / "store.json"
-    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))  # type: ignore[operator]
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        assert isinstance(change, dict)
+        index = json.loads(path.read_text())
+        index |= change if "version" in change else {"facts": index["facts"] | change}
+        path.write_text(json.dumps(index | {"fingerprint": fingerprint(index)}))
     with pytest.raises(DataError, match=rf"store\.json: {message}"):
         Store.open(store.root)

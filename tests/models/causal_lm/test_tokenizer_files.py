@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tests.models.causal_lm.families import tiny_config
 from tests.models.causal_lm.test_prepare import write_lines
 from tests.models.causal_lm.toy_language import toy_config
+from trunkline.engine.data.store import fingerprint
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
@@ -142,13 +144,11 @@ def test_tokens_of_an_unfaithful_copy_are_an_error(tmp_path: Path) -> None:
 
 def _as_an_earlier_version_left_it(root: Path, tokenizer: Any) -> None:
     """With the tokenizer that save_pretrained writes."""
-    from trunkline.models.causal_lm.store import SplitEntry, store_fingerprint, tokenizer_digests
-
     tokenizer.save_pretrained(root / "tokenizer")
     index = json.loads((root / "store.json").read_text())
-    index["tokenizer"] = tokenizer_digests(root / "tokenizer")
-    entries = {name: SplitEntry(**entry) for name, entry in index["splits"].items()}
-    index["fingerprint"] = store_fingerprint(index["kind"], index["vocab_size"], entries, index["tokenizer"])
+    files = sorted((root / "tokenizer").iterdir())
+    index["files"] = {f"tokenizer/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    index["fingerprint"] = fingerprint(index)
     (root / "store.json").write_text(json.dumps(index))
     Store.open(root)
 

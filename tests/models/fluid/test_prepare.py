@@ -42,7 +42,7 @@ def test_a_source_becomes_a_store(source: Path, tmp_path: Path) -> None:
             assert state is not None
             number = int(name[-1])
             assert state[:, 3].tolist() == [output(3, minute, number) for minute in range(1, 1441)]
-            assert store.entry(split, name).day == "2025-01-01"
+            assert store.day(split, name) == "2025-01-01"
     assert store.state("test", "case_0001") is None
     assert json.loads((out / "network.json").read_text()) == {"nodes": []}
     assert json.loads((out / "store.json").read_text())["skipped"] == {}
@@ -103,19 +103,19 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_store(tmp_path: Path) -> No
     out = tmp_path / "store"
     command = [sys.executable, str(ROOT / "launchers/prepare.py"), "fluid", "--source", str(source), "--out", str(out)]
     process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(out.glob("*/case_*/case.json")):
+    while not list(out.glob("*/case_*/part.json")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
     process.wait()
-    assert 0 < len(list(out.glob("*/case_*/case.json"))) < 17, "the kill did not come in the middle"
+    assert 0 < len(list(out.glob("*/case_*/part.json"))) < 17, "the kill did not come in the middle"
     with pytest.raises(DataError, match="was not finished"):
         Store.open(out)
 
     half = out / "train/.case_0001.partial"
     half.mkdir(parents=True, exist_ok=True)
     (half / "state.npy").write_bytes(b"\0" * 100)
-    kept = {path: path.stat().st_ino for path in out.glob("*/case_*/case.json")}
+    kept = {path: path.stat().st_ino for path in out.glob("*/case_*/part.json")}
     prepare(source, out, workers=1)
     assert {path: path.stat().st_ino for path in kept} == kept, "finished cases were written again"
     prepare(source, tmp_path / "unbroken", workers=1)

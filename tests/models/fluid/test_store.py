@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trunkline.engine.data.npy import Spec
+from trunkline.engine.data.store import MAX_OPEN_MAPS, fingerprint
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.schema import GROUPS, Schema
-from trunkline.models.fluid.store import MAX_OPEN_MAPS, Store, npy_header
+from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.store_writer import write_store
 
 SCHEMA = Schema(("B_001:FR",), dict.fromkeys(GROUPS, ()) | {"N": ("N_001_p", "N_002_p")})
@@ -60,7 +62,7 @@ def test_arrays_are_plain_npy_files(root: Path) -> None:
     np.testing.assert_array_equal(np.load(root / "train/case_1/state.npy", allow_pickle=False), case(1)[1])
     for shape in ((1440, 538), (1440, 6174), (1, 1), (123456, 7890123)):
         array = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0, 0))
-        assert npy_header(*shape) == _numpys_header(array)
+        assert Spec("<f4", shape, "").header == _numpys_header(array)
 
 
 def _numpys_header(array: np.ndarray) -> bytes:
@@ -79,7 +81,7 @@ def test_maps_are_read_only_and_few(root: Path) -> None:
             for name in store.cases(split):
                 store.boundary(split, name)
                 store.state(split, name)
-    assert len(store._maps._values) == 6
+    assert len(store._map.values) == 6
     assert MAX_OPEN_MAPS <= 16
 
 
@@ -127,6 +129,22 @@ def _edit_index(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
+def _elsewhere(root: Path) -> None:
+    _with_array(root, "../../etc/boundary")
+
+
+def _one_more(root: Path) -> None:
+    (root / "train/more.npy").write_bytes((root / "val/v/state.npy").read_bytes())
+    _with_array(root, "train/more")
+
+
+def _with_array(root: Path, name: str) -> None:
+    """With an index that somebody made, fingerprint included."""
+    index = json.loads((root / "store.json").read_text())
+    index["arrays"][name] = index["arrays"]["val/v/state"]
+    (root / "store.json").write_text(json.dumps(index | {"fingerprint": fingerprint(index)}))
+
+
 def _pipe(name: str) -> Callable[[Path], object]:
     return lambda root: ((root / name).unlink(), os.mkfifo(root / name))
 
@@ -138,39 +156,40 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: (r / "store.json").write_text("[]"),
         r"store\.json: damaged \(it does not hold an object",
     ),
-    "index of version true": (_edit_index(version=True), r"store\.json: store version True where 1 is read"),
+    "index of version true": (_edit_index(version=True), r"store\.json: store version True where 2 is read"),
     "index of a day without end": (
-        _edit_index(minutes=10**400),
+        _edit_index(facts={"minutes": 10**400}),
         r"store\.json: damaged \(1000.* is larger than any number",
     ),
-    "index of minutes in words": (_edit_index(minutes="1440"), r"store\.json: damaged \(ValueError\(\"minutes '1440'"),
-    "index with a case elsewhere": (
-        _edit_index(splits={"train": {"../../etc": {"day": "", "digests": {}}}}),
-        r"store\.json: damaged .*a split or case",
-    ),
+    "index of other facts": (_edit_index(facts={"minutes": "1440"}), r"store\.json: changed since it was written"),
+    "index with a case elsewhere": (_elsewhere, r"store\.json: damaged \(a file that would lie elsewhere"),
+    "index with an array more": (_one_more, r"train/more\.npy: does not fit schema\.json"),
     "index nested deep": (
         lambda r: (r / "store.json").write_text("[" * 100_000),
         r"store\.json: damaged \(nested more",
     ),
-    "schema nested deep": (lambda r: (r / "schema.json").write_text("[" * 100_000), r"schema\.json: .* nested more"),
+    "schema nested deep": (
+        lambda r: (r / "schema.json").write_text("[" * 100_000),
+        r"schema\.json: changed since it was written",
+    ),
     "schema a pipe": (_pipe("schema.json"), r"schema\.json: .*it is a named pipe, where a file is expected"),
     "statistics a pipe": (_pipe("statistics.safetensors"), r"statistics\.safetensors: .*it is a named pipe"),
-    "state a pipe": (_pipe("val/v/state.npy"), r"val/v/state\.npy: is missing"),
-    "index of a later version": (_edit_index(version=7), r"store\.json: store version 7 where 1 is read"),
-    "index without cases": (_edit_index(splits=None), r"store\.json: damaged"),
-    "a case more": (_edit_index(splits={"train": {}}), r"store\.json and schema\.json do not belong together"),
+    "state a pipe": (_pipe("val/v/state.npy"), r"val/v/state\.npy: cannot be read: it is a named pipe"),
+    "index of a later version": (_edit_index(version=7), r"store\.json: store version 7 where 2 is read"),
+    "index without arrays": (_edit_index(arrays=None), r"store\.json: changed since it was written"),
+    "index of another workload": (_edit_index(workload="weather"), r"is a data set of 'weather', not of 'fluid'"),
     "state cut": (lambda r: _cut(r / "val/v/state.npy"), r"val/v/state\.npy: has \d+ bytes where \d+ were written"),
     "state missing": (lambda r: (r / "val/v/state.npy").unlink(), r"val/v/state\.npy: is missing"),
     "boundary missing": (lambda r: (r / "test/t/boundary.npy").unlink(), r"test/t/boundary\.npy: is missing"),
-    "schema missing": (lambda r: (r / "schema.json").unlink(), r"schema\.json: cannot be read as a schema"),
+    "schema missing": (lambda r: (r / "schema.json").unlink(), r"schema\.json: is missing"),
     "schema of another": (
         lambda r: Schema(("B_002:FR",), SCHEMA.groups).write(r),
-        r"store\.json and schema\.json do not belong together",
+        r"schema\.json: changed since it was written",
     ),
-    "statistics cut": (lambda r: _cut(r / "statistics.safetensors"), r"statistics\.safetensors: cannot be read"),
+    "statistics cut": (lambda r: _cut(r / "statistics.safetensors"), r"statistics\.safetensors: changed"),
     "statistics missing": (
         lambda r: (r / "statistics.safetensors").unlink(),
-        r"statistics\.safetensors: cannot be read",
+        r"statistics\.safetensors: is missing",
     ),
 }
 
@@ -205,7 +224,7 @@ def test_a_damaged_header_is_found_when_rows_are_read(root: Path) -> None:
     content = bytearray(path.read_bytes())
     content[9] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"val/v/state\.npy: damaged: not a float32 array of 12 x 2"):
+    with pytest.raises(DataError, match=r"val/v/state\.npy: damaged: not an array of <f4 \[12, 2\]"):
         Store.open(root).state_rows("val", "v", 0, 1)
 
 

@@ -202,7 +202,7 @@ def test_foreign_folders_are_refused_and_left_alone(made: Path, tmp_path: Path) 
 
 
 def test_an_interrupted_first_moment_is_taken_up(tmp_path: Path) -> None:
-    (tmp_path / "network.json.partial").write_text("{", encoding="utf-8")
+    (tmp_path / ".network.json.draft").write_text("{", encoding="utf-8")
     simulate("demo", 0, tmp_path, seed=0, test_cases=1, boundary_only_tests=True, workers=1)
     assert (tmp_path / "test/case_0001/Boundary.csv").is_file()
     assert json.loads((tmp_path / "network.json").read_text(encoding="utf-8"))["name"] == "demo"

@@ -5,8 +5,8 @@
     with average.in_place("evaluation"):    the model has the average for weights
 
 Update n (from 0) is average += (1 - d) (weights - average). The average begins as the weights are at step 0. Here d is
-min(decay, (1 + n) / (10 + n)) with `warmup` (TensorFlow's ExponentialMovingAverage with `num_updates`), else `decay` (as
-torch.optim.swa_utils.get_ema_multi_avg_fn). The weights are the fp32 masters, whatever precision the model runs in.
+min(decay, (1 + n) / (10 + n)) with `warmup` (TensorFlow's ExponentialMovingAverage with `num_updates`), else `decay`
+(torch.optim.swa_utils.get_ema_multi_avg_fn). The weights are the fp32 masters, whatever precision the model runs in.
 Statistics of the data, such as BatchNorm's, are averaged alike, as timm's ModelEmaV3 does: they belong to the weights.
 """
 

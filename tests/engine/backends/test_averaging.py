@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.optim.test_parameter_rules import EMA, assert_as_a_plain_loop, configuration, stop_at, train
+from tests.engine.test_trainer import interrupted_then_resumed
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.checkpoint.checkpoints import verify
 from trunkline.engine.checkpoint.export import export_weights
@@ -39,7 +40,19 @@ def test_an_average_is_resumed_on_another_layout(
     assert_as_a_plain_loop(tmp_path / "run", config)
 
 
-def test_a_run_whose_process_kept_no_average_begins_one_with_the_weights_that_it_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_is_stopped_in_an_evaluation_of_its_average_equals_the_unbroken_one(
+    tmp_path: Path, stage: int
+) -> None:
+    config = configuration(tmp_path, stage, eval_every=5)
+    train(tmp_path / "unbroken", config)
+    interrupted_then_resumed(tmp_path / "run", config, at=5)
+    for name in ("final", "best"):
+        wanted, found = (load_file(tmp_path / run / name / "model.safetensors") for run in ("unbroken", "run"))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_run_that_kept_no_average_begins_one_with_the_weights_that_it_resumes(tmp_path: Path) -> None:
     stop_at(begin(tmp_path / "run", configuration(tmp_path / "a", save_every=5, ema=None)), 5)
     trainer = begin(tmp_path / "run", configuration(tmp_path / "b"), resume="auto")
     for owner, average in trainer.assembly.average.of.items():
