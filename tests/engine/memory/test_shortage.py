@@ -354,7 +354,7 @@ class Stingy(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         super().step()
         self.steps_made = getattr(self, "steps_made", 0) + 1
-        if self.steps_made == 2 and len(self.param_groups[0]["params"]) > 4:  # of a model, not of what is tried first
+        if self.steps_made == 2 and sum(len(group["params"]) for group in self.param_groups) > 4:  # no trial of it
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
