@@ -76,7 +76,8 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
             "trunkline.engine.trainer",
             "torch._inductor",  # this and the next are what deepspeed.initialize imports
             "deepspeed.runtime.zero.muon.muon_optimizer",
-            "transformers.models.llama.modeling_llama",  # what a language model's rank imports, in seconds
+            "transformers.models.llama.modeling_llama",  # this and the next are what a language model's rank imports
+            "transformers.models.t5.modeling_t5",
         ]
     )
     return context
