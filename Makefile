@@ -2,11 +2,11 @@
 # make test    set up .venv and run the linter, the type checker and the tests
 # make chaos   kill, cut, fill and hang everything that can be, and print what survived; some minutes
 # make gpu-bench   on a machine with a GPU, in at most 8 minutes: the kernels' rates and what limits them, into
-#                  benchmarks/<device>/ and README.md, and their tests there; sets up nothing, PYTHON is any that has torch,
+#                  benchmarks/results/<device>/ and docs/measured.md, and their tests there; sets up nothing, PYTHON is any that has torch,
 #                  Triton, pytest-xdist, hypothesis, matplotlib and tqdm; ncu, NVIDIA's profiler, has to be on the PATH
 #                  or in /usr/local/cuda/bin
 #
-#   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.12
+#   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.13
 #   WORKLOAD=fluid      what `make train` trains: fluid, or causal_lm; its configuration is configs/$(WORKLOAD)/demo.json
 #
 # After the first call nothing is downloaded and no finished data set is made again.
@@ -15,7 +15,7 @@ PYTHON ?= python3
 WORKLOAD ?= fluid
 VENV ?= .venv
 
-WORKLOADS := fluid causal_lm
+WORKLOADS := $(patsubst models/%/task.py,%,$(wildcard models/*/task.py))
 ifeq ($(filter $(WORKLOAD),$(WORKLOADS)),)
 $(error WORKLOAD=$(WORKLOAD) is none of: $(WORKLOADS))
 endif
@@ -115,8 +115,8 @@ clean:
 	rm -rf $(VENV) data/*-demo runs/*-demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 $(python):
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-		{ echo "$(PYTHON) is not Python 3.10, 3.11 or 3.12; name one that is: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
 

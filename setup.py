@@ -9,33 +9,38 @@ setup(
     license="Apache-2.0",
     packages=find_namespace_packages(include=["trunkline", "trunkline.*"], exclude=["trunkline.benchmarks*"]),
     package_data={"trunkline": ["configs/*/*.json"]},
-    python_requires=">=3.10,<3.13",
-    install_requires=[
-        "torch>=2.11",
-        "deepspeed>=0.19",
-        "safetensors>=0.5",
-        "pydantic>=2.10",
-        "numpy>=1.26",
-        "scipy>=1.13",
+    entry_points={"console_scripts": ["trunkline = trunkline.launchers.cli:main"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[  # the lowest versions that the tests have passed with, together
+        "torch>=2.13",
+        "deepspeed>=0.19.8",  # whose schema engine/config describes key by key
+        "safetensors>=0.8",
+        "pydantic>=2.11",
+        "numpy>=2.0",
+        "scipy>=1.14",
         "numba>=0.61",
-        "polars>=1.20",
+        "polars>=1.37",
         "matplotlib>=3.9",
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=5.9",
         "transformers>=5.20",
+        "tokenizers>=0.23.1",
+        "jinja2>=3.1",  # which transformers renders a conversation with
     ],
     extras_require={
-        "examples": ["chatterbot-corpus>=1.3"],  # questions and answers that `make train WORKLOAD=causal_lm` learns
+        "examples": ["chatterbot-corpus>=1.3", "pyyaml>=6"],  # what `make train WORKLOAD=causal_lm` learns
         "test": [
             "trunkline[examples]",
             "accelerate>=1.10",  # these two are what results and speeds are compared with
             "trl>=1.14",
+            "kernels>=0.17",  # Hugging Face's, beside which everything has to work
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
-            "hypothesis>=6",
+            "hypothesis>=6.100",
+            "packaging>=22",
             "pandas>=2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU
         ],

@@ -1,4 +1,4 @@
-"""Training speed of language models: the engine against transformers' Trainer and a plain loop of Accelerate.
+"""Training speed of language models against transformers' Trainer and Accelerate.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py causal_lm [--backend fsdp]`
     measure(config, turns=..., steps=...)   tokens and seconds of every turn, and the losses
@@ -26,8 +26,8 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from trunkline.benchmarks.causal_lm_peers import (
     no_launcher,
     real_tokens,
 )
+from trunkline.benchmarks.pairs import ratio_of
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.data.loading import collate
 from trunkline.engine.errors import ConfigError, TrunklineError
@@ -111,7 +112,7 @@ def measure(
     padded: Any = make_task(with_padding) if config.data.packing else task
     with tempfile.TemporaryDirectory() as folder, _quiet():
         engine = _Engine(task, config, ranks, Path(folder, "run"), backend=backend)
-        names = ((task.weight_name(name), value) for name, value in engine.backend.full_state())
+        names = ((task.tensor_name(name), value) for name, value in engine.backend.full_state())
         weights = {name: value for name, value in names if name is not None}
         with no_launcher():
             engine.others = [
@@ -144,7 +145,7 @@ def total_steps(turns: int, steps: int) -> int:
 
 def _documents(task: Any, padded: Any) -> tuple[Batch, Batch]:
     """The same documents as the engine's batch and as a padded one."""
-    dataset, count = task.datasets()["train"], min(_CHECKED, len(task.datasets()["train"]))
+    dataset, count = task.dataset("train"), min(_CHECKED, len(task.dataset("train")))
     if task is not padded:
         rows = [dataset[place] for place in range(min(2, count))]
         pieces = [piece for row in rows for piece in row]
@@ -213,37 +214,6 @@ def preset(name: str) -> dict[str, Any]:
             "zero_optimization": {"stage": 0},
         },
     }
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Of the engine's speed to another's, over the turns: the median, its 95 % interval, and the ratios' quantiles."""
-
-    median: float
-    tenth: float
-    ninetieth: float
-    low: float
-    high: float
-
-    @property
-    def slower(self) -> bool:
-        """The whole interval lies below 1."""
-        return self.high < 1
-
-
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """The ratio of speeds that were measured in pairs."""
-    ratios = sorted(our / their for our, their in zip(ours, theirs, strict=True))
-    # order statistics around the median: the binomial interval in its normal approximation
-    middle, reach = (len(ratios) - 1) / 2, 0.98 * len(ratios) ** 0.5
-    tenth, ninetieth = np.quantile(ratios, [0.1, 0.9])
-    return Ratio(
-        median=statistics.median(ratios),
-        tenth=float(tenth),
-        ninetieth=float(ninetieth),
-        low=ratios[max(0, int(middle - reach))],
-        high=ratios[min(len(ratios) - 1, int(np.ceil(middle + reach)))],
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -326,7 +296,7 @@ def report(sides: list[Side]) -> bool:
     )
     slower = False
     for side in sides:
-        ratio = compare(ours.speeds, side.speeds)
+        ratio = ratio_of(ours.speeds, side.speeds)
         shown = (
             f"{ratio.median:>13.3f}{f'{ratio.tenth:.3f} - {ratio.ninetieth:.3f}':>15}"
             f"{f'{ratio.low:.3f} - {ratio.high:.3f}':>16}"
@@ -337,7 +307,7 @@ def report(sides: list[Side]) -> bool:
             + (f"{side.peak_bytes / 2**20:>10,.0f}" if side.peak_bytes else ""),
             flush=True,
         )
-        slower |= side in others and ratio.slower
+        slower |= side in others and ratio.high < 1
     return slower
 
 

@@ -28,6 +28,7 @@ from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import collate
 from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.optim.parameter_rules import parameter_groups
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.task import Batch
 from trunkline.models.causal_lm.data import IGNORE
@@ -100,13 +101,13 @@ class Peer:
         self.model.config.use_cache = False
         self.model.to(device)
         self.task, self.device, self.steps, self.padding_mask = task, device, steps, padding_mask
-        self.dataset, section = task.datasets()["train"], config.deepspeed
+        self.dataset, section = task.dataset("train"), config.deepspeed
         sizes = batch_sizes(section, world_size=1)
         self.micro_batch_size, self.accumulate = sizes.micro_batch_size, sizes.grad_accum_steps
         self.clip = section.gradient_clipping
         self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, config.training.seed)
         params = section.optimizer.params | {"betas": tuple(section.optimizer.params.get("betas", (0.9, 0.999)))}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **(params | {"fused": True}))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), **(params | {"fused": True}))
         rates = learning_rates(section.scheduler, params["lr"], total_steps, list(range(total_steps + 1)))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rates[step] / params["lr"])
         self.side = Side(self.name)

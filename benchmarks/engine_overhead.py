@@ -1,4 +1,4 @@
-"""What the engine costs: its step against the same backend driven by a bare loop, on the same model and data.
+"""What the engine costs: its step against a bare loop on the same backend.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
     measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
+from trunkline.benchmarks.pairs import Ratio, ratio_of
 from trunkline.engine.backends.model_options import blocks
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, start, stop
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.trainer import Trainer
 
 LIMIT_RATIO = 1.01
@@ -97,10 +98,8 @@ class Chain(nn.Module):
         return self.links(x)
 
 
-class OverheadTask:
+class OverheadTask(Task):
     """Mean squared error of a chain: trunkline.engine.task.Task at its least."""
-
-    unit = "samples"
 
     def __init__(self, data: OverheadData, model: OverheadModel) -> None:
         self.model = model
@@ -109,50 +108,21 @@ class OverheadTask:
     def build_model(self) -> nn.Module:
         return Chain(self.model.tensors // 2, self.model.width)
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        return dict(self._sets)
+    def dataset(self, split: str) -> Rows:
+        return self._sets[split]
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         x, y = zip(*samples, strict=True)
         return {"x": torch.stack(x), "y": torch.stack(y)}
 
-    def weight(self, batch: Batch) -> Tensor:
-        return batch["valid"].sum()
-
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         return {"loss": (squared_errors(model, batch).mean(1) * batch["valid"]).sum()}
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        return self.loss(model, batch) | {"weight": self.weight(batch)}
-
-    def summarize(self, sums: Sums) -> dict[str, float]:
-        return {"loss": float(sums["loss"] / sums["weight"])}
 
     def flops_per_sample(self) -> float:
         return 6.0 * self.model.tensors / 2 * self.model.width**2
 
     def fingerprint(self) -> str:
         return "random"
-
-    def notes(self) -> list[str]:
-        """There are none."""
-        return []
-
-    def direction(self, metric: str) -> Literal["min", "max"] | None:
-        """There is no metric but the loss."""
-        return None
-
-    def weight_name(self, name: str) -> str:
-        """The model's own."""
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own."""
-        return tensors
-
-    def save_assets(self, folder: Path) -> dict[str, Any]:
-        """There are none."""
-        return {}
 
 
 def squared_errors(model: nn.Module, batch: Batch) -> Tensor:
@@ -269,7 +239,7 @@ def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Call
 def _bare_batches(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
     size = config.deepspeed.train_batch_size
     while True:
-        for batch in DataLoader(task.datasets()["train"], size, shuffle=True, collate_fn=task.collate):
+        for batch in DataLoader(task.dataset("train"), size, shuffle=True, collate_fn=task.collate):
             yield {key: value.to(ranks.device) for key, value in batch.items()}
 
 
@@ -279,7 +249,14 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
         "workload": "overhead",
         "data": {},
         "model": {"tensors": tensors},
-        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": 10, "trackers": []},
+        "training": {
+            "steps": steps,
+            "eval_every": never,
+            "save_every": never,
+            "log_every": 10,
+            "trackers": [],
+            "parameters": [{"names": ["*"], "weight_decay": 0.01}],  # as in the loops beside it
+        },
         "deepspeed": {
             "train_batch_size": batch_size,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
@@ -295,34 +272,27 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Medians over the pairs, and an interval that holds the median of the ratios with 95 % confidence."""
+    """Medians over the pairs."""
 
     ours_s: float
     bare_s: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    ratio: Ratio
     difference_s: float
 
     @property
     def within_limit(self) -> bool:
         """At most 1 % or 100 microseconds a step."""
-        return self.ratio <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
+        return self.ratio.median <= LIMIT_RATIO or self.difference_s <= LIMIT_SECONDS
 
 
 def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
     """The verdict on pairs of seconds (ours, bare)."""
-    ratios = sorted(ours / bare for ours, bare in pairs)
-    # order statistics around the median: the binomial interval in its normal approximation
-    reach = round(0.98 * len(ratios) ** 0.5)
-    middle = len(ratios) // 2
+    ours, bare = zip(*pairs, strict=True)
     return Verdict(
-        ours_s=statistics.median(ours for ours, _ in pairs),
-        bare_s=statistics.median(bare for _, bare in pairs),
-        ratio=statistics.median(ratios),
-        ratio_low=ratios[max(0, middle - reach)],
-        ratio_high=ratios[min(len(ratios) - 1, middle + reach)],
-        difference_s=statistics.median(ours - bare for ours, bare in pairs),
+        ours_s=statistics.median(ours),
+        bare_s=statistics.median(bare),
+        ratio=ratio_of(ours, bare),
+        difference_s=statistics.median(our - their for our, their in pairs),
     )
 
 
@@ -356,7 +326,7 @@ def run(arguments: argparse.Namespace) -> int:
                 verdicts.append(verdict)
                 print(
                     f"{tensors:>7} {stage:>4} {verdict.bare_s * 1e3:>9.3f} {verdict.ours_s * 1e3:>9.3f} "
-                    f"{verdict.ratio:>7.3f} {verdict.ratio_low:>7.3f}-{verdict.ratio_high:.3f} "
+                    f"{verdict.ratio.median:>7.3f} {verdict.ratio.low:>7.3f}-{verdict.ratio.high:.3f} "
                     f"{verdict.difference_s * 1e6:>10.0f}  {'' if verdict.within_limit else 'over the limit'}",
                     flush=True,
                 )

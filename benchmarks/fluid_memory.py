@@ -1,4 +1,4 @@
-"""Whether memory grows with the number of cases: preparing a store, reading windows out of it, and training on it.
+"""Whether memory grows with the number of cases: preparing, reading, training.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py memory`
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of one training step of a fluid configuration at the reference network's size.
+"""Time and peak memory of one training step of a fluid configuration.
 
     python launchers/bench.py fluid_step --config configs/fluid/small.json
 

@@ -1,4 +1,4 @@
-"""What limits each kernel: the shares of the GPU's peaks that ncu, NVIDIA's profiler, counts while it runs.
+"""What limits each kernel: shares of the GPU's peaks, counted by ncu.
 
     add_arguments(parser), run(arguments)   `python launchers/bench.py profile`
     python -m trunkline.benchmarks.kernel_profile CASE    what ncu watches: a case's kernels, each launched once

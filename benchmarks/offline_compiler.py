@@ -1,4 +1,4 @@
-"""compile_for, resources, product_loops, wide_loads: a Triton kernel compiled for a GPU that need not be there.
+"""A Triton kernel compiled for a GPU that need not be there.
 
 Triton compiles for any architecture, and brings the assembler and the disassembler that tell.
 """

@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: how a call is timed and checked, when to stop, and how the figures are written.
+"""How the kernels' benchmarks time, check, stop and write their figures.
 
 Report collects rows and writes <name>.csv, .md, .json and .png; median_seconds times a call; as_accurate says whether a
 rate may be shown at all; Deadline says whether there is time to start another.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trunkline.engine.record.tables import markdown
 from trunkline.kernels.triton_path import triton
 
 if TYPE_CHECKING:
@@ -231,9 +232,8 @@ class Report:
         ]
         lines += [f"\n{note}" for note in self.notes] + [""]
         columns = list(self.rows[0])
-        lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
+        table = [columns, *([_cell(row[column]) for column in columns] for row in self.rows)]
+        return "\n".join(lines) + f"\n{markdown(table)}\n"
 
 
 def _lost(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""How long a save holds training up: written in the background, against a save that is waited for, in turn in one run.
+"""How long a save delays training, in the background and blocking.
 
     python launchers/bench.py save --config configs/fluid/demo.json
     torchrun --nproc_per_node 2 launchers/bench.py save --config configs/fluid/demo.json --backend fsdp

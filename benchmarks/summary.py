@@ -1,6 +1,6 @@
-"""README's table of what the kernels reach on an H200, from the files that `make gpu-bench` leaves.
+"""The table of what the kernels reach, from the files of `make gpu-bench`.
 
-    python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into README.md too
+    python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into docs/measured.md too
 
 Only a right result gives a number; what was not measured, or only in part, says so.
 """
@@ -16,6 +16,7 @@ from trunkline.benchmarks.attention import AIMS, SHARE_AIMS
 from trunkline.benchmarks.contenders import FULL, MASKED
 from trunkline.benchmarks.masked_mse import AIM, AIMED_AT, STRETCH
 from trunkline.benchmarks.report import OK, Row
+from trunkline.engine.record.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results" / "nvidia-h200"
@@ -33,25 +34,24 @@ def table(folder: Path) -> str:
     """In Markdown, from attention.json and masked_mse.json in `folder` as far as they exist."""
     paths = [folder / f"{name}.json" for name in ("attention", "masked_mse")]
     attention, masked_mse = (json.loads(path.read_text()) if path.exists() else {"rows": []} for path in paths)
-    lines = ["| kernel | aim | stretch | reached |", "|---|---|---|---|"]
+    rows = [["kernel", "aim", "stretch", "reached"]]
     for (direction, head_dim), label in KERNELS.items():
         aim, stretch = AIMS[direction, head_dim]
         reached = _span(_ours(attention["rows"], direction, head_dim, MASKED), "tflop_per_s", "TFLOP/s")
-        lines.append(f"| {label} | {aim} TFLOP/s | {stretch} TFLOP/s | {reached} |")
+        rows.append([label, f"{aim} TFLOP/s", f"{stretch} TFLOP/s", reached])
     aims, stretches = (
         ", ".join(f"{100 * aim_and_stretch[at]:.0f} % {which}" for which, aim_and_stretch in SHARE_AIMS.items())
         for at in (0, 1)
     )
     shares = {which: _span(_shares(attention["rows"], which), "share", "%", 100) for which in SHARE_AIMS}
-    lines.append(f"| block-causal against dense, per useful FLOP | {aims} | {stretches} | {_in_both(shares)} |")
+    rows.append(["block-causal against dense, per useful FLOP", aims, stretches, _in_both(shares)])
     rates = {which: _span(_of_copy(masked_mse["rows"], which), "of_copy", "%", 100) for which in SHARE_AIMS}
-    lines.append(
-        f"| `masked_mse`, `linear_masked_mse`, forward and backward | {100 * AIM:.0f} % of the measured copy bandwidth "
-        f"| {100 * STRETCH:.0f} % | {_in_both(rates)} |"
-    )
+    mse = "`masked_mse`, `linear_masked_mse`, forward and backward"
+    aim_of_copy = f"{100 * AIM:.0f} % of the measured copy bandwidth"
+    rows.append([mse, aim_of_copy, f"{100 * STRETCH:.0f} %", _in_both(rates)])
     with_data = [report for report in (attention, masked_mse) if report["rows"]]
     measured = dict.fromkeys(f"{report['device']}, {report['versions']}, {report['date'][:10]}" for report in with_data)
-    return "\n".join([*lines, *(f"\n{line}" for line in measured)]) + "\n"
+    return "\n\n".join([markdown(rows), *measured]) + "\n"
 
 
 def _ours(rows: list[Row], direction: str, head_dim: int, pattern: str) -> list[Row]:
@@ -98,7 +98,7 @@ def _in_both(spans: dict[str, str]) -> str:
 def put_into(text: str, new: str) -> str:
     """The text with what stands between BEGIN and END replaced."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, around its table of the kernels")
+        raise ValueError(f"docs/measured.md must hold {BEGIN} and {END} once each, around its table of the kernels")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n{END}{after}"
 
@@ -106,13 +106,13 @@ def put_into(text: str, new: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print, and with --write write. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured.md")
     arguments = parser.parse_args(argv)
     new = table(FOLDER)
     print(new, end="")
     if arguments.write:
-        readme = ROOT / "README.md"
-        readme.write_text(put_into(readme.read_text(), new))
+        page = ROOT / "docs/measured.md"
+        page.write_text(put_into(page.read_text(encoding="utf-8"), new), encoding="utf-8")
     return 0
 
 

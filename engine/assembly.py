@@ -1,8 +1,10 @@
-"""A run put together: plan, model, backend and probe, for given batch sizes and again for others in the same state.
+"""A run put together: plan, model, backend and probe.
+
+It is put together for given batch sizes, and again for others in the same state.
 
 assembly = Assembly(task, config, ranks, "deepspeed", total_steps, identity, found)
 assembly.build(sizes)                          what step 0 begins with
-progress = assembly.take_up()                  or what the checkpoint holds that was found
+progress = assembly.restore()                  or what the checkpoint holds that was found
 assembly.rebuild(sizes, progress, checkpoints)   the same state, in this process, after an interrupted step too
 """
 
@@ -18,18 +20,22 @@ from typing import Any
 import torch
 
 from trunkline.engine.backends import Backend, prepare_backend
+from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.backends.model_options import apply_options
-from trunkline.engine.checkpoint.checkpoints import Checkpoint, Checkpoints
-from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, load_checkpoint
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
+from trunkline.engine.optim.parameter_rules import freeze, notes_of_resume
+from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, on_main
 from trunkline.engine.ranks.start_facts import tensor_digests
+from trunkline.engine.state.sharded_files import ShardedFiles
 from trunkline.engine.state.sharded_state import Snapshot, capture
 from trunkline.engine.task import Task
 
@@ -41,7 +47,7 @@ class Assembly:
         task, config, ranks, total_steps: the run's.
         backend_name: which engine shards the model.
         identity: what a checkpoint of the run must have in common with it (`engine/checkpoint/resume.py::identity`).
-        found: the checkpoint that the run goes on from.
+        found: the checkpoint that the run resumes from.
         begin: told what is begun, on all ranks alike.
     """
 
@@ -55,39 +61,51 @@ class Assembly:
     ) -> None:  # fmt: skip
         self.task, self.config, self.ranks, self.backend_name = task, config, ranks, backend_name
         self.total_steps, self.identity, self.found, self._begin = total_steps, identity, found, begin
+        self.notes: list[str] = []
 
     @property
     def first_step(self) -> int:
         """The step that this process began with."""
         return self.found.state["step"] if self.found else 0
 
-    def build(self, sizes: BatchSizes) -> None:
-        """Plan, model, backend and probe, as they are at step 0."""
+    def build(self, sizes: BatchSizes, state: Checkpoint | None = None) -> None:
+        """Plan, model, backend and probe, as they are at step 0, ready to load `state`, or what was found."""
         self._begin("building the model")
         seed_torch(self.config.training.seed, 0)
-        model = self.task.build_model()
+        state = state or self.found
+        kept = ShardedFiles(state.path / BACKEND).kept() if state else {}
+        model = freeze(self.task.build_model(), self.config)
+        self.notes = notes_of_resume(model, kept)
         first = not hasattr(self, "plan")
         if first and self.ranks.world_size > 1:  # before a backend shards it, or gives rank 0's to all
             agree(tensor_digests(model), last=True)
         self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
         model = apply_options(model, self.config.training)
         self._begin("preparing the backend")
-        self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps)
+        self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps, kept)
+        self.statistics = Statistics(self.backend.module, self.task.running_statistics(self.backend.module), self.ranks)
+        self.average = WeightAverage(self.backend, self.config.training.ema, self.statistics.buffers)
         self.probe = Probe(self.task, self.backend.model, self.ranks.device)
 
-    def take_up(self) -> Progress:
+    def restore(self) -> Progress:
         """Put the state of the checkpoint that was found, if any, into what was built. Raises CheckpointError."""
         if self.found is None:
             return Progress()
-        load_checkpoint(self.found, self.backend, self.ranks)
+        self._restore(self.found)
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
         # what a checkpoint of an earlier version lacks is as it is at the beginning
         return Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
 
+    def applied(self, progress: Progress) -> None:
+        """After a step that was applied: statistics of its data, and the weights' average."""
+        self.statistics.settle()
+        progress.averaged = self.average.update(progress.averaged, progress.step - progress.skipped_steps)
+
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
-        return capture(self.backend), asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        trainers = asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        return capture(self.backend, self.average.of), trainers
 
     def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:
         """Everything anew for other sizes, in the state that it is in, or in that of the first step if no other has
@@ -100,15 +118,19 @@ class Assembly:
             # without the probe, whose forward may not pass through the old backend
             state = held.load(held.save(*self.state(progress), probe_loss=math.nan, in_background=False))
         self._release()
-        self.build(sizes)
+        self.build(sizes, state)
         if state is not None:
-            load_checkpoint(state, self.backend, self.ranks)
+            self._restore(state)
         if held is not None:
             on_main(lambda: shutil.rmtree(held.folder), self.ranks, f"{held.folder}: cannot be removed")
 
+    def _restore(self, state: Checkpoint) -> None:
+        restore_checkpoint(state, self.backend, self.ranks, self.average.of)
+        self.statistics.agree()
+
     def _release(self) -> None:
         self.backend.close()
-        del self.backend, self.probe
+        del self.backend, self.probe, self.average, self.statistics
         gc.collect()
         if self.config.training.compile:
             torch.compiler.reset()

@@ -1,8 +1,16 @@
-"""Errors that a user can cause. Launchers print them as one message, without a traceback, and exit with status 2."""
+"""Errors that a user can cause.
+
+Launchers print them as one message, without a traceback, and exit with status 2.
+"""
 
 
 class TrunklineError(Exception):
-    """What went wrong, with the file, key and value concerned, and what to do about it."""
+    """What went wrong, with the file, key and value concerned, and what to do about it.
+
+    heading, status: what a launcher prints it under, and the exit status
+    """
+
+    heading, status = "error", 2
 
 
 class ConfigError(TrunklineError):

@@ -1,4 +1,7 @@
-"""What a run would be: resolved sizes, memory, steps and learning rates, without training and without a GPU."""
+"""What a run would be, without training and without a GPU.
+
+Resolved sizes, memory, steps and learning rates.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
+from trunkline.engine.optim.parameter_rules import planned_rules, render_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
 from trunkline.engine.task import Task
 
@@ -30,7 +34,7 @@ def make_plan(
     """
     config = with_direction(config, task)
     sizes = sizes or batch_sizes(config.deepspeed, world_size)
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+    samples = len(task.dataset("train"))
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
     steps = total_steps(config, batches)
     section = config.deepspeed
@@ -57,9 +61,12 @@ def make_plan(
         "steps_per_epoch": batches.per_epoch,
         "steps": steps,
         "epochs": steps / batches.per_epoch,
+        "in_steps": {key: config.in_force(key) for key in config.in_epochs},
         "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
                           f"end of warm-up (step {ramp})": rates[min(ramp, steps - 1)],
                           f"last (step {steps - 1})": rates[steps - 1]},
+        "parameter_rules": planned_rules(model, config, peak),
+        "tied_parameters": tied_names(model, config),
         "memory_bytes": states | {"activations": activations},
         "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
         "flops_per_sample": task.flops_per_sample(),
@@ -84,11 +91,10 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dic
     return shown, origins
 
 
-def planned_steps(task: Task, config: RunConfig, world_size: int) -> int:
-    """The number of optimizer steps of a run on so many ranks, before anything is built. Raises ConfigError."""
-    samples = len(task.datasets()["train"])  # type: ignore[arg-type]
+def planned_batches(task: Task, config: RunConfig, world_size: int) -> GlobalBatches:
+    """The global batches of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
     size = batch_sizes(config.deepspeed, world_size).global_batch_size
-    return total_steps(config, GlobalBatches(samples, size, config.training.seed))
+    return GlobalBatches(len(task.dataset("train")), size, config.training.seed)
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
@@ -108,19 +114,22 @@ def render_plan(plan: dict[str, Any]) -> str:
 
 
 def render_summary(plan: dict[str, Any]) -> str:
-    """What a run is, in six lines."""
+    """What a run is, in a few lines."""
     memory = plan["memory_bytes"]
     known = [value for value in memory.values() if value is not None]
+    in_steps = plan["in_steps"]
     lines = [
         f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained",
         f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} "
         f"ranks x {plan['grad_accum_steps']} accumulation steps",
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
+        *(["in steps    " + ", ".join(f"{key} {steps}" for key, steps in in_steps.items())] if in_steps else []),
         "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),
         f"memory      {readable_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
         f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",
+        *render_rules(plan["parameter_rules"], plan["tied_parameters"]),
     ]
     return "\n".join(lines)
 
@@ -163,18 +172,20 @@ def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size:
     optimizer_on_device = 0 if zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu" else 1
     # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
     master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
+    average = {"average": math.ceil(4 * trainable / shards[2]) * optimizer_on_device} if config.training.ema else {}
     return {
         "parameters": math.ceil(width * parameters / shards[0]),
         "gradients": math.ceil(width * trainable / shards[1]),
         "master weights": math.ceil(master / shards[2]) * optimizer_on_device,
         "optimizer": math.ceil(_optimizer_bytes_a_parameter(config) * trainable / shards[2]) * optimizer_on_device,
-    }
+    } | average
 
 
 def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:
     """All files of one checkpoint over all ranks: every value once, in fp32, with what the optimizer keeps for it."""
     frozen = _parameter_bytes(config) * (parameters - trainable)
-    return round(frozen + (4 + _optimizer_bytes_a_parameter(config)) * trainable)
+    average = 4 if config.training.ema else 0
+    return round(frozen + (4 + average + _optimizer_bytes_a_parameter(config)) * trainable)
 
 
 def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
@@ -187,7 +198,7 @@ def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batc
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    batch = task.collate([task.datasets()["train"][0]] * micro_batch_size)
+    batch = task.collate([task.dataset("train")[0]] * micro_batch_size)
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:

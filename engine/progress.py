@@ -1,4 +1,7 @@
-"""What a run carries from step to step, beside model, optimizer and schedule. Saved with every checkpoint."""
+"""What a run carries from step to step beside model, optimizer and schedule.
+
+It is saved with every checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,15 @@ class Progress:
     best_mode: str = ""
     best_weights: str = ""
     """Of what was judged so far: the metric and its direction, and the SHA-256 of the best one's model.safetensors."""
+    best_is_average: bool = False
+    """It is the weights' moving average that was judged best."""
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     norm_average: float = 0.0
     norms_seen: int = 0
+    averaged: int = 0
+    """How often the weights' moving average has been updated."""
     evaluation_due: bool = False
     """The evaluation of this step was broken off: it is to be made before the next step."""
 

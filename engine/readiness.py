@@ -1,4 +1,6 @@
-"""What can be known of a configuration once the run's length, ranks and backend are, before anything is built.
+"""Checks of a configuration that need the run's length, ranks and backend.
+
+They come before anything is built.
 
 config = ready(config, "deepspeed", total_steps, world_size, device)     "auto" decided, faults named
 """
@@ -25,7 +27,7 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     or built, and for what the backend does not do.
     """
     if backend == "fsdp":
-        check_fsdp_section(config.deepspeed, config.source, world_size)
+        check_fsdp_section(config.deepspeed, config.where("deepspeed"), world_size)
     try:
         if backend == "deepspeed":
             _check_deepspeed(config.deepspeed)
@@ -33,7 +35,8 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
         check_optimizer(config.deepspeed, backend, total_steps, device)
         check_compiler(config.deepspeed, device)
     except ConfigError as error:
-        raise ConfigError(f"{config.source}: {error}") from error
+        key = str(error).partition(":")[0]  # where messages have one
+        raise ConfigError(f"{config.where(key)}: {error}") from error
     return config
 
 

@@ -6,13 +6,19 @@ The engine divides by the weight of the whole global batch, so a step does not d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import default_collate
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.tracking import Tracking
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample, [B, ...].
@@ -30,12 +36,50 @@ Sums = dict[str, Tensor]
 """Additive statistics: adding them over batches and ranks gives those of the whole. Tensors of any fixed shape."""
 
 
-class Task(Protocol):
-    """One training problem. `trunkline.models.fluid.task.FluidTask` is the example to read."""
+class Samples(Protocol):
+    """A map-style data set, such as a torch.utils.data.Dataset that has a length. `dataset[i]` depends only on i."""
 
-    unit: str
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class MeasuredSamples(Samples, Protocol):
+    """A data set whose samples need different amounts of memory, and which says so.
+
+    A step with a longer sample than any before is made with care for memory, and --find-micro-batch tries the longest.
+    """
+
+    lengths: np.ndarray
+    """int64 [N]: how much there is of each sample, such as its tokens."""
+
+
+class Task(ABC):
+    """One training problem. `trunkline.models.fluid.task.FluidTask` is the example to read.
+
+    A task must say what is abstract here. What follows `fingerprint` has a default that serves many.
+    """
+
+    unit: str = "samples"
     """What `weight` counts, in the plural: "values", "tokens", "pairs". Throughput is shown in it too."""
 
+    generates: bool = False
+    """Whether `evaluate` calls the model, or a part of it, as often as it likes: to decode texts, to sample. It is then
+    given the bare model with whole weights, gathered on each rank once an evaluation, with all its methods, such as
+    transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
+    """
+
+    tracking: Tracking = Tracking()
+    """How TensorBoard, Weights & Biases and MLflow show the run."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if renamed := _renamed(cls):
+            raise ConfigError(f"{cls.__name__}: {renamed}")
+        if "dataset" in vars(cls):
+            cls.dataset = _once(cls.dataset)  # type: ignore[assignment, method-assign]
+
+    @abstractmethod
     def build_model(self) -> nn.Module:
         """A new model, initialised from torch's global generator, on the default device, in fp32.
 
@@ -43,58 +87,136 @@ class Task(Protocol):
         blocks: the units of activation checkpointing and of sharding.
         """
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        """The map-style datasets "train" and "val". `dataset[i]` must depend on nothing but i.
+    @abstractmethod
+    def dataset(self, split: str) -> Samples:
+        """The samples of a split: `MeasuredSamples` where they differ in size.
 
-        One whose samples need different amounts of memory may say how much there is of each: an attribute `lengths`,
-        int64 [N]. Steps that hold more than any before are then made with care for memory.
+        A run asks for "train" and "val". Where there is a "test", it is for who measures the trained model. However
+        often it is asked for, a split is read once: whoever asks gets what was returned first. Raises DataError for a
+        split that is not there.
 
         One that reads a store says which of its arrays: an attribute `arrays`, of trunkline.engine.data.store.Array.
         Their values are verified before the first step, once on each machine.
         """
 
-    def collate(self, samples: Sequence[Any]) -> Batch:
-        """The batch of these samples."""
-
-    def weight(self, batch: Batch) -> Tensor:
-        """What the loss is averaged over (valid values, tokens, pairs, images): a scalar, on the batch's device."""
-
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """{"loss": differentiable scalar sum, ...}: further entries are logged as means over the same weight."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Names the data set's content. A resumed run must find the same."""
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """The batch of these samples. The default stacks samples that are dicts of tensors, arrays or numbers."""
+        return default_collate(list(samples))
+
+    def weight(self, batch: Batch) -> Tensor:
+        """What the loss is averaged over: a scalar, on the batch's device. The default is the number of samples."""
+        return batch["valid"].sum()
+
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """Sums from which `summarize` computes the metrics. Called without gradients, with the model in eval mode."""
+        """Sums from which `summarize` computes the metrics. Called without gradients, with the model in eval mode.
+
+        The default is what `loss` sums, and the weight under the name "weight".
+        """
+        return self.loss(model, batch) | {"weight": self.weight(batch)}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
-        """Metrics by name, from sums over the whole validation set."""
+        """Metrics by name, from sums over the whole validation set. The default divides each by the weight."""
+        return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """Write what a person wants to see of an evaluation into a folder: pictures (.png), texts (.txt, .md), tables.
+
+        Given what `summarize` is, on rank 0 alone, after each evaluation. Trackers take the files.
+        """
+        return None
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether lower ("min") or higher ("max") is better of a metric that `summarize` names, parts included; None
         where neither is, or the name is not known. Of "loss" it is never asked: that is what training lowers."""
+        return None
+
+    def running_statistics(self, model: nn.Module) -> Sequence[str]:
+        """Globs over the names of the buffers that are statistics of the data, changed in place by a forward pass in
+        training. The engine makes them the same on every rank (optim/statistics.py). The default names BatchNorm's."""
+        return ("*running_mean", "*running_var", "*num_batches_tracked")
 
     def flops_per_sample(self) -> float:
-        """Useful floating-point operations of one sample's forward and backward pass, without recomputation."""
+        """Useful floating-point operations of one sample's forward and backward pass, without recomputation.
 
-    def fingerprint(self) -> str:
-        """Names the data set's content; a resumed run must find the same."""
+        0 where they are not counted: then the share of the device's peak is not shown.
+        """
+        return 0.0
 
     def notes(self) -> list[str]:
         """Lines for whoever starts the run: what of the data was left out, what of the model is frozen."""
+        return []
 
-    def weight_name(self, name: str) -> str | None:
+    def tensor_name(self, name: str) -> str | None:
         """What a parameter or buffer of the model is called by `file_tensors`; None leaves it out of files."""
+        return name
 
     def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What files of weights hold for these tensors: other names, or others cut from them or put together of them.
 
         Given the whole model's, or some that make up others of their own; also without values, on the device "meta".
         """
+        return tensors
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.
 
         Returns what other programs look for in config.json there, which holds the run's configuration beside it.
         """
+        return {}
+
+
+def checked_task(task: Task) -> Task:
+    """The task, if it is one. Raises ConfigError for an object of the protocol that was, with what to rename."""
+    if not isinstance(task, Task):
+        kind = type(task)
+        remedy = "; ".join(filter(None, ["derive it from trunkline.engine.task.Task", _renamed(kind)]))
+        raise ConfigError(f"{kind.__name__} is no task: {remedy}")
+    return task
+
+
+_RENAMED = {
+    "datasets": "datasets() is now dataset(split), which returns the one that is asked for",
+    "weight_name": "weight_name(name) is now tensor_name(name)",
+}
+
+
+def _renamed(kind: type) -> str:
+    return "; ".join(message for old, message in _RENAMED.items() if hasattr(kind, old))
+
+
+def _once(read: Callable[[Any, str], Samples]) -> Callable[[Any, str], Samples]:
+    """The method `dataset` of one class, called once for each split of a task."""
+
+    @wraps(read)
+    def dataset(task: Any, split: str) -> Samples:
+        held = task.__dict__.setdefault("_read", {})
+        if (read, split) not in held:
+            held[read, split] = read(task, split)
+        return held[read, split]
+
+    return dataset
+
+
+def lengths_of(dataset: Samples) -> np.ndarray | None:
+    """How much there is of each sample, int64 [N]; None where the data set does not say. Raises ConfigError."""
+    given = getattr(dataset, "lengths", None)
+    if given is None:
+        return None
+    lengths = np.asarray(given)
+    if lengths.shape != (len(dataset),) or lengths.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{type(dataset).__name__}.lengths: expected an integer for each sample, int64 [{len(dataset)}], found "
+            f"{lengths.dtype} {list(lengths.shape)}: correct it, or give the attribute another name"
+        )
+    return lengths.astype(np.int64, copy=False)
 
 
 def add_sums(total: Sums | None, part: Sums) -> Sums:

@@ -1,4 +1,4 @@
-"""What the public functions ask of single arguments, and the dtype in which they take a tensor under autocast.
+"""Checks of single arguments, and the dtype that autocast asks for.
 
 Numbers are Python's: a tensor would wait for its device, and lose the gradient that it may be there for.
 """

@@ -1,4 +1,4 @@
-"""first_order: second derivatives and forward mode, which our kernels do not have, are errors that name the function.
+"""first_order: derivatives that a kernel does not have are errors that name it.
 
     q, k, v = first_order("flash_attention", q, k, v)      before operators of torch.library that launch kernels
     no_forward_mode(...)                                   before an autograd.Function of our own

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the loss of a language model's head, which never holds the logits of all rows.
+"""linear_cross_entropy: the loss of a language model's head, without all logits at once.
 
     z_i = W h_i + b      loss_i = log sum_v exp(z_iv) - z_i,t(i)      g_i = softmax(z_i) - onehot(t_i)
     d loss_i / d h_i = W^T g_i      d W = sum_i g_i h_i^T      d b = sum_i g_i

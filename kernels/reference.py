@@ -1,4 +1,7 @@
-"""The dense definitions of every kernel, in fp32 (fp64 for fp64 inputs). For tests and benchmarks only."""
+"""The dense definitions of every kernel, for tests and benchmarks only.
+
+They compute in fp32, and in fp64 for fp64 inputs.
+"""
 
 from __future__ import annotations
 

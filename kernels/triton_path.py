@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: on CUDA tensors, and on CPU tensors where Triton interprets (TRITON_INTERPRET=1).
+"""Where the Triton kernels run: on CUDA tensors, and under Triton's interpreter.
 
     from trunkline.kernels.triton_path import available, jit, tl
 

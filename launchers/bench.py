@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import importlib.util
 import sys
 
+from trunkline.engine.config.flags import Parser
 from trunkline.engine.errors import TrunklineError
+from trunkline.launchers.entry import status_of
 
 BENCHMARKS = {
     "attention": ("trunkline.benchmarks.attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
     "masked_mse": ("trunkline.benchmarks.masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
     "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
     "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
-    "save": ("trunkline.benchmarks.save", "how long a save holds training up, in the background and blocking"),
+    "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
@@ -24,19 +26,20 @@ BENCHMARKS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and call the benchmark. Returns the exit status: 0 done, 1 a limit was missed, 2 a user's error."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__)
+    return status_of(lambda: _measure(sys.argv[1:] if argv is None else argv))
+
+
+def _measure(argv: list[str]) -> int:
+    if importlib.util.find_spec("trunkline.benchmarks") is None:
+        raise TrunklineError("an installed Trunkline has no benchmarks: run launchers/bench.py in a clone")
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
     for name, (module, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in argv[:1]:  # importing all of them would take seconds
             importlib.import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)
-    try:
-        return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments) or 0
-    except TrunklineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments)
 
 
 if __name__ == "__main__":

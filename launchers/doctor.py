@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trunkline.engine.machine.doctor import Finding
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,13 +24,23 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         from trunkline.engine.machine.doctor import can_train, examine
+        from trunkline.launchers.entry import status_of
     except ImportError as error:
         print(f"Trunkline is not installed in {sys.executable} ({error}).\n  -> run in {ROOT}: "
               "pip install -c constraints.txt -e .", file=sys.stderr)  # fmt: skip
         return 1
-    findings = examine(quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps({"can_train": can_train(findings), "findings": [asdict(each) for each in findings]}, indent=2))
+
+    def report() -> int:
+        findings = examine(quick=arguments.quick)
+        _print(findings, can_train(findings), arguments.json)
+        return 0 if can_train(findings) else 1
+
+    return status_of(report)
+
+
+def _print(findings: Sequence[Finding], ready: bool, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"can_train": ready, "findings": [asdict(each) for each in findings]}, indent=2))
     else:
         width = max(len(finding.name) for finding in findings)
         marks = {"ok": "  ", "warning": "! ", "problem": "X "}
@@ -34,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{marks[finding.status]}{finding.name:<{width}}  {detail}")
             if finding.remedy:
                 print(f"{'':<{width + 4}}-> {finding.remedy}")
-        print("\nTraining can start." if can_train(findings) else "\nTraining cannot start: see the lines marked X.")
-    return 0 if can_train(findings) else 1
+        print("\nTraining can start." if ready else "\nTraining cannot start: see the lines marked X.")
 
 
 if __name__ == "__main__":

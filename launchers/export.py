@@ -5,55 +5,52 @@ The result is a folder like the run's best/: config.json, the workload's files, 
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from trunkline.engine.machine.output import keep_printing
-    from trunkline.engine.machine.stopping import listen
-
-    keep_printing()
-    listen(exit_code=130, advice="run the same command again")
-
 import argparse
 import math
 import sys
 from pathlib import Path
 
-import torch
-
-from trunkline.engine.checkpoint.assets import copy_assets, has_assets
-from trunkline.engine.checkpoint.checkpoints import Checkpoints
-from trunkline.engine.checkpoint.digests import DRAFT, replace_files
-from trunkline.engine.checkpoint.export import DTYPES, export_weights
-from trunkline.engine.checkpoint.weights import write_assets
-from trunkline.engine.config.run_config import load_config
-from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
-from trunkline.engine.ranks.distributed import Ranks
+from trunkline.engine.config.flags import Parser
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.launchers.entry import begin, status_of
 from trunkline.models.registry import config_sections, make_task, weights_task
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Find the checkpoint, write its weights, say where. Returns the exit status: 0 done, 2 a user's error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return status_of(lambda: _export(_parser().parse_args(argv)))
+
+
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder for the weights")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest good one")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as in the checkpoint, fp32 master weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint, fp32 master weights")
+    parser.add_argument("--average", action="store_true", help="the weights' moving average (training.ema) instead")
     parser.add_argument("--max-shard-gib", type=float, default=2.0, help="largest file, in GiB (default 2)")
-    try:
-        return _export(parser.parse_args(argv))
-    except (TrunklineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _export(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from trunkline.engine.checkpoint.assets import copy_assets, has_assets
+    from trunkline.engine.checkpoint.checkpoints import Checkpoints
+    from trunkline.engine.checkpoint.digests import DRAFT, replace_files
+    from trunkline.engine.checkpoint.export import export_weights
+    from trunkline.engine.checkpoint.weights import write_assets
+    from trunkline.engine.config.run_config import load_config
+    from trunkline.engine.ranks.distributed import Ranks
+
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(path.name != DRAFT for path in out.iterdir())):
         raise ConfigError(f"--out {out}: is not an empty folder; choose another")
     if not 0 < arguments.max_shard_gib < math.inf:
         raise ConfigError(f"--max-shard-gib {arguments.max_shard_gib}: give a size above 0, such as 2")
-    checkpoints = Checkpoints(arguments.run / "checkpoints", ALONE, keep_last=1)
+    checkpoints = Checkpoints(arguments.run / "checkpoints", Ranks(0, 1, 0, torch.device("cpu")), keep_last=1)
     if arguments.step is not None:
         found = checkpoints.load(checkpoints.folder / f"step-{arguments.step:08d}")
     else:
@@ -62,15 +59,19 @@ def _export(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{arguments.run}: holds no checkpoint: give the folder of a run that has saved one")
         found = newest
     config = load_config(arguments.run / "config.json", sections=config_sections)
+    if arguments.average and config.training.ema is None:
+        raise ConfigError(f"--average: {arguments.run} keeps no average of its weights (training.ema): leave it out")
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     shard_bytes = int(arguments.max_shard_gib * 2**30)
     size = 0
 
     def write(draft: Path) -> None:
         nonlocal size
-        files = export_weights(found, draft, shard_bytes, dtype, task.weight_name, task.file_tensors)
+        files = export_weights(
+            found, draft, shard_bytes, dtype, task.tensor_name, task.file_tensors, average=arguments.average
+        )
         size = sum(file.stat().st_size for file in files)
         if kept:
             copy_assets(arguments.run, draft, arguments.dtype or "float32")
@@ -79,8 +80,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     replace_files(arguments.out, write)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
-    return 0
 
 
 if __name__ == "__main__":
+    begin()
     sys.exit(main())

@@ -5,22 +5,17 @@ Further flags are those of the run's workload; `--run DIR --help` lists them.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from trunkline.engine.machine.output import keep_printing
-    from trunkline.engine.machine.stopping import listen
-
-    keep_printing("stderr")
-    listen(exit_code=130, advice="run the same command again")
-
 import sys
 
-from trunkline.models.registry import enter
+from trunkline.launchers.entry import begin, status_of
+from trunkline.launchers.of_run import work_on_run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 a user's error."""
-    return enter("predict", __doc__, argv)
+    return status_of(lambda: work_on_run("predict", __doc__, argv))
 
 
 if __name__ == "__main__":
+    begin("stderr")  # standard output carries the result
     sys.exit(main())

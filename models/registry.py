@@ -1,117 +1,119 @@
-"""The workloads by name. To add one: a folder under models/ and a line here; nothing in engine/ changes."""
+"""The workloads by name: name -> package -> room, a module of the package that every workload has.
+
+    config                the "data" and "model" sections: Data and Model, subclasses of Strict
+    task                  make_task(data, model); weights_task(data, model) where the names of weights need no data
+    prepare, evaluate,
+    predict               add_arguments(parser) and run(arguments), for the launchers of those names
+    flags                 where there are any: FLAGS of launchers/train.py, and DEFAULTS, the file in place of --config
+
+A folder under models/ with a task.py is a workload, trunkline.models.<name>. Other packages add theirs by an entry
+point of the group "trunkline.workloads": name = package. To find names imports none of them, and neither PyTorch nor
+pydantic.
+"""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
+import importlib.metadata
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
+from trunkline.engine.config.flags import Flag
+from trunkline.engine.config.json_object import nearest
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.engine.machine.reading import read_object, reason
 
-from trunkline.engine.checkpoint.weights import read_config
-from trunkline.engine.config.run_config import RunConfig
-from trunkline.engine.config.strict import nearest
-from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
-from trunkline.engine.task import Task
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
+    from trunkline.engine.config.run_config import RunConfig
+    from trunkline.engine.task import Task
 
-@dataclass(frozen=True)
-class Workload:
-    """Where a workload's parts are, as "module:name", so that listing workloads imports none of them.
-
-    `evaluate` and `predict` name modules with add_arguments(parser) and run(arguments), which the launchers of those
-    names enter. `weights` makes a task that has no data, for the names of its weights. `flags` gives short command-line
-    flags of launchers/train.py: flag -> dotted key of the configuration.
-    """
-
-    data: str
-    model: str
-    task: str
-    evaluate: str
-    predict: str
-    weights: str | None = None
-    flags: dict[str, str] = field(default_factory=dict)
-
-    def open(self, room: str) -> ModuleType:
-        """The module "evaluate" or "predict" of the workload."""
-        return importlib.import_module(getattr(self, room))
+GROUP = "trunkline.workloads"
 
 
-WORKLOADS = {
-    "fluid": Workload(
-        data="trunkline.models.fluid.config:FluidData",
-        model="trunkline.models.fluid.config:FluidModel",
-        task="trunkline.models.fluid.task:FluidTask",
-        evaluate="trunkline.models.fluid.evaluate",
-        predict="trunkline.models.fluid.predict",
-        weights="trunkline.models.fluid.task:weights_task",
-        flags={"--store": "data.store"},
-    ),
-    "causal_lm": Workload(
-        data="trunkline.models.causal_lm.config:CausalLMData",
-        model="trunkline.models.causal_lm.config:CausalLMModel",
-        task="trunkline.models.causal_lm.task:make_task",
-        evaluate="trunkline.models.causal_lm.evaluate",
-        predict="trunkline.models.causal_lm.predict",
-        weights="trunkline.models.causal_lm.task:weights_task",
-        flags={"--store": "data.store", "--model-path": "model.path"},
-    ),
-}
+def workloads() -> list[str]:
+    """The names of all workloads."""
+    return sorted(_packages())
+
+
+def open_room(workload: str, room: str) -> ModuleType:
+    """A module of a workload. Raises ConfigError for an unknown name, one given twice, and a room that is not there."""
+    packages = _packages()
+    if workload not in packages:
+        raise ConfigError(f"workload: unknown '{workload}'{nearest(workload, list(packages))}")
+    (package, giver), *others = packages[workload].items()
+    if others:
+        given = " and ".join(f"{package} of {giver}" for package, giver in packages[workload].items())
+        raise ConfigError(f"workload '{workload}': given by {given}: uninstall one of them")
+    try:
+        return importlib.import_module(f"{package}.{room}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{package}.{room}.".startswith(f"{error.name}."):
+            raise  # something that the room needs
+        raise ConfigError(f"workload '{workload}': {giver} gives no module {error.name}") from error
 
 
 def config_sections(workload: str) -> tuple[type[BaseModel], type[BaseModel]]:
-    """The models of a workload's "data" and "model" sections. Raises ConfigError for an unknown name."""
-    if workload not in WORKLOADS:
-        raise ConfigError(f"workload: unknown '{workload}'{nearest(workload, list(WORKLOADS))}")
-    return _load(WORKLOADS[workload].data), _load(WORKLOADS[workload].model)
+    """The models of a workload's "data" and "model" sections. Raises ConfigError."""
+    config = open_room(workload, "config")
+    return config.Data, config.Model
 
 
 def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
-    return _load(WORKLOADS[config.workload].task)(config.data, config.model)
+    from trunkline.engine.task import checked_task
+
+    return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
 
 
 def weights_task(config: RunConfig) -> Task:
     """The task of a run for what it says of weights alone. It needs no data where the workload can do without."""
-    workload = WORKLOADS[config.workload]
-    return _load(workload.weights)(config.data, config.model) if workload.weights else make_task(config)
+    from trunkline.engine.task import checked_task
+
+    task = open_room(config.workload, "task")
+    return checked_task(getattr(task, "weights_task", task.make_task)(config.data, config.model))
 
 
-def workload_of_run(run: Path) -> Workload:
+def flags_of(workload: str) -> tuple[tuple[Flag, ...], Path | None]:
+    """A workload's own flags of launchers/train.py, and the file with its defaults. Raises ConfigError."""
+    try:
+        flags = open_room(workload, "flags")
+    except ConfigError as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            return (), None
+        raise
+    return flags.FLAGS, getattr(flags, "DEFAULTS", None)
+
+
+def workload_of_run(run: Path) -> str:
     """The workload of a run's folder, or of one with weights. Raises CheckpointError or ConfigError."""
     for folder in (run, run / "best", run / "final"):
         if (path := folder / "config.json").is_file():
-            name = read_config(path).get("workload")
-            if name not in WORKLOADS:
-                raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), list(WORKLOADS))}")
-            return WORKLOADS[name]
+            try:
+                name = read_object(path, finite=False).get("workload")
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({reason(error)}): name another folder") from error
+            if name not in (known := workloads()):
+                raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), known)}")
+            return name
     raise CheckpointError(f"{run}: not the folder of a run: there is no config.json in it, nor in best/ or final/")
 
 
-def enter(room: str, description: str | None, argv: list[str] | None) -> int:
-    """Be launchers/evaluate.py or launchers/predict.py: find the run's workload, parse its flags, call its module.
-
-    Returns the exit status: 0 done, 2 a user's error.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
-    known, _ = parser.parse_known_args(argv)
-    try:
-        module = workload_of_run(known.run).open(room)
-        parser.add_argument("-h", "--help", action="help", help="show this and exit")
-        module.add_arguments(parser)
-        return module.run(parser.parse_args(argv))
-    except TrunklineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _packages() -> dict[str, dict[str, str]]:
+    """Name -> {package: who gives it}; of a name that is given twice, both."""
+    return _packages_on(tuple(sys.path))
 
 
-def _load(place: str) -> Any:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+@functools.lru_cache
+def _packages_on(_path: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(Path(__file__).parent.glob("*/task.py")):
+        found[path.parent.name] = {f"trunkline.models.{path.parent.name}": "Trunkline"}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        giver = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unnamed distribution"
+        found.setdefault(entry.name, {})[entry.value] = giver
+    return found

@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             triton_path = importlib.import_module("trunkline.kernels.triton_path")
+            for kernels in ("attention", "column_sums", "linear_masked_mse", "masked_mse"):
+                importlib.import_module(f"trunkline.kernels.{kernels}")
         triton_path.INTERPRETED = False
 
 
@@ -70,8 +72,8 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the kernels' tests, allocations come filled with NaN: an output element that no program wrote shows."""
-    if "kernels" not in request.path.relative_to(request.config.rootpath).parts:
+    """In tests of kernels and benchmarks, allocations hold NaN: an output element that no program wrote shows."""
+    if not {"kernels", "benchmarks"} & set(request.path.relative_to(request.config.rootpath).parts):
         return
 
     def filled(allocate):

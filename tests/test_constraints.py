@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-PYTHONS = ("3.10", "3.11", "3.12")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def _pins(python: str | None = None) -> dict[str, list[str]]:

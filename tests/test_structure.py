@@ -102,7 +102,24 @@ def test_no_imports_run_in_a_circle() -> None:
     assert not _circle(graph)
 
 
-@pytest.mark.parametrize("floor", ["engine", "models/fluid", "models/causal_lm", "kernels"])
+ENGINE = (
+    *("errors", "tracking", "task", "machine", "config", "progress", "ranks", "data", "record", "state", "optim"),
+    *("backends", "evaluation", "plan", "checkpoint", "memory", "readiness", "assembly"),
+    *("run", "room", "step", "validation", "trainer", "trials"),
+)
+
+
+def test_rooms_of_the_engine_import_only_those_before_them() -> None:
+    for path in SOURCES:
+        if path.parts[0] == "engine":
+            room = path.relative_to("engine").parts[0].removesuffix(".py")
+            for module, line in _imported(path).items():
+                if module.startswith("trunkline.engine."):
+                    other = module.split(".")[2]
+                    assert ENGINE.index(other) <= ENGINE.index(room), f"{path}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("floor", ["models/fluid", "models/causal_lm", "kernels"])
 def test_no_rooms_import_each_other_in_a_circle(floor: str) -> None:
     """A room is a folder; a file beside the rooms is one of its own."""
     graph: dict[str, set[str]] = {}

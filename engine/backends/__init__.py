@@ -1,12 +1,12 @@
-"""Backends: the only place that knows which engine shards the model, and everything in which those engines differ."""
+"""Backends: the only place that knows which engine shards the model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.optimizers import tell_fragments
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment
 
@@ -62,6 +63,10 @@ class Backend(Protocol):
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The bare model, for gradients that the engine must not see. Entered and used on all ranks alike."""
 
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The bare model with whole parameters on this rank's device, for forwards without gradients. Entered on all
+        ranks; within, no forward of it or of a part of it takes a collective, so that ranks may go different ways."""
+
     def prefetch(self) -> None:
         """Begin to gather what the next forward needs and what stays gathered until then, if that is anything."""
 
@@ -74,8 +79,12 @@ class Backend(Protocol):
     def loss_scaler(self) -> dict[str, float]:
         """The state of dynamic loss scaling: "scale", "iteration", "last_overflow", "hysteresis"; empty without it."""
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
-        """Go on from a loaded state. Called on all ranks, before the first step.
+    def refresh(self) -> None:
+        """Bring what is derived from the fragments, such as half-precision copies, up to date with them. Called on all
+        ranks, after the fragments have been overwritten."""
+
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        """Continue from a loaded state. Called on all ranks, before the first step.
 
         The fragments and the optimizer's state have been overwritten: bring what is derived from them up to date (such
         as half-precision copies), the schedule to where it is after `applied_steps`, and the loss scaler to its state.
@@ -110,14 +119,19 @@ def choose_backend(name: str) -> str:
 
 
 def prepare_backend(
-    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int
-) -> Backend:
-    """The model under the named engine, ready for its first step."""
+    name: str, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+    kept: Mapping[str, Any] | None = None,
+) -> Backend:  # fmt: skip
+    """The model under the named engine, ready for its first step, or to load the checkpoint that `kept` is of."""
+    backend: Backend
     if name == "fsdp":
         from trunkline.engine.backends.fsdp import FSDPBackend
 
-        return FSDPBackend(model, config, sizes, ranks, total_steps)
-    assert name == "deepspeed"
-    from trunkline.engine.backends.deepspeed import DeepSpeedBackend
+        backend = FSDPBackend(model, config, sizes, ranks, total_steps, kept)
+    else:
+        assert name == "deepspeed"
+        from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(model, config, sizes, ranks, total_steps)
+        backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)
+    tell_fragments(backend.optimizer, backend.fragments(), ranks)
+    return backend

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -32,7 +32,8 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.extensions import compilation_watched
 from trunkline.engine.optim.optimizers import build_optimizer
-from trunkline.engine.optim.schedules import build_scheduler, fast_forward
+from trunkline.engine.optim.parameter_rules import parameter_groups
+from trunkline.engine.optim.schedules import build_scheduler
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
@@ -90,7 +91,10 @@ class DeepSpeedBackend:
 
     name = "deepspeed"
 
-    def __init__(self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         import deepspeed
 
         quiet()
@@ -103,14 +107,16 @@ class DeepSpeedBackend:
             with compilation_watched(ranks.is_main):
                 self.engine, _, _, self.scheduler = deepspeed.initialize(
                     model=model,
-                    model_parameters=[p for p in model.parameters() if p.requires_grad],
+                    model_parameters=parameter_groups(model, config, kept),
                     optimizer=optimizer,
                     lr_scheduler=partial(build_scheduler, section=section.scheduler, total_steps=total_steps),
                     config=deepspeed_config(section, sizes, sum(p.numel() for p in model.parameters())),
                     dist_init_required=False,
                 )
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(f"{config.source}: deepspeed: DeepSpeed does not accept this section: {error}") from error
+            raise ConfigError(
+                f"{config.where('deepspeed')}: deepspeed: DeepSpeed does not accept this section: {error}"
+            ) from error
         for module, name, buffer in buffers:
             if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(ranks.device)
@@ -139,7 +145,7 @@ class DeepSpeedBackend:
                 )
         if self._unsharded_masters():
             self.optimizer.state.clear()
-        self.resume(0, {})
+        self.restore_derived(0, {})
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
@@ -180,7 +186,7 @@ class DeepSpeedBackend:
         return Stepped(float("inf") if norm is None else norm, skipped=not self.engine.was_step_applied())
 
     def learning_rate(self) -> float:
-        return float(self.engine.get_lr()[0])
+        return float(self.scheduler.learning_rate)
 
     def loss_scale(self) -> float:
         return float(self.engine._get_optimizer_loss_scale() or 1.0) if self.engine.fp16_enabled() else 1.0
@@ -192,6 +198,31 @@ class DeepSpeedBackend:
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+        with self._gathered_once(), autocast_if_enabled(self.engine):  # as the engine's own forward does
+            yield self.module
+
+    @contextmanager
+    def _gathered_once(self) -> Iterator[None]:
+        """ZeRO 3 without the hooks that gather and free parameters module by module."""
+        if self.engine.zero_optimization_stage() < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        hooks = self.engine.optimizer.parameter_offload
+        with GatheredParameters(list(self.module.parameters())):
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                hooks._register_deepspeed_module(self.module)
 
     def prefetch(self) -> None:
         """Nothing: ZeRO 0 to 2 keep parameters whole, ZeRO 3 prefetches by itself."""
@@ -237,7 +268,7 @@ class DeepSpeedBackend:
             return {}
         return {ours: getattr(scaler, theirs) for ours, theirs in _SCALER.items() if hasattr(scaler, theirs)}
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+    def refresh(self) -> None:
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
             for group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -248,7 +279,10 @@ class DeepSpeedBackend:
             wrapper.update_lp_params()
         for parameter, (master, offset) in self._unsharded_masters().items():
             parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
-        fast_forward(self.scheduler, applied_steps)
+
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        self.refresh()
+        self.scheduler.forward(applied_steps)
         self.engine.global_steps = applied_steps
         scaler = self._dynamic_scaler()
         if scaler is not None:

@@ -15,9 +15,9 @@ dtype. What is put right here: FSDP averages gradients over the ranks, but the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,8 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.loss_scaling import LossScaler
 from trunkline.engine.optim.optimizers import build_optimizer
-from trunkline.engine.optim.schedules import build_scheduler, fast_forward
+from trunkline.engine.optim.parameter_rules import parameter_groups
+from trunkline.engine.optim.schedules import build_scheduler
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
@@ -50,7 +51,10 @@ class FSDPBackend:
 
     name = "fsdp"
 
-    def __init__(self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         section = config.deepspeed
         check_fsdp_section(section, config.source, ranks.world_size)
         self._stage = section.zero_optimization.stage
@@ -62,7 +66,7 @@ class FSDPBackend:
         # the shards, kept because the modules themselves hold gathered copies at times
         self._parameters = list(model.named_parameters())
         self._trainable = [parameter for _, parameter in self._parameters if parameter.requires_grad]
-        self.optimizer = build_optimizer(self._trainable, section.optimizer)
+        self.optimizer = build_optimizer(parameter_groups(model, config, kept), section.optimizer)
         self._scheduler = build_scheduler(self.optimizer, section.scheduler, total_steps)
         self._scaler = LossScaler.of(section.fp16)
         self._max_norm = section.gradient_clipping
@@ -117,7 +121,7 @@ class FSDPBackend:
         return norm.item()
 
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self._scheduler.learning_rate
 
     def loss_scale(self) -> float:
         return self._scaler.scale
@@ -144,9 +148,9 @@ class FSDPBackend:
     def loss_scaler(self) -> dict[str, float]:
         return self._scaler.state()
 
-    def resume(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
-        self._reshard()
-        fast_forward(self._scheduler, applied_steps)
+    def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
+        self.refresh()
+        self._scheduler.forward(applied_steps)
         self._scaler.load(loss_scaler)
 
     def close(self) -> None:
@@ -165,6 +169,7 @@ class FSDPBackend:
         """The model with whole parameters, entered on all ranks. Within, neither its forward nor its gradients take a
         collective, so that ranks may go different ways."""
         root = self._units[-1]
+        root._get_fsdp_state()._lazy_init()  # else a block that is called before the model takes itself for the root
         for unit in self._units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
@@ -177,9 +182,12 @@ class FSDPBackend:
             root.set_reshard_after_backward(True)
             for unit in self._units:
                 unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)
-            self._reshard()
+            self.refresh()
 
-    def _reshard(self) -> None:
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return self.gathered()
+
+    def refresh(self) -> None:
         """Drop gathered copies, which do not follow what is written into the shards."""
         for unit in self._units:
             unit.reshard()
@@ -199,6 +207,11 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
     units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
     _check_parameters(model, units, source)
+    if mesh.size() > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"torch {torch.__version__}: several ranks of FSDP need torch 2.13 or newer, since before it a parameter "
+            "that only some ranks use leaves the others waiting: install it, or use --backend deepspeed"
+        )
     dtype = parameter_dtype(section)
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -220,8 +233,9 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
             # a plain sum: gloo has no other reduction that FSDP would ask for, and NCCL none that is faster
             shard.set_gradient_divide_factor(1.0)
             shard.set_force_sum_reduction_for_comms(True)
-        # a parameter that only some ranks use must not leave the others waiting
-        shard.set_reduce_scatter_unused_params(True, recurse=False)
+        if hasattr(shard, "set_reduce_scatter_unused_params"):
+            # a parameter that only some ranks use must not leave the others waiting
+            shard.set_reduce_scatter_unused_params(True, recurse=False)
     return [cast(FSDPModule, unit) for unit in units]
 
 

@@ -1,4 +1,4 @@
-"""best/: the weights of the best evaluation of the run as it stands, and nothing else under that name.
+"""best/: the weights of the best evaluation of the run as it stands.
 
     BestWeights(folder, task, best, progress).settle(found, ranks)   at the start: best/ and final/ are this run's
     outcome(folder, best, progress, report)                          what a finished run says of them
@@ -31,7 +31,7 @@ BEST, FINAL = "best", "final"
 
 @dataclass
 class BestWeights:
-    """The best weights of a run that begins or goes on, by its folder and the state that it begins in."""
+    """The best weights of a run that begins or resumes, by its folder and the state that it begins in."""
 
     folder: Path
     task: Task
@@ -42,7 +42,7 @@ class BestWeights:
         """Make the best value, best/ and final/ those of the state. Called on all ranks.
 
         Weights that are of another metric, of an abandoned branch or of an earlier run are set aside under a name. The
-        best ones are brought back from the run that this one goes on from, or from a checkpoint, if they are there.
+        best ones are brought back from the run that this one resumes, or from a checkpoint, if they are there.
 
         Returns what was done, for whoever starts the run. Raises CheckpointError.
         """
@@ -78,7 +78,7 @@ class BestWeights:
         target = unused(target)
         held.rename(target)
         return (
-            f"{held} holds weights of step {label} that are not of the run as it goes on from step "
+            f"{held} holds weights of step {label} that are not of the run as it resumes from step "
             f"{self.progress.step}; renamed to {target.name}"
         )
 
@@ -125,7 +125,8 @@ class BestWeights:
         facts = {"step": progress.best_step, self.best.metric: progress.best}
 
         def write(draft: Path) -> None:
-            export_weights(kept, draft, 1 << 62, None, self.task.weight_name, self.task.file_tensors, facts)
+            task, average = self.task, progress.best_is_average
+            export_weights(kept, draft, 1 << 62, None, task.tensor_name, task.file_tensors, facts, average)
             copy_assets(self.folder, draft)
 
         progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]

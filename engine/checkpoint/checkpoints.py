@@ -6,7 +6,7 @@
         MANIFEST.json     every file with its size and SHA-256, and the proof of what was saved; written last
 
 A checkpoint is staged in a hidden folder, every file is fsynced and hashed, the manifest is written, and one rename
-makes it visible. Training goes on meanwhile: only the copy to the CPU holds it up. There is no pickle in it.
+makes it visible. Training continues meanwhile. Only the copy to the CPU delays it. There is no pickle in it.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Checkpoints:
                     target = unused(self.folder / f"aside-{path.name}")
                     path.rename(target)
                     print(
-                        f"note: {path} is past the step that this run goes on from; renamed to {target.name}",
+                        f"note: {path} is past the step that this run resumes from; renamed to {target.name}",
                         flush=True,
                     )
 

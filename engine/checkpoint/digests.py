@@ -1,4 +1,4 @@
-"""digests.json: the size and SHA-256 of every file that was written into a folder of weights.
+"""digests.json: size and SHA-256 of every file in a folder of weights.
 
     replace_files(folder, write)   put files into a folder so that a kill at any moment leaves it whole
     check_digests(folder)          raise CheckpointError unless the files are those that were written

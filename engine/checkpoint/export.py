@@ -1,4 +1,4 @@
-"""Whole weights from any checkpoint: safetensors, sharded as Hugging Face does, written, read back and compared.
+"""Whole weights from any checkpoint, as safetensors, read back and compared.
 
 No model is built and no device is used; at most one output file is held in memory.
 """
@@ -18,22 +18,20 @@ from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint
 from trunkline.engine.checkpoint.weights import INDEX, WEIGHTS, metadata_of
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import save_tensors, write_json
-from trunkline.engine.state.sharded_files import VALUE, Digests, ShardedFiles, digest
+from trunkline.engine.state.sharded_files import AVERAGE, BUFFER_AVERAGE, VALUE, Digests, ShardedFiles, digest
 
 FileTensors = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export_weights(
     found: Checkpoint, out: Path, max_shard_bytes: int, dtype: torch.dtype | None = None,
     called: Callable[[str], str | None] = lambda name: name, file_tensors: FileTensors = lambda tensors: tensors,
-    facts: Mapping[str, float] | None = None,
+    facts: Mapping[str, float] | None = None, average: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Write a checkpoint's parameters and buffers into `out` and return the files.
 
-    `called` and `file_tensors` are the task's `weight_name` and `file_tensors`; `facts` is what the files say of
-    themselves.
+    `called` and `file_tensors` are the task's `tensor_name` and `file_tensors`; `facts` is what the files say of
+    themselves. With `average` the moving average of the weights is written, where the checkpoint has one of them.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.
     Floating-point tensors are cast to `dtype` if it is given; else they keep the checkpoint's precision.
@@ -54,7 +52,7 @@ def export_weights(
         for name, shard in zip(names, shards, strict=True):
             held: dict[str, Tensor] = {}
             for key, new in shard.items():
-                whole = _read(files, key, found.digests)
+                whole = _read(files, key, found.digests, average)
                 held[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
                 bar.update()
             tensors = {key: tensor.contiguous() for key, tensor in file_tensors(held).items()}
@@ -118,12 +116,13 @@ def _tensors(files: ShardedFiles) -> Iterator[tuple[str, tuple[int, ...], torch.
         yield name, tuple(buffer.shape), buffer.dtype
 
 
-def _read(files: ShardedFiles, key: str, digests: Digests) -> Tensor:
+def _read(files: ShardedFiles, key: str, digests: Digests, average: bool) -> Tensor:
     if key not in files.shapes:
-        return files.buffers(0)[key]
+        return (files.buffers(0) | (files.buffers(0, BUFFER_AVERAGE) if average else {}))[key]
     shape = files.shapes[key]
-    flat = files.elements(key, VALUE, 0, math.prod(shape))
-    if digest(flat, 0) != digests.get(f"{key}:{VALUE}"):
+    kind = AVERAGE if average and AVERAGE in files.keys[key] else VALUE
+    flat = files.elements(key, kind, 0, math.prod(shape))
+    if digest(flat, 0) != digests.get(f"{key}:{kind}"):
         raise CheckpointError(f"{files.folder}: {key}: its elements are not those that were saved (digests differ)")
     return flat.view(shape)
 

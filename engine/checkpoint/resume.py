@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may.
+"""Which checkpoint a run resumes from, and whether it may.
 
     none       start at step 0; refused where an earlier run has left anything
     auto       the newest good checkpoint of the run's own folder; step 0 if it never saved one, and then what it logged
@@ -26,7 +26,7 @@ from torch import nn
 from trunkline.engine.backends import Backend
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
 from trunkline.engine.config.deepspeed_section import parameter_dtype
-from trunkline.engine.config.meaning import meaning
+from trunkline.engine.config.meaning import meaning_of
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.config.strict import show
 from trunkline.engine.data.loading import collate
@@ -36,7 +36,7 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.optim.optimizers import same_name
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.record.run_folder import had_checkpoints, records, set_records_aside
-from trunkline.engine.state.sharded_state import restore
+from trunkline.engine.state.sharded_state import Averages, restore
 from trunkline.engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
@@ -51,7 +51,7 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         LAYOUT: f"{backend} ZeRO {section.zero_optimization.stage}, {precision}, "
         f"{world_size} rank{'s' * (world_size > 1)}",
         "workload": config.workload,
-        "model": meaning(config.model),
+        "model": meaning_of(config.model),
         "optimizer": same_name(section.optimizer.type),
         "data": task.fingerprint(),
         "num_samples": batches.num_samples,
@@ -68,7 +68,7 @@ def find_checkpoint(
     accept_new_data: bool,
     model: type[BaseModel] | None = None,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, verified and fitting this run; None to start at step 0. Called on all ranks.
+    """The checkpoint to resume from, verified and fitting this run; None to start at step 0. Called on all ranks.
 
     `model` is the class of the model section, by which the checkpoint's is read: what is compared is what it means.
 
@@ -82,7 +82,7 @@ def find_checkpoint(
     if resume == "none":
         if left:
             raise ConfigError(
-                f"{own.parent}: holds {', '.join(left)} of an earlier run; go on with --resume auto, {remedy}"
+                f"{own.parent}: holds {', '.join(left)} of an earlier run; resume it with --resume auto, {remedy}"
             )
         return None
     if resume == "auto":
@@ -91,7 +91,7 @@ def find_checkpoint(
             if from_main(had_checkpoints(own.parent), checkpoints.ranks):
                 raise CheckpointError(
                     f"{own.parent}: holds {', '.join(left)} of an earlier run, but its checkpoints are gone, so "
-                    f"--resume auto has nothing to go on from; put them back, {remedy}"
+                    f"--resume auto has nothing to resume from; put them back, {remedy}"
                 )
             on_main(lambda: set_records_aside(own.parent), checkpoints.ranks, f"{own.parent}: cannot be used")
             return None
@@ -134,7 +134,7 @@ def _check_identity(
         theirs = _meant(key, found.state.get(key), model)
         if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
             continue
-        remedy = "--accept-new-data goes on with the data set as it is now" if key in DATA else "make them equal"
+        remedy = "--accept-new-data takes the data set as it is now" if key in DATA else "make them equal"
         raise CheckpointError(
             f"{found.path}: was written with {key} {theirs!r}, but this run has {mine!r}; {remedy}, or start afresh "
             "in another --output-dir"
@@ -147,16 +147,16 @@ def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:
         return same_name(value)
     if key == "model" and model is not None:
         try:
-            return meaning(model.model_validate_json(json.dumps(value)))
+            return meaning_of(model.model_validate_json(json.dumps(value)))
         except ValueError:  # of another workload, or of another version of this one
             return value
     return value
 
 
-def load_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks) -> None:
+def restore_checkpoint(found: Checkpoint, backend: Backend, ranks: Ranks, averages: Averages | None = None) -> None:
     """Put a checkpoint's state into the backend. Called on all ranks, before the first step. Raises CheckpointError."""
-    restore(backend, found.path / BACKEND, found.digests, ranks)
-    backend.resume(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
+    restore(backend, found.path / BACKEND, found.digests, ranks, averages)
+    backend.restore_derived(found.state["step"] - found.state["skipped_steps"], found.state["loss_scaler"])
 
 
 class Probe:
@@ -172,7 +172,7 @@ class Probe:
     @cached_property
     def _batch(self) -> Batch:
         first = np.zeros(1, dtype=np.int64)
-        return to_device(collate(self.task, [self.task.datasets()["val"][0]], [first, first]), self.device)
+        return to_device(collate(self.task, [self.task.dataset("val")[0]], [first, first]), self.device)
 
     @torch.no_grad()
     def loss(self) -> float:

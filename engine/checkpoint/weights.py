@@ -36,7 +36,7 @@ def save_weights(
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in backend.full_state():
-        called = task.weight_name(name)
+        called = task.tensor_name(name)
         if ranks.is_main and called is not None:
             tensors[called] = tensor
 
@@ -113,17 +113,21 @@ def _tied(model: nn.Module) -> set[str]:
 def _files(folder: Path) -> list[Path]:
     """model.safetensors, or the files that the index beside them names."""
     index = folder / INDEX
-    if not index.is_file():
-        return [folder / WEIGHTS]
+    return indexed_files(index) if index.is_file() else [folder / WEIGHTS]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files beside an index, <name>.<kind>.index.json, that it names. Raises CheckpointError."""
+    kind = Path(index.name.removesuffix(".index.json")).suffix
     places = read_json_object(index).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
     if not names or not all(
-        isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names
+        isinstance(name, str) and name == Path(name).name and name.endswith(kind) for name in names
     ):
         raise CheckpointError(
-            f"{index}: weight_map must name .safetensors files of this folder; found {show(names[:3] or places)}"
+            f"{index}: weight_map must name {kind} files of this folder; found {show(names[:3] or places)}"
         )
-    return [folder / name for name in sorted(set(names))]
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def refuse(section: Any, refused: dict[str, str]) -> Any:
     return section
 
 
-OWN_CHECKPOINTS = "the engine writes checkpoints of its own, which any layout takes up"
+OWN_CHECKPOINTS = "the engine writes checkpoints of its own, which any layout can load"
 
 
 class Part(Strict):

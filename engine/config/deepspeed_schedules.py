@@ -1,4 +1,6 @@
-"""DeepSpeed's five schedules as functions of the number of applied steps, so that no run needs DeepSpeed for them.
+"""DeepSpeed's five schedules as functions of the number of applied steps.
+
+No run needs DeepSpeed for them.
 
 Each function takes a parameter group and the schedule's parameters, under DeepSpeed's names and with its defaults, and
 returns what the group holds after any number of steps. The values equal DeepSpeed's to the last bit, its beginning

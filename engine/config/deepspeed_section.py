@@ -1,4 +1,4 @@
-"""The "deepspeed" section: DeepSpeed's own schema, checked strictly, and the batch sizes that follow from it.
+"""The "deepspeed" section, checked strictly, and the batch sizes that follow from it.
 
 DeepSpeed itself passes unknown keys over in silence. Here every key is known, refused with what to use instead, or an
 error. This table does not need DeepSpeed to be installed; a test compares it with the installed release.
@@ -30,6 +30,7 @@ from trunkline.engine.config.deepspeed_parts import (
     idle,
     refuse,
 )
+from trunkline.engine.config.own_class import is_own, own_class
 from trunkline.engine.config.strict import Strict, typed
 from trunkline.engine.config.typed_params import (
     DEEPSPEED_ONLY,
@@ -72,7 +73,8 @@ Json = dict[str, Any]
 
 
 class Optimizer(Part):
-    """`type` is DeepSpeed's name, any class of torch.optim, or "apex.<class>"; `params` are typed by it."""
+    """`type` is DeepSpeed's name, any class of torch.optim, AdamWScale, "apex.<class>", or a class of the user's own,
+    "module:Class". `params` are typed by it."""
 
     type: Annotated[str, AfterValidator(known_optimizer)]
     params: Json = Field(default_factory=dict, validate_default=True)
@@ -90,7 +92,8 @@ class Optimizer(Part):
 
 
 class Scheduler(Strict):
-    """`type` is one of DeepSpeed's names, any class of torch.optim.lr_scheduler, or one of our own."""
+    """`type` is one of DeepSpeed's names, any class of torch.optim.lr_scheduler, one of our own, or one of the user's
+    own, "module:Class"."""
 
     type: Annotated[str, AfterValidator(known_scheduler)]
     params: Json = Field(default_factory=dict, validate_default=True)
@@ -173,6 +176,12 @@ class DeepSpeedSection(Part):
                 'data_types.grad_accum_dtype "fp32"; remove it'
             )
         return self
+
+
+def own_classes(section: DeepSpeedSection) -> list[type]:
+    """The classes of the user's own that drive the run: optimizer, schedule."""
+    kinds = [part.type for part in (section.optimizer, section.scheduler) if part is not None]
+    return [own_class(kind, object) for kind in kinds if is_own(kind)]
 
 
 def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:

@@ -23,8 +23,8 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
     if best.mode != "auto":
         worse = "lower" if stated == "max" else "higher"
         raise ConfigError(
-            f"{config.source}: training.best.mode: {best.mode} would keep the worst weights, since a {worse} "
-            f"'{best.metric}' is worse: set it to {stated}, or leave it out"
+            f"{config.where('training.best.mode')}: training.best.mode: {best.mode} would keep the worst weights, "
+            f"since a {worse} '{best.metric}' is worse: set it to {stated}, or leave it out"
         )
     training = config.training.model_copy(update={"best": best.model_copy(update={"mode": stated})})
     return replace(config, training=training, origins=config.origins | {"training.best.mode": "the metric's direction"})
@@ -33,5 +33,4 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
 def _direction(task: Task, metric: str) -> Literal["min", "max"] | None:
     if metric == "loss":
         return "min"  # what training minimises
-    direction = getattr(task, "direction", None)  # tasks of other packages may state none
-    return None if direction is None else direction(metric)
+    return task.direction(metric)

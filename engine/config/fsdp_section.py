@@ -1,4 +1,6 @@
-"""What FSDP makes of each key of the "deepspeed" section: obeys it, or refuses it with what to use instead.
+"""What FSDP makes of each key of the "deepspeed" section.
+
+It obeys the key, or refuses it with what to use instead.
 
 A key that is refused passes where it holds the value that DeepSpeed has anyway, or one that asks for nothing: then
 nothing is lost. Everything else is an error rather than a warning, also the sizes of DeepSpeed's buffers, which change
@@ -207,7 +209,7 @@ _DOCUMENT = """# The section "deepspeed" on FSDP
 
 `--backend fsdp` trains with `fully_shard` of PyTorch; DeepSpeed need not be installed. `--backend auto`, the default,
 takes DeepSpeed where it can be imported, else FSDP, and says so. The same configuration drives both, and a checkpoint
-of one is taken up by the other.
+of one resumes under the other.
 
 Each key is obeyed or refused. A refused key passes where it holds one of the values shown, which ask for nothing: most
 are those that DeepSpeed has anyway. Any other value is an error before training begins.

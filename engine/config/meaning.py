@@ -1,8 +1,8 @@
 """What a section of a configuration means, however it is spelt.
 
-    FolderPath         a field that is a path: absolute from the moment it is read, in every working directory
-    HOW                marks a field, as Annotated[..., HOW], that says how something is computed and not what
-    meaning(section)   a section's values, equal for sections that mean the same run
+    FolderPath            a field that is a path: absolute from the moment it is read, in every working directory
+    HOW                   marks a field, as Annotated[..., HOW], that says how something is computed and not what
+    meaning_of(section)   a section's values, equal for sections that mean the same run
 
 A section may have a method `in_full()`, which returns it without abbreviations, such as a preset by its widths.
 """
@@ -32,7 +32,7 @@ def _absolute(value: str) -> str:
 FolderPath = Annotated[str, AfterValidator(_absolute), _PATH]
 
 
-def meaning(section: BaseModel) -> dict[str, Any]:
+def meaning_of(section: BaseModel) -> dict[str, Any]:
     """The values of a section, ready for JSON: paths without links, and without the fields that say how."""
     section = getattr(section, "in_full", lambda: section)()
     values = section.model_dump(mode="json")
@@ -42,7 +42,7 @@ def meaning(section: BaseModel) -> dict[str, Any]:
         if HOW in marks:
             del values[name]
         elif isinstance(value, BaseModel):
-            values[name] = meaning(value)
+            values[name] = meaning_of(value)
         elif _PATH in marks and value is not None:
             values[name] = os.path.realpath(value)
     return values

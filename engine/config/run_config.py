@@ -10,16 +10,18 @@ in, so that this module knows no workload.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
-from trunkline.engine.config.strict import Strict, nearest, read_json_object, show, validated
+from trunkline.engine.config.draft import Draft, leaves, value_at, whence
+from trunkline.engine.config.epochs import Steps, in_steps
+from trunkline.engine.config.strict import Strict, nearest, show, validated
+from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
 
 
@@ -52,18 +54,20 @@ class Training(Strict):
 
     epochs: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
-    eval_every: int = Field(default=500, gt=0, description="optimizer steps between evaluations")
+    eval_every: Steps = Field(default=500, description="optimizer steps between evaluations, or epochs")
     eval_samples: int | None = Field(
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
-    save_every: int = Field(default=1000, gt=0, description="optimizer steps between checkpoints")
-    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
+    save_every: Steps = Field(default=1000, description="optimizer steps between checkpoints, or epochs")
+    async_save: bool = Field(default=True, description="write checkpoints while training continues")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
     keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
-    log_every: int = Field(default=10, gt=0, description="optimizer steps between lines of metrics.jsonl")
+    log_every: Steps = Field(default=10, description="optimizer steps between lines of metrics.jsonl, or epochs")
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
+    parameters: tuple[ParameterRule, ...] = ()
+    ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     activation_checkpointing: bool = False
@@ -71,7 +75,7 @@ class Training(Strict):
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
     hang_timeout_s: float = Field(
-        default=1800, gt=0, description="end the run when a rank makes no progress for so many seconds"
+        default=1800, gt=0, description="seconds without progress on any rank after which the run ends"
     )
     deterministic: bool = Field(default=False, description="torch.use_deterministic_algorithms")
 
@@ -110,9 +114,39 @@ class RunConfig:
     training: Training
     deepspeed: DeepSpeedSection
     origins: dict[str, str]
+    in_epochs: dict[str, Any] = field(default_factory=dict)
+    """What was asked for in epochs, by dotted key. The sections hold steps in its place after `in_steps`."""
+
+    def in_steps(self, steps_per_epoch: int) -> RunConfig:
+        """The same run with steps in place of epochs. `as_dict` keeps the epochs."""
+
+        def steps(asked: dict[str, Any]) -> dict[str, Any]:
+            found = {key: in_steps(value, steps_per_epoch) for key, value in asked.items()}
+            return {key: value for key, value in found.items() if value != asked[key]}
+
+        training, section, schedule = self.training, self.deepspeed, self.deepspeed.scheduler
+        in_epochs = {f"training.{key}": getattr(training, key) for key in steps(dict(training))}
+        if schedule is not None:
+            params = schedule.params
+            in_epochs |= {f"deepspeed.scheduler.params.{key}": params[key] for key in steps(params)}
+            schedule = schedule.model_copy(update={"params": params | steps(params)})
+            section = section.model_copy(update={"scheduler": schedule})
+        training = training.model_copy(update=steps(dict(training)))
+        return replace(self, training=training, deepspeed=section, in_epochs=self.in_epochs | in_epochs)
+
+    def in_force(self, key: str) -> Any:
+        """The value of a dotted key that the run goes by."""
+        return value_at(self._values(), key)
 
     def as_dict(self) -> dict[str, Any]:
-        """The configuration of record: every value in force, defaults included, ready for JSON."""
+        """The configuration of record: every value, defaults included, as it was asked for, ready for JSON."""
+        values = self._values()
+        for key, value in self.in_epochs.items():
+            holder, _, name = key.rpartition(".")
+            value_at(values, holder)[name] = value
+        return values
+
+    def _values(self) -> dict[str, Any]:
         return {
             "workload": self.workload,
             "data": self.data.model_dump(mode="json"),
@@ -121,21 +155,26 @@ class RunConfig:
             "deepspeed": self.deepspeed.model_dump(mode="json", exclude_none=True),
         }
 
+    def where(self, key: str) -> str:
+        """What a message about a dotted key begins with: where its value came from."""
+        return whence(key, self.origins, self.source)
 
+
+Sections = Callable[[str], tuple[type[BaseModel], type[BaseModel]]]
 SECTIONS = ("workload", "data", "model", "training", "deepspeed")
 
 
 def load_config(
     path: str | Path,
     *,
-    sections: Callable[[str], tuple[type[BaseModel], type[BaseModel]]],
+    sections: Sections,
     settings: Sequence[str] = (),
     deepspeed: str | Path | None = None,
 ) -> RunConfig:
     """Read and validate a run's configuration.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or the name of a configuration that is shipped, such as fluid/demo.
         sections: gives the models of the "data" and "model" sections for a workload's name; raises ConfigError for
             a name that it does not know.
         settings: "dotted.key=value" strings that win over the file; values are JSON, or else plain text.
@@ -144,74 +183,39 @@ def load_config(
     Raises:
         ConfigError: with file, key, value and remedy; all mistakes of one section in one message.
     """
-    raw = read_json_object(path)
-    origins = dict.fromkeys(_leaves(raw), "file")
-    if deepspeed is not None:
-        raw["deepspeed"] = read_json_object(deepspeed)
-        origins = {k: v for k, v in origins.items() if not k.startswith("deepspeed.")}
-        origins |= {f"deepspeed.{key}": str(deepspeed) for key in _leaves(raw["deepspeed"])}
+    draft = Draft.read(path, deepspeed)
     for setting in settings:
-        key, value = _parse_setting(setting)
-        _assign(raw, key, value, setting)
-        origins = {k: v for k, v in origins.items() if k != key and not k.startswith(key + ".")}
-        origins |= dict.fromkeys(_leaves(value, key) if isinstance(value, dict) else [key], "command line")
+        draft.set(setting)
+    return checked(draft, sections)
 
+
+def checked(draft: Draft, sections: Sections) -> RunConfig:
+    """The draft as a configuration. Raises ConfigError as `load_config` does."""
+    raw, path = draft.values, draft.source
     for key in raw:
         if key not in SECTIONS:
-            raise ConfigError(f"{path}: unknown key '{key}'{nearest(key, SECTIONS)}; the sections are {SECTIONS}")
+            raise ConfigError(
+                f"{draft.where(key)}: unknown key '{key}'{nearest(key, SECTIONS)}; the sections are {SECTIONS}"
+            )
     for key in SECTIONS:
         if key not in raw:
             raise ConfigError(f"{path}: the section '{key}' is missing; a run's file has {', '.join(SECTIONS)}")
     if not isinstance(raw["workload"], str):
-        raise ConfigError(f"{path}: workload: expected a name in quotes, found {show(raw['workload'])}")
+        raise ConfigError(
+            f"{draft.where('workload')}: workload: expected a name in quotes, found {show(raw['workload'])}"
+        )
     data_model, model_model = sections(raw["workload"])
     config = RunConfig(
-        source=str(path),
+        source=path,
         workload=raw["workload"],
-        data=validated(data_model, raw["data"], "data", path),
-        model=validated(model_model, raw["model"], "model", path),
-        training=validated(Training, raw["training"], "training", path),
-        deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", deepspeed or path),
-        origins=origins,
+        data=validated(data_model, raw["data"], "data", draft.where),
+        model=validated(model_model, raw["model"], "model", draft.where),
+        training=validated(Training, raw["training"], "training", draft.where),
+        deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", draft.where),
+        origins=draft.origins,
     )
-    values = config.as_dict()
-    origins |= {key: "auto" for key in origins if _at(raw, key) == "auto" != _at(values, key)}
-    for key in _leaves(values):
+    values, origins = config.as_dict(), config.origins
+    origins |= {key: "auto" for key in origins if value_at(raw, key) == "auto" != value_at(values, key)}
+    for key in leaves(values):
         origins.setdefault(key, "default")
     return config
-
-
-def _at(value: Any, key: str) -> Any:
-    """What a dotted key holds; None if it is not there."""
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def _leaves(value: dict[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, item in value.items():
-        dotted = f"{prefix}.{key}" if prefix else key
-        keys += _leaves(item, dotted) if isinstance(item, dict) and item else [dotted]
-    return keys
-
-
-def _parse_setting(setting: str) -> tuple[str, Any]:
-    key, equals, text = setting.partition("=")
-    if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(f"--set {setting}: expected dotted.key=value, such as --set training.seed=1")
-    try:
-        return key, json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return key, text
-
-
-def _assign(raw: dict[str, Any], key: str, value: Any, setting: str) -> None:
-    *parents, last = key.split(".")
-    target = raw
-    for depth, part in enumerate(parents):
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            held = ".".join(parents[: depth + 1])
-            raise ConfigError(f"--set {setting}: '{held}' holds {show(target)}, which has no keys; set '{held}' itself")
-    target[last] = value

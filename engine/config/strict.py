@@ -1,4 +1,4 @@
-"""Strict JSON: objects read from files and checked against a model, with errors that a user can act on.
+"""Strict JSON: objects from files, checked against a model, with helpful errors.
 
 An unknown key is an error that names the nearest known one, and so is a value of the wrong type; nothing is dropped.
 A number without a fraction is an integer however it is written: 5e8 and 500000000 are one value.
@@ -6,19 +6,19 @@ A number without a fraction is an integer however it is written: 5e8 and 5000000
 
 from __future__ import annotations
 
-import difflib
-import errno
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
+from trunkline.engine.config.json_object import nearest, read_json_object, show
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.reading import MAX_JSON_BYTES, parse_json, read_whole, reason
+
+__all__ = ["Strict", "nearest", "read_json_object", "show", "typed", "validated"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -31,44 +31,22 @@ class Strict(BaseModel):
     )
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file's object, of bounded size and depth; repeated keys, NaN, Infinity are errors. Raises ConfigError."""
-    path = Path(path)
+def validated(model: type[Model], section: Any, name: str, source: str | Path | Callable[[str], str]) -> Model:
+    """`section` as a `model`. Raises ConfigError with one line for every mistake in it.
 
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(whole := dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in whole if keys.count(key) > 1)
-            raise ConfigError(f"{path}: the key '{twice}' stands twice in one object; keep one of them")
-        return whole
-
-    try:
-        value = parse_json(read_whole(path, MAX_JSON_BYTES), pairs_hook=no_repeats)
-    except OSError as error:
-        remedy = "this is not a configuration" if error.errno == errno.EFBIG else "check the path"
-        raise ConfigError(f"{path}: cannot be read ({reason(error)}); {remedy}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a JSON text in UTF-8 ({type(error).__name__})") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object {{...}}, found {show(value)}")
-    return value
-
-
-def validated(model: type[Model], section: Any, name: str, path: str | Path) -> Model:
-    """`section` of the file `path` as a `model`. Raises ConfigError with one line for every mistake in it."""
+    source: the file that all of it is from, or what says of each dotted key where its value is from
+    """
+    where = source if callable(source) else lambda key: str(source)
     if not isinstance(section, dict):
-        raise ConfigError(f"{path}: {name}: expected an object {{...}}, found {show(section)}")
+        raise ConfigError(f"{where(name)}: {name}: expected an object {{...}}, found {show(section)}")
     try:
         return model.model_validate_json(json.dumps(_integral(section)))
     except RecursionError as error:
-        raise ConfigError(f"{path}: {name}: objects are nested too deeply") from error
+        raise ConfigError(f"{where(name)}: {name}: objects are nested too deeply") from error
     except ValidationError as error:
-        lines = [_explain(model, issue, name) for issue in error.errors()]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from error
+        mistakes = [_explain(model, issue, name) for issue in error.errors()]
+        lines = [f"{where(key)}: {key}: {said}" for key, said in mistakes]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
 def _integral(value: Any) -> Any:
@@ -98,25 +76,24 @@ def typed(model: type[BaseModel], values: dict[str, Any], owner: str) -> dict[st
         raise ValidationError.from_exception_data(model.__name__, lines) from error
 
 
-def _explain(model: type[BaseModel], issue: Any, name: str) -> str:
+def _explain(model: type[BaseModel], issue: Any, name: str) -> tuple[str, str]:
+    """The dotted key of a mistake, and what is wrong with it."""
     parts, known = _in_the_file(model, issue["loc"])
-    key = ".".join([name, *parts])
+    found = f", found {show(issue['input'])}"
     if issue["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(parts[-1], known)}"
-    if issue["type"] == "missing":
+        said = f"unknown key{nearest(parts[-1], known)}"
+    elif issue["type"] == "missing":
         what = "the list needs this value too" if isinstance(issue["loc"][-1], int) else "this key is required"
-        return f"{key}: missing; {what}"
-    if issue["type"] == "told":
-        return f"{key}: {issue['msg']}"
-    if issue["input"] == "auto":
-        return f'{key}: nothing decides "auto" here; write the value that is meant, or remove the key'
-    if issue["type"] == "value_error":
-        return (
-            f"{key}: {issue['ctx']['error']}"
-            if not parts
-            else f"{key}: {issue['ctx']['error']}, found {show(issue['input'])}"
-        )
-    return f"{key}: {issue['msg'][0].lower()}{issue['msg'][1:]}, found {show(issue['input'])}"
+        said = f"missing; {what}"
+    elif issue["type"] == "told":
+        said = issue["msg"]
+    elif issue["input"] == "auto":
+        said = 'nothing decides "auto" here; write the value that is meant, or remove the key'
+    elif issue["type"] == "value_error":
+        said = f"{issue['ctx']['error']}{found if parts else ''}"
+    else:
+        said = f"{issue['msg'][0].lower()}{issue['msg'][1:]}{found}"
+    return ".".join([name, *parts]), said
 
 
 def _in_the_file(model: type[BaseModel], loc: Sequence[Any]) -> tuple[list[str], list[str]]:
@@ -154,17 +131,3 @@ def _is_branch(part: Any) -> bool:
     return isinstance(part, str) and (
         part in {"int", "float", "bool", "str", "none", "json-or-python"} or any(mark in part for mark in "[(-")
     )
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """A hint for an error message: the closest known key, or all of them."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known keys: {', '.join(sorted(known))}" if known else ""
-
-
-def show(value: Any) -> str:
-    """A value as an error message quotes it: JSON, cut after 80 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""The parameters of optimizers and schedules as typed sections: which there are, of what type, in what range.
+"""The parameters of optimizers and schedules: names, types and ranges.
 
     typed(optimizer_params("AdamW"), {"lr": 1e-3}, "AdamW")  engine/config/strict.py::typed raises for a misfit
 
@@ -19,6 +19,8 @@ from torch.optim import lr_scheduler
 
 from trunkline.engine.config.deepspeed_parts import Part
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES
+from trunkline.engine.config.epochs import Steps, or_epochs
+from trunkline.engine.config.own_class import is_own, own_class
 from trunkline.engine.config.strict import nearest
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -62,7 +64,7 @@ def _only_true(why: str) -> Any:
 
 _Rate = Annotated[Any, AfterValidator(_rate)]
 _RateOrAuto = Annotated[Any, AfterValidator(lambda value: value if value == "auto" else _rate(value))]
-_StepsOrAuto = Annotated[Any, AfterValidator(_steps_or_auto)]
+_StepsOrAuto = or_epochs(Annotated[Any, AfterValidator(_steps_or_auto)])
 
 _OPTIMIZER: dict[str, Any] = {
     "lr": _NotNegative,
@@ -87,6 +89,7 @@ _OPTIMIZER: dict[str, Any] = {
     "Adafactor.eps": Annotated[tuple[_NotNegative | None, _NotNegative], _LIST],
     "foreach": bool | None,
     "fused": bool | None,
+    "min_rms": _Positive,
     "max_coeff": _Positive,
     "min_coeff": _Positive,
     "max_grad_norm": _NotNegative,
@@ -95,12 +98,12 @@ _OPTIMIZER: dict[str, Any] = {
 }
 
 _SCHEDULE: dict[str, Any] = {
-    "warmup": Annotated[Any, AfterValidator(_warmup)],
+    "warmup": or_epochs(Annotated[Any, AfterValidator(_warmup)]),
     "min_ratio": _Share,
-    "step_size": _Steps,
-    "milestones": Annotated[list[_Steps], Field(min_length=1)],
+    "step_size": Steps,
+    "milestones": Annotated[list[Steps], Field(min_length=1)],
     "T_max": _StepsOrAuto,
-    "T_0": _Steps,
+    "T_0": Steps,
     "T_mult": _Steps,
     "total_iters": _StepsOrAuto,
     "total_steps": _StepsOrAuto,
@@ -120,8 +123,8 @@ _SCHEDULE: dict[str, Any] = {
     "max_lr": _Rate,
     "base_momentum": _Decay,
     "max_momentum": _Decay,
-    "step_size_up": _Steps,
-    "step_size_down": _Steps | None,
+    "step_size_up": Steps,
+    "step_size_down": Steps | None,
     "mode": Literal["triangular", "triangular2", "exp_range"],
     "scale_fn": None,
     "scale_mode": Literal["cycle", "iterations"],
@@ -136,22 +139,23 @@ _SCHEDULE: dict[str, Any] = {
     "cycle_min_lr": _Rate,
     "cycle_max_lr": _Rate,
     "decay_lr_rate": _NotNegative,
-    "cycle_first_step_size": _Positive,
-    "cycle_second_step_size": _NotNegative | None,
+    "cycle_first_step_size": or_epochs(_Positive),
+    "cycle_second_step_size": or_epochs(_NotNegative | None),
     "cycle_first_stair_count": _Count,
     "cycle_second_stair_count": _Count | None,
-    "decay_step_size": _NotNegative,
+    "decay_step_size": or_epochs(_NotNegative),
     "cycle_min_mom": _Decay,
     "cycle_max_mom": _Decay,
     "decay_mom_rate": _NotNegative,
     "lr_range_test_min_lr": _Rate,
-    "lr_range_test_step_size": _Steps,
+    "lr_range_test_step_size": Steps,
     "lr_range_test_step_rate": _NotNegative,
 }
 
 _ADAM = "lr betas eps weight_decay amsgrad"
 _SGD = "lr momentum dampening weight_decay nesterov"
 _ELSEWHERE = {
+    "adamwscale": "lr betas eps weight_decay min_rms",
     "lamb": "lr bias_correction betas eps eps_inside_sqrt weight_decay max_coeff min_coeff",
     "lion": "lr betas weight_decay",
     "muon": "lr muon_lr adam_lr momentum weight_decay ns_method betas eps adam_w_mode torch_adam",
@@ -164,8 +168,10 @@ _ELSEWHERE = {
     "apex.FusedNovoGrad": f"{_ADAM} bias_correction reg_inside_moment grad_averaging norm_type init_zero set_grad_none",
     "apex.FusedSGD": f"{_SGD} wd_after_momentum materialize_master_grads set_grad_none",
 }
-"""Parameters of optimizers that DeepSpeed or apex build; those that no table of types names are switches."""
+"""Parameters of optimizers that DeepSpeed, apex or the engine build. Those that no table of types names are
+switches."""
 
+ADAMW_SCALE = "AdamWScale"
 DEEPSPEED_ONLY = ("Lamb", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
 APEX = tuple(name.removeprefix("apex.") for name in _ELSEWHERE if name.startswith("apex."))
 
@@ -190,14 +196,19 @@ _UNWRITABLE = {
 def known_optimizer(kind: str) -> str:
     """The name of an optimizer that can be built somewhere. Raises ValueError for any other."""
     names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer"]
-    known = dict.fromkeys([*names, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)])
-    if kind not in known and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
+    known = dict.fromkeys([*names, ADAMW_SCALE, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)])
+    if is_own(kind):
+        own_class(kind, torch.optim.Optimizer)
+    elif kind not in known and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
         raise ValueError(f"unknown optimizer '{kind}'{nearest(kind, list(known))}")
     return kind
 
 
 def known_scheduler(kind: str) -> str:
     """The name of a schedule that a file can describe. Raises ValueError for any other."""
+    if is_own(kind):
+        own_class(kind, lr_scheduler.LRScheduler)
+        return kind
     if kind in _UNWRITABLE:
         raise ValueError(f"{kind} {_UNWRITABLE[kind]}; use WarmupCosine")
     names = [
@@ -209,6 +220,16 @@ def known_scheduler(kind: str) -> str:
     if kind not in known:
         raise ValueError(f"unknown schedule '{kind}'{nearest(kind, known)}")
     return kind
+
+
+def optimizer_class(kind: str) -> Any:
+    """The class of torch.optim, or of a user's own, that a known name stands for."""
+    return own_class(kind, torch.optim.Optimizer) if is_own(kind) else getattr(torch.optim, kind)
+
+
+def scheduler_class(kind: str) -> Any:
+    """The class of torch.optim.lr_scheduler, or of a user's own, that a known name stands for."""
+    return own_class(kind, lr_scheduler.LRScheduler) if is_own(kind) else getattr(lr_scheduler, kind)
 
 
 @cache
@@ -226,7 +247,7 @@ def optimizer_params(kind: str) -> type[BaseModel]:
             "bias_correction": (corrected, True),
         }
     else:
-        fields = _fields(getattr(torch.optim, kind), _OPTIMIZER)
+        fields = _fields(optimizer_class(kind), _OPTIMIZER)
     return create_model(kind, __base__=_Params, **fields | {"lr": (_OPTIMIZER["lr"], ...)})
 
 
@@ -236,7 +257,7 @@ def scheduler_params(kind: str) -> type[BaseModel]:
     if kind in OWN_SCHEDULES:
         fields: dict[str, Any] = {name: (_SCHEDULE[name], default) for name, default in OWN_SCHEDULES[kind].items()}
     else:
-        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or getattr(lr_scheduler, kind), _SCHEDULE)
+        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or scheduler_class(kind), _SCHEDULE)
     return create_model(kind, __base__=_Params, **fields)
 
 
@@ -251,7 +272,7 @@ def _fields(made_by: Callable[..., Any], kinds: dict[str, Any]) -> dict[str, Any
     """Name -> type and default, from the signature of a class or a function; without what the engine hands in."""
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(made_by).parameters.items():
-        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind is parameter.VAR_KEYWORD:
+        if name in ("params", "optimizer", "group", "last_epoch") or parameter.kind.name.startswith("VAR_"):
             continue
         required = parameter.default is parameter.empty
         kind = kinds.get(f"{made_by.__name__}.{name}", kinds.get(name, _by_default(parameter.default)))
@@ -263,5 +284,7 @@ def _by_default(default: Any) -> Any:
     if isinstance(default, bool):
         return bool
     if isinstance(default, (int, float)):
-        return float
+        return float if isinstance(default, float) else int | float
+    if isinstance(default, (tuple, list)):
+        return Annotated[tuple[bool | int | float | str, ...], _LIST]
     return str if isinstance(default, str) else bool | int | float | str | None

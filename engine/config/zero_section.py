@@ -1,4 +1,4 @@
-"""The object "zero_optimization": each key, what DeepSpeed has where it is left out, and at which stages it acts."""
+"""The object "zero_optimization": its keys, DeepSpeed's defaults, and the stages of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The order of samples: a pure function of (seed, epoch), with nothing to store and nothing to replay.
+"""The order of samples: a pure function of (seed, epoch).
+
+There is nothing to store and nothing to replay.
 
 Global batch k holds the same samples on any number of ranks. Position -> sample is a keyed bijection: a Feistel
 network over Z_a x Z_b with a b just above the data set's size, walked until it falls inside (Black and Rogaway,

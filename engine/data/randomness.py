@@ -1,4 +1,6 @@
-"""Randomness as a pure function of keys, so that it is the same on any rank, device and number of workers.
+"""Randomness as a pure function of keys.
+
+It is the same on any rank, on any device and with any number of workers.
 
     mix(*keys)               one int64 from several: seed, epoch, index, ...
     seed_torch(*keys)        torch's own generators, for what a model draws itself (dropout)

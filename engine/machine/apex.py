@@ -1,4 +1,7 @@
-"""Whose `apex` is installed, told without importing it: PyPI's package of that name is an unrelated web toolkit."""
+"""Whose `apex` is installed, told without importing it.
+
+PyPI's package of that name is an unrelated web toolkit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Can training start on this machine? Every check is a finding with what was seen and, if need be, what to do.
+"""Can training start on this machine?
+
+Every check is a finding: what was seen and, if need be, what to do.
 
     findings = examine()
     can_train(findings)
@@ -25,7 +27,9 @@ from trunkline.engine.machine.apex import find_apex
 
 GIB = 2**30
 LEAST_TORCH = (2, 11)
-INSTALL = "pip install -c constraints.txt -e ."
+FSDP_TORCH = (2, 13)
+_IS_CLONE = (Path(__file__).resolve().parents[2] / "constraints.txt").is_file()
+INSTALL = "pip install -c constraints.txt -e ." if _IS_CLONE else "install Trunkline's wheel again, with pip"
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ def can_train(findings: Sequence[Finding]) -> bool:
 
 def _python() -> Iterator[Finding]:
     detail = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
-    if sys.version_info[:2] not in ((3, 10), (3, 11), (3, 12)):
-        yield Finding("python", "problem", detail, "use Python 3.10, 3.11 or 3.12")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        yield Finding("python", "problem", detail, "use Python 3.10, 3.11, 3.12 or 3.13")
     elif platform.system() != "Linux":
         yield Finding("python", "problem", detail, "use Linux")
     else:
@@ -80,6 +84,8 @@ def _versions() -> Iterator[Finding]:
         release = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         if name == "torch" and release < LEAST_TORCH:
             yield Finding(name, "problem", f"{version} is too old", INSTALL)
+        elif name == "torch" and release < FSDP_TORCH:
+            yield Finding(name, "warning", f"{version}: --backend fsdp trains on one rank only before 2.13", INSTALL)
         else:
             yield Finding(name, "ok", version)
     try:

@@ -1,4 +1,6 @@
-"""Printing that never ends training: standard output and error may go away, fill up, stop, or know ASCII alone.
+"""Printing that never ends training.
+
+Standard output and error may go away, fill up, stop, or know ASCII alone.
 
     keep_printing()                 for the rest of the process
     with lasting_output(): ...      for a part of it

@@ -29,7 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 EXIT_CODE = 75
 """Of a run that was stopped and is worth resuming: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
-_GO_ON = "with no step under way: nothing is lost; go on with --resume auto"
+GO_ON = "with no step under way: nothing is lost; resume with --resume auto"
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "deepspeed.launcher.runner",
               "deepspeed.launcher.launch", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "orted", "prted",
@@ -51,7 +51,7 @@ def request(reason: str) -> None:
     _reasons.append(reason)
 
 
-def listen(exit_code: int = EXIT_CODE, advice: str = _GO_ON) -> None:
+def listen(exit_code: int = EXIT_CODE, advice: str = GO_ON) -> None:
     """Listen for requests from now on. Signals are heard only if this is the main thread, as Python demands.
 
     Args:

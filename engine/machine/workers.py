@@ -1,4 +1,6 @@
-"""Processes that make batches: they leave signals to their parent, and end when it says so or is gone.
+"""Processes that make batches.
+
+They leave signals to their parent. They end when it says so or is gone.
 
     DataLoader(..., multiprocessing_context=WORKERS)
 

@@ -1,10 +1,12 @@
-"""How large a run's micro-batches are: smaller after memory ran out, and what the run remembers of it.
+"""How large a run's micro-batches are.
+
+They get smaller when memory runs out, and the run remembers it.
 
     micro = MicroBatches(folder, sizes, facts, ranks)     what an earlier process of the run remembered, if it fits
     micro.sizes, micro.evaluation
     micro.halve(step, shortage, plan), micro.halve_evaluation(step, shortage, plan)     one line each, for a person
 
-The global batch stays as it is, so the gradient of a step does: the accumulation takes up what the micro-batch loses.
+The global batch stays as it is, so the gradient of a step does: accumulation grows by what the micro-batch loses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Running out of memory: recognised on one rank and heard of by all, with no rank left waiting in a collective.
+"""Running out of memory: one rank sees it, and all ranks hear of it.
+
+No rank is left waiting in a collective.
 
     is_out_of_memory(error)         whether this is what an allocator says
     with Attempts(ranks).attempt(agreed=True): ...      raises OutOfMemory on all ranks where it came on any
@@ -123,7 +125,7 @@ class Attempts:
 
     def _asking(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def ask_first(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-            # once for collectives that are launched as one: a start without its end would hold up all later ones
+            # once for collectives that are launched as one: a start without its end would block all later ones
             if group is not self.ranks.group and not self._coalescing:
                 self._ask()
             result = collective(group, *args, **kwargs)

@@ -1,10 +1,10 @@
-"""Adaptive clipping: a gradient is cut to a multiple of what gradients of this run have lately been.
+"""Adaptive clipping: a gradient is cut to a multiple of recent gradients.
 
 A fixed limit that tames the first steps does nothing later, when norms are a tenth; one that fits later would throttle
 the start. Here the limit of a step is `factor` times an exponential moving average of the global norms of the steps
 before it, each as it was after clipping, so that a spike moves the limit by little. It is the idea of ZClip (Kumar et
 al. 2025, arXiv:2504.02507) and AdaGC (Wang et al. 2025, arXiv:2502.11034) in its plainest form. The limit follows from
-what is in `Progress`, so every backend gets the same and a resumed run goes on exactly.
+what is in `Progress`, so every backend gets the same and a resumed run continues exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Extensions that are compiled on first use, as DeepSpeed's optimizers are: announced, and not waited for in vain.
+"""Extensions that are compiled on first use, as some of DeepSpeed's optimizers are.
+
+The compilation is announced. A lock that a dead process left is named.
 
 PyTorch locks the folder of an extension with a file that a killed compilation leaves behind, and waits for it without
 end. Whoever compiles holds that file open, so a lock that nobody has open is stale.

@@ -61,7 +61,7 @@ class LossScaler:
         }
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on from `state`; a run that begins to scale now begins afresh."""
+        """Continue from `state`. A run that begins to scale now begins afresh."""
         if self.dynamic and state:
             self.scale = float(state["scale"])
             self.iteration, self.last_overflow = int(state["iteration"]), int(state["last_overflow"])

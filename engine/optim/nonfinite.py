@@ -1,4 +1,6 @@
-"""Which rank and which parameter a non-finite gradient came from: found by repeating the step that was skipped.
+"""Which rank and which parameter a non-finite gradient came from.
+
+It is found by repeating the step that was skipped.
 
 A skipped step left the parameters alone, and its randomness is a function of seed, step and rank, so repeating it
 shows the same failure. Ordinary steps pay nothing for this.

@@ -1,4 +1,6 @@
-"""Whether a run's optimizer can be saved, split over ranks and resumed, found by trying it on two small parameters.
+"""Whether an optimizer can be saved, split over ranks and resumed.
+
+It is found by trying the optimizer on two small parameters.
 
 Nothing is judged by its name, but what DeepSpeed builds itself: that would have to be compiled to be tried.
 """
@@ -11,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection, Optimizer
+from trunkline.engine.config.own_class import is_own
 from trunkline.engine.config.strict import show
 from trunkline.engine.errors import ConfigError, TrunklineError
-from trunkline.engine.optim.optimizers import build_optimizer
+from trunkline.engine.optim.optimizers import build_optimizer, tell_fragments
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, capture, restore
@@ -32,6 +37,8 @@ def check_optimizer(section: DeepSpeedSection, backend: str, total_steps: int, d
     try:
         scheduled = build_optimizer([nn.Parameter(torch.zeros(1, device=device))], optimizer)
         learning_rates(section.scheduler, 0.0, total_steps, [0, min(total_steps, 1000)], scheduled)
+        if backend == "fsdp" and is_own(optimizer.type):
+            _step_shard(optimizer, device)
         whole = _Probe(optimizer, device, flat=False)
         groups = whole.groups()
         whole.step()
@@ -64,6 +71,15 @@ def _refused(optimizer: Optimizer, why: str) -> ConfigError:
     )
 
 
+def _step_shard(section: Optimizer, device: torch.device) -> None:
+    """A step of what FSDP gives an optimizer, on a mesh of this process alone. Raises whatever the class raises."""
+    mesh = DeviceMesh(device.type, [0], _init_backend=False, _rank=0)
+    value, gradient = (DTensor.from_local(torch.ones(4, 3, device=device), mesh, [Shard(0)]) for _ in range(2))
+    parameter = nn.Parameter(value)
+    parameter.grad = gradient
+    build_optimizer([parameter], section).step()
+
+
 class _Probe:
     """A matrix and a vector under the optimizer; `flat` gives it the same elements in pieces, as ranks hold them."""
 
@@ -71,10 +87,20 @@ class _Probe:
         self.section, self.device, self.flat = section, device, flat
         weights = [torch.linspace(-1.0, 2.0, 12).view(4, 3), torch.tensor([0.5, -0.25])]
         self.parameters = [nn.Parameter(piece.to(device)) for piece in self._pieces(weights)]
+        self.places = self._places(weights)
         self.module: nn.Module = nn.ParameterList(self.parameters)
         visible = section.model_copy(update={"params": section.params | {"lr": 0.1}})
         self.optimizer = build_optimizer(self.parameters, visible)
         self.steps = 0
+        tell_fragments(self.optimizer, self.fragments(), Ranks(0, 1, 0, device))
+
+    def _places(self, tensors: list[Tensor]) -> list[tuple[str, tuple[int, ...], int]]:
+        """Of each piece, the whole that it is of, by name and shape, and where it begins in it."""
+        places = []
+        for number, tensor in enumerate(tensors):
+            starts = self._pieces([torch.arange(tensor.numel()).view(tensor.shape)])
+            places += [(str(number), tuple(tensor.shape), int(piece.flatten()[0])) for piece in starts]
+        return places
 
     def _pieces(self, tensors: list[Tensor]) -> list[Tensor]:
         if not self.flat:
@@ -106,8 +132,8 @@ class _Probe:
 
     def fragments(self) -> list[Fragment]:
         return [
-            Fragment(name, tuple(parameter.shape), parameter, 0, 0, parameter.numel())
-            for name, parameter in self.module.named_parameters()
+            Fragment(name, shape, parameter, 0, start, parameter.numel())
+            for (name, shape, start), parameter in zip(self.places, self.parameters, strict=True)
         ]
 
     def equals(self, other: _Probe, exactly: bool = True) -> bool:

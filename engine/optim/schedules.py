@@ -1,4 +1,4 @@
-"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, and a few of our own.
+"""Learning-rate schedules: DeepSpeed's names, every class of torch.optim.lr_scheduler, a few of our own, and a user's.
 
     WarmupCosine  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then a half cosine to min_ratio x lr
     WarmupLinear  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then linear to min_ratio x lr
@@ -9,24 +9,27 @@ applied; past its last step it stays where it ended. "auto" stands for the run's
 `T_max`, `total_steps` and `total_iters`, for a tenth of it in `warmup_num_steps`, and for the optimizer's rate in
 `warmup_max_lr`. `trunkline.engine.config.typed_params` says which names and parameters there are.
 
-The state of a schedule is that number: `fast_forward` brings a new one to where another one is.
+The state of a schedule is that number: `forward` brings a new one to where another one is.
+
+A schedule is of one rate. The rate of each group of parameters is that times the group's "lr_scale"
+(engine/optim/parameter_rules.py), also where the schedule's parameters are absolute rates.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES, Shape
 from trunkline.engine.config.deepspeed_section import Scheduler
-from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_params
+from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_class, scheduler_params
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.optim.parameter_rules import LR_SCALE
 
 
 class FormulaScheduler:
@@ -47,18 +50,72 @@ class FormulaScheduler:
             group.update(at(applied_steps))
 
 
-def build_scheduler(optimizer: Optimizer, section: Scheduler | None, total_steps: int) -> Any:
-    """The scheduler of a run, an object with step(). Raises ConfigError."""
+class GroupSchedule:
+    """A schedule that leads a group of its own, which an optimizer's groups follow."""
+
+    def __init__(self, optimizer: Optimizer, section: Scheduler | None, total_steps: int) -> None:
+        first = optimizer.param_groups[0]
+        led = Optimizer(
+            [torch.zeros(1)], {key: value for key, value in first.items() if key not in ("params", LR_SCALE)}
+        )
+        led._opt_called = True  # type: ignore[attr-defined]  # it never is: torch would warn of that
+        self._led, self._given = led.param_groups[0], dict(led.param_groups[0])
+        # Muon gives its groups rates of their own, in proportion
+        self._groups = [
+            (group, group.get(LR_SCALE, 1.0) * (1.0 if group["lr"] == first["lr"] else group["lr"] / first["lr"]))
+            for group in optimizer.param_groups
+        ]
+        self._momenta: set[str] = set()
+        self._inner = _schedule(led, section, total_steps)
+        self._hand_on()
+
+    @property
+    def learning_rate(self) -> float:
+        """The schedule's rate, which a group without "lr_scale" has."""
+        return float(self._led["lr"])
+
+    def step(self) -> None:
+        """Count one more applied step."""
+        self._inner.step()
+        self._hand_on()
+
+    def forward(self, steps: int) -> None:
+        """As `steps` calls of `step`, to the last bit. torch's own schedules compute each rate from the one before, so
+        they are stepped. The others jump."""
+        if isinstance(self._inner, FormulaScheduler):
+            self._inner.go_to(self._inner.applied_steps + steps)
+        else:
+            for _ in range(steps):
+                self._inner.step()
+                self._note_momenta()
+        self._hand_on()
+
+    def _note_momenta(self) -> None:
+        self._momenta |= {key for key in ("betas", "momentum") if self._led.get(key) != self._given.get(key)}
+
+    def _hand_on(self) -> None:
+        self._note_momenta()
+        momenta = {key: self._led[key] for key in self._momenta}
+        for group, scale in self._groups:
+            group.update(momenta, lr=self._led["lr"] * scale)
+
+
+def build_scheduler(optimizer: Optimizer, section: Scheduler | None, total_steps: int) -> GroupSchedule:
+    """The scheduler of a run. Raises ConfigError."""
+    return GroupSchedule(optimizer, section, total_steps)
+
+
+def _schedule(led: Optimizer, section: Scheduler | None, total_steps: int) -> Any:
     if section is None:
-        return FormulaScheduler(optimizer, partial(_own_shape, factor=partial(_constant, warmup=0)))
-    params = decided(section, total_steps, optimizer.param_groups[0]["lr"]).params
+        return FormulaScheduler(led, partial(_own_shape, factor=partial(_constant, warmup=0)))
+    params = decided(section, total_steps, led.param_groups[0]["lr"]).params
     if section.type in OWN_SCHEDULES:
         factor = _own_factor(section.type, OWN_SCHEDULES[section.type] | params, total_steps)
-        return FormulaScheduler(optimizer, partial(_own_shape, factor=factor))
+        return FormulaScheduler(led, partial(_own_shape, factor=factor))
     try:
         if section.type in DEEPSPEED_SCHEDULES:
-            return FormulaScheduler(optimizer, partial(DEEPSPEED_SCHEDULES[section.type], **params))
-        return getattr(lr_scheduler, section.type)(optimizer, **params)
+            return FormulaScheduler(led, partial(DEEPSPEED_SCHEDULES[section.type], **params))
+        return scheduler_class(section.type)(led, **params)
     except (TypeError, ValueError, AttributeError) as error:
         raise _refused(section, params, error) from error
 
@@ -105,21 +162,6 @@ def _refused(section: Scheduler, params: dict[str, Any], error: Exception) -> Co
     return ConfigError(f"deepspeed.scheduler.params: {section.type} does not accept {params}: {error}")
 
 
-def fast_forward(scheduler: Any, applied_steps: int) -> None:
-    """Bring a scheduler, and what it sets in its optimizer, to where they are after so many more calls of step().
-
-    The result is that of the calls, to the last bit. torch's own schedules compute each rate from the one before, so
-    they are stepped; the others jump.
-    """
-    if isinstance(scheduler, FormulaScheduler):
-        scheduler.go_to(scheduler.applied_steps + applied_steps)
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-        for _ in range(applied_steps):
-            scheduler.step()
-
-
 def learning_rates(
     section: Scheduler | None, lr: float, total_steps: int, steps: list[int], optimizer: Optimizer | None = None
 ) -> dict[int, float]:
@@ -132,11 +174,11 @@ def learning_rates(
     rates, done = {}, 0
     for step in sorted(steps):
         try:
-            fast_forward(scheduler, step - done)
+            scheduler.forward(step - done)
         except (ValueError, ArithmeticError) as error:
             assert section is not None
             raise _refused(section, section.params, error) from error
-        rates[step], done = float(optimizer.param_groups[0]["lr"]), step
+        rates[step], done = scheduler.learning_rate, step
         if not 0 <= rates[step] < math.inf:
             raise ConfigError(f"deepspeed.scheduler: the learning rate of step {step} is {rates[step]}; change params")
     return rates

@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, what they agree on, and whether one of them hangs."""
+"""The processes of a run: who they are and what they agree on."""

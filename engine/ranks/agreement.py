@@ -1,4 +1,4 @@
-"""What the ranks of a start must have in common, compared before anything depends on it.
+"""What ranks must have in common, compared before anything depends on it.
 
     store = meet(launch, record, timeout_s)      nobody missing, nobody twice, one number of ranks, one code
     agree({"training.seed": 42, ...})            on all ranks: nothing, or the same ConfigError on all of them

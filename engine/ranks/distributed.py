@@ -1,4 +1,4 @@
-"""Processes: who this rank is, its device, and the few collectives that the engine itself needs."""
+"""Who this rank is, its device, and the few collectives that the engine needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process this is among those that were started together, from what the launcher put into the environment.
+"""Which process of a launch this is, from what the launcher put into the environment.
 
     launch = read_launch()      rank, number of ranks, and where they meet
 
@@ -20,8 +20,6 @@ import os
 import re
 import zlib
 from dataclasses import dataclass, replace
-
-import torch
 
 from trunkline.engine.errors import ConfigError
 
@@ -89,6 +87,8 @@ def _chosen_device() -> int:
 def _local_rank(size: int, otherwise: int) -> int:
     if _given("LOCAL_RANK"):
         return _number("LOCAL_RANK", 0, size - 1)
+    import torch  # which takes seconds, and whoever reads of one process alone need not wait
+
     if torch.cuda.device_count() == 1:  # as with --gpus-per-task=1, where each task sees its own alone
         return 0
     return next((_number(name, 0) for name in _LOCAL_RANKS if _given(name)), otherwise)

@@ -1,4 +1,7 @@
-"""Whether any rank was asked to stop, agreed over all ranks, between two batches of a step or of an evaluation."""
+"""Whether any rank was asked to stop, agreed over all ranks.
+
+Ranks look between two batches of a step or of an evaluation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives whose results are known: a cheap look at every link between the ranks before a run depends on them.
+"""Collectives whose results are known: a look at every link between the ranks.
 
 collective_self_test(device)           on all ranks, in the process group that is there
 python -m trunkline.engine.ranks.selftest FILE   one rank of a test of its own: RANK and WORLD_SIZE say which,

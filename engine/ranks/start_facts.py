@@ -1,7 +1,7 @@
-"""What ranks must have in common besides their configuration, as values that can be compared: code and weights.
+"""What ranks must share besides their configuration: code and weights, as comparable values.
 
 code_version()            versions of packages, and a digest of each of our source files
-class_version(task)       the same of whoever else's task
+class_version(type(task)) the same of classes that may be anybody's
 tensor_digests(model)     of each parameter and buffer, before a backend shards them
 leaves(config)            nested objects by dotted keys
 """
@@ -35,11 +35,14 @@ def code_version() -> dict[str, str]:
     return versions | {f"code of {path.relative_to(_ROOT)}": digest(path.read_bytes()) for path in files}
 
 
-def class_version(thing: object) -> dict[str, str]:
-    """The name of an object's class, and a digest of the file that defines it: a task may be anybody's."""
-    path = getattr(sys.modules.get(type(thing).__module__), "__file__", None)
-    code = digest(Path(path).read_bytes()) if path and os.path.isfile(path) else "unknown"
-    return {f"code of {type(thing).__qualname__}": code}
+def class_version(*classes: type) -> dict[str, str]:
+    """The names of classes, each with a digest of the file that defines it: a task or an optimizer may be anybody's."""
+    found = {}
+    for each in classes:
+        path = getattr(sys.modules.get(each.__module__), "__file__", None)
+        code = digest(Path(path).read_bytes()) if path and os.path.isfile(path) else "unknown"
+        found[f"code of {each.__qualname__}"] = code
+    return found
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:

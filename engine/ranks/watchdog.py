@@ -1,4 +1,4 @@
-"""A run that hangs says which rank is missing, at which step and in what, and ends.
+"""A run that hangs names the rank, its step and its place, and ends.
 
 A rank that waits in a collective for another one waits for ever, or until a time-out that names nobody. Here the main
 thread notes what it is about to do, which costs a tuple. A thread beside it writes the note into the run's folder,
@@ -171,7 +171,7 @@ class Watchdog:
             [
                 f"error: the run hangs: no progress for {self.timeout_s:g} s (training.hang_timeout_s), {who}",
                 *lines,
-                "  Checkpoints are untouched; go on from the last one with --resume auto",
+                "  Checkpoints are untouched; continue from the last one with --resume auto",
             ]
         )
 

@@ -1,4 +1,4 @@
-"""Throughput of a run: time a step, samples a second, and the share of the device's peak."""
+"""Throughput: time a step, samples a second, share of the device's peak."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Meter:
         device: this rank's.
         step: the number of steps made so far.
         unit: what a batch's weight counts, in the plural.
-        flops: useful floating-point operations of one sample, forward and backward.
+        flops: useful floating-point operations of one sample, forward and backward; 0 if they are not counted.
         peak: the device's peak in FLOP/s, None if it is not known.
     """
 
@@ -53,7 +53,7 @@ class Meter:
         rate = self.sizes.global_batch_size / seconds
         values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / elapsed}
         values |= memory_in_use(self.device)
-        if self.peak:
+        if self.peak and self.flops:
             values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
         return values
 

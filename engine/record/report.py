@@ -1,4 +1,4 @@
-"""What a run did, for a person to read: <run>/report/ with curves as PNG and one summary in Markdown.
+"""What a run did, for a person to read: <run>/report/.
 
     write_report(Path("runs/fluid-demo"))    -> runs/fluid-demo/report/summary.md
     python -m trunkline.engine.record.report runs/fluid-demo  the same, of a run that was stopped or is still going
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import read_object
+from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.tables import markdown
 
 MAX_PANELS = 8
 
@@ -158,7 +159,7 @@ def _summary(
 ) -> str:
     workload = config.get("workload", "unknown workload")
     facts = _facts(history, config, plan, _saved_step(run_folder))
-    parts = [f"# {workload}: {run_folder.resolve().name}", _table(("", ""), facts)]
+    parts = [f"# {workload}: {run_folder.resolve().name}", markdown([("", ""), *facts])]
     if not history.rows:
         parts.append("Nothing was logged: the run ended before its first line of metrics.jsonl.")
     parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
@@ -218,16 +219,11 @@ def _metrics_table(history: History, config: dict[str, Any]) -> str:
     last = evaluations[-1]
     best = next((row for row in evaluations if row["step"] == best_step), last)
     header = ("metric", f"best, step {best['step']:,}", f"last, step {last['step']:,}")
-    return _table(header, [(key, _show(best.get(key)), _show(last.get(key))) for key in history.keys("val")])
+    return markdown([header, *((key, _show(best.get(key)), _show(last.get(key))) for key in history.keys("val"))])
 
 
 def _show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else ""
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _median(values: Sequence[float]) -> float:

@@ -5,28 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trunkline.engine.record.pictures import BLUE, GREY, INK, RED, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TRAIN, _VALIDATION, _INK = "#4477aa", "#d1495b", "#1b1b1b"
 _PARTS = ("#66a182", "#edae49", "#8d6a9f", "#00798c", "#b5651d", "#7f9c3f", "#c77dba", "#5f6caf", "#a0522d", "#3a9188")
-_STYLE: Any = {  # matplotlib's own type for it differs from release to release
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.edgecolor": "#888888",
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "figure.dpi": 120,
-}
 
 
 @dataclass(frozen=True)
@@ -61,17 +47,11 @@ def plot_panels(
         path.unlink(missing_ok=True)  # of an earlier report
         return False
 
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     last_step = max(series.steps[-1] for panel in drawn for series in panel.curves.values() if series.steps)
-    with matplotlib.rc_context(_STYLE):
-        columns = 1 if len(drawn) <= 2 else 2
-        rows = -(-len(drawn) // columns)
-        width, height = (8.0, 3.0 * rows + 0.3) if columns == 1 else (11.0, 2.7 * rows + 0.3)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
+    columns = 1 if len(drawn) <= 2 else 2
+    rows = -(-len(drawn) // columns)
+    width, height = (8.0, 3.0 * rows + 0.3) if columns == 1 else (11.0, 2.7 * rows + 0.3)
+    with picture(path, width, height, **{"legend.fontsize": 7.5}) as figure:
         for index, panel in enumerate(drawn):
             axes = figure.add_subplot(rows, columns, index + 1)
             axes.set_title(panel.title)
@@ -79,14 +59,13 @@ def plot_panels(
             _draw(axes, panel, best_step)
             if panel.smoothed and skipped_steps:
                 axes.plot(skipped_steps, [0.02] * len(skipped_steps), "x", transform=axes.get_xaxis_transform(),
-                          color=_INK, ms=5, label="skipped steps")  # fmt: skip
+                          color=INK, ms=5, label="skipped steps")  # fmt: skip
             axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
             labels = axes.get_legend_handles_labels()[1]
             if len(labels) > 6:
                 axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
             elif len(labels) > 1:
                 axes.legend()
-        figure.savefig(path)
     return True
 
 
@@ -99,19 +78,19 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
         values += series.values
         if name == "train":
             smoothed = panel.smoothed and len(series.values) >= 20
-            axes.plot(series.steps, series.values, color=_TRAIN, lw=0.8 if smoothed else 1.6,
+            axes.plot(series.steps, series.values, color=BLUE, lw=0.8 if smoothed else 1.6,
                       alpha=0.35 if smoothed else 1.0, label=None if smoothed else name)  # fmt: skip
             if smoothed:
-                axes.plot(series.steps, smooth(series.values), color=_TRAIN, lw=1.6, label="train (smoothed)")
+                axes.plot(series.steps, smooth(series.values), color=BLUE, lw=1.6, label="train (smoothed)")
         elif name == "validation":
-            axes.plot(series.steps, series.values, "o-", color=_VALIDATION, ms=3, lw=1.6, label=name, zorder=4)
+            axes.plot(series.steps, series.values, "o-", color=RED, ms=3, lw=1.6, label=name, zorder=4)
             if best_step in series.steps:
                 best = series.values[series.steps.index(best_step)]
-                axes.plot([best_step], [best], "o", ms=8, mfc="none", mec=_INK, mew=1.3, zorder=5,
+                axes.plot([best_step], [best], "o", ms=8, mfc="none", mec=INK, mew=1.3, zorder=5,
                           label=f"{best:.4g} at the best step, {best_step:,}")  # fmt: skip
         elif name.endswith("(compared)"):
             label = name.removesuffix(" (compared)")
-            axes.plot(series.steps, series.values, "--", color="#777777", lw=1.2, label=label, zorder=3)
+            axes.plot(series.steps, series.values, "--", color=GREY, lw=1.2, label=label, zorder=3)
         else:
             axes.plot(series.steps, series.values, color=next(colours), lw=1, label=name)
     if panel.from_zero:

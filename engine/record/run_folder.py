@@ -1,4 +1,6 @@
-"""A run's folder: one run at a time, the same folder on all ranks, and nothing of an earlier run lost.
+"""A run's folder: one run at a time, the same on all ranks.
+
+Nothing that an earlier run left is lost.
 
     claim(folder, ranks)        hold the folder against a second start, and see that all ranks share it
     with in_use(folder): ...    while it trains: also this process may not claim it again; it is let go at the end
@@ -36,7 +38,7 @@ from trunkline.engine.config.strict import read_json_object
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import try_lock, unused
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.metrics_file import read_metrics
 
 LOCK, RANKS_LOCK = ".lock", ".lock-ranks"
 _LONGEST = 4096  # bytes of it that are read
@@ -124,10 +126,17 @@ def had_checkpoints(folder: Path) -> bool:
         if not (folder / "metrics.jsonl").is_file():
             return False
         training = read_json_object(folder / "config.json")["training"]
+        log_every, save_every = (_in_steps(folder, training, key) for key in ("log_every", "save_every"))
         steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row.get("split") == "train"]
-        return bool(steps) and (steps[0] > training["log_every"] or steps[-1] > 2 * training["save_every"])
+        return bool(steps) and (steps[0] > log_every or steps[-1] > 2 * save_every)
     except (OSError, ConfigError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _in_steps(folder: Path, training: dict[str, Any], key: str) -> int:
+    """A length of the training section in steps. Where it is in epochs, the plan knows how many they are."""
+    asked = training[key]
+    return read_json_object(folder / "plan.json")["in_steps"][f"training.{key}"] if isinstance(asked, dict) else asked
 
 
 def set_records_aside(folder: Path) -> None:

@@ -2,41 +2,36 @@
 
     trackers = make_trackers(("tensorboard",), folder, config, resume_step=0)
     trackers.log(400, "train", {"loss": 0.125, "lr": 1e-4})
+    trackers.best(400, {"loss": 0.5})              once more, as "best/loss", where it is the best so far
+    trackers.keep(400, folder / "evaluation")      files, pictures, texts
+    trackers.finish(400)                           what the task wants to have kept of the whole run
     trackers.close()
 
-    read_metrics(folder / "metrics.jsonl")   -> [{"step": 400, "split": "train", "loss": 0.125, "lr": 0.0001}]
-
-A tracker never stops a run. One that fails, at its start or later, is warned about once; its rows are kept and handed
-over, in order, when it works again: a server that is away or a disk that is full for an hour costs no row. Only a
-tracker that was asked for and is not installed is an error, at the start.
+A tracker never stops a run. One that fails, at its start or later, is warned about once; what it did not take is kept
+and handed over, in order, when it works again: a server that is away or a disk that is full for an hour costs no row.
+Only a tracker that was asked for and is not installed is an error, at the start.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
-import json
-import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.files import replace_whole
-from trunkline.engine.machine.reading import open_regular, parse_json, read_whole
+from trunkline.engine.record.boards import Board, Run, open_board, require_boards
+from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
+from trunkline.engine.tracking import Tracking
 
 _ROWS_KEPT = 100_000
 _SOON_S = 0.1  # a tracker that fails sooner is asked at every row
 _SHARE_OF_TIME = 0.05  # of a run, at most, is spent on one that takes longer
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+METRICS = "metrics.jsonl"
 
 
 class Tracker(Protocol):
@@ -63,8 +58,23 @@ class Trackers:
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Hand the values to every tracker that works, and keep them for the others."""
+        self._hand("log", step, split, dict(values))
+
+    def best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say what the best evaluation so far has measured, to those that show runs."""
+        self._hand("best", step, dict(metrics))
+
+    def keep(self, step: int, folder: Path) -> None:
+        """Hand over the files of a folder, to those that show runs."""
+        self._hand("keep", step, folder)
+
+    def finish(self, best_step: int) -> None:
+        """Hand over what the task wants to have kept of the run, whose best evaluation was at this step."""
+        self._hand("finish", best_step)
+
+    def _hand(self, call: str, *arguments: Any) -> None:
         for queue in self._queues:
-            queue.rows.append((step, split, dict(values)))
+            queue.calls.append((call, arguments))
             queue.hand_over()
 
     def close(self) -> None:
@@ -80,12 +90,12 @@ class Trackers:
 
 
 class _Queue:
-    """The rows that a tracker has not taken yet. One whose calls fail slowly is not asked at every row."""
+    """The calls that a tracker has not taken yet. One whose calls fail slowly is not asked at every row."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name, self._make = name, make
         self.tracker: Tracker | None = None
-        self.rows: deque[tuple[int, str, Mapping[str, float]]] = deque(maxlen=_ROWS_KEPT)
+        self.calls: deque[tuple[str, tuple[Any, ...]]] = deque(maxlen=_ROWS_KEPT)
         self._not_before = 0.0
         self._warned = False
         self.hand_over()
@@ -98,12 +108,15 @@ class _Queue:
         try:
             if self.tracker is None:
                 self.tracker = self._make()
-            while self.rows:
+            while self.calls:
+                call, arguments = self.calls[0]
                 try:
-                    self.tracker.log(*self.rows[0])
+                    if take := getattr(self.tracker, call, None):  # metrics.jsonl takes rows alone
+                        take(*arguments)
                 except (TypeError, ValueError) as error:  # the row's fault: it would stand in the way of all others
-                    _warn(f"{self.name} cannot take the row of step {self.rows[0][0]} ({error}); it is left out")
-                self.rows.popleft()
+                    what = "row" if call == "log" else call
+                    _warn(f"{self.name} cannot take the {what} of step {arguments[0]} ({error}); it is left out")
+                self.calls.popleft()
         except Exception as error:  # whatever a tracker's library raises, the run is worth more
             ended = time.monotonic()
             if ended - began > _SOON_S:
@@ -116,8 +129,8 @@ class _Queue:
 
     def close(self) -> None:
         self.hand_over(now=True)
-        if self.rows:
-            _warn(f"{self.name} did not take the last {len(self.rows)} rows")
+        if self.calls:
+            _warn(f"{self.name} did not take the last {len(self.calls)} rows")
         if self.tracker is not None:
             try:
                 self.tracker.close()
@@ -125,9 +138,49 @@ class _Queue:
                 _warn(f"{self.name} fails to close ({type(error).__name__}: {error})")
 
 
+class Shown:
+    """A program that shows the run, as the task wants it shown."""
+
+    def __init__(self, board: Board, run: Run, steps_per_epoch: int) -> None:
+        self.name, self.board, self.run, self._steps_per_epoch = board.name, board, run, steps_per_epoch
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Show the values under the task's names, over its axis."""
+        tags = {self.run.tracking.tag(split, name): value for name, value in values.items()}
+        if named := {tag: value for tag, value in tags.items() if tag is not None}:
+            self.board.put(self._position(step), named)
+
+    def best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show them as those of the best evaluation."""
+        self.log(step, "best", {**metrics, "epoch": max(0, step - 1) // self._steps_per_epoch})
+
+    def keep(self, step: int, path: Path) -> None:
+        """Hand over a file, or all files of a folder, by their places in the run's folder."""
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                self.board.keep(self._position(step), file, file.relative_to(self.run.folder).as_posix())
+
+    def finish(self, best_step: int) -> None:
+        """Show the final values, and hand over the artifacts."""
+        tracking = self.run.tracking
+        rows = [row for row in read_metrics(self.run.folder / METRICS) if row["split"] == "val"]
+        row = next((row for row in reversed(rows) if row["step"] == best_step), rows[-1] if rows else {})
+        if values := {tag: row[name] for name, tag in tracking.final.items() if name in row}:
+            self.board.put(self._position(rows[-1]["step"]), values)
+        for place in tracking.artifacts:
+            self.keep(rows[-1]["step"] if rows else best_step, self.run.folder / place)
+
+    def _position(self, step: int) -> int:
+        return self.run.tracking.position(step, self._steps_per_epoch)
+
+    def close(self) -> None:
+        """Let the program write out what it holds back."""
+        self.board.close()
+
+
 def make_trackers(
     names: Sequence[str], folder: Path, config: dict[str, Any], resume_step: int = 0, is_main: bool = True,
-    evaluation_due: bool = False,
+    evaluation_due: bool = False, tracking: Tracking | None = None, steps_per_epoch: int = 1,
 ) -> Trackers:  # fmt: skip
     """metrics.jsonl in the run's `folder` and the trackers named. Ranks other than the main one track nothing.
 
@@ -136,230 +189,25 @@ def make_trackers(
         config: the configuration of record, handed to the trackers that keep one.
         resume_step: the step that the run starts from; what was logged after it is withdrawn where that can be done.
         evaluation_due: the evaluation of that step is to be made again.
+        tracking: how the task wants to be shown.
+        steps_per_epoch: optimizer steps an epoch.
 
     Raises:
         ConfigError: a tracker's package is not installed, or metrics.jsonl cannot be written.
     """
     if not is_main:
         return Trackers()
-    require_trackers(names)
-    trackers = Trackers([MetricsFile.open(folder / "metrics.jsonl", resume_step, evaluation_due)])
+    require_boards(names)
+    trackers = Trackers([MetricsFile.open(folder / METRICS, resume_step, evaluation_due)])
+    tracking = tracking or Tracking()
+    run = Run(folder, config, tracking, tracking.position(resume_step + 1, steps_per_epoch), resume_step > 0)
     for name in names:
-        trackers.add(name, partial(_KINDS[name][2], folder, config, resume_step))
+        trackers.add(name, partial(_shown, name, run, steps_per_epoch))
     return trackers
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError if one of these trackers is unknown or not installed."""
-    for name in names:
-        if name not in _KINDS:
-            raise ConfigError(f"training.trackers: unknown tracker '{name}'; known are {', '.join(_KINDS)}")
-        module, package, _ = _KINDS[name]
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(
-                f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out "
-                "of training.trackers"
-            ) from error
-
-
-class MetricsFile:
-    """metrics.jsonl: one strict JSON object a line, {"step": ..., "split": ..., <name>: <value>, ...}, flushed at once.
-
-    JSON knows no NaN and no infinity: such a value is null, and stands by name in the line's further entry
-    "nonfinite", as {"loss": "nan"}. `read_metrics` puts it back.
-    """
-
-    name = "metrics.jsonl"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: int | None = os.open(path, _APPEND, 0o666)
-        self._whole = os.fstat(self._descriptor).st_size
-
-    @classmethod
-    def open(cls, path: Path, resume_step: int = 0, evaluation_due: bool = False) -> MetricsFile:
-        """The file at `path`, without lines of steps after `resume_step` and without a line torn by a kill.
-
-        Without that step's evaluation too if it is due to be made again.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                open_regular(path).close()  # before a named pipe makes the writer wait
-                _withdraw_after(path, resume_step, evaluation_due)
-            return cls(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append one line, whole or not at all. Raises OSError."""
-        line: dict[str, Any] = {"step": step, "split": split}
-        nonfinite = {}
-        for key, value in values.items():
-            if math.isfinite(value):
-                line[key] = value if isinstance(value, int) else float(value)
-            else:
-                line[key], nonfinite[key] = None, str(float(value))
-        if nonfinite:
-            line["nonfinite"] = nonfinite
-        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
-
-    def _append(self, line: bytes) -> None:
-        try:
-            if self._descriptor is None:  # after a failure: the file may be reachable again under another handle
-                self._descriptor = os.open(self._path, _APPEND, 0o666)
-                os.ftruncate(self._descriptor, min(self._whole, os.fstat(self._descriptor).st_size))
-            rest = line
-            while rest:  # a disk that is nearly full takes a part
-                rest = rest[os.write(self._descriptor, rest) :]
-            self._whole += len(line)
-        except OSError:
-            self.close()
-            with suppress(OSError):
-                os.truncate(self._path, self._whole)
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, NaN and infinities restored. A torn or damaged line is left out."""
-    rows = []
-    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            row = _parse(line)
-            if row is not None:
-                row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
-                rows.append(row)
-    return rows
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or not line.endswith("\n"):
-        return None
-    nonfinite = row.get("nonfinite", {})
-    whole = isinstance(nonfinite, dict) and all(value in ("nan", "inf", "-inf") for value in nonfinite.values())
-    return row if whole else None
-
-
-def _withdraw_after(path: Path, step: int, evaluation_due: bool) -> None:
-    def write(draft: Path) -> None:
-        with path.open(encoding="utf-8", errors="replace") as lines, draft.open("w", encoding="utf-8") as kept:
-            for line in lines:
-                row = _parse(line)
-                again = evaluation_due and row is not None and (row["step"], row.get("split")) == (step, "val")
-                if row is not None and row["step"] <= step and not again:
-                    kept.write(line)
-
-    replace_whole(path, write)
-
-
-class TensorBoard:
-    """Event files in <run>/tensorboard, tags as "train/loss"."""
-
-    name = "tensorboard"
-
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard hides what an earlier process logged from purge_step on
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Add one scalar a value."""
-        for key, value in values.items():
-            self._writer.add_scalar(f"{split}/{key}", value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """A Weights & Biases run, continued under the same id on resume. Its own environment variables hold."""
-
-    name = "wandb"
-
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "trunkline"),
-            name=os.environ.get("WANDB_NAME", folder.resolve().name),
-            id=_remembered(folder / ".wandb_run", resume_step),
-            resume="allow",
-            dir=str(folder),
-            config=config,
-        )
-        (folder / ".wandb_run").write_text(self._run.id)
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Add one point a value."""
-        self._run.log({f"{split}/{key}": value for key, value in values.items()}, step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
-class MLflow:
-    """An MLflow run, continued under the same id on resume. MLFLOW_TRACKING_URI says where; MLflow's default else."""
-
-    name = "mlflow"
-    _PARAMS_A_CALL = 100
-
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int) -> None:
-        import mlflow
-
-        self._mlflow = mlflow
-        if not os.environ.keys() & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"}:
-            mlflow.set_experiment(f"trunkline-{config.get('workload', 'run')}")
-        known = _remembered(folder / ".mlflow_run", resume_step)
-        self._run_id = mlflow.start_run(run_id=known, run_name=folder.resolve().name).info.run_id
-        (folder / ".mlflow_run").write_text(self._run_id)
-        if known is None:
-            settings = list(_flat(config).items())
-            for start in range(0, len(settings), self._PARAMS_A_CALL):
-                mlflow.log_params(dict(settings[start : start + self._PARAMS_A_CALL]))
-
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Add one point a value."""
-        self._mlflow.log_metrics(
-            {f"{split}/{key}": float(value) for key, value in values.items()}, step=step, run_id=self._run_id
-        )
-
-    def close(self) -> None:
-        """End the run."""
-        self._mlflow.end_run()
-
-
-# name -> the module to import, what to install, the class
-_KINDS: dict[str, tuple[str, str, Callable[[Path, dict[str, Any], int], Tracker]]] = {
-    "tensorboard": ("torch.utils.tensorboard", "tensorboard", TensorBoard),
-    "wandb": ("wandb", "trunkline[wandb]", WeightsAndBiases),
-    "mlflow": ("mlflow", "trunkline[mlflow]", MLflow),
-}
-
-
-def _remembered(path: Path, resume_step: int) -> str | None:
-    return read_whole(path, 1 << 10).decode().strip() if resume_step and path.exists() else None
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for key, value in config.items():
-        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-    return pairs
+def _shown(name: str, run: Run, steps_per_epoch: int) -> Tracker:
+    return Shown(open_board(name, run), run, steps_per_epoch)
 
 
 def _warn(line: str) -> None:

@@ -1,1 +1,1 @@
-"""The state of a run in one form for every backend, ZeRO stage and number of ranks."""
+"""The state of a run, in one form for every layout."""

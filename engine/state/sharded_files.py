@@ -1,4 +1,4 @@
-"""The files of a run's state: which elements of which tensor stand in which rank's file, and digests of them.
+"""The files of a run's state: which rank's file holds which elements.
 
     rank-00000-of-00002.safetensors   "<parameter>:value", "<parameter>:exp_avg", ...: the fragments, flat
     rank-00000-of-00002.json          where each fragment begins, the parameter's shape, the optimizer's scalars
@@ -9,6 +9,7 @@ the same for every way of splitting it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ from trunkline.engine.data.randomness import finalise_array
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.reading import read_object, reason
 
-VALUE = "value"
-BUFFER = "#buffer"
+VALUE, AVERAGE = "value", "average"
+BUFFER, BUFFER_AVERAGE = "#buffer", "#average"
 Digests = dict[str, int]
 """By "<parameter>:<key>": the sum over the elements of a 64-bit hash of place and bits, modulo 2^64."""
 
@@ -56,6 +57,15 @@ class ShardedFiles:
                 self.shapes[name] = tuple(entry["shape"])
                 self.keys[name] = entry["keys"]
                 self.scalars[name] = entry["scalars"]
+
+    def kept(self) -> dict[str, str]:
+        """What the optimizer keeps for each parameter: the keys, and the numbers such as its count of steps, as text;
+        "" where it keeps nothing, because the parameter was frozen or has never been used."""
+        found = {
+            name: ([k for k in keys if k not in (VALUE, AVERAGE)], self.scalars[name])
+            for name, keys in self.keys.items()
+        }
+        return {name: json.dumps(state, sort_keys=True) if any(state) else "" for name, state in found.items()}
 
     def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless these are the parameters, with their shapes, that the files hold."""
@@ -92,10 +102,10 @@ class ShardedFiles:
         """The dtype in which "<name>:<key>" was saved."""
         return self.elements(name, key, 0, min(1, int(np.prod(self.shapes[name])))).dtype
 
-    def buffers(self, rank: int) -> dict[str, Tensor]:
-        """The persistent buffers of a rank; of rank 0's files if there were fewer ranks."""
+    def buffers(self, rank: int, kind: str = BUFFER) -> dict[str, Tensor]:
+        """The persistent buffers of a rank, or their averages; of rank 0's files if there were fewer ranks."""
         file = self._file(self._indices[rank if rank < len(self._indices) else 0][0])
-        return {key.removesuffix(BUFFER): file.get_tensor(key) for key in file.keys() if key.endswith(BUFFER)}  # noqa: SIM118
+        return {key.removesuffix(kind): file.get_tensor(key) for key in file.keys() if key.endswith(kind)}  # noqa: SIM118
 
     def _parts(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
         found = [(path, index[name]) for path, index in self._indices if name in index]

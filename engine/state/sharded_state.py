@@ -1,8 +1,9 @@
-"""The state of a run in one form for every backend, ZeRO stage and number of ranks.
+"""The state of a run in one form for every backend, stage and world size.
 
 A rank holds, of each parameter, one run of consecutive elements: the whole of it, a ZeRO partition, the rows of an FSDP
-shard. That is a `Fragment`. Each rank writes the elements that it owns, of the parameter and of everything that the
-optimizer keeps for each element, as they are, in fp32 masters, into the files of trunkline.engine.state.sharded_files.
+shard. That is a `Fragment`. Each rank writes the elements that it owns, of the parameter, of everything that the
+optimizer keeps for each element, and of the weights' average (backends/averaging.py), as they are, in fp32
+masters, into the files of trunkline.engine.state.sharded_files.
 
 So there is nothing to convert: any layout reads the elements that it needs from the files that have them, one fragment
 at a time. Digests prove after loading that each element has come to its place.
@@ -11,7 +12,7 @@ at a time. Digests prove after loading that each element has come to its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,16 @@ from torch import Tensor, nn
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import save_tensors
 from trunkline.engine.ranks.distributed import Ranks, gather, sum_int64
-from trunkline.engine.state.sharded_files import BUFFER, VALUE, Digests, ShardedFiles, digest, file_names
+from trunkline.engine.state.sharded_files import (
+    AVERAGE,
+    BUFFER,
+    BUFFER_AVERAGE,
+    VALUE,
+    Digests,
+    ShardedFiles,
+    digest,
+    file_names,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,10 @@ class Fragment:
         return self.length * self.replica // self.replicas, self.length * (self.replica + 1) // self.replicas
 
 
+Averages = Mapping[Tensor, Tensor]
+"""By the owner of fragments, as a rank holds it, or by a buffer: its moving average, of the shape of the local part."""
+
+
 class Sharded(Protocol):
     """What is saved and loaded here: a backend."""
 
@@ -63,7 +77,7 @@ class Sharded(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's part of the state at one moment, copied to the CPU so that training can go on."""
+    """A rank's part of the state at one moment, copied to the CPU so that training can continue."""
 
     tensors: dict[str, Tensor]
     index: dict[str, Any]
@@ -77,37 +91,41 @@ class Snapshot:
         return {
             key: digest(tensor, starts[key.rpartition(":")[0]])
             for key, tensor in self.tensors.items()
-            if not key.endswith(BUFFER)
+            if not key.endswith((BUFFER, BUFFER_AVERAGE))
         }
 
 
 @torch.no_grad()  # without it, taking the local part of a DTensor goes through autograd
-def capture(backend: Sharded) -> Snapshot:
-    """Copy this rank's part of parameters, optimizer state and persistent buffers."""
+def capture(backend: Sharded, averages: Averages | None = None) -> Snapshot:
+    """Copy this rank's part of parameters, optimizer state, averages and persistent buffers."""
+    averages = averages or {}
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for fragment in backend.fragments():
         first, stop = fragment.share()
         if first == stop:
             continue
-        elementwise, scalars = _state_of(backend.optimizer, fragment)
-        for key, tensor in {VALUE: fragment.owner, **elementwise}.items():
+        elementwise, scalars = _kept(backend.optimizer, fragment, averages)
+        for key, tensor in elementwise.items():
             flat = _flat(tensor)[fragment.offset + first : fragment.offset + stop]
             tensors[f"{fragment.name}:{key}"] = flat.to("cpu", copy=True)
         index[fragment.name] = {
             "shape": fragment.shape, "start": fragment.start + first, "stop": fragment.start + stop,
-            "keys": [VALUE, *elementwise], "scalars": scalars,
+            "keys": [*elementwise], "scalars": scalars,
         }  # fmt: skip
     for name, buffer in persistent_buffers(backend.module):
         tensors[name + BUFFER] = buffer.detach().to("cpu", copy=True).contiguous()
+        if buffer in averages:
+            tensors[name + BUFFER_AVERAGE] = averages[buffer].to("cpu", copy=True).contiguous()
     return Snapshot(tensors, {"fragments": index})
 
 
 @torch.no_grad()
-def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks) -> None:
-    """Overwrite parameters, optimizer state and buffers with what `folder` holds, written on any layout.
+def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks, averages: Averages | None = None) -> None:
+    """Overwrite parameters, optimizer state, averages and buffers with what `folder` holds, written on any layout.
 
-    Called on all ranks. At most one fragment is held beside what is loaded into.
+    Called on all ranks. At most one fragment is held beside what is loaded into. What is frozen now has no optimizer
+    state, also where some was saved. An average begins with the saved value where none was saved.
 
     Raises:
         CheckpointError: names the file, or the parameter that is missing, unknown or of another shape, or that differs
@@ -118,28 +136,41 @@ def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks) -> N
     files.check_parameters({fragment.name: fragment.shape for fragment in fragments})
     problem = None
     try:
-        _overwrite(backend, fragments, files, ranks.rank)
+        _overwrite(backend, fragments, files, ranks.rank, averages or {})
     except CheckpointError as error:
         problem = str(error)
     if problems := [problem for problem in gather(problem, ranks) if problem]:
         raise CheckpointError(problems[0])
-    _prove(backend, fragments, files, digests, ranks)
+    _prove(backend, fragments, files, digests, ranks, averages or {})
 
 
-def _overwrite(backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, rank: int) -> None:
+def _overwrite(
+    backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, rank: int, averages: Averages
+) -> None:
     of_owner: dict[int, list[Fragment]] = {}
+    frozen = _frozen(backend)
     for fragment in fragments:
-        of_owner.setdefault(id(fragment.owner), []).append(fragment)
+        if fragment.name not in frozen:
+            of_owner.setdefault(id(fragment.owner), []).append(fragment)
         _fill(fragment.owner, fragment, _read(files, fragment, VALUE))
+        if fragment.owner in averages:
+            key = AVERAGE if AVERAGE in files.keys[fragment.name] else VALUE
+            _fill(averages[fragment.owner], fragment, _read(files, fragment, key))
     for mine in of_owner.values():
         if not any(fragment.length for fragment in mine) and _local(mine[0].owner).numel():
             continue  # this rank has no part in these parameters
         _restore_optimizer(backend.optimizer, mine, files)
-    saved = files.buffers(rank)
+    saved, saved_averages = files.buffers(rank), files.buffers(rank, BUFFER_AVERAGE)
     for name, buffer in persistent_buffers(backend.module):
         if name not in saved or saved[name].shape != buffer.shape:
             raise CheckpointError(f"{files.folder}: holds no buffer {name} of shape {list(buffer.shape)}")
         buffer.copy_(saved[name])
+        if buffer in averages:
+            averages[buffer].copy_(saved_averages.get(name, saved[name]))
+
+
+def _frozen(backend: Sharded) -> set[str]:
+    return {name for name, parameter in backend.module.named_parameters() if not parameter.requires_grad}
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -192,6 +223,15 @@ def _state_of(optimizer: torch.optim.Optimizer, fragment: Fragment) -> tuple[dic
     return elementwise, scalars
 
 
+def _kept(
+    optimizer: torch.optim.Optimizer, fragment: Fragment, averages: Averages
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors with a value for each element of the owner, itself first, and the optimizer's numbers."""
+    elementwise, scalars = _state_of(optimizer, fragment)
+    average = {AVERAGE: averages[fragment.owner]} if fragment.owner in averages else {}
+    return {VALUE: fragment.owner, **elementwise, **average}, scalars
+
+
 def _restore_optimizer(optimizer: torch.optim.Optimizer, fragments: Sequence[Fragment], files: ShardedFiles) -> None:
     """Rebuild the state of one owner from that of the parameters that lie in it."""
     owner = fragments[0].owner
@@ -199,7 +239,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, fragments: Sequence[Fra
     state: dict[str, Any] = {}
     for fragment in fragments:
         for key in files.keys[fragment.name]:
-            if key == VALUE:
+            if key in (VALUE, AVERAGE):
                 continue
             if key not in state:
                 state[key] = torch.zeros_like(owner, dtype=files.dtype(fragment.name, key), requires_grad=False)
@@ -214,9 +254,17 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, fragments: Sequence[Fra
 
 
 def _prove(
-    backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, digests: Digests, ranks: Ranks
-) -> None:
+    backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, digests: Digests, ranks: Ranks,
+    averages: Averages,
+) -> None:  # fmt: skip
     """Compare what is in place now, over all ranks, with the digests of what was saved."""
+    frozen = _frozen(backend)
+    digests = {
+        entry: value
+        for entry, value in digests.items()
+        if entry.endswith(f":{VALUE}")
+        or (entry.rpartition(":")[0] not in frozen and (averages or not entry.endswith(f":{AVERAGE}")))
+    }
     found = dict.fromkeys(digests, 0)
     saved_as = {f"{name}:{key}": files.dtype(name, key) for name, keys in files.keys.items() for key in keys}
     otherwise: set[str] = set()  # what this run keeps in another precision
@@ -224,8 +272,7 @@ def _prove(
         first, stop = fragment.share()
         if first == stop:
             continue
-        elementwise, _ = _state_of(backend.optimizer, fragment)
-        for key, tensor in {VALUE: fragment.owner, **elementwise}.items():
+        for key, tensor in _kept(backend.optimizer, fragment, averages)[0].items():
             entry = f"{fragment.name}:{key}"
             if tensor.dtype != saved_as.get(entry):
                 otherwise.add(entry)
@@ -238,5 +285,5 @@ def _prove(
         if entry not in otherwise and total % 2**64 != expected:
             raise CheckpointError(
                 f"{files.folder}: {entry.replace(':', ', ')}: after loading, its elements are not those that were "
-                "saved (their digests differ); the checkpoint cannot be taken up on this layout"
+                "saved (their digests differ); the checkpoint cannot be loaded on this layout"
             )

@@ -1,11 +1,11 @@
-"""flash_attention: exact attention over long sequences, full, causal or block-causal, without any N x M tensor.
+"""flash_attention: exact attention over long sequences, without any N x M tensor.
 
     out_i = sum_j p_ij v_j,   p_ij = exp(s q_i.k_j) / sum_j' exp(s q_i.k_j'),   over the keys j that query i sees
 
 With causal_block c, query i sees key j if and only if j // c <= i // c: whole blocks of the sequence follow one
 another, and within its own block a query sees everything. A key that `key_mask` calls padding is seen by nobody.
 
-On GPUs the Triton kernels of flash_attention_forward.py and flash_attention_backward.py do it; how is said there. The
+On GPUs the Triton kernels of forward.py and backward.py do it; how is said there. The
 path below is composed of torch's own fused attention and runs on any device, and in fp64. Block-causal attention needs
 no mask there: the queries of block t attend, unmasked, to the first (t+1)c keys.
 

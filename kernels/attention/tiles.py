@@ -1,4 +1,4 @@
-"""choose_tile: how many queries and keys a program of flash_attention works on at once, and with how many warps.
+"""choose_tile: queries and keys per program of flash_attention, and its warps.
 
 A static table, so that a user's first step tunes nothing. `python -m trunkline.benchmarks.compile_gate` prints what
 each entry needs in registers and shared memory, and what its inner loop asks for; `launchers/bench.py attention

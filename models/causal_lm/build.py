@@ -1,4 +1,4 @@
-"""The network of a run: new, or with the weights of a Hugging Face folder, under an attention that keeps it causal.
+"""The network of a run, new or from a Hugging Face folder, kept causal.
 
 make_network(model, hf_config)   new weights, or those of `model.path`
 hf_config_of(model, ...)         the configuration that transformers builds the network from

@@ -121,3 +121,6 @@ class CausalLMModel(Strict):
         if self.objective.type == "dpo" and self.path is None:
             raise ValueError("the objective dpo starts from a trained model: set model.path to its folder")
         return self
+
+
+Data, Model = CausalLMData, CausalLMModel

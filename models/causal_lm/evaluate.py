@@ -25,7 +25,7 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
-from trunkline.engine.machine.hardware import choose_device
+from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
@@ -67,7 +67,7 @@ class Held:
     def batches(self, title: str) -> Iterator[Batch]:
         """Every chosen sample once."""
         loader = evaluation_loader(
-            self.task, self.task.datasets()[self.split], num_samples=self.max_samples,
+            self.task, self.task.dataset(self.split), num_samples=self.max_samples,
             micro_batch_size=self.batch_size, world_size=1, rank=0,
         )  # fmt: skip
         for batch in tqdm(loader, desc=title, unit="batch", disable=not self.progress):
@@ -86,7 +86,7 @@ def compare(
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))
     held = Held(task, split, device, batch_size, max_samples, progress)
-    dataset: Any = task.datasets()[split]
+    dataset: Any = task.dataset(split)
     task.store.verify(array.name for array in dataset.arrays)
     size = len(dataset)
     result = Comparison(split, size if max_samples is None else min(size, max_samples))
@@ -150,13 +150,10 @@ def frequencies(held: Held) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/evaluate.py` for this workload."""
-    parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
+    """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="val", choices=("train", "val"))
-    parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
-    parser.add_argument("--max-samples", type=int, help="evaluate evenly spaced samples, so many")
+    parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -166,10 +163,10 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     result = compare(
-        arguments.run, choose_device(arguments.device), split=arguments.split, store=arguments.store,
+        arguments.run, arguments.device, split=arguments.split, store=arguments.store,
         batch_size=arguments.batch_size, max_samples=arguments.max_samples, progress=True,
     )  # fmt: skip
-    out = arguments.out or arguments.run / "evaluation"
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     table = render(result)
     picture = out / "evaluation.png"
@@ -186,7 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
     names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows: list[list[Any]] = [[f"{result.samples:,} samples of {result.split}", *names], ["---"] * (len(names) + 1)]
+    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
     for model, values in result.metrics.items():
         rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows, align="right")

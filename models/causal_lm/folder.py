@@ -1,4 +1,6 @@
-"""A Hugging Face model folder that other people made: none of its code runs, and whatever is wrong is one error.
+"""A Hugging Face model folder that other people made.
+
+None of its code runs. Whatever is wrong with it is one error.
 
     read_config(folder)        config.json as transformers' configuration
     tensor_shapes(folder)      the tensors in its files of weights, by name, from their headers alone

@@ -1,4 +1,6 @@
-"""CausalLM: a Hugging Face causal language model whose head and loss are one, so that logits are never held whole.
+"""CausalLM: a Hugging Face language model whose head and loss are one.
+
+Logits are never held whole.
 
 The network is transformers' own, parameter for parameter; what changes is its last linear layer, which is a LinearLoss,
 and its attention, which is trunkline.kernels.attention.flash where that can do what the model asks for.

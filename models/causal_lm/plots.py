@@ -7,25 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-_COLORS = {"trained": "#4477aa", "start": "#d1495b"}
+from trunkline.engine.record.pictures import BLUE, INK, RED, picture
+
+_COLORS = {"trained": BLUE, "start": RED}
 
 
 def plot_positions(positions: Mapping[str, np.ndarray], path: Path) -> None:
     """Mean loss in nats by place in the document, [L] for each model: how much a model makes of what it has read."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, loss in positions.items():
-        places, values = _in_bins(loss)
-        axes.plot(places, values, label=name, color=_COLORS[name], marker="o", markersize=3)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("place of the token in its document")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(color="#e4e4e4")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture(path, 7, 3.6) as figure:
+        axes = figure.subplots()
+        for name, loss in positions.items():
+            places, values = _in_bins(loss)
+            axes.plot(places, values, label=name, color=_COLORS[name], marker="o", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("place of the token in its document")
+        axes.set_ylabel("loss (nats a token)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
 
 
 def _in_bins(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,20 +40,17 @@ def _in_bins(loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def plot_margins(margins: np.ndarray, path: Path) -> None:
     """Histogram of by how much training raised log p(chosen) - log p(rejected), in nats, [N]."""
-    import matplotlib.pyplot as plt
-
     low, high = np.percentile(margins, [1, 99])
     edges = np.linspace(min(low, 0.0), max(high, 0.0) + 1e-9, 41)
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for side, color, where in (
-        ("towards the chosen", "#4477aa", margins > 0),
-        ("the rejected", "#d1495b", margins <= 0),
-    ):
-        label = f"{side} answer: {where.mean():.0%} of {len(margins):,} pairs"
-        axes.hist(np.clip(margins[where], edges[0], edges[-1]), edges.tolist(), color=color, label=label)
-    axes.axvline(0, color="#1b1b1b", linewidth=0.8)
-    axes.set_xlabel("change of log p(chosen) - log p(rejected) since the start (nats)")
-    axes.set_ylabel("pairs")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture(path, 7, 3.6) as figure:
+        axes = figure.subplots()
+        for side, color, where in (
+            ("towards the chosen", BLUE, margins > 0),
+            ("the rejected", RED, margins <= 0),
+        ):
+            label = f"{side} answer: {where.mean():.0%} of {len(margins):,} pairs"
+            axes.hist(np.clip(margins[where], edges[0], edges[-1]), edges.tolist(), color=color, label=label)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel("change of log p(chosen) - log p(rejected) since the start (nats)")
+        axes.set_ylabel("pairs")
+        axes.legend()

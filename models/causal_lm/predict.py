@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.engine.machine.hardware import choose_device
 from trunkline.models.causal_lm.records import BadRecord
 from trunkline.models.causal_lm.tokenizer import leading_ids, pad_id
 from trunkline.models.causal_lm.trained import Trained, load_trained
@@ -35,7 +34,7 @@ Message = dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/predict.py` for this workload."""
+    """This workload's own flags of `launchers/predict.py`."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue or to answer")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on every line")
@@ -47,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
     parser.add_argument("--seed", type=int, help="with --temperature: of sampling; default 0")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompt or --prompts: write JSON lines here")
-    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
 
 
@@ -57,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     for flag, text in (("--prompt", arguments.prompt), ("--system", arguments.system)):
         _check_utf8(flag, text or "")
     prompts = list(_prompts(arguments))
-    trained = load_trained(arguments.run, choose_device(arguments.device), DTYPES[arguments.dtype])
+    trained = load_trained(arguments.run, arguments.device, DTYPES[arguments.dtype])
     print(described(trained.folder), file=sys.stderr)  # what is written goes to stdout
     torch.manual_seed(arguments.seed or 0)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []

@@ -1,4 +1,4 @@
-"""What a model of any family does with its attention, its head and packed rows, found out by trying a dozen tokens.
+"""What a model does with attention, head and packed rows, found by trying.
 
 Families differ in ways that their configurations do not tell. Some do not hand what they are given down to their
 attention, or have one that is causal only by a mask which transformers leaves out for other attentions. Some do more

@@ -129,7 +129,7 @@ def _preference(fields: _Fields) -> Preference:
         raise BadRecord("'chosen' and 'rejected' begin with nothing in common, and there is no 'prompt'")
     for name, answer in (("chosen", found.chosen), ("rejected", found.rejected)):
         if not answer or answer[0]["role"] != "assistant":
-            raise BadRecord(f"'{name}' does not go on with a turn of the assistant after the prompt")
+            raise BadRecord(f"'{name}' has no turn of the assistant after the prompt")
         _check_learned(answer, f"'{name}'")
     return replace(found, prompt=_with_earlier(found.prompt, fields))
 

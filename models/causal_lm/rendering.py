@@ -1,7 +1,7 @@
 """Records as token ids, with a mark on those that are to be learned.
 
     Renderer(tokenizer).render(record)     one sequence of a text or a conversation; chosen and rejected of a preference
-    Renderer(tokenizer).prompt(messages)   what a model that learned from these goes on with
+    Renderer(tokenizer).prompt(messages)   what a model that learned from these continues
 
 A text is its tokens and EOS, all of it learned. Of a conversation the assistant's turns are learned, each with the
 token that ends it, and nothing else; of a preference what the assistant says after the prompt. A turn of weight 0 is

@@ -1,4 +1,4 @@
-"""The records that were left out, and what was not used of the others: counted by reason, the first of each shown.
+"""Records that were left out, and parts not used: counted by reason, with examples.
 
 Tally()                     .add(place, reason)
 Skipped(max_bad_fraction)   .add(problem), .check(records) raises once they are too many
@@ -19,7 +19,7 @@ _LONGEST_REASON = 400
 
 
 class Tally:
-    """Counts reasons; holds only the first few places of each, and only so many of them."""
+    """Counts reasons; holds only the first few places of each, and a bounded number of reasons."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, tuple[int, list[str]]] = {}

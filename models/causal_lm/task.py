@@ -1,4 +1,4 @@
-"""The three tasks of causal language models, as the engine wants them stated: pre-training, SFT, and DPO.
+"""The three tasks of causal language models: pre-training, SFT and DPO.
 
 Pre-training and SFT are one: the sum of -log p(token) over the tokens that carry loss, all of a text's or an answer's.
 DPO compares pairs of answers; its loss is in models/causal_lm/dpo.py.
@@ -17,11 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import write_json
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.attention.packed import packing_tables
 from trunkline.models.causal_lm.build import head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
@@ -50,13 +49,13 @@ def make_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
 
 
 def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
-    """The task without its data: only weight_name and file_tensors may be called on it."""
+    """The task without its data: only tensor_name and file_tensors may be called on it."""
     task = object.__new__(PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)
     task.data, task.model, task.hf_config = data, model, hf_config_of(model, data.max_length)
     return task
 
 
-class LanguageModelTask:
+class LanguageModelTask(Task):
     """Next-token prediction over a prepared data set: pre-training and SFT."""
 
     unit = "tokens"
@@ -79,15 +78,17 @@ class LanguageModelTask:
         self._generation = read_generation(Path(model.path)) if model.path else {}
         self._own_stops = self._stops_of_config()
         self._model_notes: list[str] = []
-        self._datasets: dict[str, Any] = {split: self._dataset(split) for split in ("train", "val")}
+        for split in ("train", "val"):  # what is wrong with either should be named now
+            self.dataset(split)
 
     def build_model(self) -> nn.Module:
         """The network that `model` names, in fp32. Raises ConfigError if it cannot keep packed documents apart."""
         return self._network()
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
+    def dataset(self, split: str) -> Padded | Packed | Pairs:
         """Samples of at most data.max_length tokens: one document each, or several packed."""
-        return self._datasets
+        kind = Packed if self.data.packing else Padded
+        return kind(self.store.split(split), self.store.kind, self.data.max_length)
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """See models/causal_lm/data.py::collate. Packed rows come with the tables of kernels/attention/packed.py."""
@@ -137,10 +138,10 @@ class LanguageModelTask:
         """What was left out of the data, and, once the network is built, which attention it uses and which tensors are
         not trained."""
         said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)]
-        said += [f"{split}: {note}" for split, data in self._datasets.items() for note in data.notes]
+        said += [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
         return said + self._model_notes
 
-    def weight_name(self, name: str) -> str | None:
+    def tensor_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
         return name.removeprefix("lm.")
 
@@ -201,10 +202,6 @@ class LanguageModelTask:
             )
         return network
 
-    def _dataset(self, split: str) -> Any:
-        kind = Packed if self.data.packing else Padded
-        return kind(self.store.split(split), self.store.kind, self.data.max_length)
-
     def _forward_flops(self) -> float:
         """Of all training samples, divided by their number."""
         config: Any = self.hf_config.get_text_config()
@@ -219,7 +216,7 @@ class LanguageModelTask:
         tokens = (pieces * longest + rest).sum()
         pairs = (pieces * longest * (longest + 1) / 2 + rest * (rest + 1) / 2).sum()
         attention = 4.0 * config.num_hidden_layers * heads * head_dim_of(config) * pairs
-        return float((2.0 * matrices * tokens + attention) / max(1, len(self._datasets["train"])))
+        return float((2.0 * matrices * tokens + attention) / max(1, len(self.dataset("train"))))
 
     def _check_vocabulary(self) -> None:
         known = self.hf_config.get_text_config().vocab_size
@@ -275,6 +272,12 @@ class PreferenceTask(LanguageModelTask):
         policy = self._network()
         return PolicyAndReference(policy, copy.deepcopy(policy))
 
+    def dataset(self, split: str) -> Pairs:
+        """Two answers to one prompt, of at most data.max_length tokens each with it."""
+        if self.data.packing:
+            raise ConfigError("data.packing: pairs of answers are not packed; set it to false for the objective dpo")
+        return Pairs(self.store.split(split), self.data.max_length)
+
     def collate(self, samples: Sequence[Any]) -> Batch:
         """See trunkline.models.causal_lm.data.collate_pairs."""
         return collate_pairs(samples, self.pad_id, self.data.max_length)
@@ -326,14 +329,9 @@ class PreferenceTask(LanguageModelTask):
         """Those of the data, and that the reference is frozen."""
         return [*super().notes(), "the reference model is a frozen copy of the policy: half of the parameters"]
 
-    def weight_name(self, name: str) -> str | None:
+    def tensor_name(self, name: str) -> str | None:
         """The policy's names in the Hugging Face model; the reference is left out."""
         return name.removeprefix("policy.lm.") if name.startswith("policy.") else None
-
-    def _dataset(self, split: str) -> Any:
-        if self.data.packing:
-            raise ConfigError("data.packing: pairs of answers are not packed; set it to false for the objective dpo")
-        return Pairs(self.store.split(split), self.data.max_length)
 
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")

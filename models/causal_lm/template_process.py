@@ -1,4 +1,6 @@
-"""The process in which chat templates run: calls on its stdin, replies on its stdout (chat_template.py).
+"""The process in which chat templates run.
+
+Calls come on its stdin, replies go to its stdout (chat_template.py).
 
     serve()    what it does; read and write are both sides' of its pipes
 
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 MEMORY_BYTES = 1 << 30
-_LONGEST = 1 << 18  # characters of a text, and so many more for each byte of the call
+_LONGEST = 1 << 18  # characters of a text, and as many again for each byte of the call
 _LONGER = 16
 
 

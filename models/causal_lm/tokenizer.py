@@ -1,4 +1,4 @@
-"""Tokenizers: any of Hugging Face's fast ones from a folder, or one trained on the data.
+"""Tokenizers: Hugging Face's fast ones from a folder, or trained on the data.
 
     load_tokenizer(folder)               checked; nothing is downloaded and no code of the folder runs
     train_tokenizer(texts, vocab_size)   byte-level BPE with ChatML as its chat template

@@ -1,4 +1,6 @@
-"""A tokenizer's folder copied file by file, because transformers drops settings when it saves what it has loaded.
+"""A tokenizer's folder, copied file by file.
+
+transformers drops settings when it saves what it has loaded.
 
 copy_tokenizer(tokenizer, folder, out)   the files that `tokenizer` was loaded from
 same_tokens(one, other, texts)           raises unless both give the same tokens

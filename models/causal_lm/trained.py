@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from trunkline.engine.checkpoint.weights import find_weights, read_config
-from trunkline.engine.config.strict import validated
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.checkpoint.trained import trained_sections
 from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMData, CausalLMModel
 from trunkline.models.causal_lm.folder import token_ids
@@ -43,13 +41,7 @@ class Trained:
 
 def load_sections(run: Path) -> tuple[Path, CausalLMData, CausalLMModel]:
     """The folder with a run's weights, and what they were trained on and for. Raises CheckpointError, ConfigError."""
-    folder = find_weights(run)
-    path = folder / "config.json"
-    config = read_config(path)
-    if config.get("workload") != "causal_lm":
-        raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of 'causal_lm'")
-    data = validated(CausalLMData, config.get("data"), "data", path)
-    return folder, data, validated(CausalLMModel, config.get("model"), "model", path)
+    return trained_sections(run, "causal_lm", CausalLMData, CausalLMModel)
 
 
 def at(folder: Path, model: CausalLMModel) -> CausalLMModel:

@@ -98,3 +98,6 @@ class FluidModel(Strict):
                 f"with {shape.num_heads} heads"
             )
         return self
+
+
+Data, Model = FluidData, FluidModel

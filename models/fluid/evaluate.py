@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
-from trunkline.engine.machine.hardware import choose_device
 from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.metrics import Errors, Evaluation
@@ -117,20 +116,17 @@ class _Score:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/evaluate.py` for this workload."""
-    parser.add_argument("--store", type=Path, help="prepared data set; the one the run was trained on unless given")
+    """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--out", type=Path, help="folder of the results; RUN/evaluation unless given")
     parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
     parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
     parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
     parser.add_argument("--no-ridge", action="store_true", help="leave the ridge baseline out (minutes for V = 6,712)")
-    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and write evaluation.{md,json,png}; prints the first table. Returns the exit status."""
-    trained = load_trained(arguments.run, choose_device(arguments.device))
+    trained = load_trained(arguments.run, arguments.device)
     store = Store.open(arguments.store or trained.data.store)
     result = evaluate(
         trained,
@@ -142,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         horizons=arguments.horizons,
         progress=True,
     )
-    out = arguments.out or arguments.run / "evaluation"
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     print(write_report(result, trained, out))
     plot_evaluation(result, trained.schema, out / "evaluation.png")

@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from trunkline.engine.record.tables import Table, markdown
 from trunkline.models.fluid.metrics import ALL, Evaluation
 from trunkline.models.fluid.trained import Trained
-
-Table = list[list[str]]
 
 
 def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
@@ -39,11 +38,11 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         f"Weights: `{trained.folder}`. Split `{evaluation.split}`: {len(evaluation.cases)} days. Errors are over all "
         "variables in units of their standard deviation on the training days, unless a unit is given.\n",
         "## RMSE by horizon\n",
-        _markdown(overview),
+        f"{markdown(overview, align='right')}\n",
         "## By equipment group, normalised\n",
-        *(f"### {horizon}\n\n{_markdown(_by_group(values))}" for horizon, values in scores.items()),
+        *(f"### {horizon}\n\n{markdown(_by_group(values), align='right')}\n" for horizon, values in scores.items()),
         "## By equipment group, physical units\n",
-        *(f"### {horizon}\n\n{_markdown(_by_unit(values))}" for horizon, values in scores.items()),
+        *(f"### {horizon}\n\n{markdown(_by_unit(values), align='right')}\n" for horizon, values in scores.items()),
     ]
     (out / "evaluation.md").write_text("\n".join(parts), encoding="utf-8")
     return _text(overview)
@@ -87,12 +86,6 @@ def _by_unit(by_name: dict[str, Any]) -> Table:
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
-
-
-def _markdown(table: Table) -> str:
-    header, *rows = table
-    align = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, align, *rows)) + "\n"
 
 
 def _text(table: Table) -> str:

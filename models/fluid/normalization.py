@@ -1,4 +1,6 @@
-"""Normalization: physical units to numbers near one and back, as buffers that stay fp32 whatever the engine casts.
+"""Normalization: physical units to numbers near one, and back.
+
+Its buffers stay fp32 whatever the engine casts.
 
 Fitted on the training split's statistics. A column that (nearly) does not vary there is guarded: dividing by its spread
 would blow up rounding noise, or the first value that differs from it, so its own magnitude scales it.

@@ -1,4 +1,4 @@
-"""Pictures of the surrogate: errors of an evaluation, predicted variables, and a map of the network.
+"""Pictures of the surrogate: errors, predicted variables, a map of the network.
 
 plot_evaluation(evaluation, schema, path)
 plot_variables(day, names, schema, path)
@@ -15,29 +15,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
+from trunkline.engine.record.pictures import INK, picture
 from trunkline.models.fluid.metrics import Evaluation
 from trunkline.models.fluid.schema import Schema, parse_column, unit
 
-_COLOURS = {"surrogate": "#c1432b", "ridge": "#3b6ea5", "persistence": "#8c8c8c", "truth": "#1b1b1b"}
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.edgecolor": "#888888",
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 120,
-}
+_COLOURS = {"surrogate": "#c1432b", "ridge": "#3b6ea5", "persistence": "#8c8c8c", "truth": INK}
 _QUANTITIES = {
     "p": "pressure",
     "q": "flow",
@@ -62,10 +48,9 @@ class PredictedDay:
 
 def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
     """RMSE by minute of the rollouts, and by equipment group."""
-    with matplotlib.rc_context(_STYLE):
-        horizons = [horizon for horizon in ("60 minutes", "whole day") if horizon in evaluation.errors]
-        bars = horizons[0] if horizons else next(iter(evaluation.errors))
-        figure = _figure(4.1 * (len(horizons) + 1), 3.4)
+    horizons = [horizon for horizon in ("60 minutes", "whole day") if horizon in evaluation.errors]
+    bars = horizons[0] if horizons else next(iter(evaluation.errors))
+    with picture(path, 4.1 * (len(horizons) + 1), 3.4) as figure:
         panels = figure.subplots(1, len(horizons) + 1, squeeze=False)[0]
         for axes, horizon in zip(panels, horizons):
             curves = evaluation.by_minute[horizon]
@@ -83,7 +68,6 @@ def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
         _draw_groups(panels[-1], evaluation, bars, schema)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        figure.savefig(path)
 
 
 def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schema) -> None:
@@ -102,10 +86,9 @@ def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schem
 
 def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Path, title: str) -> None:
     """One panel a variable over the hours of the day: prediction, persistence and, if known, the truth."""
-    with matplotlib.rc_context(_STYLE):
-        columns = min(len(names), 3)
-        rows = -(-len(names) // columns)
-        figure = _figure(3.7 * columns + 0.6, 2.3 * rows + 0.7)
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    with picture(path, 3.7 * columns + 0.6, 2.3 * rows + 0.7) as figure:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
         hours = np.arange(1, len(day.prediction) + 1) / 60
@@ -135,7 +118,6 @@ def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Pa
                 axes.tick_params(labelbottom=True)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        figure.savefig(path)
 
 
 def _quantity(name: str) -> str:
@@ -177,10 +159,9 @@ def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path
     for kind in ("H", "B", "C", "R"):
         edges += devices.get(kind, [])
     edges = [edge for edge in edges if edge.get("from") in places and edge.get("to") in places]
-    with matplotlib.rc_context(_STYLE):
-        x, y = np.array(list(places.values())).T
-        span = (np.ptp(x) or 1.0, np.ptp(y) or 1.0)
-        figure = _figure(9.0, float(np.clip(8.0 * span[1] / span[0] + 1.6, 3.4, 7.0)))
+    x, y = np.array(list(places.values())).T
+    span = (np.ptp(x) or 1.0, np.ptp(y) or 1.0)
+    with picture(path, 9.0, float(np.clip(8.0 * span[1] / span[0] + 1.6, 3.4, 7.0))) as figure:
         axes = figure.subplots()
         norm = matplotlib.colors.Normalize(*_colour_range(np.array([values[name] for name in places])))
         lines = [(places[edge["from"]], places[edge["to"]]) for edge in edges]
@@ -204,7 +185,6 @@ def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        figure.savefig(path)
     return True
 
 
@@ -251,9 +231,3 @@ def _name_nodes(axes: Axes, places: dict[str, tuple[float, float]], span: tuple[
 def _colour_range(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

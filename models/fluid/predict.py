@@ -1,4 +1,4 @@
-"""Prediction of a whole day: a rollout under a case's Boundary.csv from a start state, written as CSV and pictures.
+"""Prediction of a whole day under a case's Boundary.csv, as CSV and pictures.
 
     predict_day(trained, boundary, start)      -> [1440, Vs]
     add_arguments(parser), run(arguments)      what launchers/predict.py calls
@@ -22,7 +22,6 @@ import torch
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
-from trunkline.engine.machine.hardware import choose_device
 from trunkline.models.fluid.csv.cases import read_case
 from trunkline.models.fluid.metrics import Errors
 from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
@@ -112,7 +111,7 @@ def write_day(folder: Path, day: date, states: np.ndarray, schema: Schema) -> No
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/predict.py` for this workload."""
+    """This workload's own flags of `launchers/predict.py`."""
     parser.add_argument("--case", type=Path, required=True, help="folder with Boundary.csv, and outputs where known")
     parser.add_argument("--out", type=Path, required=True, help="folder for the seven CSV files and the pictures")
     parser.add_argument("--start", type=Path, help="folder of a case whose last minutes are the start")
@@ -121,12 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variables", nargs="+", metavar="NAME", help="what to plot; the most moving ones unless given"
     )
     parser.add_argument("--store", type=Path, help="prepared data set to look for a start in; the run's unless given")
-    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict, write and draw. Returns the exit status. Raises DataError or CheckpointError."""
-    trained = load_trained(arguments.run, choose_device(arguments.device))
+    trained = load_trained(arguments.run, arguments.device)
     schema, history = trained.schema, trained.data.history
     unknown = [name for name in arguments.variables or () if name not in schema.states]
     if unknown:

@@ -1,4 +1,6 @@
-"""Schema: which columns a network's files hold, in which order. Everything else about V is derived from it.
+"""Schema: which columns a network's files hold, in which order.
+
+Everything else about V is derived from it.
 
 GROUPS                     the seven output files, in the order in which their columns make the state vector
 MINUTES                    rows of an output file: one day, 0:01 ... 24:00

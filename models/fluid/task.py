@@ -1,4 +1,4 @@
-"""FluidTask: predict the next minute of a gas network from the last T, as the engine wants it stated."""
+"""FluidTask: predict the next minute of a gas network from the last T."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from trunkline.engine.data.randomness import normal
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.data import FluidWindows, Sample, collate
 from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
@@ -26,7 +25,7 @@ from trunkline.models.fluid.store import Store
 SKIP_PENALTY = 1e-6
 
 
-class FluidTask:
+class FluidTask(Task):
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
 
     unit = "values"
@@ -46,9 +45,9 @@ class FluidTask:
             model.skip.load_state_dict(equations.solve(SKIP_PENALTY, self.model.input_noise).state_dict())
         return model
 
-    def datasets(self) -> dict[str, Dataset[Sample]]:
-        """Windows of the training and of the validation split."""
-        return {split: FluidWindows(self.store, split, self.data.history) for split in ("train", "val")}
+    def dataset(self, split: str) -> FluidWindows:
+        """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
+        return FluidWindows(self.store, split, self.data.history)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see trunkline.models.fluid.data."""
@@ -110,18 +109,6 @@ class FluidTask:
         """Names the data set's content."""
         return self.store.fingerprint
 
-    def notes(self) -> list[str]:
-        """None: every window is used and every parameter trained."""
-        return []
-
-    def weight_name(self, name: str) -> str:
-        """The model's own."""
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's own."""
-        return tensors
-
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""
         self.schema.write(folder)
@@ -135,6 +122,9 @@ def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
     task = object.__new__(FluidTask)
     task.data, task.model = data, model
     return task
+
+
+make_task = FluidTask
 
 
 def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from trunkline.engine.checkpoint.weights import find_weights, load_weights
-from trunkline.engine.config.strict import read_json_object, validated
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.checkpoint.trained import trained_sections
+from trunkline.engine.checkpoint.weights import load_weights
 from trunkline.engine.machine.reading import read_object
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.network import FluidDecoder
@@ -34,14 +33,9 @@ class Trained:
 
 def load_trained(run: Path, device: torch.device) -> Trained:
     """The surrogate of a run, in eval mode on `device`. Raises CheckpointError, ConfigError or DataError."""
-    folder = find_weights(run)
-    path = folder / "config.json"
-    config = read_json_object(path)
-    if config.get("workload") != "fluid":
-        raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of 'fluid'")
-    data = validated(FluidData, config.get("data"), "data", path)
+    folder, data, section = trained_sections(run, "fluid", FluidData, FluidModel)
     schema = Schema.read(folder)
-    model = make_decoder(schema, data, validated(FluidModel, config.get("model"), "model", path))
+    model = make_decoder(schema, data, section)
     facts = load_weights(model, folder)
     return Trained(folder, model.to(device).eval(), schema, data, _read_network(folder / "network.json"), facts)
 

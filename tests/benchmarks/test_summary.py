@@ -38,9 +38,9 @@ def fill_in(report, figure, of, **wanted):
             row |= {figure: of(row), "status": OK}
 
 
-def test_the_readme_holds_the_table_of_the_files_in_benchmarks():
-    readme = (ROOT / "README.md").read_text()
-    assert readme == put_into(readme, table(FOLDER))
+def test_the_page_of_figures_holds_the_table_of_the_files_in_benchmarks():
+    page = (ROOT / "docs/measured.md").read_text()
+    assert page == put_into(page, table(FOLDER))
 
 
 def test_without_files_nothing_is_measured(tmp_path):
@@ -102,5 +102,5 @@ def test_a_wrong_result_leaves_no_number_beside_it(tmp_path):
 def test_a_text_without_the_marks_is_left_alone():
     assert put_into(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"
     for text in ("nothing", f"{END}{BEGIN}{END}", BEGIN):
-        with pytest.raises(ValueError, match=r"README\.md must hold"):
+        with pytest.raises(ValueError, match=r"measured\.md must hold"):
             put_into(text, "new\n")

@@ -14,7 +14,7 @@ import torch
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, planned_steps, render_plan
+from trunkline.engine.plan import make_plan, planned_batches, render_plan
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.readiness import ready
 from trunkline.engine.trainer import Trainer
@@ -188,7 +188,7 @@ def test_auto_is_decided_shown_by_the_plan_and_written_into_the_record(tmp_path:
     raw["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "auto"
     config = tiny_config(tmp_path, deepspeed=raw["deepspeed"])
     task = TinyTask(config.data, config.model)
-    assert planned_steps(task, config, 2) == 12
+    assert planned_batches(task, config, 2).per_epoch == 5
     decided = ready(config, "deepspeed", 12, 2, CPU)
     lines = render_plan(make_plan(task, decided, 2, task.build_model())).splitlines()
     shown = {key: line.split()[1:] for line in lines if len(line.split()) > 1 for key in [line.split()[0]]}

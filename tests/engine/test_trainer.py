@@ -56,10 +56,10 @@ def reference_losses(config: RunConfig) -> list[float]:
     seed_torch(config.training.seed, 0)
     model = task.build_model()
     params = config.deepspeed.optimizer.params
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
+    optimizer = torch.optim.AdamW(without_decay_on_norms_and_biases(model), **params)
     steps = config.training.steps or 0
     rates = learning_rates(config.deepspeed.scheduler, params["lr"], steps, list(range(steps)))
-    rows = task.datasets()["train"]
+    rows = task.dataset("train")
     batches = GlobalBatches(len(rows), config.deepspeed.train_batch_size or 0, config.training.seed)  # type: ignore[arg-type]
     out = []
     for step in range(steps):
@@ -71,9 +71,16 @@ def reference_losses(config: RunConfig) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed.gradient_clipping)
-        optimizer.param_groups[0]["lr"] = rates[step]
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
         optimizer.step()
     return out
+
+
+def without_decay_on_norms_and_biases(model: torch.nn.Module) -> list[dict[str, Any]]:
+    spared = [p for name, p in model.named_parameters() if name.endswith("bias") or ".norm." in name]
+    others = [p for name, p in model.named_parameters() if not (name.endswith("bias") or ".norm." in name)]
+    return [{"params": others}, {"params": spared, "weight_decay": 0.0}]
 
 
 @pytest.mark.parametrize(("stage", "micro"), [(0, 8), (0, 1), (1, 2), (2, 8), (2, 1), (3, 2)])
@@ -173,7 +180,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(
 class Renamed(TinyTask):
     """Leaves the buffer out of files of weights and gives the parameters a prefix."""
 
-    def weight_name(self, name: str) -> str | None:
+    def tensor_name(self, name: str) -> str | None:
         return None if name == "offset" else f"net.{name}"
 
 
@@ -214,7 +221,7 @@ def test_best_holds_the_weights_of_the_best_evaluation(tmp_path: Path) -> None:
     facts = load_weights(model, tmp_path / "run/best")
     assert facts == {"step": 1 + int(np.argmin(val)), "loss": min(val)}
     task = trainer.task
-    batch = task.collate([task.datasets()["val"][i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
+    batch = task.collate([task.dataset("val")[i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
     with torch.no_grad():
         sums = task.evaluate(model.eval(), batch)
     assert task.summarize(sums)["loss"] == pytest.approx(min(val), rel=1e-5)
@@ -287,7 +294,7 @@ def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_a
 def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     train(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; go on with --resume auto"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; resume it with --resume auto"):
         train(tmp_path / "run", config)
 
 
@@ -311,7 +318,7 @@ def test_a_run_that_differs_is_not_resumed(tmp_path: Path, change: dict[str, Any
 def test_a_run_goes_on_with_a_changed_data_set_where_that_is_wanted(tmp_path: Path) -> None:
     train(tmp_path / "run", tiny_config(tmp_path, training={"steps": 4}))
     config = tiny_config(tmp_path, data={"samples": 39, "longest": 4})  # other validation samples too
-    with pytest.raises(CheckpointError, match="--accept-new-data goes on with the data set as it is now"):
+    with pytest.raises(CheckpointError, match="--accept-new-data takes the data set as it is now"):
         train(tmp_path / "run", config, resume="auto")
     task = TinyTask(config.data, config.model)
     trainer = Trainer(task, config, start(), tmp_path / "run", resume="auto", accept_new_data=True)

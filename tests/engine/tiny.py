@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict
 from trunkline.engine.data.randomness import mix, normal
-from trunkline.engine.task import Batch, Sums
+from trunkline.engine.task import Batch, Sums, Task
 
 
 class TinyData(Strict):
@@ -92,7 +92,7 @@ class Net(nn.Module):
         return self.leave(x).float() + self.offset
 
 
-class TinyTask:
+class TinyTask(Task):
     """Sum of squared errors over the points of a row; the weight is the number of points."""
 
     unit = "points"
@@ -103,8 +103,8 @@ class TinyTask:
     def build_model(self) -> nn.Module:
         return Net(self.data.width, self.model)
 
-    def datasets(self) -> dict[str, Dataset[Any]]:
-        return {"train": Rows(self.data, 0, self.data.samples), "val": Rows(self.data, 10_000, 11)}
+    def dataset(self, split: str) -> Rows:
+        return {"train": Rows(self.data, 0, self.data.samples), "val": Rows(self.data, 10_000, 11)}[split]
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         x = torch.zeros(len(samples), self.data.longest, self.data.width)
@@ -138,12 +138,6 @@ class TinyTask:
 
     def notes(self) -> list[str]:
         return ["tiny: nothing is left out"]
-
-    def weight_name(self, name: str) -> str | None:
-        return name
-
-    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         (folder / "note.txt").write_text("tiny")

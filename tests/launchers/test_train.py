@@ -139,7 +139,7 @@ def test_planned_activations_are_those_that_autograd_keeps(tmp_path: Path) -> No
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = task.collate([task.datasets()["train"][0]] * 4) | {"valid": torch.ones(4, dtype=torch.bool)}
+    batch = task.collate([task.dataset("train")[0]] * 4) | {"valid": torch.ones(4, dtype=torch.bool)}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = task.loss(model, batch)["loss"]
     assert loss.requires_grad
@@ -358,15 +358,3 @@ def test_ranks_that_are_started_differently_end_alike(
     assert [status for status, _, _ in outcomes] == [2, 2]
     assert any(re.search(named, heard) for _, _, heard in outcomes), outcomes
     assert all("error: " in heard and "Traceback" not in heard for _, _, heard in outcomes)
-
-
-def test_another_project_s_kernels_package_is_named_not_imported(toy: Path, tmp_path: Path) -> None:
-    (tmp_path / "site/kernels").mkdir(parents=True)
-    (tmp_path / "site/kernels/__init__.py").write_text("raise SystemExit('imported the wrong package')")
-    done = subprocess.run(
-        [sys.executable, "launchers/train.py", "--config", toy / "config.json", "--plan"],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "kernels" in done.stderr
-    assert "Traceback" not in done.stderr

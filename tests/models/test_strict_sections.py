@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.run_config import Training
-from trunkline.models.registry import WORKLOADS, config_sections
+from trunkline.models.registry import config_sections, workloads
 
 FREE = {"Optimizer.params", "Scheduler.params"}  # typed by trunkline.engine.config.typed_params
 ROOTS = {
@@ -19,7 +19,7 @@ ROOTS = {
     "deepspeed": DeepSpeedSection,
     **{
         f"{name}.{part}": model
-        for name in WORKLOADS
+        for name in workloads()
         for part, model in zip(("data", "model"), config_sections(name), strict=True)
     },
 }

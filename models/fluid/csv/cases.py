@@ -1,4 +1,4 @@
-"""One case of a gas network from its CSV files: checked, aligned by time, set-points held.
+"""One case from its CSV files: checked, aligned by time, set-points held.
 
     read_case(folder, schema)        Boundary.csv and, where present, the seven output files -> Case
     read_columns(folder)             the columns of each file, from the headers

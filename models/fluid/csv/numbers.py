@@ -1,4 +1,4 @@
-"""The rows of a CSV file of numbers, parsed and checked in one pass of compiled code.
+"""The rows of a CSV file of numbers, parsed and checked in one compiled pass.
 
     read_bytes(path)               the file's bytes, as `parse_rows` wants them
     parse_rows(text, start, out)   uint8 text -> float32 [rows, columns], or which fault stands where

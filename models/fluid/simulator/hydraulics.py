@@ -1,4 +1,4 @@
-"""One implicit time step of the gas network: pressures and flows at the end of the step, by Newton's method.
+"""One implicit time step of the gas network, by Newton's method.
 
 Unknowns are the N node pressures p (MPa) and the K edge flows m (normal m3/s). Equations, with M_i(p) the linepack of
 half of every pipe that ends in node i and of the node's own piping:
@@ -30,7 +30,7 @@ from scipy.sparse.linalg import splu
 from trunkline.models.fluid.simulator.gas import Array
 from trunkline.models.fluid.simulator.topology import Index, Network
 
-DENSE_LIMIT = 100  # up to so many unknowns LAPACK is faster than any sparse factorisation
+DENSE_LIMIT = 100  # up to this number of unknowns LAPACK is faster than any sparse factorisation
 FLOW_EPS = 0.05  # m3/s, |m| is sqrt(m^2 + FLOW_EPS^2)
 SMOOTHING = 1e-4  # MPa, of min and max
 DROOP = 2e-5  # MPa per m3/s, of the set pressures

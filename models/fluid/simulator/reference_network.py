@@ -1,5 +1,7 @@
-"""The network with the device counts of the reference: 572 nodes, 230 pipes, 32 short segments, 343 ball valves,
-23 compressors, 10 control valves, 7 sources and 122 deliveries, 6,712 variables.
+"""The network with the device counts of the reference, of 6,712 variables.
+
+It has 572 nodes, 230 pipes, 32 short segments, 343 ball valves,
+23 compressors, 10 control valves, 7 sources and 122 deliveries.
 
 A trunk of 27 junctions and four branches of 25 more are joined by 51 sections. Most are double lines with a valve at
 each end, so a line can be shut while the other carries the flow. Nine stations hold two or three compressors each;

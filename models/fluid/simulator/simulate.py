@@ -1,4 +1,4 @@
-"""Days of a gas network, simulated minute by minute, in the CSV layout that `launchers/prepare.py fluid` reads.
+"""Simulated days of a gas network, in the CSV layout that prepare reads.
 
     simulate("demo", 48, Path("data"), seed=0, test_cases=8)
 

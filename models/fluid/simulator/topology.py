@@ -1,4 +1,6 @@
-"""The network: nodes, the devices between them, and how they are operated. `demo()` is the small one of the laptop run.
+"""The network: nodes, the devices between them, and how they are operated.
+
+`demo()` is the small one of the laptop run.
 
 Devices stand on directed edges: P pipes, H short segments, B ball valves, C compressors, R control valves,
 in this order. T (sources) and E (deliveries) hang on nodes. Numbers start at 1: P_001 is pipe 0.

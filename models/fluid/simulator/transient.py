@@ -1,4 +1,4 @@
-"""Runs of the network through time: implicit steps of hydraulics under a day's set-points, then the temperatures.
+"""Runs of the network through time: hydraulics under set-points, then temperatures.
 
 run_day   a day as a case holds it, from a settled start
 run       any sequence of steps
@@ -20,7 +20,7 @@ from trunkline.models.fluid.simulator.thermal import temperatures
 from trunkline.models.fluid.simulator.topology import Network
 
 MINUTES = 1440
-CUTS = 64  # a step that does not converge is halved until it is cut into so many
+CUTS = 64  # a step that does not converge is halved until it is cut into this number of parts
 
 
 class Step(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -402,7 +403,7 @@ def test_an_evaluation_sees_the_weights_of_the_last_step(tmp_path: Path, stage: 
     model = Net(config.data.width, config.model)
     load_weights(model, tmp_path / "run/final")
     task = trainer.task
-    batch = task.collate([task.datasets()["val"][i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
+    batch = task.collate([task.dataset("val")[i] for i in range(11)]) | {"valid": torch.ones(11, dtype=torch.bool)}
     with torch.no_grad():
         assert task.summarize(task.evaluate(model.eval(), batch))["loss"] == pytest.approx(val[-1], rel=1e-5)
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
@@ -445,6 +446,25 @@ class Tied(Linear):
 def test_a_parameter_that_cannot_be_sharded_is_named(tmp_path: Path, model: type[nn.Module], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_backend(tmp_path, start(), model())
+
+
+def refuse_an_older_torch(rank: int, world_size: int, folder: Path) -> str:
+    del FSDPModule.set_reduce_scatter_unused_params
+    with pytest.raises(ConfigError) as refused:
+        make_backend(folder, start())
+    return str(refused.value)
+
+
+@pytest.mark.distributed
+def test_before_torch_2_13_several_ranks_are_refused(tmp_path: Path) -> None:
+    for message in run_distributed_test(refuse_an_older_torch, 2, tmp_path, backend=None):
+        assert message.startswith(f"torch {torch.__version__}: several ranks of FSDP need torch 2.13 or newer")
+
+
+def test_before_torch_2_13_one_rank_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    trainer = train(tmp_path, configuration(tmp_path, steps=2))
+    assert trainer.progress.step == 2
 
 
 def run_without_deepspeed(folder: Path, *command: str) -> str:

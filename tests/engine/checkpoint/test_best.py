@@ -206,7 +206,7 @@ def test_a_best_from_before_the_first_checkpoint_is_set_aside_once(tmp_path: Pat
     for _ in range(3):
         trainer = prepared(run, config_of(tmp_path, save_every=8), "auto")
         assert not (run / "best").exists()
-        trainer._evaluate()
+        trainer.validation.evaluate()
         assert (run / "best").exists()
     assert {path.name for path in run.glob("aside-best*")} == {"aside-best-step-0"}
 

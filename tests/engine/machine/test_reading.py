@@ -20,8 +20,8 @@ from trunkline.engine.machine.reading import MAX_DEPTH, check_regular, open_regu
 from trunkline.engine.memory.micro_batch import MicroBatches
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.ranks.watchdog import Watchdog
+from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.record.report import write_report
-from trunkline.engine.record.trackers import MetricsFile, read_metrics
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

@@ -23,7 +23,7 @@ from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.machine import stopping
 from trunkline.engine.ranks import lookout
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.record.trackers import read_metrics
+from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.task import Batch, Sums
 from trunkline.engine.trainer import InterruptedRunError, Trainer
 
@@ -43,6 +43,7 @@ class Signalled(TinyTask):
         self.batches += 1
         if self.batches == self.at:
             os.kill(os.getpid(), self.number)
+            wait_until(lambda: stopping.requested() is not None)  # a thread hears it, when the machine lets it
         return super().evaluate(model, batch)
 
 
@@ -324,13 +325,15 @@ def test_a_signal_during_the_start_is_one_line(tmp_path: Path, number: signal.Si
         def listens() -> bool:
             status = Path(f"/proc/{process.pid}/status").read_text()
             caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
-            return bool(int(caught, 16) & 1 << (signal.SIGHUP - 1))  # the last for which a handler is set
+            return bool(
+                int(caught, 16) & 1 << (signal.SIGUSR2 - 1)
+            )  # after INT and USR1; under nohup none is set for HUP
 
         wait_until(listens)
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
-    assert said == (f"stopped: by {number.name}, with no step under way: nothing is lost; go on with --resume auto\n")
+    assert said == (f"stopped: by {number.name}, with no step under way: nothing is lost; resume with --resume auto\n")
 
 
 TORCHRUN = ["torchrun", "--nproc_per_node", "{ranks}", "--master_port", "{port}"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from tests.distributed import fork_server, run_distributed_test
-from tests.engine.tiny import TinyTask, tiny_config
+from tests.engine.tiny import Rows, TinyTask, tiny_config
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
@@ -276,11 +276,11 @@ def test_a_rank_that_is_full_later_ends_the_run_which_resumes_with_half_the_micr
 class Uneven(Hungry):
     """Its data set tells which samples are the large ones: those that step 2 is the first to hold."""
 
-    def datasets(self) -> dict[str, Any]:
-        sets = super().datasets()
-        large = GlobalBatches(len(sets["train"]), 16, 42).samples(2)
-        sets["train"].lengths = np.isin(np.arange(len(sets["train"])), large).astype(np.int64)
-        return sets
+    def dataset(self, split: str) -> Rows:
+        rows = super().dataset(split)
+        large = GlobalBatches(len(rows), 16, 42).samples(2)
+        rows.lengths = np.isin(np.arange(len(rows)), large).astype(np.int64)  # type: ignore[attr-defined]
+        return rows
 
 
 def train_with_a_late_large_batch(rank: int, world_size: int, folder: Path) -> None:

@@ -65,7 +65,7 @@ def plain_losses(config: RunConfig) -> list[float]:
     task = TinyTask(config.data, config.model)
     seed_torch(config.training.seed, 0)
     model = task.build_model()
-    rows, norms, out = task.datasets()["train"], [], []
+    rows, norms, out = task.dataset("train"), [], []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(12):
         chosen = [index for index in GlobalBatches(40, 8, config.training.seed).samples(step) if index != FILLER]

@@ -11,7 +11,7 @@ from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES
 from trunkline.engine.config.deepspeed_section import Scheduler
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.optim.schedules import build_scheduler, fast_forward, learning_rates, warmup_steps
+from trunkline.engine.optim.schedules import build_scheduler, learning_rates, warmup_steps
 
 
 def rates(kind: str, total: int = 20, **params: object) -> list[float]:
@@ -176,7 +176,7 @@ def test_fast_forward_ends_where_stepping_does_to_the_last_bit(
     optimizer, scheduler = fresh()
     for step in range(50):
         other, forwarded = fresh()
-        fast_forward(forwarded, step)
+        forwarded.forward(step)
         for _ in range(2):
             for key in ("lr", "betas"):
                 assert other.param_groups[0][key] == optimizer.param_groups[0][key], step
@@ -194,7 +194,7 @@ def test_fast_forward_ends_where_stepping_does_to_the_last_bit(
 def test_a_schedule_without_recurrence_is_forwarded_in_no_time() -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     scheduler = build_scheduler(optimizer, Scheduler(type="WarmupCosine"), total_steps=10**12)
-    fast_forward(scheduler, 10**12 - 1)
+    scheduler.forward(10**12 - 1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from trunkline.engine.errors import DataError
+from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.record.report import History, _metric_panels, write_report
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels, smooth
-from trunkline.engine.record.trackers import MetricsFile, read_metrics
 
 CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
 

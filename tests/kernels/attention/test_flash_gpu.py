@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from tests.kernels.test_flash_attention_kernels import dense_in_the_same_dtype, deterministic, gradients, inputs
+from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype, deterministic, gradients, inputs
 from trunkline.kernels.attention import flash_attention
 from trunkline.kernels.reference import attention_reference
 

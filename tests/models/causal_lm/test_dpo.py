@@ -97,7 +97,7 @@ def test_loss_rewards_and_gradients_are_those_of_trl(
         model.get_output_embeddings().__class__ = torch.nn.Linear
         model.set_attn_implementation("sdpa")
 
-    dataset = task.datasets()["train"]
+    dataset = task.dataset("train")
     batch = task.collate([dataset[place] for place in range(6)])
     batch["valid"] = torch.ones(6, dtype=torch.bool)
     ids, learned = (batch[key].transpose(0, 1).flatten(0, 1) for key in ("input_ids", "targets"))

@@ -45,7 +45,7 @@ def test_a_pretrained_model_is_compared_with_the_frequencies_of_tokens(stores: P
 @pytest.mark.parametrize("max_samples", [None, 3])
 def test_frequencies_are_counts_plus_one(stores: Path, tmp_path: Path, max_samples: int | None) -> None:
     task: Any = make_task(toy_config(tmp_path, stores))
-    train, val = task.store.split("train"), task.datasets()["val"]
+    train, val = task.store.split("train"), task.dataset("val")
     size = task.store.vocab_size
     counts = np.bincount(np.concatenate([train.tokens(i) for i in range(len(train))]), minlength=size) + 1
     places = range(len(val)) if max_samples is None else [len(val) * i // max_samples for i in range(max_samples)]
@@ -74,7 +74,7 @@ def test_fine_tuning_is_compared_with_its_start(
     assert f"| {START} |" in capsys.readouterr().out
     task: Any = make_task(toy_config(tmp_path, stores, "sft", model={"path": str(pretrained / "best")}))
     network = task.build_model()
-    batch = task.collate([task.datasets()["val"][place] for place in range(len(task.datasets()["val"]))])
+    batch = task.collate([task.dataset("val")[place] for place in range(len(task.dataset("val")))])
     batch["valid"] = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
     loss = float(task.loss(network, batch)["loss"].detach()) / int(task.weight(batch))
     assert metrics[START]["loss"] == pytest.approx(loss, rel=1e-5)

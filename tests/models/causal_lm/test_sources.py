@@ -199,8 +199,8 @@ def test_a_preference_has_the_spellings_of_trl(tmp_path: Path, record: dict[str,
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"prompt": 5, "chosen": "a", "rejected": "b"}, "'prompt' is not text"),
         ({"chosen": [ANSWER], "rejected": [OTHER]}, "'chosen' and 'rejected' begin with nothing in common"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "'rejected' does not go on with a turn of the assistant"),
-        ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]}, "'chosen' does not go on with a turn"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER]}, "'rejected' has no turn of the assistant"),
+        ({"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]}, "'chosen' has no turn"),
     ],
 )
 def test_bad_preferences(tmp_path: Path, record: dict[str, Any], expected: str) -> None:

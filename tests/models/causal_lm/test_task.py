@@ -41,7 +41,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def batch_of(task: Any, places: list[int], split: str = "train") -> dict[str, torch.Tensor]:
-    dataset = task.datasets()[split]
+    dataset = task.dataset(split)
     batch = task.collate([dataset[place] for place in places])
     return batch | {"valid": torch.ones(len(places), dtype=torch.bool), "draw": torch.arange(len(places))}
 
@@ -58,7 +58,7 @@ def losses_of_transformers_trainer(config: RunConfig, folder: Path) -> list[floa
     model.set_attn_implementation("sdpa")
     steps, section = config.training.steps or 0, config.deepspeed
     size = section.train_batch_size or 0
-    batches = GlobalBatches(len(task.datasets()["train"]), size, config.training.seed)
+    batches = GlobalBatches(len(task.dataset("train")), size, config.training.seed)
     order = np.concatenate([batches.samples(step) for step in range(steps)])
     recorded: list[float] = []
 
@@ -79,7 +79,14 @@ def losses_of_transformers_trainer(config: RunConfig, folder: Path) -> list[floa
         return {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": torch.ones_like(labels)}
 
     params = section.optimizer.params
-    optimizer = torch.optim.AdamW(model.parameters(), lr=params["lr"], weight_decay=params["weight_decay"])
+    names = TheirTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it uses no self
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name in names].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}],
+        lr=params["lr"], weight_decay=params["weight_decay"],
+    )  # fmt: skip
     rates = learning_rates(section.scheduler, params["lr"], steps, list(range(steps + 1)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[step] / params["lr"])
     accumulate = 2
@@ -175,7 +182,7 @@ def test_a_document_has_the_same_loss_packed_and_padded(
         task: Any = make_task(config)
         seed_torch(0, 0)
         model = task.build_model()
-        batch = batch_of(task, list(range(len(task.datasets()["train"]))))
+        batch = batch_of(task, list(range(len(task.dataset("train")))))
         loss, predicted = task.by_token(model, batch)
         total = task.loss(model, batch)["loss"]
         assert float(total.detach()) == pytest.approx(float(loss.detach().sum()), rel=1e-5)
@@ -283,12 +290,12 @@ def test_flops_agree_with_torch_s_own_count(stores: Path, tmp_path: Path) -> Non
     config = toy_config(tmp_path, stores, model={"attention": "eager"}, data={"max_length": 32})
     task: Any = make_task(config)
     model = task.build_model()
-    full = [place for place, length in enumerate(task.datasets()["train"].lengths) if length == 32][:4]
+    full = [place for place, length in enumerate(task.dataset("train").lengths) if length == 32][:4]
     batch = batch_of(task, full)
     with FlopCounterMode(display=False) as counter:
         model.lm(input_ids=batch["input_ids"], use_cache=False)
     lengths = task.store.split("train").lengths
-    exact = task.flops_per_sample() * len(task.datasets()["train"]) / 3
+    exact = task.flops_per_sample() * len(task.dataset("train")) / 3
     tokens = sum(min(32, length - start) for length in lengths for start in range(0, length, 32))
     assert tokens == lengths.sum()
     # eager attention computes all pairs, visible or not: 32 in place of 16.5 a token

@@ -230,4 +230,4 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
     kept_a_parameter = 4 + 4 + 4 + 4  # gradient, master weight and Adam's moments, in fp32 on one GPU
     gib = (peak + inside_an_operator + kept_a_parameter * PARAMETERS["large"]) / 2**30
     print(f"large, micro-batch {micro_batch}: {gib:.1f} GiB")
-    assert gib == pytest.approx(32.4, rel=0.02)  # as README says
+    assert gib == pytest.approx(32.4, rel=0.02)  # as docs/measured.md says

@@ -28,7 +28,7 @@ def make(store, history=3, **options):
 
 
 def batch(task, indices=(0, 5, 300), split="train"):
-    data = task.datasets()[split]
+    data = task.dataset(split)
     out = task.collate([data[i] for i in indices])
     out["valid"] = torch.ones(len(indices), dtype=torch.bool)
     out["draw"] = torch.arange(len(indices)) + 7

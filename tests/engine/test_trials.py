@@ -14,11 +14,11 @@ from tests.engine.memory.test_shortage import Hungry, config_of, losses, train, 
 from tests.engine.tiny import TinyTask
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.errors import TrunklineError
-from trunkline.engine.find_micro_batch import find_micro_batch
 from trunkline.engine.memory.micro_batch import divisors
 from trunkline.engine.plan import activation_bytes
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
+from trunkline.engine.trials import find_micro_batch
 
 
 def found_micro_batch(folder: Path, backend: str, stage: int, limit: int | None, resume: str = "none") -> Trainer:

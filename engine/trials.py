@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from trunkline.engine.config.deepspeed_section import BatchSizes
@@ -26,9 +24,11 @@ from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
 from trunkline.engine.memory.micro_batch import divisors, resized, ways_out
 from trunkline.engine.memory.shortage import OutOfMemory, Shortage
+from trunkline.engine.optim.parameter_rules import freeze
 from trunkline.engine.plan import activation_bytes, readable_size
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
+from trunkline.engine.task import Samples, lengths_of
 from trunkline.engine.trainer import Trainer
 
 _SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counted
@@ -40,7 +40,7 @@ def find_micro_batch(trainer: Trainer) -> None:
     A run that remembers its micro-batch keeps to it. Raises TrunklineError if a single sample does not fit.
     """
     if trainer.micro.notes:
-        _say(trainer, f"not looking for a micro-batch: remove {trainer.micro.path} to look again")
+        trainer.say(f"not looking for a micro-batch: remove {trainer.micro.path} to look again")
         return
     sizes = trainer.micro.sizes
     candidates = _not_hopeless(trainer, divisors(sizes))
@@ -54,18 +54,18 @@ def find_micro_batch(trainer: Trainer) -> None:
             outcome = _trial(trainer, resized(sizes, candidates[middle]))
             if isinstance(outcome, Shortage):
                 too_large, shortage = middle, outcome
-                _say(trainer, f"micro-batch {candidates[middle]:>6}: out of memory ({shortage.text})")
+                trainer.say(f"micro-batch {candidates[middle]:>6}: out of memory ({shortage.text})")
             else:
                 fits = middle
-                _say(trainer, f"micro-batch {candidates[middle]:>6}: {outcome}")
+                trainer.say(f"micro-batch {candidates[middle]:>6}: {outcome}")
             bar.update()
         bar.total = bar.n
     if fits < 0:
         raise TrunklineError(f"a single sample does not fit into memory{ways_out(shortage, trainer.assembly.plan)}")
     trainer.micro.take(resized(sizes, candidates[fits]), "found by --find-micro-batch")
-    trainer.rebuild()
-    trainer.note_sizes()
-    _say(trainer, f"training with micro-batches of {candidates[fits]}, remembered in {trainer.micro.path}")
+    trainer.room.rebuild()
+    trainer.room.note_sizes()
+    trainer.say(f"training with micro-batches of {candidates[fits]}, remembered in {trainer.micro.path}")
 
 
 def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
@@ -75,16 +75,16 @@ def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
     total = wanted.micro_batch_size * ranks.world_size * accumulation
     sizes = BatchSizes(total, wanted.micro_batch_size, accumulation, ranks.world_size)
     trainer.micro.sizes = sizes
-    trainer.rebuild()
+    trainer.room.rebuild()
     reset_peak_memory(ranks.device)
     heaviest = _heaviest(dataset, wanted.micro_batch_size)
     samples = [dataset[int(index)] for index in heaviest]
     try:
-        with trainer.attempt():
+        with trainer.room.attempt():
             for is_timed in (False, True):
                 batches = [collate(trainer.task, samples, [heaviest, heaviest]) for _ in range(accumulation)]
                 begin = _now(ranks)
-                trainer.accumulate(batches, with_sums=False)
+                trainer.stepper.accumulate(batches, with_sums=False)
                 if not is_timed:
                     trainer.backend.step()
             seconds = _now(ranks) - begin
@@ -94,10 +94,9 @@ def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
     return f"fits, peak {peak:.2f} GiB a rank, {seconds:.3g} s, {total / seconds:,.0f} samples/s"
 
 
-def _heaviest(dataset: Dataset[Any], count: int) -> np.ndarray:
+def _heaviest(dataset: Samples, count: int) -> np.ndarray:
     """The samples that need most memory, int64 [count]; any, where the data set does not tell."""
-    size = len(dataset)  # type: ignore[arg-type]
-    lengths = getattr(dataset, "lengths", None)
+    size, lengths = len(dataset), lengths_of(dataset)
     order = np.arange(size) if lengths is None else np.argsort(-lengths, kind="stable")
     return order[np.arange(count) % size]
 
@@ -108,8 +107,7 @@ def _not_hopeless(trainer: Trainer, candidates: list[int]) -> list[int]:
     budget = min(gather(_budget_bytes(trainer.ranks), trainer.ranks))
     worth = bisect_right(counted, budget)
     if worth < len(candidates):
-        _say(
-            trainer,
+        trainer.say(
             f"micro-batch {candidates[worth]:>6} and more: not tried, {readable_size(counted[worth])} of parameters, "
             f"states and activations counted for {readable_size(budget)} of memory",
         )
@@ -125,7 +123,7 @@ def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
         states = 0  # it is elsewhere, wholly or partly
     two, four = 0, 0
     if not (settings.activation_checkpointing or settings.compile):  # neither of which the count knows
-        model = trainer.task.build_model()
+        model = freeze(trainer.task.build_model(), trainer.config)
         two, four = (activation_bytes(trainer.task, model, trainer.config, size) or 0 for size in (2, 4))
     return [states + max(0.0, two + (four - two) / 2 * (size - 2)) for size in candidates]
 
@@ -140,8 +138,3 @@ def _now(ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _say(trainer: Trainer, line: str) -> None:
-    if trainer.ranks.is_main:
-        tqdm.write(line)

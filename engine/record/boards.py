@@ -1,0 +1,216 @@
+"""The programs that show a run: TensorBoard, Weights & Biases, MLflow. Each takes values, files and an end.
+
+Any call may raise whatever the program's library raises: `trunkline.engine.record.trackers` stands in front of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import read_whole
+from trunkline.engine.tracking import Tracking
+
+PICTURES, TEXTS = (".png", ".jpg", ".jpeg"), (".txt", ".md")
+_MOST_TEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a board is told of a run at its start."""
+
+    folder: Path
+    config: dict[str, Any]
+    tracking: Tracking
+    resume_at: int
+    """Where on the axis the first value will stand."""
+    resumed: bool
+    """Whether the run continues from a checkpoint."""
+
+    def remembered(self, name: str) -> str | None:
+        """The id that the program knows a resumed run by, from a file of the run's folder."""
+        path = self.folder / name
+        return read_whole(path, 1 << 10).decode().strip() if self.resumed and path.exists() else None
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.tracking.run or self.folder.resolve().name
+
+
+class Board(Protocol):
+    """One program that shows runs."""
+
+    name: str
+
+    def put(self, position: int, values: Mapping[str, float]) -> None:
+        """Show values, by their full names, at a position of the axis."""
+
+    def keep(self, position: int, path: Path, place: str) -> None:
+        """Take a file that is there under the name `place`, such as "evaluation/confusion.png"."""
+
+    def close(self) -> None:
+        """Write out what is still held back."""
+
+
+class TensorBoard:
+    """Event files in <run>/tensorboard: scalars, pictures and texts. Of other files it takes none."""
+
+    name = "tensorboard"
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard hides what an earlier process logged from purge_step on
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.resume_at)
+
+    def put(self, position: int, values: Mapping[str, float]) -> None:
+        """Add one scalar a value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, position)
+
+    def keep(self, position: int, path: Path, place: str) -> None:
+        """Add a picture or a text."""
+        if path.suffix in PICTURES:
+            from matplotlib.image import imread
+
+            self._writer.add_image(place, imread(path), position, dataformats="HWC")
+        elif path.suffix in TEXTS:
+            text = read_whole(path, _MOST_TEXT).decode(errors="replace")
+            self._writer.add_text(place, text if path.suffix == ".md" else f"```\n{text}\n```", position)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run, continued under the same id on resume. Its own environment variables hold."""
+
+    name = "wandb"
+
+    def __init__(self, run: Run) -> None:
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", run.tracking.experiment or "trunkline"),
+            name=os.environ.get("WANDB_NAME", run.name),
+            id=run.remembered(".wandb_run"),
+            resume="allow",
+            dir=str(run.folder),
+            config=run.config,
+        )
+        (run.folder / ".wandb_run").write_text(self._run.id)
+
+    def put(self, position: int, values: Mapping[str, float]) -> None:
+        """Add one point a value."""
+        self._run.log(dict(values), step=position)
+
+    def keep(self, position: int, path: Path, place: str) -> None:
+        """Show a picture; upload any other file as an artifact."""
+        if path.suffix in PICTURES:
+            self._run.log({place: self._wandb.Image(str(path))}, step=position)
+        else:
+            artifact = self._wandb.Artifact(re.sub(r"[^\w.-]", "_", f"{self._run.id}-{place}"), type="file")
+            artifact.add_file(str(path), name=place)
+            self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """An MLflow run, continued under the same id on resume. MLFLOW_TRACKING_URI says where; MLflow's default else."""
+
+    name = "mlflow"
+    _PARAMS_A_CALL = 100
+
+    def __init__(self, run: Run) -> None:
+        import mlflow
+        from mlflow.entities import Param
+        from mlflow.tracking.context.registry import resolve_tags
+
+        # not mlflow.start_run: what that leaves in the process and its environment would decide for a later run
+        self._client = mlflow.MlflowClient()
+        known = run.remembered(".mlflow_run")
+        if known is None:
+            name = os.environ.get("MLFLOW_RUN_NAME", run.name)
+            self._run_id = self._client.create_run(
+                self._experiment(run), run_name=name, tags=resolve_tags()
+            ).info.run_id
+            settings = [Param(key, value) for key, value in _flat(run.config).items()]
+            for start in range(0, len(settings), self._PARAMS_A_CALL):
+                self._client.log_batch(self._run_id, params=settings[start : start + self._PARAMS_A_CALL])
+        else:
+            self._run_id = known
+            self._client.update_run(known, status="RUNNING")
+        (run.folder / ".mlflow_run").write_text(self._run_id)
+
+    def _experiment(self, run: Run) -> str:
+        if known := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            return known
+        otherwise = run.tracking.experiment or f"trunkline-{run.config.get('workload', 'run')}"
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", otherwise)
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found is not None else self._client.create_experiment(name))
+
+    def put(self, position: int, values: Mapping[str, float]) -> None:
+        """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_"."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        named = {re.sub(r"[^\w./ :-]", "_", name): float(value) for name, value in values.items()}
+        self._client.log_batch(self._run_id, [Metric(name, value, now, position) for name, value in named.items()])
+
+    def keep(self, position: int, path: Path, place: str) -> None:
+        """Upload a file as an artifact of the run."""
+        folder = str(Path(place).parent)
+        self._client.log_artifact(self._run_id, str(path), None if folder == "." else folder)
+
+    def close(self) -> None:
+        """End the run."""
+        self._client.set_terminated(self._run_id)
+
+
+# name -> the module to import, what to install, the class
+_KINDS: dict[str, tuple[str, str, Callable[[Run], Board]]] = {
+    "tensorboard": ("torch.utils.tensorboard", "tensorboard", TensorBoard),
+    "wandb": ("wandb", "trunkline[wandb]", WeightsAndBiases),
+    "mlflow": ("mlflow", "trunkline[mlflow]", MLflow),
+}
+
+
+def open_board(name: str, run: Run) -> Board:
+    """The program of this name, ready to show the run."""
+    return _KINDS[name][2](run)
+
+
+def require_boards(names: Sequence[str]) -> None:
+    """Raise ConfigError if one of these programs is unknown or not installed."""
+    for name in names:
+        if name not in _KINDS:
+            raise ConfigError(f"training.trackers: unknown tracker '{name}'; known are {', '.join(_KINDS)}")
+        module, package, _ = _KINDS[name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out "
+                "of training.trackers"
+            ) from error
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for key, value in config.items():
+        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+    return pairs

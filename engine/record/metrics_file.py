@@ -1,0 +1,122 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, written whole, and read back bit for bit.
+
+MetricsFile.open(path, resume_step)      to write
+read_metrics(path)                       [{"step": 400, "split": "train", "loss": 0.125, "lr": 0.0001}]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import replace_whole
+from trunkline.engine.machine.reading import open_regular, parse_json
+
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+class MetricsFile:
+    """metrics.jsonl: one strict JSON object a line, {"step": ..., "split": ..., <name>: <value>, ...}, flushed at once.
+
+    JSON knows no NaN and no infinity: such a value is null, and stands by name in the line's further entry
+    "nonfinite", as {"loss": "nan"}. `read_metrics` puts it back.
+    """
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = os.open(path, _APPEND, 0o666)
+        self._whole = os.fstat(self._descriptor).st_size
+
+    @classmethod
+    def open(cls, path: Path, resume_step: int = 0, evaluation_due: bool = False) -> MetricsFile:
+        """The file at `path`, without lines of steps after `resume_step` and without a line torn by a kill.
+
+        Without that step's evaluation too if it is due to be made again.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                open_regular(path).close()  # before a named pipe makes the writer wait
+                _withdraw_after(path, resume_step, evaluation_due)
+            return cls(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
+
+    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Append one line, whole or not at all. Raises OSError."""
+        line: dict[str, Any] = {"step": step, "split": split}
+        nonfinite = {}
+        for key, value in values.items():
+            if math.isfinite(value):
+                line[key] = value if isinstance(value, int) else float(value)
+            else:
+                line[key], nonfinite[key] = None, str(float(value))
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> None:
+        try:
+            if self._descriptor is None:  # after a failure: the file may be reachable again under another handle
+                self._descriptor = os.open(self._path, _APPEND, 0o666)
+                os.ftruncate(self._descriptor, min(self._whole, os.fstat(self._descriptor).st_size))
+            rest = line
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[os.write(self._descriptor, rest) :]
+            self._whole += len(line)
+        except OSError:
+            self.close()
+            with suppress(OSError):
+                os.truncate(self._path, self._whole)
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, NaN and infinities restored. A torn or damaged line is left out."""
+    rows = []
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            row = _parse(line)
+            if row is not None:
+                row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
+                rows.append(row)
+    return rows
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not line.endswith("\n"):
+        return None
+    nonfinite = row.get("nonfinite", {})
+    whole = isinstance(nonfinite, dict) and all(value in ("nan", "inf", "-inf") for value in nonfinite.values())
+    return row if whole else None
+
+
+def _withdraw_after(path: Path, step: int, evaluation_due: bool) -> None:
+    def write(draft: Path) -> None:
+        with path.open(encoding="utf-8", errors="replace") as lines, draft.open("w", encoding="utf-8") as kept:
+            for line in lines:
+                row = _parse(line)
+                again = evaluation_due and row is not None and (row["step"], row.get("split")) == (step, "val")
+                if row is not None and row["step"] <= step and not again:
+                    kept.write(line)
+
+    replace_whole(path, write)

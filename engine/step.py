@@ -1,0 +1,173 @@
+"""One optimizer step: the gradient of a global batch, and the update.
+
+    made = stepper.make(micro_batches)    a StepResult, or None where memory ran out
+    stepper.values(made)                  what is logged of it
+
+The gradient is d(sum of losses over the global batch) / (sum of weights over the global batch), on any number of ranks
+and in any number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trunkline.engine.data.randomness import mix, seed_torch
+from trunkline.engine.errors import TrunklineError
+from trunkline.engine.evaluation import to_device
+from trunkline.engine.machine import stopping
+from trunkline.engine.memory.shortage import OutOfMemory
+from trunkline.engine.optim import nonfinite
+from trunkline.engine.optim.clipping import clip_norm, note_norm
+from trunkline.engine.ranks.distributed import sum_over_ranks
+from trunkline.engine.room import Room
+from trunkline.engine.run import Run
+from trunkline.engine.task import Batch, Sums, add_sums, lengths_of
+
+
+class Accumulated(NamedTuple):
+    """The gradient is there. On how many ranks a signal came and a save failed: `flags`, fp64 [2] on the device."""
+
+    sums: Sums | None
+    weight: Tensor
+    flags: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that was made, the same on all ranks but for `sums`.
+
+    sums: this rank's, where the step is logged.
+    weight: of the global batch, a scalar on the device.
+    learning_rate: the step's, where it is logged.
+    grad_norm: before clipping, a scalar on the device or a float.
+    stop: a rank was asked to stop.
+    """
+
+    sums: Sums | None
+    weight: Tensor
+    learning_rate: float
+    grad_norm: Tensor | float
+    stop: bool
+
+
+class Stepper:
+    """Every method is called on all ranks."""
+
+    def __init__(self, run: Run, room: Room) -> None:
+        self.run, self.room = run, room
+        self._lengths = lengths_of(run.dataset)
+        self._draws = mix(run.config.training.seed, 1, run.ranks.rank)
+        self._flags = {
+            (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=run.ranks.device)
+            for stop in (False, True)
+            for failed in (False, True)
+        }
+
+    def make(self, micro_batches: list[Batch]) -> StepResult | None:
+        """The next step; None if memory ran out, and everything is ready to make it with smaller micro-batches.
+
+        Raises TrunklineError if too many steps in a row had to be skipped, or a checkpoint could not be written.
+        """
+        run, progress, updating = self.run, self.run.progress, False
+        adaptive, fixed = run.config.training.adaptive_clipping, run.config.deepspeed.gradient_clipping
+        is_logged = run.is_due(run.config.training.log_every, progress.step + 1)
+        rate, scale = run.backend.learning_rate() if is_logged else math.nan, run.backend.loss_scale()
+        longest = run.batches.heaviest(progress.step, self._lengths)
+        fits = longest <= self.room.longest_step
+        try:
+            with self.room.attempt(fits):
+                sums, weight, flags = self.accumulate(micro_batches, is_logged)
+            updating = True
+            if adaptive is not None:
+                run.backend.clip_at(clip_norm(adaptive, fixed, progress))
+            with self.room.attempt(fits):
+                run.note("optimizer step")
+                stepped = run.backend.step()
+        except OutOfMemory as error:
+            shortage = error.shortage
+        else:
+            self.room.longest_step = max(longest, self.room.longest_step)
+            progress.step += 1
+            stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
+            if save_failed:
+                run.checkpoints.wait()  # raises it, on all ranks in the same step
+            if stepped.skipped:
+                self._skipped(micro_batches, scale)
+            else:
+                progress.skipped_in_a_row = 0
+                run.assembly.applied(progress)
+                if adaptive is not None:
+                    note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
+            return StepResult(sums, weight, rate, stepped.grad_norm, bool(stop))
+        micro_batches.clear()
+        run.assembly.statistics.put_back()
+        self.room.make(run.micro.halve, shortage, intact=not updating)
+        return None
+
+    def accumulate(self, micro_batches: list[Batch], with_sums: bool) -> Accumulated:
+        """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""
+        run = self.run
+        # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
+        seed_torch(self._draws, run.progress.step)
+        statistics = run.assembly.statistics
+        micro_batches[:] = [to_device(batch, run.ranks.device) for batch in statistics.begin(micro_batches)]
+        run.note("all-reduce of the batch's weight")
+        weights = [run.task.weight(batch).to(torch.float64) for batch in micro_batches]
+        mine = {
+            "weight": torch.stack(weights).sum() if weights[1:] else weights[0],
+            "flags": self._flags[stopping.requested() is not None, run.checkpoints.failed],
+        }
+        agreed = sum_over_ranks(mine, run.ranks)
+        # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
+        scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
+        sums: Sums | None = None
+        for batch in micro_batches:
+            run.lookout.look()  # a step that is broken off is made again from its beginning
+            run.note("forward, backward and reduction of the gradients")
+            part = run.task.loss(run.backend.model, batch)
+            statistics.take(batch["valid"])
+            loss = part["loss"].detach()
+            # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
+            run.backend.backward(part["loss"] * (scale + (loss - loss)))
+            statistics.put_back()
+            if with_sums:
+                sums = add_sums(sums, part)
+        return Accumulated(sums, agreed["weight"], agreed["flags"])
+
+    def values(self, made: StepResult) -> dict[str, float]:
+        """What is logged of a step: the means of its sums, the rate and the norm; nothing of one that is not logged."""
+        if made.sums is None:
+            return {}
+        total = sum_over_ranks(made.sums, self.run.ranks)
+        means = {key: float(value / made.weight) if made.weight else math.nan for key, value in total.items()}
+        return means | {"lr": made.learning_rate, "grad_norm": float(made.grad_norm)}
+
+    def _skipped(self, micro_batches: list[Batch], scale_before: float) -> None:
+        run, progress, limit = self.run, self.run.progress, self.run.config.training.nonfinite_limit
+        scale = run.backend.loss_scale()
+        progress.skipped_steps += 1
+        # halvings are how fp16 finds its loss scale, and end at the lowest: there, the steps count
+        progress.skipped_in_a_row += scale >= scale_before
+        if scale > 1:
+            lowest = scale <= run.config.deepspeed.fp16.min_loss_scale
+            where = f"the fp16 loss scale is now {scale:g}{', deepspeed.fp16.min_loss_scale' if lowest else ''}"
+        else:
+            seed_torch(self._draws, progress.step - 1)
+            with run.backend.gathered() as model:
+                where = nonfinite.locate(run.task, model, micro_batches, run.ranks)
+            run.assembly.statistics.put_back()
+        line = (
+            f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
+        )
+        run.say(f"warning: {line}, {progress.skipped_steps} in all")
+        run.trackers.log(progress.step, "skipped", {"skipped_steps": progress.skipped_steps})
+        if progress.skipped_in_a_row >= limit:
+            raise TrunklineError(
+                f"{line}: stopped (training.nonfinite_limit = {limit}); lower deepspeed.optimizer.params.lr, set "
+                f"deepspeed.gradient_clipping, or look at the data named above"
+            )

@@ -1,0 +1,122 @@
+"""The command line of launchers/train.py: a configuration file or a workload, the workload's own flags, and --set.
+
+    command = parse(words)                 the file is read first, for it says whose flags there are
+    draft = command.draft(world_size)       the file, then flags in the order of their declaration, then --set
+
+This module imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trunkline.engine.config.draft import Draft, value_at
+from trunkline.engine.config.flags import LENGTH, Flag, Parser
+from trunkline.engine.errors import ConfigError
+from trunkline.models.registry import flags_of, workloads
+
+_USAGE = "%(prog)s --config FILE [flags]\n       %(prog)s WORKLOAD [flags]"
+
+
+@dataclass
+class Command:
+    """arguments: the launcher's own, by name, and those of `flags`, by option; file: the run's, or the defaults."""
+
+    arguments: argparse.Namespace
+    file: Draft
+    flags: Sequence[Flag]
+
+    def draft(self, world_size: int) -> Draft:
+        """The configuration that is asked for, on so many ranks, unchecked. Called once. Raises ConfigError.
+
+        What flags decide of --output-dir and --resume enters `arguments`, where a user has not.
+        """
+        given, options = vars(self.arguments), {}
+        if given["--epochs"] is not None and given["--steps"] is not None:
+            raise ConfigError(f"--epochs {given['--epochs']} and --steps {given['--steps']}: give one of them")
+        for flag in self.flags:
+            value, is_default = given[flag.option], False
+            if value is None and self.arguments.config is None:
+                value, is_default = flag.default, True
+            changes = {} if value is None else flag.changes(self.file.values, value, world_size)
+            for key, meant in changes.items():
+                if key.startswith("--"):
+                    options[key.removeprefix("--").replace("-", "_")] = meant
+                elif not is_default:
+                    self.file.assign(key, meant, flag.option)
+                elif not self._was_given(key):
+                    self.file.assign(key, meant, f"{flag.option} by default")
+        for name, meant in options.items():
+            given[name] = meant if given[name] is None else given[name]
+        for setting in self.arguments.set:
+            self.file.set(setting)
+        for flag in self.flags:
+            if flag.required and value_at(self.file.values, str(flag.sets)) is None:
+                raise ConfigError(f"{flag.option}: is needed: {flag.help}")
+        return self.file
+
+    def _was_given(self, key: str) -> bool:
+        """Whether a flag that a user has given has set the key, or something in it."""
+        given = {flag.option for flag in self.flags}
+        origins = self.file.origins.items()
+        return any(origin in given for name, origin in origins if name == key or name.startswith(f"{key}."))
+
+
+def parse(words: Sequence[str], description: str | None = None) -> Command:
+    """Raises ConfigError. Ends the process for --help, and where argparse finds a mistake."""
+    workload, words = _workload_of(words)
+    files = Parser(add_help=False, usage=_USAGE)
+    files.add_argument("--config", type=Path, metavar="FILE", help="the run's JSON file, or a shipped one: fluid/demo")
+    files.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
+    given = files.parse_known_args(words)[0]
+    path = given.config
+    if path is None and workload is not None:
+        path = flags_of(workload)[1]
+    if path is None:
+        _parser(files, description, workload, LENGTH).parse_args(words)  # --help ends here
+        other = f": {workload} has no defaults" if workload else f", or one of the workloads {', '.join(workloads())}"
+        raise ConfigError(f"give --config FILE{other}")
+    file = Draft.read(path, given.deepspeed)
+    held = file.values.get("workload")
+    if workload not in (None, held):
+        raise ConfigError(f"{path}: workload: is {held!r}, but {workload!r} stands on the command line: leave that out")
+    own = flags_of(held)[0] if isinstance(held, str) else ()
+    flags = (*own, *(flag for flag in LENGTH if flag.name not in {each.name for each in own}))
+    return Command(_parser(files, description, held, flags).parse_args(words), file, flags)
+
+
+def _workload_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The workload, if the first word names one, and the words without it. A launcher may put its own before it."""
+    first = next((place for place, word in enumerate(words) if not re.match("--local[_-]rank=", word)), len(words))
+    if first == len(words) or words[first].startswith("-"):
+        return None, list(words)
+    return words[first], [*words[:first], *words[first + 1 :]]
+
+
+def _parser(files: Parser, description: str | None, workload: str | None, flags: Sequence[Flag]) -> Parser:
+    parser = Parser(
+        parents=[files], usage=_USAGE, description=description,
+        epilog=None if workload else f"The workloads: {', '.join(workloads())}.",
+        hint=f"{workload} has {', '.join(flag.option for flag in flags)}" if workload else "",
+    )  # fmt: skip
+    parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over all else")
+    parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
+    parser.add_argument("--resume", metavar="none|auto|PATH", help="auto: the newest good checkpoint; default none")
+    parser.add_argument(
+        "--find-micro-batch", action="store_true", help="first find the largest micro-batch that fits, by trying"
+    )
+    parser.add_argument("--accept-new-data", action="store_true", help="resume although the data set has changed")
+    parser.add_argument(
+        "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
+    )
+    parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    group = parser.add_argument_group(f"flags of {workload}" if workload else "flags of every workload")
+    for flag in flags:
+        flag.add_to(group)
+    return parser

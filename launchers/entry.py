@@ -1,0 +1,61 @@
+"""How every launcher begins and ends: signals are heard, printing ends nothing, an error is a message and a status.
+
+    def main(argv=None) -> int:
+        return status_of(lambda: ...)      in any process
+
+    if __name__ == "__main__":             a program
+        begin()
+        sys.exit(main())
+
+So that signals are heard early and --help is quick, a launcher imports what takes seconds within its functions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.output import keep_printing
+
+INTERRUPTED = 130
+AGAIN = "run the same command again"
+
+
+def begin(*streams: str, exit_code: int = INTERRUPTED, advice: str = AGAIN) -> None:
+    """Be a program from now on: see trunkline.engine.machine.output and stopping."""
+    from trunkline.engine.machine.stopping import listen  # needs psutil, which status_of can do without
+
+    keep_printing(*streams)
+    listen(exit_code, advice)
+
+
+def status_of(command: Callable[[], int | None], on_error: Callable[[Exception], None] = lambda error: None) -> int:
+    """Call `command`. Returns its exit status, or that of the error that it raises, which is printed as one message.
+
+    A TrunklineError says its status: 2, or 75 for a run that was stopped. An OSError that names a file is a user's too.
+    on_error: is called with every error, also with one of the program, which is raised
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print(f"interrupted: {AGAIN}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        mistake = _as_mistake(error)
+        if mistake is not None:
+            rank = os.environ.get("RANK", "0")
+            where = f"rank {rank}: " if rank != "0" else ""  # an error may be one rank's alone, so each says its own
+            print(f"{where}{mistake.heading}: {mistake}", file=sys.stderr, flush=True)
+        on_error(error)
+        if mistake is None:
+            raise
+        return mistake.status
+
+
+def _as_mistake(error: Exception) -> TrunklineError | None:
+    """The error as one that a person can act on, or None."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return TrunklineError(f"{error.filename}: {error.strerror}")
+    return error if isinstance(error, TrunklineError) else None

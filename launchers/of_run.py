@@ -1,0 +1,48 @@
+"""What evaluate and predict have in common: the run's workload gives their flags and does the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trunkline.engine.config.flags import Parser
+from trunkline.models.registry import open_room, workload_of_run, workloads
+
+
+def work_on_run(
+    room: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    add_arguments: Callable[[Parser, Path | None], None] = lambda parser, run: None,
+) -> int:
+    """Find the run's workload, parse its flags, call its module `room`. Returns the exit status.
+
+    The module gets --run as a Path and --device as a torch.device, beside its own flags.
+
+    add_arguments: adds the flags that this command has for every workload, beside --run and --device; is told the run
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    first = Parser(add_help=False)
+    first.add_argument("--run", type=Path)
+    run = first.parse_known_args(words)[0].run
+    workload = None if run is None else workload_of_run(run)
+    parser = Parser(
+        description=description,
+        epilog=None if workload else f"The workloads: {', '.join(workloads())}.",
+        hint=f"the run is one of {workload}" if workload else "",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
+    parser.add_argument("--device", help="cuda or cpu; a GPU where there is one unless given")
+    add_arguments(parser, run)
+    if workload is None:
+        parser.parse_args(words)  # which prints help, or that --run is missing, and ends
+        raise AssertionError("--run is required")
+    module = open_room(workload, room)
+    module.add_arguments(parser)
+    arguments = parser.parse_args(words)
+
+    from trunkline.engine.machine.hardware import choose_device
+
+    arguments.device = choose_device(arguments.device)
+    return module.run(arguments)

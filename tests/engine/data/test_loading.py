@@ -1,0 +1,57 @@
+"""Batches are the same whoever makes them, and hold what the order of samples says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.tiny import TinyData, TinyModel, TinyTask
+from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.data.loading import evaluation_loader, training_loader
+from trunkline.engine.data.order import FILLER, GlobalBatches
+
+TASK = TinyTask(TinyData(samples=21), TinyModel())
+SIZES = BatchSizes(global_batch_size=8, micro_batch_size=2, grad_accum_steps=2, world_size=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_batches_of_a_step_are_the_rank_s_share_of_the_order(rank: int, num_workers: int) -> None:
+    """From step 2 to 6: over the end of an epoch, whose last batch is short."""
+    order, rows = GlobalBatches(21, 8, seed=3), TASK.dataset("train")
+    made = training_loader(
+        TASK, rows, order, SIZES, rank, first_step=2, last_step=7, num_workers=num_workers, pin_memory=False
+    )
+    steps = list(made)
+    assert [len(micro_batches) for micro_batches in steps] == [2] * 5
+    for step, micro_batches in enumerate(steps, 2):
+        samples, keys = order.draws(step).reshape(2, 2, 2, 2)[:, :, rank]
+        for micro, batch in enumerate(micro_batches):
+            assert batch["valid"].tolist() == [sample != FILLER for sample in samples[micro]]
+            assert batch["draw"].tolist() == keys[micro].tolist()
+            expected = TASK.collate([rows[max(0, sample)] for sample in samples[micro].tolist()])
+            assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluation_holds_every_sample_once_on_all_ranks_together(num_workers: int) -> None:
+    loaders = [
+        evaluation_loader(
+            TASK, TASK.dataset("val"), num_samples=None, micro_batch_size=2, world_size=3, rank=rank,
+            num_workers=num_workers,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    assert [len(loader) for loader in loaders] == [2, 2, 2]
+    x = torch.cat([batch["x"][batch["valid"]] for loader in loaders for batch in loader])
+    assert sorted(x.sum((1, 2)).tolist()) == sorted(
+        TASK.collate([TASK.dataset("val")[index] for index in range(11)])["x"].sum((1, 2)).tolist()
+    )
+
+
+def test_chosen_samples_of_an_evaluation_are_evenly_spaced() -> None:
+    loader = evaluation_loader(TASK, TASK.dataset("val"), num_samples=3, micro_batch_size=2, world_size=1, rank=0)
+    x = torch.cat([batch["x"][batch["valid"]] for batch in loader])
+    expected = TASK.collate([TASK.dataset("val")[int(index)] for index in np.array([0, 3, 7])])["x"]
+    assert torch.equal(x, expected)

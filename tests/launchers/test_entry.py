@@ -1,0 +1,89 @@
+"""How launchers begin and end: --help at once, statuses, and messages."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trunkline.engine.errors import ConfigError, TrunklineError
+from trunkline.engine.trainer import InterruptedRunError
+from trunkline.launchers.entry import status_of
+
+ROOT = Path(__file__).parents[2]
+HELP = """
+import runpy, sys
+module = sys.argv.pop(1)
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    heavy = {"torch", "pydantic", "deepspeed", "transformers", "numpy"} & sys.modules.keys()
+    print("status", end.code, sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "said"),
+    [
+        ("train", [], ["--config FILE", "WORKLOAD --help", "--epochs", "The workloads: causal_lm, fluid."]),
+        ("train", ["causal_lm"], ["flags of causal_lm:", "--model-path"]),
+        ("train", ["--config", "configs/fluid/demo.json"], ["flags of fluid:", "--store"]),
+        ("evaluate", [], ["--run DIR --help", "--out", "--device", "The workloads: causal_lm, fluid."]),
+        ("predict", [], ["--run DIR --help", "--device", "The workloads: causal_lm, fluid."]),
+        ("prepare", [], ["causal_lm|fluid"]),
+        ("export", [], ["--max-shard-gib"]),
+        ("bench", [], ["masked_mse"]),
+        ("doctor", [], ["--quick"]),
+    ],
+)
+def test_help_is_there_before_anything_that_takes_seconds(launcher: str, words: list[str], said: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, f"trunkline.launchers.{launcher}", *words, "--help"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["status 0 []"], done.stdout + done.stderr
+    assert [text for text in said if text not in " ".join(done.stdout.split())] == []
+
+
+def fails(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("a: b"), 2, "error: a: b\n"),
+        (InterruptedRunError("by SIGTERM"), 75, "stopped: by SIGTERM\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/x"), 2, "error: run/x: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command again\n"),
+    ],
+)
+def test_an_error_is_one_message_and_a_status(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert status_of(lambda: fails(error)) == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_rank_says_its_own_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert status_of(lambda: fails(TrunklineError("no"))) == 2
+    assert capsys.readouterr().err == "rank 3: error: no\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("of no file")])
+def test_an_error_of_the_program_is_told_and_raised(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[Exception] = []
+    with pytest.raises(type(error)):
+        status_of(lambda: fails(error), on_error=told.append)
+    assert told == [error]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_gives_its_status_and_none_is_0() -> None:
+    assert [status_of(lambda: None), status_of(lambda: 0), status_of(lambda: 1)] == [0, 0, 1]
