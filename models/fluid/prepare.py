@@ -18,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trunkline.engine.data.store import INDEX
 from trunkline.engine.data.store_writer import PART, PARTIAL, Part
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import only_writer, replace_whole
@@ -109,10 +108,14 @@ def prepare(
         stamps = {case.key: stamp(case, schema) for case in cases}
         entries = _kept_cases(out, cases, stamps, schema)
         unread = [case for case in cases if case.name not in entries[case.split]]
-        _copy_network(source, out)
-        if not unread and is_finished(out, entries, notes=_notes(val_fraction, seed, bad)):
+        network, notes = _network(source), _notes(val_fraction, seed, bad)
+        if not unread and network == _network(out) and is_finished(out, entries, notes=notes):
             return _reasons(bad)
         begin_store(out, schema)
+        if network is None:
+            (out / "network.json").unlink(missing_ok=True)
+        else:
+            replace_whole(out / "network.json", network)
         _remove_other_cases(out, entries)
         with (
             tqdm(total=len(cases), initial=len(cases) - len(unread), unit="case", disable=not progress) as bar,
@@ -176,19 +179,17 @@ def _remove_other_cases(out: Path, kept: dict[str, dict[str, Part]]) -> None:
                 shutil.rmtree(folder)
 
 
-def _copy_network(source: Path, out: Path) -> None:
-    path, copy = source / "network.json", out / "network.json"
-    if path.is_file() and path.stat().st_size > _LARGEST_NETWORK:
+def _network(folder: Path) -> str | None:
+    """network.json, where there is one."""
+    path = folder / "network.json"
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _LARGEST_NETWORK:
         raise DataError(f"{path}: larger than {_LARGEST_NETWORK >> 30} GiB: not a network")
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8, or remove it") from error
-    if copy.is_file() and text is not None and copy.read_bytes() == text.encode():
-        return
-    if text is not None or copy.is_file():
-        (out / INDEX).unlink(missing_ok=True)  # it says what it was
-        copy.unlink(missing_ok=True) if text is None else replace_whole(copy, text)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

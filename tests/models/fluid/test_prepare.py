@@ -78,6 +78,20 @@ def test_a_second_run_does_nothing_until_the_source_changes(tmp_path: Path) -> N
     assert store.state_rows(split, "case_0002", 0, 1)[0, 0] == output(0, 1, 9)
 
 
+def test_another_network_is_copied_and_no_case_is_read_again(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source", train=2), tmp_path / "store"
+    for network in ('{"nodes": []}', '{"nodes": [1]}', None):
+        kept = {path: path.stat().st_ino for path in out.glob("*/case_*/*")}
+        (source / "network.json").unlink(missing_ok=True)
+        if network is not None:
+            (source / "network.json").write_text(network)
+        prepare(source, out, workers=1)
+        assert {path: path.stat().st_ino for path in kept} == kept
+        store = Store.open(out)
+        assert ("network.json" in store.files, (out / "network.json").is_file()) == (network is not None,) * 2
+        assert network is None or (out / "network.json").read_text() == network
+
+
 def test_cases_that_left_the_source_leave_the_store(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source", train=3), tmp_path / "store"
     prepare(source, out, workers=1)
