@@ -76,6 +76,13 @@ class Assembly:
         kept = ShardedFiles(state.path / BACKEND).kept() if state else {}
         model = freeze(self.task.build_model(), self.config)
         self.notes = notes_of_resume(model, kept)
+        decays = self.config.deepspeed.optimizer.params.get("weight_decay")
+        if self.found and "averaged" not in self.found.state and decays and not self.config.training.parameters:
+            self.notes.append(
+                "note: the checkpoint is of an earlier version, which decayed norms and biases, too; a rule of "
+                'training.parameters, {"names": ["*"], "weight_decay": '
+                f"{decays}}}, keeps it so"
+            )
         first = not hasattr(self, "plan")
         if first and self.ranks.world_size > 1:  # before a backend shards it, or gives rank 0's to all
             agree(tensor_digests(model), last=True)

@@ -17,7 +17,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
-SHOWN = "evaluation"
+SHOWN = "shown"
 """The folder of a run for what the task shows of the last evaluation: pictures, texts, tables."""
 
 

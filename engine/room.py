@@ -45,7 +45,7 @@ class Room:
         if not shortage.agreed or not (intact or step == run.assembly.first_step):
             why = "the optimizer was changing the parameters" if shortage.agreed else "the other ranks are in the step"
             raise TrunklineError(
-                f"{line}; {why}, so the run ends here; --resume auto --output-dir {run.folder} goes on with that"
+                f"{line}; {why}, so the run ends here; --resume auto --output-dir {run.folder} continues with that"
             )
         run.say(f"warning: {line}")
         self.rebuild()

@@ -82,5 +82,5 @@ class Run:
                 raise
             raise TrunklineError(
                 f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
-                f"; look for the first error above, then go on with --resume auto --output-dir {self.folder}"
+                f"; look for the first error above, then resume with --resume auto --output-dir {self.folder}"
             ) from error

@@ -198,7 +198,7 @@ class Trainer(Run):
             self.save()
         self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
-        raise InterruptedRunError(f"by {why} {where}; go on with --resume auto --output-dir {self.folder}")
+        raise InterruptedRunError(f"by {why} {where}; resume with --resume auto --output-dir {self.folder}")
 
     def _train(self) -> None:
         """The loop: read, step, log, evaluate, save."""

@@ -31,7 +31,7 @@ class Command:
     flags: Sequence[Flag]
 
     def draft(self, world_size: int) -> Draft:
-        """The configuration that is asked for, on so many ranks, unchecked. Called once. Raises ConfigError.
+        """The configuration that is asked for, on `world_size` ranks, unchecked. Called once. Raises ConfigError.
 
         What flags decide of --output-dir and --resume enters `arguments`, where a user has not.
         """
@@ -60,10 +60,9 @@ class Command:
         return self.file
 
     def _was_given(self, key: str) -> bool:
-        """Whether a flag that a user has given has set the key, or something in it."""
-        given = {flag.option for flag in self.flags}
-        origins = self.file.origins.items()
-        return any(origin in given for name, origin in origins if name == key or name.startswith(f"{key}."))
+        """Whether a flag that a user has given, or a DeepSpeed file, has set the key or something in it."""
+        origins = [origin for name, origin in self.file.origins.items() if name == key or name.startswith(f"{key}.")]
+        return any(origin != "file" and not origin.endswith(" by default") for origin in origins)
 
 
 def parse(words: Sequence[str], description: str | None = None) -> Command:
@@ -84,15 +83,20 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
     held = file.values.get("workload")
     if workload not in (None, held):
         raise ConfigError(f"{path}: workload: is {held!r}, but {workload!r} stands on the command line: leave that out")
-    own = flags_of(held)[0] if isinstance(held, str) else ()
+    try:
+        own = flags_of(held)[0] if isinstance(held, str) else ()
+    except ConfigError as error:
+        raise ConfigError(f"{file.where('workload')}: {error}") from error
     flags = (*own, *(flag for flag in LENGTH if flag.name not in {each.name for each in own}))
     return Command(_parser(files, description, held, flags).parse_args(words), file, flags)
 
 
 def _workload_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The workload, if the first word names one, and the words without it. A launcher may put its own before it."""
-    first = next((place for place, word in enumerate(words) if not re.match("--local[_-]rank=", word)), len(words))
-    if first == len(words) or words[first].startswith("-"):
+    first = 0
+    while first < len(words) and (found := re.fullmatch("--local[_-]rank(=.*)?", words[first])):
+        first += 1 if found[1] else 2
+    if first >= len(words) or words[first].startswith("-"):
         return None, list(words)
     return words[first], [*words[:first], *words[first + 1 :]]
 

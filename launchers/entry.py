@@ -29,6 +29,8 @@ def begin(*streams: str, exit_code: int = INTERRUPTED, advice: str = AGAIN) -> N
 
     keep_printing(*streams)
     listen(exit_code, advice)
+    if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+        del sys.path[0]  # `import evaluate` is to find Hugging Face's, not the launcher
 
 
 def status_of(command: Callable[[], int | None], on_error: Callable[[Exception], None] = lambda error: None) -> int:

@@ -22,7 +22,8 @@ from trunkline.kernels.attention import flash_attention
 
 small = LlamaConfig(
     vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
-)ids = torch.tensor([[1, 2]])
+)
+ids = torch.tensor([[1, 2]])
 loss = LlamaForCausalLM(small)(input_ids=ids, labels=ids).loss
 loss.backward()
 print(json.dumps({

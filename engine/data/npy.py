@@ -91,10 +91,14 @@ class NpyFile:
             raise DataError(f"{path}: is missing: {remedy}") from error
         except OSError as error:
             raise self._unreadable(error) from error
-        found, expected = os.fstat(self.file.fileno()), self._start + spec.nbytes
+        try:
+            found, head = os.fstat(self.file.fileno()), os.pread(self.file.fileno(), self._start, 0)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        expected = self._start + spec.nbytes
         if found.st_size != expected:
             raise DataError(f"{path}: has {found.st_size} bytes where {expected} were written: {remedy}")
-        if os.pread(self.file.fileno(), self._start, 0) != spec.header:
+        if head != spec.header:
             raise DataError(f"{path}: damaged: not an array of {spec.dtype} {list(spec.shape)}: {remedy}")
         self.state = [found.st_size, found.st_mtime_ns, found.st_ino, spec.digest]
 
@@ -148,6 +152,7 @@ class NpyWriter:
     """A file that is written row by row; its length need not be known before. Close it, or use it in a `with`."""
 
     def __init__(self, path: Path, dtype: str, row: tuple[int, ...] = ()) -> None:
+        assert dtype in _DTYPES, f"{dtype} is none that is read back"
         self._dtype, self._row, self._count, self._blocks = dtype, row, 0, _Blocks()
         self._start = len(self._spec("").header)  # which has room for any number of rows
         self._file = path.open("wb")

@@ -14,8 +14,8 @@
 An array [n, ...] has fixed rows. A ragged one is flat: item i is values[offsets[i] : offsets[i + 1]], where `offsets`
 is another array of the store, int64 [N + 1], which several may share. Encoded pictures of any size are ragged uint8.
 
-Values are read by position, not mapped: so a file that was cut short is an error and no crash, threads and forks may
-share it, and resident memory does not grow with what has been read. trunkline.engine.data.store_writer writes stores.
+Rows and items are read by position, not mapped. So a file that was cut short is an error and no crash, forks may share
+it, and resident memory does not grow with what has been read. trunkline.engine.data.store_writer writes stores.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -65,14 +66,14 @@ class Array:
         """Values start ... stop-1 of item `index` of a ragged array, a copy [n]; all of them by default."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        begin, end = self._offsets()[index : index + 2].tolist()
+        begin, end = self._offsets(index, index + 2).tolist()
         first = min(begin + start, end)
         return self.rows(first, end if stop is None else max(first, min(end, begin + stop)))
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [N], the number of values in each item of a ragged array. Raises DataError if its offsets are none."""
-        offsets = self._offsets()
+        offsets = self._offsets(0, len(self) + 1)
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != self.spec.shape[0] or lengths.min(initial=0) < 0:
             raise DataError(
@@ -84,9 +85,9 @@ class Array:
         """All of it as a read-only memory map, for what passes over many values at once."""
         return self.store._map(self.name)
 
-    def _offsets(self) -> np.ndarray:
+    def _offsets(self, start: int, stop: int) -> np.ndarray:
         assert self.spec.offsets is not None, f"{self.name} has fixed rows"
-        return self.store._map(self.spec.offsets)
+        return self.store._open(self.spec.offsets).rows(start, stop)
 
 
 class ArrayStore:
@@ -195,7 +196,8 @@ class ArrayStore:
                     )
                 self._verified[name] = states[name]
         with contextlib.suppress(OSError):  # a folder that must not be written: the next start verifies again
-            replace_whole(self.root / VERIFIED, json.dumps(self._verified) + "\n")
+            suffix = f".{socket.gethostname()}.{os.getpid()}"  # several ranks may verify at once
+            replace_whole(self.root / VERIFIED, json.dumps(self._verified) + "\n", suffix)
 
     def trust(self, names: Iterable[str]) -> None:
         """Take these arrays as verified: another process of this machine has done it."""
@@ -235,7 +237,7 @@ def verify_together(arrays: Iterable[Array], ranks: Ranks) -> None:
 
     The first rank of each machine verifies, and tells the others what it found.
     """
-    machine = socket.gethostname()
+    machine = _machine()
     verifies = gather(machine, ranks).index(machine) == ranks.rank
     by_store = [(store, [array.name for array in group]) for store, group in groupby(arrays, lambda a: a.store)]
     problem = ""
@@ -245,10 +247,27 @@ def verify_together(arrays: Iterable[Array], ranks: Ranks) -> None:
                 store.verify(names)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    if problems := [said for said in gather(problem, ranks) if said]:
-        raise DataError(problems[0])
-    for store, names in by_store if not verifies else ():
-        store.trust(names)
+    _raise_first(gather(problem, ranks))
+    try:
+        for store, names in by_store if not verifies else ():
+            store.trust(names)
+    except DataError as error:  # this rank sees another folder than the one that verified
+        problem = str(error)
+    _raise_first(gather(problem, ranks))
+
+
+def _raise_first(problems: Iterable[str]) -> None:
+    if said := next(filter(None, problems), ""):
+        raise DataError(said)
+
+
+def _machine() -> str:
+    """What tells this machine from others, also from one of the same name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot.strip()}"
 
 
 def fingerprint(index: dict[str, Any]) -> str:

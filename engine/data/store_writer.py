@@ -17,6 +17,7 @@ Part by part, and killed in between without losing the parts that are done:
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ def write_index(
         "files": {name: entry(root / name, sync=True)["sha256"] for name in sorted(files)},
         "arrays": {name: arrays[name].to_json() for name in sorted(arrays)},
     }
+    assert not index.keys() & notes.keys()
     index = json.loads(json.dumps(index))  # as it will be read
     replace_whole(root / INDEX, json.dumps({"fingerprint": fingerprint(index), **index, **notes}, indent=1) + "\n")
 
@@ -100,6 +102,7 @@ def draft_of(out: Path) -> Iterator[Path]:
 
     The lock goes with the process, however it ends. Raises DataError while another process holds it.
     """
+    out = Path(os.path.abspath(out))  # "." has no name
     draft = out.with_name(f".{out.name}.draft")
     draft.mkdir(exist_ok=True)
     with only_writer(draft, out):
@@ -113,6 +116,7 @@ def draft_of(out: Path) -> Iterator[Path]:
 
 def publish(draft: Path, out: Path) -> None:
     """Give a draft that has its index its name. Raises DataError if `out` is there and not an empty folder."""
+    out = Path(os.path.abspath(out))
     for folder in (*(path for path in draft.rglob("*") if path.is_dir()), draft):
         sync(folder)
     try:

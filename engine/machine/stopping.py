@@ -76,7 +76,7 @@ def listen_no_more() -> None:
 def deferred() -> Iterator[None]:
     """Within, a request is noted and nothing else. A program that does not listen does so within, and no longer.
 
-    After an error, or a request that was noted, one that listens goes on to defer: it is on its way out, and a second
+    After an error, or a request that was noted, one that listens still defers: it is on its way out, and a second
     request must not cut that short.
     """
     global _deferring, _listener

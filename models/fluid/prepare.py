@@ -65,7 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
             progress=True,
         )
     except OSError as error:  # a full disk, a folder that must not be written
-        raise DataError(f"{error}: mend that and run the same command again, which goes on where it stopped") from error
+        raise DataError(
+            f"{error}: mend that and run the same command again, which continues where it stopped"
+        ) from error
     store = Store.open(arguments.out)
     counts = ", ".join(f"{len(store.cases(split))} {split}" for split in SPLITS)
     print(f"{arguments.out}: {counts} cases of {store.schema.num_variables} variables")
@@ -137,7 +139,7 @@ def prepare(
 def _check_bad(bad: dict[str, DataError], skip_bad_cases: bool) -> None:
     if bad and not skip_bad_cases:
         error = bad[min(bad)]
-        raise DataError(f"{error} (--skip-bad-cases goes on without such cases)") from error
+        raise DataError(f"{error} (--skip-bad-cases leaves such cases out)") from error
 
 
 def _reasons(bad: dict[str, DataError]) -> dict[str, str]:

@@ -45,7 +45,7 @@ class Store(ArrayStore):
         if (root / "schema.json").is_file() and not (root / INDEX).is_file():
             raise DataError(
                 f"{root}: the preparation of this data set was not finished (it has no {INDEX}): run the same "
-                "launchers/prepare.py command again, which goes on where it stopped"
+                "launchers/prepare.py command again, which continues where it stopped"
             )
         store = super().open(root)
         widths = {"boundary": store.schema.num_boundary, "state": store.schema.num_states}

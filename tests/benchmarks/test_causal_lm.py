@@ -32,7 +32,7 @@ def sides_of(
 @pytest.mark.parametrize(
     ("backend", "accumulate", "packing", "padding_mask"),
     [
-        ("deepspeed", 1, False, False),
+        pytest.param("deepspeed", 1, False, False, marks=pytest.mark.slow),
         pytest.param("deepspeed", 1, True, False, marks=pytest.mark.slow),
         ("fsdp", 2, False, True),
     ],

@@ -29,6 +29,7 @@ def test_a_program_that_fails_is_no_measurement() -> None:
         bench_memory.peak_of("raise SystemExit(3)")
 
 
+@pytest.mark.slow
 def test_preparing_reading_and_training_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--case", str(write_case(tmp_path)), "--counts", "2", "--windows", "50", "--steps", "2"]
     assert bench_memory.run(arguments(*flags)) == 0

@@ -137,7 +137,8 @@ def test_two_ranks_that_decode_different_lengths_make_the_texts_of_one_process(
         assert texts(tmp_path / f"{backend}{stage} on 2") == alone, f"{backend} {stage}"
 
 
-@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 3), pytest.param("fsdp", 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 3), ("fsdp", 3)])
 def test_generating_leaves_training_as_it_is(tmp_path: Path, backend: str, stage: int) -> None:
     train(tmp_path / "generating", backend, stage)
     train(tmp_path / "silent", backend, stage, SilentTask)

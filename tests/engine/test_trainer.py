@@ -27,6 +27,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.machine import stopping
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks import lookout
 from trunkline.engine.ranks.distributed import start
@@ -145,11 +146,15 @@ def interrupted_then_resumed(folder: Path, config: RunConfig, at: int) -> Traine
     def step_then_signal() -> Any:
         if trainer.progress.step + 1 == at:
             os.kill(os.getpid(), signal.SIGTERM)
+            while stopping.requested() is None:  # a thread hears it, when the machine lets it
+                time.sleep(0.001)
         return step()
 
     trainer.backend.step = step_then_signal  # type: ignore[method-assign]
-    with pytest.raises(InterruptedRunError, match=rf"by SIGTERM after step {at}, which is saved; .*--resume auto"):
-        trainer.run()  # in the evaluation of that step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookout, "EVERY_MS", 0)
+        with pytest.raises(InterruptedRunError, match=rf"by SIGTERM after step {at}, which is saved; .*--resume auto"):
+            trainer.run()  # in the evaluation of that step
     return train(folder, config, resume="auto")
 
 

@@ -67,12 +67,13 @@ def cycle(layouts: Sequence[Layout]) -> list[tuple[Layout, Layout]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_any_layout_goes_on_from_any_other(tmp_path: Path, every: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = list(itertools.product(LAYOUTS, LAYOUTS)) if every else cycle(LAYOUTS)
+    layouts = LAYOUTS if every else [layout for layout in LAYOUTS if layout.ranks < 4]
+    pairs = list(itertools.product(layouts, layouts)) if every else cycle(layouts)
     whole = LAYOUTS[0]
     train(tmp_path / "whole", whole, STEPS)
-    for ranks in (1, 2, 4):
-        run_distributed_test(save_all, ranks, tmp_path, [x for x in LAYOUTS if x.ranks == ranks], backend=None)
-    for ranks in (1, 2, 4):
+    for ranks in sorted({layout.ranks for layout in layouts}):
+        run_distributed_test(save_all, ranks, tmp_path, [x for x in layouts if x.ranks == ranks], backend=None)
+    for ranks in sorted({layout.ranks for layout in layouts}):
         some = [(source, target) for source, target in pairs if target.ranks == ranks]
         run_distributed_test(resume_all, ranks, tmp_path, some, backend=None, timeout_s=600)
     expected = losses(tmp_path / "whole")[SAVED:]

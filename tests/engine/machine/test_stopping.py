@@ -52,6 +52,17 @@ def _look_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookout, "EVERY_MS", 0)
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_is_ignored() -> Iterator[None]:
+    """In the background INT and HUP may be, and a run leaves what is ignored as it is."""
+    ignored = [number for number in stopping.SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:
     return [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == split]
 

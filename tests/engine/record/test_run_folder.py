@@ -179,7 +179,7 @@ def test_a_start_over_what_a_run_has_left_is_refused_with_three_ways_out(
     leave_only(run, *names)
     before = content(run)
     ways = "--resume auto, give another --output-dir, or move the folder away or delete it"
-    with pytest.raises(ConfigError, match=rf"{run}: holds {names[0]}.* of an earlier run; go on with {ways}"):
+    with pytest.raises(ConfigError, match=rf"{run}: holds {names[0]}.* of an earlier run; resume it with {ways}"):
         finished(run)
     assert content(run) == before
 

@@ -315,7 +315,7 @@ CLASSIFIER = Tracking(
 
 def write_evaluation(folder: Path, shade: float) -> None:
     (folder / "evaluation").mkdir(parents=True, exist_ok=True)
-    imsave(folder / "evaluation/confusion.png", np.full((4, 6, 3), shade))
+    imsave(folder / "shown/confusion.png", np.full((4, 6, 3), shade))
     (folder / "evaluation/samples.txt").write_text("one two")
 
 
@@ -363,7 +363,7 @@ def test_tensorboard_shows_what_the_task_says_by_its_names_over_epochs(tmp_path:
     assert set(tags["scalars"]) == {*SHOWN_BY_EPOCH, "val/T&E", "best/T&E"}
     for tag, values in SHOWN_BY_EPOCH.items():
         assert _scalars(tmp_path / "tensorboard", tag) == pytest.approx(values)
-    pictures = events.Images("evaluation/confusion.png")
+    pictures = events.Images("shown/confusion.png")
     assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(0, 6, 4), (1, 6, 4), (2, 6, 4)]
     (text, *_) = events.Tensors("evaluation/samples.txt/text_summary")
     assert b"one two" in text.tensor_proto.string_val[0]
@@ -390,7 +390,7 @@ def test_mlflow_shows_what_the_task_says_and_holds_the_artifacts(
     held = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     assert (held / "assets/classes.json").read_text() == '["cat", "dog"]'
     assert (held / "best/model.safetensors").read_bytes() == b"weights"
-    assert (held / "evaluation/confusion.png").read_bytes() == (tmp_path / "run/evaluation/confusion.png").read_bytes()
+    assert (held / "shown/confusion.png").read_bytes() == (tmp_path / "run/shown/confusion.png").read_bytes()
 
 
 def test_environment_variables_win_over_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,8 +434,8 @@ def test_a_run_hands_over_what_its_task_shows_and_does_not_end_for_it(
     events = EventAccumulator(str(folder))
     events.Reload()
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
-    assert texts == {"final/note.txt"} | (set() if fails else {"evaluation/count.txt"})
+    assert texts == {"final/note.txt"} | (set() if fails else {"shown/count.txt"})
     if fails:
-        assert "evaluation: is not whole (RuntimeError: no pen)" in capsys.readouterr().err
+        assert "shown: is not whole (RuntimeError: no pen)" in capsys.readouterr().err
     else:
-        assert (tmp_path / "run/evaluation/count.txt").read_text() == "11 samples"
+        assert (tmp_path / "run/shown/count.txt").read_text() == "11 samples"

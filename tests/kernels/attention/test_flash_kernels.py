@@ -284,6 +284,7 @@ def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
     assert counted <= peak <= 1.05 * counted
 
 
+@pytest.mark.slow
 def test_offsets_beyond_two_to_the_31_elements(device):
     if device.type == "cuda":
         memory = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)

@@ -139,7 +139,7 @@ def test_ragged_conversations_give_one_step_however_they_are_split(
         expected = losses(whole)
         train(config(1, 2, packing), tmp_path / f"ones-{packing}")
         assert losses(tmp_path / f"ones-{packing}") == pytest.approx(expected, rel=1e-5)
-    for micro, stage, backend in ((1, 0, "deepspeed"), (2, 3, "deepspeed"), (4, 3, "fsdp")):
+    for micro, stage, backend in ((2, 3, "deepspeed"), (4, 3, "fsdp")):
         folder = tmp_path / f"ranks-{micro}-{stage}-{backend}"
         run_distributed_test(train_split, 2, config(micro, stage, True), folder, backend, backend=None)
         assert losses(folder) == pytest.approx(expected, rel=1e-5), (micro, stage, backend)
@@ -163,7 +163,7 @@ def test_preferences_are_learned_alike_with_policy_and_reference_sharded(
     start_of_it = make_task(config(0)).build_model().reference  # type: ignore[union-attr]
     for one, two in zip(reference.parameters(), start_of_it.parameters(), strict=True):  # type: ignore[operator, union-attr]
         assert torch.equal(one, two)
-    for stage, backend in ((3, "deepspeed"), (3, "fsdp"), (1, "fsdp")):
+    for stage, backend in ((3, "deepspeed"), (3, "fsdp")):
         folder = tmp_path / f"{backend}-{stage}"
         run_distributed_test(train_split, 2, config(stage), folder, backend, backend=None)
         assert losses(folder) == pytest.approx(expected, rel=1e-5), (stage, backend)

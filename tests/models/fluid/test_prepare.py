@@ -141,7 +141,7 @@ def test_bad_cases_stop_it_or_are_left_out_and_listed(tmp_path: Path) -> None:
     write_case(source / "train/case_0002", 2, {"N": lambda text: [*text[:-1], text[-1] + "x"]})
     write_case(source / "train/case_0005", 5, {"R": lambda text: ["TIME,R_009_q", *text[1:]]})
     (source / "test/case_0001/Boundary.csv").unlink()
-    with pytest.raises(DataError, match=r"Boundary\.csv: missing.* \(--skip-bad-cases goes on without such cases\)"):
+    with pytest.raises(DataError, match=r"Boundary\.csv: missing.* \(--skip-bad-cases leaves such cases out\)"):
         prepare(source, out, workers=1)
     skipped = prepare(source, out, workers=1, skip_bad_cases=True)
     assert list(skipped) == ["test/case_0001", "train/case_0002", "train/case_0005"]
