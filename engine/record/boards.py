@@ -54,7 +54,7 @@ class Board(Protocol):
         """Show values, by their full names, at a position of the axis."""
 
     def keep(self, position: int, path: Path, place: str) -> None:
-        """Take a file that is there under the name `place`, such as "evaluation/confusion.png"."""
+        """Take a file that is there under the name `place`, such as "shown/confusion.png"."""
 
     def close(self) -> None:
         """Write out what is still held back."""

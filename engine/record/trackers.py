@@ -3,7 +3,7 @@
     trackers = make_trackers(("tensorboard",), folder, config, resume_step=0)
     trackers.log(400, "train", {"loss": 0.125, "lr": 1e-4})
     trackers.best(400, {"loss": 0.5})              once more, as "best/loss", where it is the best so far
-    trackers.keep(400, folder / "evaluation")      files, pictures, texts
+    trackers.keep(400, folder / "shown")           files, pictures, texts
     trackers.finish(400)                           what the task wants to have kept of the whole run
     trackers.close()
 

@@ -314,9 +314,9 @@ CLASSIFIER = Tracking(
 
 
 def write_evaluation(folder: Path, shade: float) -> None:
-    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+    (folder / "shown").mkdir(parents=True, exist_ok=True)
     imsave(folder / "shown/confusion.png", np.full((4, 6, 3), shade))
-    (folder / "evaluation/samples.txt").write_text("one two")
+    (folder / "shown/samples.txt").write_text("one two")
 
 
 def classify(folder: Path, tracker: str) -> None:
@@ -334,7 +334,7 @@ def classify(folder: Path, tracker: str) -> None:
             metrics = {"loss": 0.5, "accuracy": [0.0, 0.5, 0.75, 0.25][epoch], "cat recall": epoch / 4, "T&E": 1.0}
             trackers.log(2 * epoch, "val", metrics)
             write_evaluation(folder, epoch / 4)
-            trackers.keep(2 * epoch, folder / "evaluation")
+            trackers.keep(2 * epoch, folder / "shown")
             if epoch < 3:
                 trackers.best(2 * epoch, metrics)
         if last == 3:
@@ -365,7 +365,7 @@ def test_tensorboard_shows_what_the_task_says_by_its_names_over_epochs(tmp_path:
         assert _scalars(tmp_path / "tensorboard", tag) == pytest.approx(values)
     pictures = events.Images("shown/confusion.png")
     assert [(picture.step, picture.width, picture.height) for picture in pictures] == [(0, 6, 4), (1, 6, 4), (2, 6, 4)]
-    (text, *_) = events.Tensors("evaluation/samples.txt/text_summary")
+    (text, *_) = events.Tensors("shown/samples.txt/text_summary")
     assert b"one two" in text.tensor_proto.string_val[0]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [
