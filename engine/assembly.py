@@ -28,7 +28,7 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
-from trunkline.engine.optim.parameter_rules import freeze, notes_of_resume
+from trunkline.engine.optim.parameter_rules import freeze, notes_of_earlier_version, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
 from trunkline.engine.progress import Progress
@@ -76,13 +76,8 @@ class Assembly:
         kept = ShardedFiles(state.path / BACKEND).kept() if state else {}
         model = freeze(self.task.build_model(), self.config)
         self.notes = notes_of_resume(model, kept)
-        decays = self.config.deepspeed.optimizer.params.get("weight_decay")
-        if self.found and "averaged" not in self.found.state and decays and not self.config.training.parameters:
-            self.notes.append(
-                "note: the checkpoint is of an earlier version, which decayed norms and biases, too; a rule of "
-                'training.parameters, {"names": ["*"], "weight_decay": '
-                f"{decays}}}, keeps it so"
-            )
+        if self.found and "averaged" not in self.found.state:
+            self.notes += notes_of_earlier_version(model, self.config)
         first = not hasattr(self, "plan")
         if first and self.ranks.world_size > 1:  # before a backend shards it, or gives rank 0's to all
             agree(tensor_digests(model), last=True)
@@ -134,6 +129,7 @@ class Assembly:
     def _restore(self, state: Checkpoint) -> None:
         restore_checkpoint(state, self.backend, self.ranks, self.average.of)
         self.statistics.agree()
+        self.average.agree(self.statistics.buffers, self.ranks)
 
     def _release(self) -> None:
         self.backend.close()

@@ -18,7 +18,11 @@ from trunkline.engine.run import Run
 
 
 class Room:
-    """Every method is called on all ranks."""
+    """Every method is called on all ranks.
+
+    longest_step: the longest sample of a step that was made
+    evaluation_fits: whether an evaluation was made
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self._attempts = run, Attempts(run.ranks)
@@ -27,7 +31,6 @@ class Room:
     def forget(self) -> None:
         """Nothing is known before the first step and the first evaluation."""
         self.longest_step, self.evaluation_fits = -1, False
-        """The longest sample of a step that was made, and whether an evaluation was."""
 
     def attempt(self, fits: bool = False) -> AbstractContextManager[None]:
         """What is done within raises OutOfMemory, on all ranks alike unless it is known to fit."""

@@ -198,9 +198,10 @@ def _once(read: Callable[[Any, str], Samples]) -> Callable[[Any, str], Samples]:
     @wraps(read)
     def dataset(task: Any, split: str) -> Samples:
         held = task.__dict__.setdefault("_read", {})
-        if (read, split) not in held:
-            held[read, split] = read(task, split)
-        return held[read, split]
+        key = (read.__qualname__, split)  # not the function, which could not be pickled under its name
+        if key not in held:
+            held[key] = read(task, split)
+        return held[key]
 
     return dataset
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from trunkline.engine.checkpoint.best import BEST
 from trunkline.engine.config.strict import nearest
 from trunkline.engine.errors import ConfigError
@@ -20,12 +22,12 @@ class Validation:
     def try_out(self) -> None:
         """Evaluate one sample: an evaluation that cannot work should fail now, not after hours."""
         self.run.note("evaluating")
-        self._metrics(num_samples=1)
+        self._metrics(num_samples=1, show_in=None)
 
     def evaluate(self) -> bool:
         """Log the validation metrics and keep the best weights. True if it is time to stop early."""
         run, settings, progress = self.run, self.run.config.training, self.run.progress
-        metrics = self._metrics(settings.eval_samples)
+        metrics = self._metrics(settings.eval_samples, run.folder / SHOWN)
         self.room.evaluation_fits = True
         run.trackers.log(progress.step, "val", metrics)
         run.trackers.keep(progress.step, run.folder / SHOWN)
@@ -45,7 +47,7 @@ class Validation:
             )
         return over
 
-    def _metrics(self, num_samples: int | None) -> dict[str, float]:
+    def _metrics(self, num_samples: int | None, show_in: Path | None) -> dict[str, float]:
         run, best = self.run, self.run.config.training.best
 
         def before_batch() -> None:
@@ -61,7 +63,7 @@ class Validation:
                 metrics = evaluate(
                     run.task, model, run.ranks, num_samples=num_samples,
                     micro_batch_size=run.micro.evaluation, num_workers=run.config.training.num_workers,
-                    before_batch=before_batch, show_in=run.folder / SHOWN,
+                    before_batch=before_batch, show_in=show_in,
                 )  # fmt: skip
         except OutOfMemory as error:
             shortage = error.shortage
@@ -77,4 +79,4 @@ class Validation:
                 )
             return metrics
         self.room.make(run.micro.halve_evaluation, shortage)
-        return self._metrics(num_samples)
+        return self._metrics(num_samples, show_in)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trunkline.engine.backends import Backend
 from trunkline.engine.config.weights_section import Ema
+from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
 from trunkline.engine.ranks.lookout import StopRequested
 
 _AT_ONCE = 1 << 24  # elements that are held twice while weights and average change places
@@ -28,23 +29,24 @@ _AT_ONCE = 1 << 24  # elements that are held twice while weights and average cha
 class WeightAverage:
     """The average of a backend's trainable weights, and of `statistics` of it; of nothing without settings.
 
-    `of` holds it: by the owner of fragments, or by the buffer, a tensor like this rank's part of it.
+    `of` holds it: by the owner of fragments, or by the buffer, a tensor like this rank's part of it. None without
+    settings. What this rank has no part of is not in it.
     """
 
     @torch.no_grad()
     def __init__(self, backend: Backend, settings: Ema | None, statistics: Iterable[Tensor] = ()) -> None:
         self.backend, self.settings = backend, settings
-        self.of: dict[Tensor, Tensor] = {}
+        self.of: dict[Tensor, Tensor] | None = None
         if settings is not None:
             trained = {name for name, parameter in backend.module.named_parameters() if parameter.requires_grad}
-            owners = [fragment.owner for fragment in backend.fragments() if fragment.name in trained]
+            owners = [part.owner for part in backend.fragments() if part.name in trained and part.length]
             floating = [buffer for buffer in statistics if buffer.is_floating_point()]
             self.of = {owner: _local(owner).clone() for owner in [*owners, *floating]}
 
     @torch.no_grad()
     def update(self, updates: int, applied_steps: int) -> int:
         """Take in the weights after `applied_steps` steps, if it is time to; the number of updates made by then."""
-        if self.settings is None:
+        if self.settings is None or self.of is None:
             return 0
         if applied_steps % self.settings.every:
             return updates
@@ -53,6 +55,15 @@ class WeightAverage:
             decay = min(decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(list(self.of.values()), [_local(owner) for owner in self.of], 1 - decay)
         return updates + 1
+
+    @torch.no_grad()
+    def agree(self, buffers: Iterable[Tensor], ranks: Ranks) -> None:
+        """Make the averages of these buffers the same on all ranks, by their mean. Called on all ranks."""
+        averages = [self.of[buffer] for buffer in buffers if buffer in self.of] if self.of else []
+        if averages:
+            totals = sum_over_ranks({str(n): average.double() for n, average in enumerate(averages)}, ranks)
+            for average, total in zip(averages, totals.values(), strict=True):
+                average.copy_(total / ranks.world_size)
 
     def serves(self, use: str) -> bool:
         """Whether the average stands for the weights in this use."""
@@ -81,6 +92,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        assert self.of is not None
         for owner, average in self.of.items():
             rows = max(1, _AT_ONCE * max(1, len(torch.atleast_1d(average))) // max(1, average.numel()))
             pairs = zip(torch.atleast_1d(_local(owner)).split(rows), torch.atleast_1d(average).split(rows), strict=True)

@@ -12,6 +12,7 @@ BatchNorm, GroupNorm, InstanceNorm and whatever else has a class whose name ends
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,6 +122,18 @@ def notes_of_resume(model: nn.Module, kept: Mapping[str, Any]) -> list[str]:
     return [
         f"note: {len(fresh)} parameters of {elements:,} elements are trained that were not before this checkpoint: "
         "their optimizer state begins afresh"
+    ]
+
+
+def notes_of_earlier_version(model: nn.Module, config: RunConfig) -> list[str]:
+    """What to say where a run is resumed that began when norms and biases were decayed like all others."""
+    decay = _weight_decay(config.deepspeed.optimizer)
+    if not decay or not any(one.is_norm_or_bias and one.weight_decay == 0 for one in treatments(model, config)):
+        return []
+    rule = json.dumps({"names": ["*"], "weight_decay": decay})
+    return [
+        "note: the checkpoint is of an earlier version, which decayed norms and biases, too; as the last rule of "
+        f"training.parameters, {rule} keeps it so"
     ]
 
 

@@ -79,9 +79,10 @@ class TensorBoard:
     def keep(self, position: int, path: Path, place: str) -> None:
         """Add a picture or a text."""
         if path.suffix in PICTURES:
+            import numpy as np
             from matplotlib.image import imread
 
-            self._writer.add_image(place, imread(path), position, dataformats="HWC")
+            self._writer.add_image(place, np.atleast_3d(imread(path)), position, dataformats="HWC")
         elif path.suffix in TEXTS:
             text = read_whole(path, _MOST_TEXT).decode(errors="replace")
             self._writer.add_text(place, text if path.suffix == ".md" else f"```\n{text}\n```", position)

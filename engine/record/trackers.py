@@ -113,7 +113,10 @@ class _Queue:
                 try:
                     if take := getattr(self.tracker, call, None):  # metrics.jsonl takes rows alone
                         take(*arguments)
-                except (TypeError, ValueError) as error:  # the row's fault: it would stand in the way of all others
+                except Exception as error:
+                    if call != "keep" and not isinstance(error, TypeError | ValueError):
+                        raise
+                    # the row's fault, or a file's: it would stand in the way of all others
                     what = "row" if call == "log" else call
                     _warn(f"{self.name} cannot take the {what} of step {arguments[0]} ({error}); it is left out")
                 self.calls.popleft()

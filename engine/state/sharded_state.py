@@ -141,7 +141,7 @@ def restore(backend: Sharded, folder: Path, digests: Digests, ranks: Ranks, aver
         problem = str(error)
     if problems := [problem for problem in gather(problem, ranks) if problem]:
         raise CheckpointError(problems[0])
-    _prove(backend, fragments, files, digests, ranks, averages or {})
+    _prove(backend, fragments, files, digests, ranks, averages)
 
 
 def _overwrite(
@@ -255,7 +255,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, fragments: Sequence[Fra
 
 def _prove(
     backend: Sharded, fragments: Sequence[Fragment], files: ShardedFiles, digests: Digests, ranks: Ranks,
-    averages: Averages,
+    averages: Averages | None,
 ) -> None:  # fmt: skip
     """Compare what is in place now, over all ranks, with the digests of what was saved."""
     frozen = _frozen(backend)
@@ -263,7 +263,7 @@ def _prove(
         entry: value
         for entry, value in digests.items()
         if entry.endswith(f":{VALUE}")
-        or (entry.rpartition(":")[0] not in frozen and (averages or not entry.endswith(f":{AVERAGE}")))
+        or (entry.rpartition(":")[0] not in frozen and (averages is not None or not entry.endswith(f":{AVERAGE}")))
     }
     found = dict.fromkeys(digests, 0)
     saved_as = {f"{name}:{key}": files.dtype(name, key) for name, keys in files.keys.items() for key in keys}
@@ -272,7 +272,7 @@ def _prove(
         first, stop = fragment.share()
         if first == stop:
             continue
-        for key, tensor in _kept(backend.optimizer, fragment, averages)[0].items():
+        for key, tensor in _kept(backend.optimizer, fragment, averages or {})[0].items():
             entry = f"{fragment.name}:{key}"
             if tensor.dtype != saved_as.get(entry):
                 otherwise.add(entry)

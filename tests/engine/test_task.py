@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,9 @@ def test_tensors_are_written_under_the_model_s_names_unless_a_task_says_otherwis
     tensors: dict[str, Tensor] = {"weight": torch.ones(2)}
     assert Least().tensor_name("weight") == "weight"
     assert Least().file_tensors(tensors) is tensors
+
+
+def test_a_task_that_has_read_its_data_can_be_pickled() -> None:
+    task = TinyTask(TinyData(), TinyModel())
+    copy = pickle.loads(pickle.dumps((task, task.dataset("train"))))[0]
+    assert len(copy.dataset("train")) == len(task.dataset("train"))

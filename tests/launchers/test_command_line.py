@@ -223,7 +223,7 @@ def test_an_unknown_word_is_named_with_the_nearest(words: list[str], message: st
         parse(words)
 
 
-@pytest.mark.parametrize("before", [[], ["--local_rank=1"], ["--local-rank=1"]])
+@pytest.mark.parametrize("before", [[], ["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
 def test_what_a_launcher_puts_first_is_no_workload(before: list[str]) -> None:
     command = parse([*before, "pictures", "--data_path", "shots"])
     assert command.file.values["workload"] == "pictures"
@@ -237,3 +237,14 @@ def test_help_lists_a_workloads_own_flags(capsys: pytest.CaptureFixture[str]) ->
     assert [flag.option for flag in FLAGS if flag.option not in said] == []
     assert "pictures per GPU (without --config: 256)" in said
     assert "--store" not in said
+
+
+def test_a_deepspeed_file_wins_over_what_flags_say_by_default(tmp_path: Path) -> None:
+    optimizer = {"type": "SGD", "params": {"lr": 0.5}}
+    section = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "optimizer": optimizer}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(section))
+    words = ["pictures", "--data_path", "x", "--deepspeed", str(file)]
+    held = parse(words).draft(1).values["deepspeed"]
+    assert {key: held[key] for key in section} == section
+    assert parse([*words, "--batch_size", "2"]).draft(1).values["deepspeed"]["train_micro_batch_size_per_gpu"] == 2

@@ -87,3 +87,12 @@ def test_an_error_of_the_program_is_told_and_raised(error: Exception, capsys: py
 
 def test_a_command_gives_its_status_and_none_is_0() -> None:
     assert [status_of(lambda: None), status_of(lambda: 0), status_of(lambda: 1)] == [0, 0, 1]
+
+
+def test_the_launchers_folder_hides_no_package_of_a_launchers_name() -> None:
+    """`import evaluate` is Hugging Face's, if it is anybody's."""
+    look = "import importlib.util, sys; from trunkline.launchers.entry import begin; begin(); "
+    look += f"print({str(ROOT / 'launchers')!r} in sys.path)"
+    program = f"import sys; sys.path[0] = {str(ROOT / 'launchers')!r}; sys.path.append({str(ROOT)!r}); {look}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

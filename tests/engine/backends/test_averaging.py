@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed import run_distributed_test
 from tests.engine.optim.test_parameter_rules import EMA, assert_as_a_plain_loop, configuration, stop_at, train
 from tests.engine.test_trainer import interrupted_then_resumed
 from tests.engine.tiny import TinyTask, tiny_config
@@ -138,3 +139,19 @@ def test_the_plan_shows_the_memory_of_an_average(tmp_path: Path) -> None:
 def test_a_use_that_is_not_known_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training.ema.use"):
         configuration(tmp_path, ema=EMA | {"use": ["best"]})
+
+
+def averaged_elements(rank: int, world_size: int, folder: Path, stage: int) -> int:
+    trainer = begin(folder / f"run-{stage}", configuration(folder / f"{rank}-{stage}", stage))
+    assert trainer.assembly.average.of
+    return sum(average.numel() for average in trainer.assembly.average.of.values())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_share_the_average_as_they_share_the_optimizers_state(tmp_path: Path, stage: int) -> None:
+    config = configuration(tmp_path)
+    trained = TinyTask(config.data, config.model).build_model()
+    whole = sum(p.numel() for name, p in trained.named_parameters() if name != "enter.weight")
+    found = run_distributed_test(averaged_elements, 2, tmp_path, stage, backend=None)
+    assert whole <= sum(found) < 1.5 * whole

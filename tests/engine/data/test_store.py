@@ -231,3 +231,11 @@ def test_a_part_is_whole_or_not_there(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["ids.npy", "part.json"]
     (folder / "ids.npy").write_bytes(b"cut")
     assert read_part(folder) is None
+
+
+def test_offsets_that_are_cut_short_while_they_are_read_are_an_error(store: Pictures) -> None:
+    pictures = store["pictures"]
+    pictures.item(0)
+    os.truncate(store.path(str(pictures.spec.offsets)), 130)
+    with pytest.raises(DataError, match=r"offsets\.npy"):
+        pictures.item(len(pictures) - 1)

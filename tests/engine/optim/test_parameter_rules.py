@@ -19,7 +19,13 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.optim.parameter_rules import freeze, parameter_groups, planned_rules, treatments
+from trunkline.engine.optim.parameter_rules import (
+    freeze,
+    notes_of_earlier_version,
+    parameter_groups,
+    planned_rules,
+    treatments,
+)
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
 from trunkline.engine.plan import make_plan, render_summary
 from trunkline.engine.ranks.distributed import start
@@ -328,3 +334,11 @@ def test_parameters_that_are_frozen_by_a_resume_lose_their_state_and_stand_still
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert held
     assert all(torch.equal(final[name], tensor) for name, tensor in held.items())
+
+
+def test_a_run_that_began_with_decay_everywhere_is_told_how_to_keep_it(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    model = TinyTask(config.data, config.model).build_model()
+    (note,) = notes_of_earlier_version(model, configuration(tmp_path, rules=[]))
+    assert '{"names": ["*"], "weight_decay": 0.1} keeps it so' in note
+    assert notes_of_earlier_version(model, configuration(tmp_path, rules=[{"names": ["*"], "weight_decay": 0.1}])) == []

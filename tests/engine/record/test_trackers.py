@@ -439,3 +439,21 @@ def test_a_run_hands_over_what_its_task_shows_and_does_not_end_for_it(
         assert "shown: is not whole (RuntimeError: no pen)" in capsys.readouterr().err
     else:
         assert (tmp_path / "run/shown/count.txt").read_text() == "11 samples"
+
+
+def test_files_that_a_tracker_cannot_show_do_not_stand_in_the_way_of_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "torn.png").write_bytes(b"no picture")
+    trackers = make_trackers(["tensorboard"], tmp_path, {"workload": "tiny"}, 0)
+    trackers.keep(1, shown)
+    (shown / "torn.png").unlink()
+    imsave(shown / "grey.png", np.full((4, 6), 0.5), cmap="gray")
+    (shown / "long.txt").write_bytes(bytes(3 << 20))
+    trackers.keep(2, shown)
+    trackers.log(2, "val", {"loss": 0.5})
+    trackers.close()
+    assert "cannot take the keep of step 1" in capsys.readouterr().err
+    assert _scalars(tmp_path / "tensorboard", "val/loss") == {2: 0.5}
