@@ -37,7 +37,7 @@ def test_with_sharded_weights_the_kernels_give_the_losses_of_torch_on_one_rank(t
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     command += [str(tmp_path), "--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run")]
     command += ["--backend", backend, "--set", "deepspeed.zero_optimization.stage=3"]
-    command += ["--set", "deepspeed.train_micro_batch_size_per_gpu=4"]
+    command += ["--set", "deepspeed.train_micro_batch_size_per_gpu=4", "--set", "training.eval_samples=2"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,6 +68,7 @@ def config_source(folder: Path, steps: int, save_every: int) -> str:
     ).source  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault("kill -9 at {kills_wanted} random steps of one run")
 @often
 def test_killed_at_random_steps_and_resumed_it_gives_the_losses_of_an_unbroken_run(

@@ -59,8 +59,8 @@ def resume_all(rank: int, world_size: int, folder: Path, pairs: Sequence[tuple[L
 
 
 def cycle(layouts: Sequence[Layout]) -> list[tuple[Layout, Layout]]:
-    """Each layout to itself, and to one other; over all, from and to every number of ranks and every stage."""
-    others = {(one, layouts[(place * 2 + 7) % len(layouts)]) for place, one in enumerate(layouts)}
+    """Each layout to itself, and to one other; over all, from and to every layout."""
+    others = {(one, layouts[(place * 3 + 7) % len(layouts)]) for place, one in enumerate(layouts)}
     return sorted(others | {(one, one) for one in layouts})
 
 
