@@ -276,11 +276,11 @@ def test_a_process_group_that_is_ended_saves_although_its_workers_hear_it_too(tm
 
 
 HANGING_WORKERS = """
-import sys, time
+import os, sys, time
 from trunkline.engine.machine.workers import WORKERS
 
 def work():
-    print("working", flush=True)
+    os.write(1, b"working\\n")  # at once: print may write the line feed apart
     time.sleep(3600)
 
 for _ in range(2):
