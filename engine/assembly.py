@@ -80,7 +80,9 @@ class Assembly:
             self.notes += notes_of_earlier_version(model, self.config)
         first = not hasattr(self, "plan")
         if first and self.ranks.world_size > 1:  # before a backend shards it, or gives rank 0's to all
-            agree(tensor_digests(model), last=True)
+            digests = tensor_digests(model)
+            self._begin("comparing the initial parameters")  # which waits for the others
+            agree(digests, last=True)
         self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
         model = apply_options(model, self.config.training)
         self._begin("preparing the backend")

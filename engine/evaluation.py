@@ -68,6 +68,8 @@ def evaluate(
         try:
             show_in.mkdir(parents=True, exist_ok=True)
             task.show(sums, show_in)
+            if not any(show_in.iterdir()):
+                show_in.rmdir()
         except Exception as error:  # a picture is worth no run
             tqdm.write(f"warning: {show_in}: is not whole ({type(error).__name__}: {error})", file=sys.stderr)
     return task.summarize(sums)
