@@ -22,6 +22,7 @@ from trunkline.engine.backends import Backend
 from trunkline.engine.config.weights_section import Ema
 from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
 from trunkline.engine.ranks.lookout import StopRequested
+from trunkline.engine.state.sharded_state import local_part
 
 _AT_ONCE = 1 << 24  # elements that are held twice while weights and average change places
 
@@ -41,7 +42,7 @@ class WeightAverage:
             trained = {name for name, parameter in backend.module.named_parameters() if parameter.requires_grad}
             owners = [part.owner for part in backend.fragments() if part.name in trained and part.length]
             floating = [buffer for buffer in statistics if buffer.is_floating_point()]
-            self.of = {owner: _local(owner).clone() for owner in [*owners, *floating]}
+            self.of = {owner: local_part(owner).clone() for owner in [*owners, *floating]}
 
     @torch.no_grad()
     def update(self, updates: int, applied_steps: int) -> int:
@@ -53,7 +54,7 @@ class WeightAverage:
         decay = self.settings.decay
         if self.settings.warmup:
             decay = min(decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.of.values()), [_local(owner) for owner in self.of], 1 - decay)
+        torch._foreach_lerp_(list(self.of.values()), [local_part(owner) for owner in self.of], 1 - decay)
         return updates + 1
 
     @torch.no_grad()
@@ -95,13 +96,10 @@ class WeightAverage:
         assert self.of is not None
         for owner, average in self.of.items():
             rows = max(1, _AT_ONCE * max(1, len(torch.atleast_1d(average))) // max(1, average.numel()))
-            pairs = zip(torch.atleast_1d(_local(owner)).split(rows), torch.atleast_1d(average).split(rows), strict=True)
+            pairs = zip(
+                torch.atleast_1d(local_part(owner)).split(rows), torch.atleast_1d(average).split(rows), strict=True
+            )
             for mine, theirs in pairs:
                 held = mine.clone()
                 mine.copy_(theirs)
                 theirs.copy_(held)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that is on this rank; a plain tensor is all here."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
-from trunkline.engine.state.sharded_state import Fragment
+from trunkline.engine.state.sharded_state import Fragment, local_part
 
 
 class AdamWScale(torch.optim.Optimizer):
@@ -65,7 +64,7 @@ class AdamWScale(torch.optim.Optimizer):
         squares = dict.fromkeys(self._numels, torch.zeros((), dtype=torch.float64, device=self._ranks.device))
         for group in self.param_groups:
             for owner in group["params"]:
-                flat = _local(owner).reshape(-1)
+                flat = local_part(owner).reshape(-1)
                 for part in self._parts.get(id(owner), ()):
                     first, stop = part.share()
                     norm = torch.linalg.vector_norm(flat[part.offset + first : part.offset + stop], dtype=torch.float64)
@@ -82,8 +81,8 @@ class AdamWScale(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
         state["step"] += 1
         step, (beta1, beta2) = float(state["step"]), group["betas"]
-        value, gradient = _local(owner), _local(gradient)
-        mean, square = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        value, gradient = local_part(owner), local_part(gradient)
+        mean, square = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         change = mean / (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
@@ -93,7 +92,3 @@ class AdamWScale(torch.optim.Optimizer):
             flat[part.offset : part.offset + part.length].mul_(scale)
         value.mul_(1 - group["lr"] * group["weight_decay"])
         value.sub_(flat.view(value.shape), alpha=group["lr"] / (1 - beta1**step))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

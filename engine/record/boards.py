@@ -23,7 +23,7 @@ _MOST_TEXT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Run:
+class ShownRun:
     """What a board is told of a run at its start."""
 
     folder: Path
@@ -65,7 +65,7 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ShownRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard hides what an earlier process logged from purge_step on
@@ -97,7 +97,7 @@ class WeightsAndBiases:
 
     name = "wandb"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ShownRun) -> None:
         import wandb
 
         self._wandb = wandb
@@ -135,7 +135,7 @@ class MLflow:
     name = "mlflow"
     _PARAMS_A_CALL = 100
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ShownRun) -> None:
         import mlflow
         from mlflow.entities import Param
         from mlflow.tracking.context.registry import resolve_tags
@@ -156,7 +156,7 @@ class MLflow:
             self._client.update_run(known, status="RUNNING")
         (run.folder / ".mlflow_run").write_text(self._run_id)
 
-    def _experiment(self, run: Run) -> str:
+    def _experiment(self, run: ShownRun) -> str:
         if known := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return known
         otherwise = run.tracking.experiment or f"trunkline-{run.config.get('workload', 'run')}"
@@ -183,14 +183,14 @@ class MLflow:
 
 
 # name -> the module to import, what to install, the class
-_KINDS: dict[str, tuple[str, str, Callable[[Run], Board]]] = {
+_KINDS: dict[str, tuple[str, str, Callable[[ShownRun], Board]]] = {
     "tensorboard": ("torch.utils.tensorboard", "tensorboard", TensorBoard),
     "wandb": ("wandb", "trunkline[wandb]", WeightsAndBiases),
     "mlflow": ("mlflow", "trunkline[mlflow]", MLflow),
 }
 
 
-def open_board(name: str, run: Run) -> Board:
+def open_board(name: str, run: ShownRun) -> Board:
     """The program of this name, ready to show the run."""
     return _KINDS[name][2](run)
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from trunkline.engine.record.boards import Board, Run, open_board, require_boards
+from trunkline.engine.record.boards import Board, ShownRun, open_board, require_boards
 from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.tracking import Tracking
 
@@ -144,7 +144,7 @@ class _Queue:
 class Shown:
     """A program that shows the run, as the task wants it shown."""
 
-    def __init__(self, board: Board, run: Run, steps_per_epoch: int) -> None:
+    def __init__(self, board: Board, run: ShownRun, steps_per_epoch: int) -> None:
         self.name, self.board, self.run, self._steps_per_epoch = board.name, board, run, steps_per_epoch
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -203,13 +203,13 @@ def make_trackers(
     require_boards(names)
     trackers = Trackers([MetricsFile.open(folder / METRICS, resume_step, evaluation_due)])
     tracking = tracking or Tracking()
-    run = Run(folder, config, tracking, tracking.position(resume_step + 1, steps_per_epoch), resume_step > 0)
+    run = ShownRun(folder, config, tracking, tracking.position(resume_step + 1, steps_per_epoch), resume_step > 0)
     for name in names:
         trackers.add(name, partial(_shown, name, run, steps_per_epoch))
     return trackers
 
 
-def _shown(name: str, run: Run, steps_per_epoch: int) -> Tracker:
+def _shown(name: str, run: ShownRun, steps_per_epoch: int) -> Tracker:
     return Shown(open_board(name, run), run, steps_per_epoch)
 
 

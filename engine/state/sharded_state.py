@@ -157,7 +157,7 @@ def _overwrite(
             key = AVERAGE if AVERAGE in files.keys[fragment.name] else VALUE
             _fill(averages[fragment.owner], fragment, _read(files, fragment, key))
     for mine in of_owner.values():
-        if not any(fragment.length for fragment in mine) and _local(mine[0].owner).numel():
+        if not any(fragment.length for fragment in mine) and local_part(mine[0].owner).numel():
             continue  # this rank has no part in these parameters
         _restore_optimizer(backend.optimizer, mine, files)
     saved, saved_averages = files.buffers(rank), files.buffers(rank, BUFFER_AVERAGE)
@@ -181,13 +181,13 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is on this rank; a plain tensor is all here."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return _local(tensor).reshape(-1)
+    return local_part(tensor).reshape(-1)
 
 
 def _read(files: ShardedFiles, fragment: Fragment, key: str) -> Tensor:
@@ -195,7 +195,7 @@ def _read(files: ShardedFiles, fragment: Fragment, key: str) -> Tensor:
 
 
 def _fill(tensor: Tensor, fragment: Fragment, values: Tensor) -> None:
-    local = _local(tensor)
+    local = local_part(tensor)
     if local.is_contiguous():
         local.view(-1)[fragment.offset : fragment.offset + fragment.length].copy_(values)
     else:  # a whole parameter in another memory format, such as channels-last
