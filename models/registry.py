@@ -13,6 +13,7 @@ pydantic.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -100,6 +101,11 @@ def workload_of_run(run: Path) -> str:
             if name not in (known := workloads()):
                 raise ConfigError(f"{path}: workload: unknown {name!r}{nearest(str(name), known)}")
             return name
+    if not run.exists():
+        beside = [path.name for path in run.parent.iterdir() if path.is_dir()] if run.parent.is_dir() else []
+        close = difflib.get_close_matches(run.name, beside, n=1)
+        hint = f"; did you mean {run.parent / close[0]}?" if close else ""
+        raise CheckpointError(f"{run}: not the folder of a run: nothing is there{hint}")
     raise CheckpointError(f"{run}: not the folder of a run: there is no config.json in it, nor in best/ or final/")
 
 

@@ -57,6 +57,9 @@ def test_a_run_tells_its_workload(tmp_path: Path, inside: str) -> None:
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not the folder of a run"):
         workload_of_run(tmp_path)
+    (tmp_path / "fluid-demo").mkdir()
+    with pytest.raises(CheckpointError, match=r"nothing is there; did you mean .*/fluid-demo\?"):
+        workload_of_run(tmp_path / "fluid-dem")
     (tmp_path / "config.json").write_text('{"workload": "gas"}')
     with pytest.raises(ConfigError, match="'gas'"):
         workload_of_run(tmp_path)
