@@ -1,0 +1,84 @@
+"""The `data` and `model` sections of an image classifier's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trunkline.engine.config.meaning import FolderPath
+from trunkline.engine.config.strict import Strict
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Channels = tuple[float, float, float]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Crop(Strict):
+    """A random part of the image, resized to the square: its share of the area, and its width over its height."""
+
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+class Augmentation(Strict):
+    """What training does to an image, drawn anew in each epoch."""
+
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    rotate: float = Field(5.0, ge=0, le=180, description="degrees, at most, to either side")
+    brightness: float = Field(0.1, ge=0, le=1, description="factor between 1 - b and 1 + b; so are the next two")
+    contrast: float = Field(0.1, ge=0, le=1)
+    saturation: float = Field(0.1, ge=0, le=1)
+    hue: float = Field(0.05, ge=0, le=0.5, description="turns of the colour circle, at most, to either side")
+    crop: Crop | None = Field(None, description="a random part; the whole image if null")
+    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution of the share; 0: none")
+
+
+class ImageData(Strict):
+    """Where the images are, and what of them is used."""
+
+    path: FolderPath | None = Field(None, description="folder with train/ and val/, read as it is")
+    store: FolderPath | None = Field(None, description="folder that launchers/prepare.py wrote, in place of path")
+    img_size: int = Field(224, ge=8, le=2048, description="edge of the square that the network sees, in pixels")
+    train_size: int | None = Field(None, ge=1, description="training images that are used, drawn; all if null")
+    val_size: int | None = Field(None, ge=1, description="validation images that are used, drawn; all if null")
+    size_per_class: bool = Field(default=False, description="train_size and val_size are of each class, not totals")
+    max_bad_fraction: float = Field(0.0, ge=0, lt=1, description="share of images that may be unreadable; with path")
+    mean: Channels = Field(IMAGENET_MEAN, description="of each channel in 0 ... 1, taken away")
+    std: Channels = Field(IMAGENET_STD, description="of each channel, divided by")
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageData:
+        if (self.path is None) == (self.store is None):
+            raise ValueError("give either 'path', a folder with train/ and val/, or 'store', a prepared one")
+        return self
+
+
+class ImageModel(Strict):
+    """The network, what it begins with, and its loss."""
+
+    arch: str | None = Field(None, description="resnet18 ... resnet152, convnext_tiny, vit_base_patch16")
+    path: FolderPath | None = Field(None, description="a Hugging Face folder of an image classifier, in place of arch")
+    pretrained: FolderPath | None = Field(
+        None, description="weights to begin with: .pth or .safetensors of torchvision, timm or an earlier run"
+    )
+    normalization: Literal["batch", "frozen", "group"] = Field(
+        "batch", description="batch: statistics of groups of samples; frozen: the running ones; group: GroupNorm"
+    )
+    batch_norm_group: int = Field(
+        32, ge=1, description="samples that are normalised together, which divides the micro-batch; with batch"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: Literal["balanced"] | tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="weight of each class in the loss; balanced: inversely to its training images"
+    )
+
+    @model_validator(mode="after")
+    def _one_network(self) -> ImageModel:
+        if (self.arch is None) == (self.path is None):
+            raise ValueError("give either 'arch', the name of a network, or 'path', a Hugging Face folder")
+        return self
+
+
+Data, Model = ImageData, ImageModel
