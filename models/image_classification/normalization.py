@@ -75,12 +75,12 @@ class GroupedBatchNorm(_BatchNorm):
         if len(x) <= self.group and x.numel() > self.num_features:
             return F.batch_norm(x, means, variances, weight, bias, True, momentum, self.eps)
         groups = x.split(self.group)
-        found = means.new_zeros(2, len(groups), self.num_features)
-        out = [self._alone(each, *found[:, n], weight, bias) for n, each in enumerate(groups)]
+        found = [(torch.zeros_like(means), torch.zeros_like(variances)) for _ in groups]
+        out = [self._alone(each, *mine, weight, bias) for each, mine in zip(groups, found, strict=True)]
         with torch.no_grad():
             shares = means.new_tensor([len(each) / len(x) for each in groups])
-            for running, mine in zip((means, variances), shares @ found, strict=True):
-                running.lerp_(mine, momentum)
+            for running, mine in zip((means, variances), zip(*found, strict=True), strict=True):
+                running.lerp_(shares @ torch.stack(mine), momentum)
         return torch.cat(out)
 
     def _alone(self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
