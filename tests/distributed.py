@@ -78,6 +78,8 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
             "deepspeed.runtime.zero.muon.muon_optimizer",
             "transformers.models.llama.modeling_llama",  # this and the next are what a language model's rank imports
             "transformers.models.t5.modeling_t5",
+            "transformers.models.resnet.modeling_resnet",  # this and the next are what an image classifier's imports
+            "transformers.models.auto.modeling_auto",
         ]
     )
     return context

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.models.image_classification.test_normalization import tiny_resnet
 from tests.models.image_classification.tiny_pictures import picture_config, picture_folder, train
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.models.image_classification.config import ImageModel
 from trunkline.models.image_classification.network import begin_with, make_network
 from trunkline.models.registry import make_task
@@ -116,7 +116,9 @@ def loaded(arch: str, path: Path, classes: int = 5) -> tuple[Any, str]:
     return network.eval(), note
 
 
-@pytest.mark.parametrize("arch", RESNETS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[pytest.mark.slow] if arch in ("resnet34", "resnet101") else []) for arch in RESNETS]
+)
 @torch.no_grad()
 def test_weights_of_torchvision_and_timm_give_their_logits(tmp_path: Path, arch: str) -> None:
     theirs = torchvision_resnet(arch)
@@ -178,7 +180,6 @@ def test_weights_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
     torch.save(torchvision_resnet("resnet34").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .*weights\.pth: does not fit this model:") as raised:
         loaded("resnet18", tmp_path / "weights.pth")
-    assert "96 tensors there that the model does not have: layer1.2.conv1.weight" not in str(raised.value)
     assert "tensors there that the model does not have: resnet.encoder.stages.0.layers.2" in str(raised.value)
 
 
@@ -224,8 +225,6 @@ def damaged(folder: Path, case: str) -> None:
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_one_error(tmp_path: Path, case: str, said: str) -> None:
-    from trunkline.engine.errors import TrunklineError
-
     tiny_resnet().save_pretrained(tmp_path / "tiny")
     damaged(tmp_path / "tiny", case)
     images = picture_folder(tmp_path / "pictures", train=3, val=3)
