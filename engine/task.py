@@ -70,9 +70,11 @@ class Task(ABC):
     """
 
     micro_batch_multiple: int = 1
-    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss. They
-    stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole global
-    batch, so that it is whole groups, but for the global batch's last one, which may be short."""
+    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss.
+
+    They stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole
+    global batch. So it is whole groups, but for the global batch's last one, which may be short.
+    """
 
     micro_batch_multiple_key: str = ""
     """Which setting decides it, such as "model.batch_norm_group", for messages."""

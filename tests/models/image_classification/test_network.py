@@ -1,5 +1,4 @@
-"""The networks: transformers' own, their sizes, fifty steps beside a plain loop and transformers' Trainer, and files that
-transformers opens."""
+"""The networks: sizes, fifty steps beside a plain loop and transformers' Trainer, files that transformers opens."""
 
 from __future__ import annotations
 
@@ -171,7 +170,10 @@ def test_fifty_steps_have_the_losses_of_a_plain_loop_and_of_transformers_trainer
     assert found == pytest.approx(losses_of_transformers_trainer(config, images, theirs(), tmp_path / "t"), rel=1e-5)
     assert min(found) < 0.95 * found[0]
     if normalization == "frozen":
-        begin_state, norms = tiny_resnet().state_dict(), [n for n, m in tiny_resnet().named_modules() if "Norm" in type(m).__name__]
+        begin_state, norms = (
+            tiny_resnet().state_dict(),
+            [n for n, m in tiny_resnet().named_modules() if "Norm" in type(m).__name__],
+        )
         for name, tensor in trainer.backend.module.state_dict().items():
             assert torch.equal(tensor, begin_state[name]) == (name.rpartition(".")[0] in norms), name
 
@@ -255,7 +257,7 @@ def test_what_has_no_effect_or_no_sense_is_an_error(tmp_path: Path, images: Path
     assert "'group' has no use for the weights of 'path'" in of(path=str(resnet_folder), normalization="group")
     with torch.device("meta"):
         network = make_network(ImageModel(arch="vit_small_patch16"), 3, 224)
-    assert "data.img_size: 192: vit_small_patch16 cannot see images of that size: ValueError: Input image" in message(
+    assert "data.img_size: 192: vit_small_patch16 cannot see images of that size: ValueError: Input" in message(
         lambda: check_size(network, 192, ImageModel(arch="vit_small_patch16"))
     )
 
@@ -274,8 +276,8 @@ def test_a_group_bounds_the_micro_batch(tmp_path: Path, images: Path) -> None:
     said = message(lambda: plan(4))
     assert said.endswith(
         "deepspeed.train_micro_batch_size_per_gpu: 4 samples on each of 4 ranks are no multiple of the 8 that belong "
-        "together (model.batch_norm_group): use a multiple of 32 for deepspeed.train_batch_size (16), or a divisor of 4 "
-        "for model.batch_norm_group"
+        "together (model.batch_norm_group): use a multiple of 32 for deepspeed.train_batch_size (16), or a divisor of "
+        "4 for model.batch_norm_group"
     )
     assert 'use a multiple of 8, or "auto", for it' in message(lambda: plan(1, train_micro_batch_size_per_gpu=4))
 
@@ -285,7 +287,10 @@ def test_the_body_is_frozen_or_trained_at_a_lower_rate_by_rules(
 ) -> None:
     model = {"path": str(resnet_folder), "batch_norm_group": 16}
     begin = load_file(resnet_folder / "model.safetensors")
-    rules: list[dict[str, Any]] = [{"names": ["resnet.embedder.*"], "frozen": True}, {"names": ["resnet.*"], "lr_scale": 0.1}]
+    rules: list[dict[str, Any]] = [
+        {"names": ["resnet.embedder.*"], "frozen": True},
+        {"names": ["resnet.*"], "lr_scale": 0.1},
+    ]
     config = picture_config(tmp_path, images, model, training={"steps": 3, "parameters": rules})
     train(tmp_path / "run", config)
     found = load_file(tmp_path / "run" / "final" / "model.safetensors")
