@@ -59,7 +59,7 @@ def network_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("shape", "group"),
-    [((8, 3, 4, 4), 8), ((8, 3, 4, 4), 4), ((9, 3, 4, 4), 4), ((9, 3), 4), ((1, 3), 4), ((6, 3, 5), 1), ((5, 3, 1, 1), 4)]
+    [((8, 3, 4, 4), 8), ((8, 3, 4, 4), 4), ((9, 3, 2, 2), 4), ((9, 3), 4), ((1, 3), 4), ((5, 3, 1, 1), 4)],
 )  # fmt: skip
 def test_each_group_is_normalised_by_torchs_own_norm_and_the_running_statistics_are_their_mean(
     shape: tuple[int, ...], group: int
