@@ -102,6 +102,7 @@ _SCHEDULE: dict[str, Any] = {
     "min_ratio": _Share,
     "shape": Literal["cosine", "cosine_restarts", "linear", "constant", "polynomial", "step"],
     "start_ratio": _Share,
+    "min_lr": _NotNegative,
     "start_momentum": _Decay | None,
     "every": Steps,
     "step_size": Steps,
@@ -187,7 +188,8 @@ OWN_SCHEDULES: dict[str, dict[str, Any]] = {
     "WarmupLinear": {"warmup": 0.1, "min_ratio": 0.0},
     "Constant": {"warmup": 0.0},
     "WarmupShape": {
-        "shape": "cosine", "warmup": 0.1, "start_ratio": 0.1, "min_ratio": 0.0, "every": 1, "start_momentum": None,
+        "shape": "cosine", "warmup": 0.1, "start_ratio": 0.1, "min_ratio": 0.0, "min_lr": 0.0, "every": 1,
+        "start_momentum": None,
     },
 }  # fmt: skip
 _UNWRITABLE = {

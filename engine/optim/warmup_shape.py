@@ -1,7 +1,8 @@
 """The schedule WarmupShape: a rise from a share of the rate, then one of six shapes, held for `every` steps at a time.
 
 With `every` an epoch it is the schedule by epochs of YOLO's trainers: at epoch e of E with a warm-up of w epochs the rate
-is lr (start_ratio + (1 - start_ratio) e / w), then final + (lr - final) f((e - w) / (E - w)) with final = min_ratio lr.
+is lr (start_ratio + (1 - start_ratio) e / w), then final + (lr - final) f((e - w) / (E - w)) with
+final = max(min_ratio lr, min_lr).
 
     f(p)  cosine            (1 + cos(pi p)) / 2
           cosine_restarts   the same in three equal cycles, each of which begins with the full rate
@@ -43,13 +44,16 @@ SHAPES: dict[str, Callable[[int, int], float]] = {
 
 
 def warmup_shape(
-    group: dict[str, Any], total: int, shape: str, warmup: int, start_ratio: float, min_ratio: float, every: int,
-    start_momentum: float | None,
+    group: dict[str, Any], total: int, shape: str, warmup: int, start_ratio: float, min_ratio: float, min_lr: float,
+    every: int, start_momentum: float | None,
 ) -> Shape:  # fmt: skip
     """The parameters are those of the schedule; `warmup` and `every` in steps. Raises ValueError."""
     if start_momentum is not None and "momentum" not in group:
         raise ValueError("start_momentum is given, but the optimizer has no momentum: remove it")
     lr, momentum, length = group["lr"], group.get("momentum"), max(1, total - warmup)
+    final = max(min_ratio * lr, min_lr)
+    if final > lr:
+        raise ValueError(f"min_lr {min_lr:g} is above the optimizer's lr {lr:g}: write a lower one")
 
     def at(step: int) -> dict[str, Any]:
         now = step // every * every
@@ -57,7 +61,7 @@ def warmup_shape(
         if risen < 1:
             found = {"lr": lr * (start_ratio + (1 - start_ratio) * risen)}
         else:
-            found = {"lr": lr * (min_ratio + (1 - min_ratio) * SHAPES[shape](min(now - warmup, length), length))}
+            found = {"lr": final + (lr - final) * SHAPES[shape](min(now - warmup, length), length)}
         if start_momentum is not None:
             found["momentum"] = start_momentum + (momentum - start_momentum) * risen
         return found
