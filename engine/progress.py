@@ -47,6 +47,11 @@ class Progress:
             self.best, self.best_step = value, self.step
         return better
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the best evaluation so far is that of the present step."""
+        return self.best is not None and self.best_step == self.step
+
     def forget_best(self) -> None:
         """Judge anew: no evaluation has been made yet."""
         self.best, self.best_step, self.best_weights, self.evaluations_without_gain = None, 0, "", 0
