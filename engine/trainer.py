@@ -277,6 +277,7 @@ class Trainer(Run):
         self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
         then = self._new_best().hand_over if self.progress.is_best and self.validation.latest else lambda path: None
+        self.stepper.keep_means()
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trunkline.engine.task import Batch, Sums, Task
+from trunkline.engine.whole_state import WholeState
+from trunkline.models.image_classification import best_pth
 from trunkline.models.image_classification.augment import augmented, prepared
 from trunkline.models.image_classification.config import ImageData, ImageModel
 from trunkline.models.image_classification.data import Images, Sample, collate, open_source
@@ -70,6 +73,15 @@ class ImageTask(Task):
     def notes(self) -> list[str]:
         """What of the data was left out."""
         return list(self.source.notes)
+
+    def write_best(self, folder: Path, state: Callable[[], WholeState]) -> None:
+        """best.pth, as the FastAI-compatible trainer has it."""
+        arch = self.model.arch or Path(str(self.model.path)).name
+        best_pth.write(folder, state(), self.classes, self.data.img_size, arch)
+
+    def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
+        """A best.pth of that trainer, or of this workload."""
+        return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch)
 
     def save_assets(self, folder: Any) -> dict[str, Any]:
         """Nothing yet."""
