@@ -17,6 +17,7 @@ from trunkline.models.image_classification.augment import augmented, prepared
 from trunkline.models.image_classification.config import ImageData, ImageModel
 from trunkline.models.image_classification.data import Images, Sample, collate, open_source
 from trunkline.models.image_classification.network import make_network
+from trunkline.models.image_classification.tracking import tracking, write_distribution
 
 
 class ImageTask(Task):
@@ -28,6 +29,7 @@ class ImageTask(Task):
         self.data, self.model = data, model
         self.source = open_source(data)
         self.classes = self.source.classes
+        self.tracking = tracking(self.classes)
 
     def build_model(self) -> nn.Module:
         """A new network for the classes of the data."""
@@ -84,7 +86,9 @@ class ImageTask(Task):
         return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch)
 
     def save_assets(self, folder: Any) -> dict[str, Any]:
-        """Nothing yet."""
+        """class_distribution.json."""
+        labels = {split: self.dataset(split).labels for split in ("train", "val")}
+        write_distribution(folder, self.classes, labels)
         return {}
 
 
