@@ -21,6 +21,8 @@ _NUMBERED, _NAMED = 20, 60
 """Up to how many classes the cells have numbers, and the rows names."""
 _PAIRS = 20
 _LETTERS = 18
+_CELLS = 150
+_EDGE = 1.45  # inches
 
 
 def shortened(name: str, letters: int = _LETTERS) -> str:
@@ -36,16 +38,22 @@ def plot_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
     edge = float(np.clip(1.4 + 0.42 * count, 3.0, 9.0))
     pairs = _confused(confusion)
     width = edge + (4.2 if pairs else 1.0)
-    with picture(path, width, max(edge, 0.9 + 0.24 * len(pairs)), **{"axes.grid": False}) as figure:
+    with picture(path, width, max(edge + 0.3, 0.9 + 0.24 * len(pairs)), **{"axes.grid": False}) as figure:
+        figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr, call-arg]
         panels = figure.subplots(1, 2, width_ratios=[edge, 3.2]) if pairs else [figure.subplots()]
         axes = panels[0]
         shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+        block = -(-count // _CELLS)
         # the square root shows what is rare, of which there is most
-        drawn = axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        drawn = axes.imshow(
+            np.sqrt(_largest_of_blocks(shares, block)), cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
+            extent=(-0.5, count - 0.5, count - 0.5, -0.5),
+        )  # fmt: skip
         bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02, ticks=np.sqrt([0, 0.01, 0.1, 0.3, 1]))
         bar.ax.set_yticklabels(["0", "1 %", "10 %", "30 %", "100 %"])
         bar.outline.set_visible(False)
-        axes.set_title("Share of each class by what it is taken for")
+        blocks = f", the largest of {block} x {block} classes" if block > 1 else ""
+        axes.set_title(f"Share of each class by what it is taken for{blocks}")
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         if count <= _NAMED:
@@ -58,6 +66,12 @@ def plot_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
             _write_numbers(axes, confusion, shares)
         if pairs:
             _draw_pairs(panels[1], pairs, names)
+
+
+def _largest_of_blocks(shares: NDArray[np.float64], edge: int) -> NDArray[np.float64]:
+    """[ceil(C / edge), ceil(C / edge)] of [C, C]."""
+    starts = np.arange(0, len(shares), edge)
+    return np.maximum.reduceat(np.maximum.reduceat(shares, starts, axis=0), starts, axis=1)
 
 
 def _write_numbers(axes: Axes, confusion: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
@@ -101,17 +115,24 @@ class Tile:
 
 
 def plot_sheet(tiles: Sequence[Tile], path: Path, title: str, columns: int = 8) -> None:
-    """The images in rows. Of several shapes, each within its square."""
+    """The images in rows, each within a square."""
     columns = min(columns, max(len(tiles), 4))
     rows = -(-len(tiles) // columns)
-    lines = max((len(tile.lines) for tile in tiles), default=0)
-    with picture(path, 1.45 * columns, rows * (1.4 + 0.17 * lines) + 0.45) as figure:
+    above = 0.14 * max((len(tile.lines) for tile in tiles), default=0) + 0.06
+    row_height = 1 + above
+    with picture(path, _EDGE * columns, _EDGE * rows * row_height + 0.4) as figure:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in panels:
-            axes.axis("off")
-        for axes, tile in zip(figure.axes, tiles, strict=False):
-            axes.imshow(tile.image, interpolation="nearest" if max(tile.image.shape[:2]) < 100 else "auto")
-            axes.set_title(
-                "\n".join(tile.lines), fontsize=7.5, loc="center", color=RED if tile.is_wrong else BLUE, pad=3
-            )
+        axes = figure.subplots()  # one for all: the layout of many takes seconds
+        axes.axis("off")
+        for place, tile in enumerate(tiles):
+            row, column = divmod(place, columns)
+            height, width = np.array(tile.image.shape[:2]) / max(tile.image.shape[:2]) * 0.95
+            left, bottom = column + (1 - width) / 2, (row + 1) * row_height
+            interpolation = "nearest" if max(tile.image.shape[:2]) < 100 else "auto"
+            axes.imshow(tile.image, interpolation=interpolation, extent=(left, left + width, bottom, bottom - height))
+            axes.text(
+                column + 0.5, bottom - height - 0.03, "\n".join(tile.lines),
+                fontsize=7.5, ha="center", va="bottom", color=RED if tile.is_wrong else BLUE,
+            )  # fmt: skip
+        axes.set_xlim(0, columns)
+        axes.set_ylim(rows * row_height, 0)

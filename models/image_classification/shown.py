@@ -24,7 +24,7 @@ from trunkline.models.image_classification.mixup import pair
 from trunkline.models.image_classification.plots import Tile, plot_confusion, plot_sheet, shortened
 
 _WORST = 32
-_SEEN, _DRAWS = 6, 7
+_SEEN, _DRAWS = 8, 5
 
 
 def show_evaluation(sums: Sums, classes: Sequence[str], images: Images, folder: Path) -> None:
