@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trunkline.engine.machine.files import write_json
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.image_classification.augment import augmented, prepared
 from trunkline.models.image_classification.config import ImageData, ImageModel
@@ -20,9 +19,7 @@ from trunkline.models.image_classification.metrics import direction, scores, sum
 from trunkline.models.image_classification.mixup import PAIR, pair
 from trunkline.models.image_classification.network import make_network
 from trunkline.models.image_classification.shown import show_augmented, show_evaluation
-
-CLASSES = "classes.json"
-"""Beside the weights: the names of the classes, in the order of the network's outputs."""
+from trunkline.models.image_classification.trained import write_classes
 
 
 class ImageTask(Task):
@@ -97,7 +94,7 @@ class ImageTask(Task):
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """classes.json."""
-        write_json(folder / CLASSES, list(self.classes))
+        write_classes(folder, self.classes)
         return {}
 
 
