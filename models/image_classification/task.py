@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from trunkline.engine.task import Batch, Sums, Task
@@ -19,7 +18,7 @@ from trunkline.models.image_classification.metrics import direction, scores, sum
 from trunkline.models.image_classification.mixup import PAIR, pair
 from trunkline.models.image_classification.network import make_network
 from trunkline.models.image_classification.shown import show_augmented, show_evaluation
-from trunkline.models.image_classification.trained import write_classes
+from trunkline.models.image_classification.trained import write_facts
 
 
 class ImageTask(Task):
@@ -94,7 +93,7 @@ class ImageTask(Task):
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """classes.json."""
-        write_classes(folder, self.classes)
+        write_facts(folder, self.classes, self.source.short_side)
         return {}
 
 
