@@ -6,9 +6,12 @@ model(pixel_values=x).logits             [B, num_classes] of x, [B, 3, S, S]
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from trunkline.engine.checkpoint.weights import load_weights
 from trunkline.engine.errors import ConfigError
 from trunkline.models.image_classification.config import ImageModel
 
@@ -28,3 +31,13 @@ def make_network(model: ImageModel, num_classes: int, img_size: int) -> nn.Modul
             num_labels=num_classes,
         )  # fmt: skip
     )
+
+
+def trained_network(folder: Path, model: ImageModel, num_classes: int, img_size: int) -> nn.Module:
+    """The network of a run with the weights of `folder`, such as its best/, which alone is read.
+
+    Raises CheckpointError or ConfigError.
+    """
+    network = make_network(model, num_classes, img_size)
+    load_weights(network, folder)
+    return network

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.image_classification.augment import augmented, prepared
 from trunkline.models.image_classification.config import ImageData, ImageModel
+from trunkline.models.image_classification.criterion import Criterion, balanced_weights, given_weights
 from trunkline.models.image_classification.data import Images, Sample, collate, open_source
+from trunkline.models.image_classification.metrics import direction, scores, sums_of
+from trunkline.models.image_classification.mixup import PAIR, pair
 from trunkline.models.image_classification.network import make_network
+from trunkline.models.image_classification.shown import show_augmented, show_evaluation
+from trunkline.models.image_classification.trained import write_classes
 
 
 class ImageTask(Task):
@@ -25,6 +31,14 @@ class ImageTask(Task):
         self.data, self.model = data, model
         self.source = open_source(data)
         self.classes = self.source.classes
+        weights = None
+        if (asked := model.class_weights) == "balanced":
+            weights = balanced_weights(self.dataset("train").labels, len(self.classes))
+        elif asked is not None:
+            weights = given_weights(asked, self.classes)
+        self.criterion = Criterion(model.label_smoothing, weights)
+        if data.augmentation.mixup:
+            self.micro_batch_multiple = math.lcm(PAIR, getattr(self, "micro_batch_multiple", 1))
 
     def build_model(self) -> nn.Module:
         """A new network for the classes of the data."""
@@ -38,30 +52,37 @@ class ImageTask(Task):
         """See trunkline.models.image_classification.data."""
         return collate(samples)
 
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of images, each as often as its class weighs."""
+        weights = self.criterion.weights(batch["label"], pair(batch, self.data.augmentation.mixup))
+        return weights.where(batch["valid"], 0.0).sum()
+
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
-        """Cross entropy summed over the images."""
-        logits = model(pixel_values=augmented(batch, self.data)).logits
-        losses = F.cross_entropy(logits.float(), batch["label"], reduction="none")
-        return {"loss": (losses * batch["valid"]).sum()}
+        """Cross entropy summed over the images, each as often as its class weighs."""
+        pairing = pair(batch, self.data.augmentation.mixup)
+        pixels = augmented(batch, self.data)
+        logits = model(pixel_values=pairing.mix(pixels) if pairing else pixels).logits
+        losses = self.criterion.losses(logits, batch["label"], pairing)
+        return {"loss": losses.where(batch["valid"], 0.0).sum()}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """The confusion matrix [C, C], rows the true classes, and the loss."""
-        logits: Tensor = model(pixel_values=prepared(batch, self.data)).logits.float()
-        losses = F.cross_entropy(logits, batch["label"], reduction="none")
-        count = len(self.classes)
-        places = batch["label"] * count + logits.argmax(dim=1)
-        confusion = torch.zeros(count * count, dtype=torch.int64, device=logits.device)
-        confusion.index_add_(0, places, batch["valid"].to(torch.int64))
-        return {"loss": (losses * batch["valid"]).sum(), "confusion": confusion.view(count, count)}
+        """See trunkline.models.image_classification.metrics. The loss is plain: not smoothed, not weighted."""
+        logits = model(pixel_values=prepared(batch, self.data)).logits
+        return sums_of(logits, batch, len(self.dataset("val")))
 
     def summarize(self, sums: Sums) -> dict[str, float]:
-        """ "loss", "accuracy"."""
-        count = sums["confusion"].sum()
-        return {"loss": float(sums["loss"] / count), "accuracy": float(sums["confusion"].diagonal().sum() / count)}
+        """See trunkline.models.image_classification.metrics."""
+        return scores(sums, self.classes)
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
-        """Accuracy is better high."""
-        return "max" if metric == "accuracy" else None
+        """Whether it is better high or low."""
+        return direction(metric)
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """confusion.png, classes.md, per_class.csv and mistakes.png; once augmented.png, what training sees."""
+        show_evaluation(sums, self.classes, self.dataset("val"), folder)
+        if not (folder / "augmented.png").exists():
+            show_augmented(self.dataset("train"), self.classes, self.data, folder / "augmented.png")
 
     def fingerprint(self) -> str:
         """Names the data's content."""
@@ -71,8 +92,9 @@ class ImageTask(Task):
         """What of the data was left out."""
         return list(self.source.notes)
 
-    def save_assets(self, folder: Any) -> dict[str, Any]:
-        """Nothing yet."""
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """classes.json."""
+        write_classes(folder, self.classes)
         return {}
 
 
