@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,14 +30,3 @@ def test_bad_input_is_one_message_and_status_2(tmp_path: Path, capsys: pytest.Ca
     (root / "val/dog/0.png").write_bytes(b"")
     assert main(["image_classification", "--source", str(root), "--out", str(tmp_path / "store")]) == 2
     assert "val/dog/0.png: the file is empty" in capsys.readouterr().err
-
-
-def test_help_imports_nothing_that_takes_long() -> None:
-    code = """
-import argparse, sys
-from trunkline.models.image_classification.prepare import add_arguments
-add_arguments(argparse.ArgumentParser())
-print(sorted({"numpy", "torch", "PIL", "pydantic"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

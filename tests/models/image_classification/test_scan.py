@@ -92,14 +92,14 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> No
 
 
 def test_a_name_that_is_no_utf8_is_found_and_can_be_printed(root: Path) -> None:
-    with open(os.fsencode(root) + b"/train/cat/\xff.png", "wb") as file:
+    with open(os.path.join(os.fsencode(root / "train/cat"), b"\xff.png"), "wb") as file:
         file.write(b"x")
     (name,) = [name for name in scan(root).images["train"] if not name.isascii()]
     assert printable(name) == r"train/cat/\xff.png"
 
 
 def test_a_class_whose_name_is_no_utf8_is_an_error(root: Path) -> None:
-    os.mkdir(os.fsencode(root) + b"/train/\xff")
+    os.mkdir(os.path.join(os.fsencode(root / "train"), b"\xff"))
     assert r"train/\xff: a class's name must be UTF-8: rename the folder" in _error(root)
 
 
