@@ -1,6 +1,6 @@
 """Rates of flash_attention over fluid sequences, beside cuDNN, FlexAttention and plain SDPA.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py attention`
+    run(arguments)   `python launchers/bench.py attention`
 
 A rate counts useful FLOPs, 4 D forward and 10 D backward for every pair of a query and a key that it sees, so rates
 of different patterns compare; it is shown only beside a right result of the same call. What matters most comes first,
@@ -35,10 +35,8 @@ from trunkline.benchmarks.report import (
     Deadline,
     Report,
     Row,
-    add_common_arguments,
     as_accurate,
     first_line,
-    integers,
     median_seconds,
     the_device,
 )
@@ -83,21 +81,6 @@ class Job(NamedTuple):
             aimed_at.index(self.head_dim) if in_aims else len(aimed_at),
             self.tokens,
         )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py attention`."""
-    add_common_arguments(parser)
-    parser.add_argument("--head-dims", type=integers, metavar="D,...", help="head dimensions (default: 32,64,128)")
-    parser.add_argument(
-        "--blocks", type=integers, metavar="T,...", help=f"lengths, in blocks of {V:,} (default: 3,5,7,10)"
-    )
-    parser.add_argument("--heads", type=int, default=8, help="query and key heads (8)")
-    parser.add_argument(
-        "--sweep",
-        choices=bench_attention_tiles.PASSES,
-        help="time tiles of a pass instead, at the shortest length (GPU)",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Checks = tuple[list[Tensor], list[Tensor]]
-PASSES = [name for architecture, bits, name in TILES if (architecture, bits) == (90, 16) and name != "backward_delta"]
 
 
 def sweep(

@@ -1,6 +1,6 @@
 """Training speed of language models against transformers' Trainer and Accelerate.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py causal_lm [--backend fsdp]`
+    run(arguments)   `python launchers/bench.py causal_lm [--backend fsdp]`
     measure(config, turns=..., steps=...)   tokens and seconds of every turn, and the losses
 
 All sides start from the same weights and take the same micro-batches in the same order, with the same AdamW, schedule,
@@ -53,7 +53,8 @@ from trunkline.engine.task import Batch
 from trunkline.engine.trainer import Trainer
 from trunkline.models.causal_lm.config import PRESETS
 from trunkline.models.causal_lm.examples import write_examples
-from trunkline.models.causal_lm.prepare import DEFAULT_VOCAB_SIZE, prepare
+from trunkline.models.causal_lm.flags import DEFAULT_VOCAB_SIZE
+from trunkline.models.causal_lm.prepare import prepare
 from trunkline.models.causal_lm.task import KIND_OF
 from trunkline.models.registry import config_sections, make_task
 
@@ -214,28 +215,6 @@ def preset(name: str) -> dict[str, Any]:
             "zero_optimization": {"stage": 0},
         },
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py causal_lm`."""
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", choices=PRESETS, default="tiny", help="the model (tiny)")
-    model.add_argument(
-        "--config", type=Path, metavar="FILE", help="a configuration: its model, optimizer, schedule and clipping"
-    )
-    parser.add_argument("--store", type=Path, help="a prepared store (default: the example, prepared in a moment)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples a micro-batch (16)")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (1)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a sample at most (256)")
-    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
-    parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage (the configuration's; a preset's is 0)")
-    parser.add_argument("--pairs", type=int, default=30, help="turns of every side (30)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
-    parser.add_argument("--batches", choices=["padded", "packed", "both"], default="both", help="the engine's (both)")
-    parser.add_argument(
-        "--padding-mask", action="store_true", help="give the others the attention mask that tokenizers make"
-    )
-    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """What the engine costs: its step against a bare loop on the same backend.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
+    run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
     measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
 
 Two models are made alike. One is driven by Trainer, whole: order of samples, weights, gradient norm, clipping, logging
@@ -294,15 +294,6 @@ def judge(pairs: Sequence[tuple[float, float]]) -> Verdict:
         ratio=ratio_of(ours, bare),
         difference_s=statistics.median(our - their for our, their in pairs),
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py engine`."""
-    parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
-    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
-    parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
-    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Whether memory grows with the number of cases: preparing, reading, training.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py memory`
+    run(arguments)   `python launchers/bench.py memory`
 
 For each number of cases a source is made of one case's folder, linked that often; it is prepared, windows of random
 cases are read from the store, and configs/fluid/nano.json is trained on it for some steps, evaluation and checkpoint
@@ -65,15 +65,6 @@ sys.stdout = sys.__stdout__
 print(time.perf_counter() - begin)
 """
 _MOST_BESIDE_THE_MODEL_MIB = 4096
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py memory`."""
-    parser.add_argument("--case", type=Path, metavar="FOLDER", help="a case's CSV files (default: random, V = 6,712)")
-    parser.add_argument("--counts", default="5,20,60", help="numbers of cases (5,20,60)")
-    parser.add_argument("--windows", type=int, default=5000, help="windows to read from each store (5000)")
-    parser.add_argument("--steps", type=int, default=6, help="steps to train on each store (6)")
-    parser.add_argument("--workers", type=int, default=2, help="cases prepared at a time (2)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """How fast a case is read: this package's reader against pandas.read_csv, on the same files.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py prepare`
+    run(arguments)   `python launchers/bench.py prepare`
     write_random_case(folder, seed)         a case of the reference network's size, of random numbers
 
 Every round reads the eight files of one case with pandas (default engine and options, a DataFrame each), with this
@@ -31,12 +31,6 @@ _DEVICES = {"B": (343, _SIX), "C": (23, (*_SIX, "pwr")), "H": (32, _SIX), "N": (
     "R": (10, ("p_in", "p_out", "q", "t_in", "t_out")),
 }
 _TYPICAL = {"MPa": (6.0, 6), "m3/s": (40.0, 5), "degC": (15.0, 4), "kW": (4e3, 3), "m3": (4e5, 2), "-": (1.0, 0)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py prepare`."""
-    parser.add_argument("--case", type=Path, metavar="FOLDER", help="a case's CSV files (default: random, V = 6,712)")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each reader reads the case (7)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from pathlib import Path
 
 import torch
 
@@ -20,13 +19,6 @@ from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.registry import config_sections
 
 REFERENCE_BOUNDARY, REFERENCE_STATES = 538, 6174
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py fluid_step`."""
-    parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))
-    parser.add_argument("--steps", type=int, default=1, help="steps to time")
-    parser.add_argument("--micro-batch", type=int, default=1)
 
 
 def run(arguments: argparse.Namespace) -> int:

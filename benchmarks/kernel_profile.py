@@ -1,6 +1,6 @@
 """What limits each kernel: shares of the GPU's peaks, counted by ncu.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py profile`
+    run(arguments)   `python launchers/bench.py profile`
     python -m trunkline.benchmarks.kernel_profile CASE    what ncu watches: a case's kernels, each launched once
 
 Sizes are those of the other benchmarks. Clocks are left alone, and ncu empties the caches before each launch. Of two
@@ -30,7 +30,7 @@ from torch import Tensor
 from trunkline.benchmarks.contenders import V, deterministic, make_problem, ours
 from trunkline.benchmarks.masked_mse import AIMED_AT
 from trunkline.benchmarks.masked_mse import problem as make_mse_problem
-from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, add_common_arguments, the_device
+from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, the_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,14 +70,6 @@ MS = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "msecond": 1, "m
 
 class NoCountersError(RuntimeError):
     """ncu may not read this GPU's counters, whatever it watches."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py profile`."""
-    add_common_arguments(parser)
-    parser.add_argument(
-        "--ncu", metavar="PATH", help=f"NVIDIA's profiler (default: ncu on the PATH, or else {IN_TOOLKIT})"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

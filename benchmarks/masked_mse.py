@@ -1,6 +1,6 @@
 """Rates of masked_mse and linear_masked_mse against the device's own copy, beside eager torch and torch.compile.
 
-    add_arguments(parser), run(arguments)   `python launchers/bench.py masked_mse`
+    run(arguments)   `python launchers/bench.py masked_mse`
 
 A rate counts the bytes that have to move, as bytes_to_move says. It is shown only beside a right result of the same
 call. The copy is of one large tensor, its bytes counted read and written.
@@ -28,11 +28,9 @@ from trunkline.benchmarks.report import (
     Deadline,
     Report,
     Row,
-    add_common_arguments,
     as_accurate,
     device_name,
     first_line,
-    integers,
     median_seconds,
     the_device,
 )
@@ -57,18 +55,6 @@ AIM, STRETCH = 0.90, 0.95  # of the copy
 AIMED_AT = {"masked_mse": 2**28, "linear_masked_mse": 2**22}
 """Values and rows from which on the aim holds: no cache holds them, and an H200 takes over 0.4 ms, several times what
 a launch takes."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py masked_mse`."""
-    add_common_arguments(parser)
-    parser.add_argument("--values", type=integers, metavar="N,...", help="numbers of predictions of masked_mse")
-    parser.add_argument(
-        "--rows", type=integers, metavar="N,...", help=f"numbers of rows of {D_TOKEN} for the linear one"
-    )
-    parser.add_argument(
-        "--sweep", action="store_true", help="time tiles, warps, programs and stages of the kernels instead (GPU)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ rate may be shown at all; Deadline says whether there is time to start another.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
 import io
@@ -42,15 +41,6 @@ OUT_OF_TIME = "not run: out of time"  # of every row until its turn comes, so th
 GPU_LOST = "not run: the GPU failed in an earlier one"
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that all of them have."""
-    parser.add_argument("--minutes", type=minutes, metavar="M", help="start nothing more after M minutes")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/benchmarks"), help="files go to DIR/<device>"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer runs")
-
-
 def the_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,24 +51,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def integers(text: str) -> list[int]:
-    """An argparse type: "32,64" -> [32, 64]."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers such as 32,64")
-    return [int(part) for part in text.split(",")]
-
-
-def minutes(text: str) -> float:
-    """An argparse type: "2.5" -> 2.5."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number of minutes such as 2.5")
-    return number
 
 
 class Stopped(BaseException):

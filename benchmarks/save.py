@@ -30,13 +30,6 @@ LIMIT = 0.25
 _STEPS_BETWEEN = 10
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py save`."""
-    parser.add_argument("--config", type=Path, default=Path("configs/fluid/demo.json"))
-    parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
-    parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns the exit status: 1 if the limit is missed."""
     steps = _STEPS_BETWEEN * (2 * arguments.saves + 2)

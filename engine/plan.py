@@ -46,15 +46,17 @@ def make_plan(
     section = config.deepspeed
     peak = float(section.optimizer.params["lr"])
     ramp = warmup_steps(section.scheduler, steps)
-    rates = learning_rates(
-        section.scheduler, peak, steps, sorted({0, min(1, steps - 1), min(ramp, steps - 1), steps - 1})
-    )
+    shown = sorted({0, min(1, steps - 1), min(ramp, steps - 1), steps - 1})
+    led = None  # what only DeepSpeed builds is led as AdamW is
+    if not section.optimizer.is_deepspeed_only:
+        led = build_optimizer([nn.Parameter(torch.zeros(1))], section.optimizer)
+    rates = learning_rates(section.scheduler, peak, steps, shown, led)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = activation_bytes(task, model, config, sizes.micro_batch_size)
     states = _state_bytes(config, parameters, trainable, world_size)
-    shown, origins = _decided(config, sizes, parameters)
+    decided, origins = _decided(config, sizes, parameters)
     return {
         "workload": config.workload,
         "parameters": parameters,
@@ -76,7 +78,7 @@ def make_plan(
         "memory_bytes": states | {"activations": activations},
         "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
         "flops_per_sample": task.flops_per_sample(),
-        "config": shown,
+        "config": decided,
         "origins": dict(sorted(origins.items())),
     }  # fmt: skip
 

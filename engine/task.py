@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.tracking import Tracking
+from trunkline.engine.whole_state import WholeState
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample, [B, ...].
@@ -181,6 +182,21 @@ class Task(ABC):
         Given the whole model's, or some that make up others of their own; also without values, on the device "meta".
         """
         return tensors
+
+    def write_best(self, folder: Path, state: Callable[[], WholeState]) -> None:
+        """Write the best weights so far into the run's folder in the form of another program, if there is one.
+
+        Called on rank 0 alone, beside training, when a checkpoint of a new best evaluation is whole. `state()` reads
+        it. What is raised is a warning.
+        """
+        return None
+
+    def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
+        """What training.start_from names, another program's checkpoint, in the model's names. Called on rank 0 alone.
+
+        Its `step` is of this run, which has `steps_per_epoch`. Raises CheckpointError or ConfigError.
+        """
+        raise ConfigError(f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it")
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.

@@ -21,7 +21,7 @@ BENCHMARKS = {
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
-"""Name -> module with `add_arguments(parser)` and `run(arguments)`, and what it measures."""
+"""Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(argv: list[str]) -> int:
     if importlib.util.find_spec("trunkline.benchmarks") is None:
         raise TrunklineError("an installed Trunkline has no benchmarks: run launchers/bench.py in a clone")
+    flags = importlib.import_module("trunkline.benchmarks.flags")
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
-    for name, (module, summary) in BENCHMARKS.items():
+    for name, (_, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if name in argv[:1]:  # importing all of them would take seconds
-            importlib.import_module(module).add_arguments(command)
+        getattr(flags, name)(command)
     arguments = parser.parse_args(argv)
     return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trunkline.engine.config.flags import Parser
-from trunkline.models.registry import open_room, workload_of_run, workloads
+from trunkline.models.registry import add_flags, open_room, workload_of_run, workloads
 
 
 def work_on_run(
@@ -38,11 +38,10 @@ def work_on_run(
     if workload is None:
         parser.parse_args(words)  # which prints help, or that --run is missing, and ends
         raise AssertionError("--run is required")
-    module = open_room(workload, room)
-    module.add_arguments(parser)
+    add_flags(workload, room, parser)
     arguments = parser.parse_args(words)
 
     from trunkline.engine.machine.hardware import choose_device
 
     arguments.device = choose_device(arguments.device)
-    return module.run(arguments)
+    return open_room(workload, room).run(arguments)

@@ -10,7 +10,7 @@ import sys
 from trunkline.engine.config.flags import Parser
 from trunkline.engine.machine.stopping import listen_no_more
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import open_room, workloads
+from trunkline.models.registry import add_flags, open_room, workloads
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def _prepare(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="workload", required=True, metavar="|".join(workloads()))
     for name in workloads():
         command = commands.add_parser(name)
-        if name in argv[:1]:  # importing all of them would take seconds
-            open_room(name, "prepare").add_arguments(command)
+        if name in argv[:1]:
+            add_flags(name, "prepare", command)
     arguments = parser.parse_args(argv)
     listen_no_more()  # a preparation that is interrupted removes its drafts
     open_room(arguments.workload, "prepare").run(arguments)

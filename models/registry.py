@@ -3,8 +3,10 @@
     config                the "data" and "model" sections: Data and Model, subclasses of Strict
     task                  make_task(data, model); weights_task(data, model) where the names of weights need no data
     prepare, evaluate,
-    predict               add_arguments(parser) and run(arguments), for the launchers of those names
-    flags                 where there are any: FLAGS of launchers/train.py, and DEFAULTS, the file in place of --config
+    predict               run(arguments), for the launchers of those names
+    flags                 prepare(parser), evaluate(parser) and predict(parser), which add those launchers' flags; where
+                          launchers/train.py has any, FLAGS, and DEFAULTS, the file in place of --config. It imports
+                          nothing that takes long, so that --help is quick
 
 A folder under models/ with a task.py is a workload, trunkline.models.<name>. Other packages add theirs by an entry
 point of the group "trunkline.workloads": name = package. To find names imports none of them, and neither PyTorch nor
@@ -18,6 +20,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -87,7 +90,15 @@ def flags_of(workload: str) -> tuple[tuple[Flag, ...], Path | None]:
         if isinstance(error.__cause__, ModuleNotFoundError) and str(error.__cause__.name).endswith(".flags"):
             return (), None
         raise
-    return flags.FLAGS, getattr(flags, "DEFAULTS", None)
+    return getattr(flags, "FLAGS", ()), getattr(flags, "DEFAULTS", None)
+
+
+def add_flags(workload: str, command: str, parser: ArgumentParser) -> None:
+    """Add a workload's own flags of launchers/<command>.py, not of train.py. Raises ConfigError."""
+    add = getattr(open_room(workload, "flags"), command, None)
+    if add is None:
+        raise ConfigError(f"workload '{workload}': its module flags has no function {command}(parser)")
+    add(parser)
 
 
 def workload_of_run(run: Path) -> str:

@@ -1,7 +1,7 @@
 """Evaluation of a trained language model on held-out data, beside what it started from.
 
     compare(run, device, ...)              -> Comparison: metrics of both, and what is drawn of them
-    add_arguments(parser), run(arguments)  what launchers/evaluate.py calls
+    run(arguments)  what launchers/evaluate.py calls
 
 What was fine-tuned is compared with the model that it started from. What was trained from nothing is compared with the
 frequencies of tokens in the training split: what a model knows that looks at no context.
@@ -147,13 +147,6 @@ def frequencies(held: Held) -> dict[str, float]:
         sums = add_sums(sums, {"loss": -log_p[wanted].sum(), "tokens": torch.tensor(len(wanted))})
     assert sums is not None, "a split without samples is refused when it is opened"
     return held.task.summarize(sums)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This workload's own flags of `launchers/evaluate.py`."""
-    parser.add_argument("--split", default="val", choices=("train", "val"))
-    parser.add_argument("--max-samples", type=int, help="evaluate this number of evenly spaced samples")
-    parser.add_argument("--batch-size", type=int, default=16)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -28,25 +28,7 @@ from trunkline.models.causal_lm.records import BadRecord
 from trunkline.models.causal_lm.tokenizer import leading_ids, pad_id
 from trunkline.models.causal_lm.trained import Trained, load_trained
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 Message = dict[str, str]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This workload's own flags of `launchers/predict.py`."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="the text to continue or to answer")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on every line")
-    parser.add_argument("--chat", action="store_true", help="prompts are what a user says; without any, talk")
-    parser.add_argument("--system", help="with --chat: the system message")
-    parser.add_argument("--max-new-tokens", type=int, help="default 128, or what the model has positions for")
-    parser.add_argument("--temperature", type=float, help="sample at this temperature; greedy unless given")
-    parser.add_argument("--top-k", type=int, help="with --temperature: sample from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
-    parser.add_argument("--seed", type=int, help="with --temperature: of sampling; default 0")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompt or --prompts: write JSON lines here")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default float32")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for flag, text in (("--prompt", arguments.prompt), ("--system", arguments.system)):
         _check_utf8(flag, text or "")
     prompts = list(_prompts(arguments))
-    trained = load_trained(arguments.run, arguments.device, DTYPES[arguments.dtype])
+    trained = load_trained(arguments.run, arguments.device, getattr(torch, arguments.dtype))
     print(described(trained.folder), file=sys.stderr)  # what is written goes to stdout
     torch.manual_seed(arguments.seed or 0)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []

@@ -1,6 +1,6 @@
 """From files of text, conversations or preferences to a prepared store of tokens.
 
-    add_arguments(parser), run(arguments)   `python launchers/prepare.py causal_lm ...`
+    run(arguments)   `python launchers/prepare.py causal_lm ...`
     prepare(sources, out, ...)              read, check, tokenize and store every record
 
 What is written depends on the files and the settings only, not on the number of workers. A store is written whole or
@@ -24,9 +24,10 @@ from trunkline.engine.data.store_writer import draft_of
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
 from trunkline.models.causal_lm.conversion import characters, convert_all, texts
-from trunkline.models.causal_lm.records import KINDS, Kind
+from trunkline.models.causal_lm.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
+from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.skipped import Skipped, Tally, remarks
-from trunkline.models.causal_lm.sources import SUFFIXES, Problem, find_files
+from trunkline.models.causal_lm.sources import Problem, find_files
 from trunkline.models.causal_lm.splits import Splits
 from trunkline.models.causal_lm.store import Split, Store
 from trunkline.models.causal_lm.store_writer import StoreWriter
@@ -39,45 +40,9 @@ from trunkline.models.causal_lm.tokenizer import (
 )
 from trunkline.models.causal_lm.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
 
-DEFAULT_VOCAB_SIZE = 10_000
-DEFAULT_VAL_FRACTION = 0.05
 _WORTH_A_PROCESS = 8 << 20  # characters: a process needs seconds to start
 _LARGEST_TEMPLATE = 1 << 20
 _TRIED, _TRIED_CHARACTERS = 64, 10_000  # records, and of each text in them, by which tokenizers are compared
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/prepare.py causal_lm`."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--source",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help=f"files ({', '.join(SUFFIXES)}) or folders of them",
-    )
-    source.add_argument("--example", action="store_true", help="a small English data set, written beside --out first")
-    parser.add_argument("--kind", choices=KINDS, required=True, help="what the records are")
-    parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="the folder to write")
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer, or STORE/tokenizer of another store"
-    )
-    tokenizer.add_argument("--train-tokenizer", action="store_true", help="train one on the training records")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help=f"of the one trained ({DEFAULT_VOCAB_SIZE})")
-    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of its own")
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help=f"share of the records for validation ({DEFAULT_VAL_FRACTION})",
-    )
-    val.add_argument("--val-source", type=Path, nargs="+", metavar="PATH", help="validation records of their own")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one for each core)")
-    parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.1, metavar="F", help="more bad records than that are an error (0.1)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

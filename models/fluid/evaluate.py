@@ -1,7 +1,7 @@
 """Evaluation of a trained surrogate on unseen days, beside persistence and ridge autoregression.
 
     evaluate(trained, store, split, ...)   -> Evaluation
-    add_arguments(parser), run(arguments)  what launchers/evaluate.py calls
+    run(arguments)  what launchers/evaluate.py calls
 
 Three horizons: every single minute, rollouts of 60 minutes one after another, and one rollout a day from its first
 minutes to its end. All forecasters start from the same true minutes and see the same boundary.
@@ -21,15 +21,15 @@ from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
 from trunkline.models.fluid.evaluation_report import write_report
+from trunkline.models.fluid.flags import HORIZONS
 from trunkline.models.fluid.metrics import Errors, Evaluation
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.plots import plot_evaluation
 from trunkline.models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
-from trunkline.models.fluid.store import SPLITS, Store
+from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.trained import Trained, load_trained
 
 MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
-HORIZONS = ("1 minute", "60 minutes", "whole day")
 _VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
 
 
@@ -113,15 +113,6 @@ class _Score:
 
     def by_minute(self) -> dict[str, Tensor]:
         return {name: (self._squared[name] / self._count[name].clamp(min=1)).cpu() for name in self._squared}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This workload's own flags of `launchers/evaluate.py`."""
-    parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
-    parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
-    parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
-    parser.add_argument("--no-ridge", action="store_true", help="leave the ridge baseline out (minutes for V = 6,712)")
 
 
 def run(arguments: argparse.Namespace) -> int:

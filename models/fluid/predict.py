@@ -1,7 +1,7 @@
 """Prediction of a whole day under a case's Boundary.csv, as CSV and pictures.
 
     predict_day(trained, boundary, start)      -> [1440, Vs]
-    add_arguments(parser), run(arguments)      what launchers/predict.py calls
+    run(arguments)                             what launchers/predict.py calls
 
 Where the start comes from: `--start FOLDER` takes another case's last minutes (yesterday, say) or those up to
 `--start-minute`; else the case's own first minutes, if it has outputs; else those minutes of the training days whose
@@ -108,18 +108,6 @@ def write_day(folder: Path, day: date, states: np.ndarray, schema: Schema) -> No
         values = states[:, schema.group_slices[group]]
         columns = {name: values[:, k] for k, name in enumerate(schema.groups[group])}
         pl.DataFrame({"TIME": times, **columns}).write_csv(folder / f"{group}.csv")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This workload's own flags of `launchers/predict.py`."""
-    parser.add_argument("--case", type=Path, required=True, help="folder with Boundary.csv, and outputs where known")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the seven CSV files and the pictures")
-    parser.add_argument("--start", type=Path, help="folder of a case whose last minutes are the start")
-    parser.add_argument("--start-minute", type=int, default=MINUTES, help="with --start: its minute, 1440 unless given")
-    parser.add_argument(
-        "--variables", nargs="+", metavar="NAME", help="what to plot; the most moving ones unless given"
-    )
-    parser.add_argument("--store", type=Path, help="prepared data set to look for a start in; the run's unless given")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """From CSV folders to a prepared store, and simulated cases as CSV folders.
 
-    add_arguments(parser), run(arguments)   `python launchers/prepare.py fluid ...`
+    run(arguments)   `python launchers/prepare.py fluid ...`
     prepare(source, out, ...)               read, check, align and store every case of a source
 
 Several workers read one case each at a time, so memory does not depend on how many cases there are. A case is
@@ -28,23 +28,6 @@ from trunkline.models.fluid.store import SPLITS, Store
 from trunkline.models.fluid.store_writer import begin_store, finish_store, is_finished, read_case
 
 _LARGEST_NETWORK = 1 << 30
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/prepare.py fluid`."""
-    work = parser.add_mutually_exclusive_group(required=True)
-    work.add_argument("--source", type=Path, metavar="ROOT", help="CSV cases: ROOT/{train,test}/<case>/*.csv")
-    work.add_argument("--simulate", choices=["demo", "reference"], help="write CSV cases of a simulated network")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=int, default=42, help="chooses the validation cases, or the simulated days")
-    parser.add_argument("--workers", type=int, metavar="N", help="cases read at a time (default: one for each core)")
-    source = parser.add_argument_group("with --source")
-    source.add_argument("--val-fraction", type=float, default=0.1, help="share of train/ that becomes val (0.1)")
-    source.add_argument("--skip-bad-cases", action="store_true", help="leave out cases with errors and list them")
-    simulated = parser.add_argument_group("with --simulate")
-    simulated.add_argument("--cases", type=int, default=0, metavar="N", help="training cases to write")
-    simulated.add_argument("--test-cases", type=int, default=0, metavar="K", help="test cases to write")
-    simulated.add_argument("--boundary-only-tests", action="store_true", help="test cases without their outputs")
 
 
 def run(arguments: argparse.Namespace) -> None:

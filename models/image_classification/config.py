@@ -53,6 +53,10 @@ class ImageData(Strict):
     def _one_source(self) -> ImageData:
         if (self.path is None) == (self.store is None):
             raise ValueError("give either 'path', a folder with train/ and val/, or 'store', a prepared one")
+        if self.store is not None and self.max_bad_fraction:
+            raise ValueError("'max_bad_fraction' goes with 'path': a store was prepared with --max-bad-fraction")
+        if self.size_per_class and self.train_size is None and self.val_size is None:
+            raise ValueError("'size_per_class' goes with 'train_size' or 'val_size'")
         return self
 
 

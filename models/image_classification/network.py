@@ -49,7 +49,7 @@ def make_network(model: ImageModel, num_classes: int, img_size: int, folder: Pat
     folder = folder or (Path(model.path) if model.path else None)
     config = read_config(folder) if model.path and folder else _new_config(model, img_size)
     config.num_labels = num_classes
-    network = _built(config, folder)
+    network: Any = _built(config, folder)
     if not batch_norms(network):
         _check_idle(model, type(network).__name__)
     normalized(network, model)

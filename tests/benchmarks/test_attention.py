@@ -10,15 +10,16 @@ import torch
 
 from trunkline.benchmarks import attention as bench_attention
 from trunkline.benchmarks import contenders as bench_contenders
-from trunkline.benchmarks.attention import Job, add_arguments, run
+from trunkline.benchmarks.attention import Job, run
 from trunkline.benchmarks.contenders import PATTERNS, Attention, Problem, make_problem
+from trunkline.benchmarks.flags import attention as add_flags
 from trunkline.benchmarks.report import OUT_OF_TIME, Report
 from trunkline.kernels.reference import visible_pairs
 
 
 def arguments(tmp_path, *flags):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_flags(parser)
     return parser.parse_args(["--out", str(tmp_path), "--quick", "--heads", "2", *flags])
 
 

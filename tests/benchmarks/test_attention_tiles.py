@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from trunkline.benchmarks import attention_tiles as bench_attention_tiles
-from trunkline.benchmarks.attention import add_arguments, run
+from trunkline.benchmarks.attention import run
 from trunkline.benchmarks.attention_tiles import _draw, _fill_in, _sweep, tiles
 from trunkline.benchmarks.contenders import make_problem, references, upstream_of
+from trunkline.benchmarks.flags import attention as add_flags
 from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report
 from trunkline.kernels.attention.tiles import TILES, Tile
 
@@ -102,7 +103,7 @@ def test_a_sweep_that_is_stopped_makes_no_further_problem(sweep, monkeypatch):
 
 def test_a_sweep_needs_a_gpu(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_flags(parser)
     assert run(parser.parse_args(["--out", str(tmp_path), "--sweep", "forward"])) == 2
     assert "needs a GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -8,12 +8,13 @@ import pytest
 
 from tests.models.fluid.csv_tree import write_case
 from trunkline.benchmarks import fluid_memory as bench_memory
+from trunkline.benchmarks.flags import memory
 from trunkline.engine.errors import ConfigError, DataError
 
 
 def arguments(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    bench_memory.add_arguments(parser)
+    memory(parser)
     return parser.parse_args(flags)
 
 

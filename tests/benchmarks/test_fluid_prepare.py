@@ -8,13 +8,14 @@ import pytest
 
 from tests.models.fluid.csv_tree import write_case
 from trunkline.benchmarks import fluid_prepare as bench_prepare
+from trunkline.benchmarks.flags import prepare
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.csv.cases import read_columns, schema_of
 
 
 def arguments(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    bench_prepare.add_arguments(parser)
+    prepare(parser)
     return parser.parse_args(flags)
 
 

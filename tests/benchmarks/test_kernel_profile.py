@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from trunkline.benchmarks import kernel_profile as bench_profile
+from trunkline.benchmarks.flags import profile as add_flags
 from trunkline.benchmarks.kernel_profile import (
     CASES,
     METRICS,
     OURS,
     NoCountersError,
-    add_arguments,
     launch,
     number,
     profile,
@@ -208,7 +208,7 @@ def test_what_is_missing_is_said_in_a_line(tmp_path, ncu, capsys, monkeypatch, f
     monkeypatch.setattr(bench_profile, "IN_TOOLKIT", str(tmp_path / "ncu" if in_toolkit else tmp_path / "empty"))
     monkeypatch.setattr(bench_profile, "the_device", lambda: torch.device("cpu"))
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_flags(parser)
     assert run(parser.parse_args(["--out", str(tmp_path / "out"), *flags])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trunkline.benchmarks import masked_mse as bench_masked_mse
-from trunkline.benchmarks.masked_mse import add_arguments, bytes_to_move, problem, run
+from trunkline.benchmarks.flags import masked_mse as add_flags
+from trunkline.benchmarks.masked_mse import bytes_to_move, problem, run
 from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report
 
 
@@ -23,7 +24,7 @@ def run_small(tmp_path, monkeypatch, *flags):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_flags(parser)
     status = run(parser.parse_args(["--out", str(tmp_path), "--quick", "--values", "500,1000", "--rows", "64", *flags]))
     (path,) = tmp_path.glob("*/masked_mse.csv")
     return status, list(csv.DictReader(path.open()))
@@ -156,7 +157,7 @@ def test_a_sweep_that_is_stopped_makes_no_further_problem(sweep, monkeypatch):
 
 def test_a_sweep_needs_a_gpu(tmp_path, monkeypatch, capsys):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_flags(parser)
     assert run(parser.parse_args(["--out", str(tmp_path), "--sweep"])) == 2
     assert "needs a GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

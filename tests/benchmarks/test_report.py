@@ -1,6 +1,5 @@
 """What the benchmarks share: the check before any rate, the files, the timing."""
 
-import argparse
 import json
 
 import pytest
@@ -13,9 +12,7 @@ from trunkline.benchmarks.report import (
     Deadline,
     Report,
     as_accurate,
-    integers,
     median_seconds,
-    minutes,
 )
 
 
@@ -25,20 +22,6 @@ def test_a_result_may_be_twice_as_far_off_as_plain_torch_and_no_further():
     assert as_accurate([x + 0.0199 for x in truth], plain, truth) == OK
     assert as_accurate([truth[0], truth[1] + 0.0202], plain, truth).startswith("wrong: result 1 is off by 0.04")
     assert as_accurate([truth[0] * float("nan"), truth[1]], plain, truth).startswith("wrong: result 0")
-
-
-def test_numbers_are_read_and_other_text_is_refused():
-    assert integers("32,64") == [32, 64]
-    for text in ("", "0", "32,", "a", "-1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="32,64"):
-            integers(text)
-
-
-def test_a_budget_is_a_number_of_minutes():
-    assert minutes("2.5") == 2.5
-    for text in ("", "-1", "two", "nan", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="number of minutes"):
-            minutes(text)
 
 
 def test_a_deadline_passes_when_its_minutes_are_over_and_none_never_does():

@@ -24,9 +24,8 @@ def test_every_workload_has_its_rooms(name: str) -> None:
     assert model.model_fields
     assert callable(open_room(name, "task").make_task)
     for room in ("prepare", "evaluate", "predict"):
-        module = open_room(name, room)
-        assert callable(module.add_arguments)
-        assert callable(module.run)
+        assert callable(open_room(name, room).run)
+        assert callable(getattr(open_room(name, "flags"), room))
     flags, defaults = flags_of(name)
     assert flags[0].name == "store"
     assert defaults is not None
@@ -105,6 +104,10 @@ def test_a_room_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "audio_tools/flags.py").write_text("import another")
     said = "try: flags_of('audio')\nexcept ConfigError as error: print(error)"
     assert ask(tmp_path, said) == "workload 'audio': audio_tools.flags needs another: install it\n"
+    (tmp_path / "audio_tools/flags.py").write_text("")
+    assert ask(tmp_path, "print(flags_of('audio'))") == "((), None)\n"
+    said = "try: add_flags('audio', 'predict', None)\nexcept ConfigError as error: print(error)"
+    assert ask(tmp_path, said) == "workload 'audio': its module flags has no function predict(parser)\n"
 
 
 @pytest.mark.parametrize(("name", "first"), [("audio", "audio_tools of audio-tools 1.0"),

@@ -1,0 +1,128 @@
+"""The flags of each of launchers/bench.py's benchmarks, by its name. This module imports nothing that takes long."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+PASSES = ("forward", "backward", "backward_dq")  # whose tiles can be swept
+
+
+def attention(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py attention`."""
+    add_common_arguments(parser)
+    parser.add_argument("--head-dims", type=integers, metavar="D,...", help="head dimensions (default: 32,64,128)")
+    parser.add_argument(
+        "--blocks", type=integers, metavar="T,...", help="lengths, in blocks of 6,712 (default: 3,5,7,10)"
+    )
+    parser.add_argument("--heads", type=int, default=8, help="query and key heads (8)")
+    parser.add_argument("--sweep", choices=PASSES, help="time tiles of a pass instead, at the shortest length (GPU)")
+
+
+def masked_mse(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py masked_mse`."""
+    add_common_arguments(parser)
+    parser.add_argument("--values", type=integers, metavar="N,...", help="numbers of predictions of masked_mse")
+    parser.add_argument("--rows", type=integers, metavar="N,...", help="numbers of rows of 384 for the linear one")
+    parser.add_argument(
+        "--sweep", action="store_true", help="time tiles, warps, programs and stages of the kernels instead (GPU)"
+    )
+
+
+def profile(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py profile`."""
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--ncu", metavar="PATH", help="NVIDIA's profiler (default: ncu on the PATH, or else /usr/local/cuda/bin/ncu)"
+    )
+
+
+def engine(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py engine`."""
+    parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+
+
+def save(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py save`."""
+    parser.add_argument("--config", type=Path, default=Path("configs/fluid/demo.json"))
+    parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
+    parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
+
+
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py prepare`."""
+    parser.add_argument("--case", type=Path, metavar="FOLDER", help="a case's CSV files (default: random, V = 6,712)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each reader reads the case (7)")
+
+
+def memory(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py memory`."""
+    parser.add_argument("--case", type=Path, metavar="FOLDER", help="a case's CSV files (default: random, V = 6,712)")
+    parser.add_argument("--counts", default="5,20,60", help="numbers of cases (5,20,60)")
+    parser.add_argument("--windows", type=int, default=5000, help="windows to read from each store (5000)")
+    parser.add_argument("--steps", type=int, default=6, help="steps to train on each store (6)")
+    parser.add_argument("--workers", type=int, default=2, help="cases prepared at a time (2)")
+
+
+def causal_lm(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py causal_lm`."""
+    from trunkline.models.causal_lm.config import PRESETS
+
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--preset", choices=PRESETS, default="tiny", help="the model (tiny)")
+    model.add_argument(
+        "--config", type=Path, metavar="FILE", help="a configuration: its model, optimizer, schedule and clipping"
+    )
+    parser.add_argument("--store", type=Path, help="a prepared store (default: the example, prepared in a moment)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples a micro-batch (16)")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (1)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens a sample at most (256)")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage (the configuration's; a preset's is 0)")
+    parser.add_argument("--pairs", type=int, default=30, help="turns of every side (30)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
+    parser.add_argument("--batches", choices=["padded", "packed", "both"], default="both", help="the engine's (both)")
+    parser.add_argument(
+        "--padding-mask", action="store_true", help="give the others the attention mask that tokenizers make"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+
+
+def fluid_step(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py fluid_step`."""
+    parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))
+    parser.add_argument("--steps", type=int, default=1, help="steps to time")
+    parser.add_argument("--micro-batch", type=int, default=1)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that all of them have."""
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="start nothing more after M minutes")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs/benchmarks"), help="files go to DIR/<device>"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer runs")
+
+
+def integers(text: str) -> list[int]:
+    """An argparse type: "32,64" -> [32, 64]."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers such as 32,64")
+    return [int(part) for part in text.split(",")]
+
+
+def minutes(text: str) -> float:
+    """An argparse type: "2.5" -> 2.5."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of minutes such as 2.5")
+    return number
