@@ -86,7 +86,7 @@ def evaluate(
 def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) -> None:
     """Say how the ranks' own mean losses spread, and warn if one is far from their mean. None: it had no samples.
 
-    The metrics do not depend on who evaluated what; this is where a rank shows whose weights or data are not the others'.
+    Metrics do not depend on who evaluated what. Here a rank shows whose weights or data are not those of the others.
     """
     losses = [loss for loss in by_rank if loss is not None and math.isfinite(loss)]
     if not ranks.is_main or len(losses) < 2:
@@ -97,7 +97,7 @@ def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) ->
     farthest = max(losses, key=lambda loss: abs(loss - mean))
     if abs(farthest - mean) > _APART * abs(mean):
         tqdm.write(
-            f"warning: rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}, more than {_APART:.0%} from "
-            f"the ranks' mean: few samples each, or a rank whose weights or data are not the others'",
+            f"warning: rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}, more than {_APART:.0%} off "
+            f"the ranks' mean: each has few samples, or this one's weights or data are not those of the others",
             file=sys.stderr,
         )

@@ -3,11 +3,13 @@
 prepared(batch, data)     the central square, resized and normalised: evaluation, prediction
 augmented(batch, data)    the same after what training does to an image, from batch["draw"]
 
-An image that is img_size square is taken as it is. Of any other the central square, as large as the shorter side, is
-resized. Training may take a random part in its place (torchvision's RandomResizedCrop), flips and rotates it: one affine
-map, so an image is sampled once, bilinearly and without a low-pass filter: a store's short side should be at most twice
-img_size. What lies outside the image is black, as torchvision's rotation has it. Then colours change as in torchvision's
-ColorJitter, in the order brightness, contrast, saturation, hue. (There the order is drawn, too: it hardly matters.)
+An image that is img_size square is seen as it is. Of any other the central square, as large as the shorter side, is
+resized. Training may take a random part in its place (torchvision's RandomResizedCrop), and flips and rotates it. All
+of this is one affine map, and the image is sampled once, bilinearly. There is no low-pass filter: the short side of a
+store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it.
+
+Then colours change as in torchvision's ColorJitter, in the order brightness, contrast, saturation, hue. (There the
+order is drawn as well, which changes little.)
 
 What is drawn for an image depends on its draw alone, and what becomes of it on nothing else in the batch.
 """
@@ -35,20 +37,16 @@ _LUMA = (0.2989, 0.587, 0.114)
 
 def prepared(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
-    square = _central(batch["size"])
-    whole = _is_square(batch, data)
-    pixels = _scaled(batch["image"]) if whole else sampled(batch, data.img_size, square, _upright(square))
-    return _normalised(pixels, data)
+    part = central_part(batch["size"])
+    upright = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
+    return _normalised(sampled(batch, data.img_size, part, upright), data)
 
 
 def augmented(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
     options, draw, size = data.augmentation, batch["draw"], batch["size"]
-    if options.crop or options.flip or options.rotate or not _is_square(batch, data):
-        part = _central(size) if options.crop is None else random_part(draw, size, options.crop)
-        pixels = sampled(batch, data.img_size, part, _turned(draw, part, options))
-    else:
-        pixels = _scaled(batch["image"])
+    part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
+    pixels = sampled(batch, data.img_size, part, turned(draw, options))
     return _normalised(jittered(pixels, draw, options), data)
 
 
@@ -65,9 +63,9 @@ def random_part(draw: Tensor, size: Tensor, crop: Crop) -> Part:
     numbers = uniform(draw, (_TRIES + 1, 2), stream=PART).double()
     height, width = size.double().unbind(1)
     area = (height * width)[:, None] * _between(*crop.scale, numbers[:, :-1, 0])
-    ratio = _between(*(math.log(end) for end in crop.ratio), numbers[:, :-1, 1]).exp()
+    ratio = _between(math.log(crop.ratio[0]), math.log(crop.ratio[1]), numbers[:, :-1, 1]).exp()
     tried_w, tried_h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (0 < tried_w) & (tried_w <= width[:, None]) & (0 < tried_h) & (tried_h <= height[:, None])
+    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
     w = torch.where(found, tried_w.gather(1, first)[:, 0], torch.minimum(width, (height * crop.ratio[1]).round()))
@@ -82,17 +80,13 @@ def _between(low: float, high: float, share: Tensor) -> Tensor:
     return low + (high - low) * share
 
 
-def _central(size: Tensor) -> Part:
+def central_part(size: Tensor) -> Part:
+    """The square in the middle, as large as the shorter side. `size` [B, 2] is height and width."""
     shorter = size.min(dim=1, keepdim=True).values.float()
     return Part(size.flip(1).float() / 2, shorter.expand(-1, 2))
 
 
-def _upright(part: Part) -> Tensor:
-    """[B, 2, 2]: nothing is turned."""
-    return torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
-
-
-def _turned(draw: Tensor, part: Part, options: Augmentation) -> Tensor:
+def turned(draw: Tensor, options: Augmentation) -> Tensor:
     """[B, 2, 2]: from a direction in the augmented image, x and y, to the one in the image that it shows."""
     flip, turn = uniform(draw, (2,), stream=PLACE).unbind(1)
     angle = (2 * turn - 1) * math.radians(options.rotate)
@@ -101,7 +95,7 @@ def _turned(draw: Tensor, part: Part, options: Augmentation) -> Tensor:
     return torch.stack([mirrored * cos, -mirrored * sin, sin, cos], dim=1).view(-1, 2, 2)
 
 
-def sampled(batch: Batch, edge: int, part: Part, turned: Tensor) -> Tensor:
+def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
     """fp32 [B, 3, edge, edge] in 0 ... 1: the part, turned about its centre, of each image.
 
     grid_sample takes places as fractions of the padded image. Where its edges are powers of two, multiples of 1 / 4,096
@@ -113,7 +107,7 @@ def sampled(batch: Batch, edge: int, part: Part, turned: Tensor) -> Tensor:
     canvas = torch.zeros(len(images), 3, padded_h, padded_w, device=images.device)
     canvas[:, :, :height, :width] = images.permute(0, 3, 1, 2)
     along = torch.arange(edge, device=images.device) + 0.5 - edge / 2
-    steps = turned * (part.size / edge * _STEPS)[:, :, None]
+    steps = turn * (part.size / edge * _STEPS)[:, :, None]
     start = (part.centre - 0.5) * _STEPS
     grid = torch.empty(len(images), edge, edge, 2, device=images.device)
     outside = torch.zeros(len(images), edge, edge, device=images.device)
@@ -170,17 +164,6 @@ def _turn_hue(pixels: Tensor, sixths: Tensor) -> None:
     green.copy_(hue).sub_(2).abs_().sub_(1)
     blue.copy_(hue).sub_(4).abs_().sub_(1)
     torch.addcmul(value[:, None], pixels.clamp_(0, 1), chroma[:, None], value=-1, out=pixels)
-
-
-def _is_square(batch: Batch, data: ImageData) -> bool:
-    """Whether sampling the whole would change nothing. A GPU is not asked, which would wait for it."""
-    edge = data.img_size
-    here = batch["size"].device.type == "cpu" and batch["image"].shape[1:3] == (edge, edge)
-    return here and bool((batch["size"] == edge).all())
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def _normalised(pixels: Tensor, data: ImageData) -> Tensor:

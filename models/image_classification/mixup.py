@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trunkline.engine.data.randomness import uniform
@@ -51,16 +52,16 @@ def pair(batch: Batch, alpha: float) -> Pairing | None:
     places = torch.arange(len(valid), device=valid.device)
     partner = (places ^ 1).clamp(max=len(valid) - 1)
     partner = torch.where(valid[partner], partner, places)
-    table = _beta_quantiles(alpha).to(valid.device)
+    table = torch.from_numpy(_beta_quantiles(alpha)).to(valid.device)
     at = uniform(batch["draw"], (), stream=MIXED) * _QUANTILES
     low = at.long()
     return Pairing(torch.lerp(table[low], table[low + 1], at - low), partner)
 
 
 @lru_cache
-def _beta_quantiles(alpha: float) -> Tensor:
+def _beta_quantiles(alpha: float) -> NDArray[np.float32]:
     """Those at 0, 1/4096, ..., 1, and one more: between them a straight line is near enough."""
     from scipy.special import betaincinv
 
     found = betaincinv(alpha, alpha, np.linspace(0, 1, _QUANTILES + 1))
-    return torch.tensor([*found, 1.0], dtype=torch.float32)
+    return np.append(found, 1.0).astype(np.float32)

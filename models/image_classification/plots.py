@@ -98,7 +98,7 @@ def _draw_pairs(axes: Axes, pairs: Sequence[tuple[int, int, int]], names: Sequen
     axes.set_yticks(places, [f"{names[true]} as {names[predicted]}" for true, predicted, _ in pairs], fontsize=8)
     axes.set_ylim(max(len(pairs), 8) - 0.5, -0.7)
     axes.set_xlim(0, 1.15 * max(counts))
-    for place, images in zip(places, counts, strict=True):
+    for place, images in enumerate(counts):
         axes.text(images, place, f" {images}", va="center", fontsize=8, color=GREY)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
@@ -126,7 +126,7 @@ def plot_sheet(tiles: Sequence[Tile], path: Path, title: str, columns: int = 8) 
         axes.axis("off")
         for place, tile in enumerate(tiles):
             row, column = divmod(place, columns)
-            height, width = np.array(tile.image.shape[:2]) / max(tile.image.shape[:2]) * 0.95
+            height, width = (0.95 * edge / max(tile.image.shape[:2]) for edge in tile.image.shape[:2])
             left, bottom = column + (1 - width) / 2, (row + 1) * row_height
             interpolation = "nearest" if max(tile.image.shape[:2]) < 100 else "auto"
             axes.imshow(tile.image, interpolation=interpolation, extent=(left, left + width, bottom, bottom - height))
