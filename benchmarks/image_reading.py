@@ -88,10 +88,11 @@ def _squares(root: Path) -> tuple[Side, dict[str, Side]]:
     transformed = _Transformed(
         root / "images", folder, lambda image, _: image.resize((EDGE, EDGE), Image.Resampling.BILINEAR)
     )
-    ours = {"store of 224 x 224": store, "folder": folder}
-    sides = {
-        name: lambda images=images: (batch["image"] for batch in _batches(images)) for name, images in ours.items()
-    }
+
+    def squares(images: Samples) -> Side:
+        return lambda: (batch["image"] for batch in _batches(images))
+
+    sides = {"store of 224 x 224": squares(store), "folder": squares(folder)}
     for name, side in sides.items():
         for one, other in zip(side(), _loaded(transformed), strict=True):
             if not torch.equal(one, other):

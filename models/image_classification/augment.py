@@ -6,7 +6,8 @@ augmented(batch, data)    the same after what training does to an image, from ba
 An image that is img_size square is seen as it is. Of any other the central square, as large as the shorter side, is
 resized. Training may take a random part in its place (torchvision's RandomResizedCrop), and flips and rotates it. All
 of this is one affine map, and the image is sampled once, bilinearly. There is no low-pass filter: the short side of a
-store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it.
+store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it. On a CPU
+what is not rotated is resized as by Pillow, with such a filter (trunkline.models.image_classification.upright).
 
 Then colours change as in torchvision's ColorJitter, in the order brightness, contrast, saturation, hue. (There the
 order is drawn as well, which changes little.)
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from trunkline.engine.data.randomness import uniform
 from trunkline.engine.task import Batch
 from trunkline.models.image_classification.config import Augmentation, Crop, ImageData
+from trunkline.models.image_classification.upright import upright
 
 PLACE, COLOUR, PART, MIXED = range(4)
 """The streams of a draw: flip and rotation, colours, the random part, mixup's share."""
@@ -102,6 +104,9 @@ def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
     of a pixel are exact: so the result does not depend on the padding, and a pixel that is hit is copied.
     """
     images = batch["image"]
+    if images.device.type == "cpu" and not turn[:, 0, 1].any():
+        corner = (part.centre - part.size / 2).floor()
+        return upright(images, corner.long(), part.size.long(), turn[:, 0, 0] < 0, edge).float().div_(255)
     height, width = images.shape[1:3]
     padded_w, padded_h = (1 << max(0, length - 1).bit_length() for length in (width, height))
     canvas = torch.zeros(len(images), 3, padded_h, padded_w, device=images.device)
