@@ -6,7 +6,7 @@ It is saved with every checkpoint.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trunkline.engine.config.run_config import Best, EarlyStopping
 
@@ -31,6 +31,8 @@ class Progress:
     norms_seen: int = 0
     averaged: int = 0
     """How often the weights' moving average has been updated."""
+    since_line: dict[str, float] = field(default_factory=dict)
+    """With training.log_means: the sums over the steps since the last line, and their weight under ""."""
     evaluation_due: bool = False
     """The evaluation of this step was broken off: it is to be made before the next step."""
 
@@ -46,6 +48,11 @@ class Progress:
         if better:
             self.best, self.best_step = value, self.step
         return better
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best evaluation so far is that of the present step."""
+        return self.best is not None and self.best_step == self.step
 
     def forget_best(self) -> None:
         """Judge anew: no evaluation has been made yet."""

@@ -41,8 +41,9 @@ class Accumulated(NamedTuple):
 class StepResult:
     """A step that was made, the same on all ranks but for `sums`.
 
-    sums: this rank's, where the step is logged.
+    sums: this rank's, where the step is logged; of all steps since the last line with training.log_means.
     weight: of the global batch, a scalar on the device.
+    logged_weight: what the sums are divided by.
     learning_rate: the step's, where it is logged.
     grad_norm: before clipping, a scalar on the device or a float.
     stop: a rank was asked to stop.
@@ -50,6 +51,7 @@ class StepResult:
 
     sums: Sums | None
     weight: Tensor
+    logged_weight: Tensor
     learning_rate: float
     grad_norm: Tensor | float
     stop: bool
@@ -61,6 +63,7 @@ class Stepper:
     def __init__(self, run: Run, room: Room) -> None:
         self.run, self.room = run, room
         self._lengths = lengths_of(run.dataset)
+        self._since = self._remembered()
         self._draws = mix(run.config.training.seed, 1, run.ranks.rank)
         self._flags = {
             (stop, failed): torch.tensor([stop, failed], dtype=torch.float64, device=run.ranks.device)
@@ -81,7 +84,7 @@ class Stepper:
         fits = longest <= self.room.longest_step
         try:
             with self.room.attempt(fits):
-                sums, weight, flags = self.accumulate(micro_batches, is_logged)
+                sums, weight, flags = self.accumulate(micro_batches, is_logged or run.config.training.log_means)
             updating = True
             if adaptive is not None:
                 run.backend.clip_at(clip_norm(adaptive, fixed, progress))
@@ -103,11 +106,47 @@ class Stepper:
                 run.assembly.applied(progress)
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
-            return StepResult(sums, weight, rate, stepped.grad_norm, bool(stop))
+            logged, logged_weight = self._logged(sums, weight, is_logged, stepped.skipped)
+            return StepResult(logged, weight, logged_weight, rate, stepped.grad_norm, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
         return None
+
+    def _logged(
+        self, sums: Sums | None, weight: Tensor, is_logged: bool, skipped: bool
+    ) -> tuple[Sums | None, Tensor]:
+        """What a step's line is made of. A step that was skipped is in no mean, but where there is no other."""
+        if not self.run.config.training.log_means or sums is None:
+            return sums, weight
+        if self._since is not None:
+            before, before_weight = self._since
+            sums, weight = self._since if skipped else (add_sums(before, sums), before_weight + weight)
+        if is_logged:
+            self._since = None
+            return sums, weight
+        if not skipped:
+            self._since = sums, weight
+        return None, weight
+
+    def keep_means(self) -> None:
+        """Put what the next line is made of into the progress, for a checkpoint."""
+        progress, since = self.run.progress, self._since
+        if since is None:
+            progress.since_line = {}
+        else:
+            total = sum_over_ranks(since[0], self.run.ranks)
+            progress.since_line = {name: float(value) for name, value in {**total, "": since[1]}.items()}
+        self._since = self._remembered()
+
+    def _remembered(self) -> tuple[Sums, Tensor] | None:
+        """Sums and global weight of the steps since the last line; those of all ranks are on the first one."""
+        ranks, since = self.run.ranks, self.run.progress.since_line
+        held = {name: torch.tensor(value, dtype=torch.float64, device=ranks.device) for name, value in since.items()}
+        if not held:
+            return None
+        weight = held.pop("")
+        return {name: value if ranks.is_main else torch.zeros_like(value) for name, value in held.items()}, weight
 
     def accumulate(self, micro_batches: list[Batch], with_sums: bool) -> Accumulated:
         """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""
@@ -144,7 +183,8 @@ class Stepper:
         if made.sums is None:
             return {}
         total = sum_over_ranks(made.sums, self.run.ranks)
-        means = {key: float(value / made.weight) if made.weight else math.nan for key, value in total.items()}
+        weight = made.logged_weight
+        means = {key: float(value / weight) if weight else math.nan for key, value in total.items()}
         return means | {"lr": made.learning_rate, "grad_norm": float(made.grad_norm)}
 
     def _skipped(self, micro_batches: list[Batch], scale_before: float) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.tracking import Tracking
+from trunkline.engine.whole_state import WholeState
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample, [B, ...].
@@ -69,6 +70,14 @@ class Task(ABC):
     transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
     """
 
+    micro_batch_multiple: int = 1
+    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss. They
+    stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole global
+    batch, so that it is whole groups, but for the global batch's last one, which may be short."""
+
+    micro_batch_multiple_key: str = ""
+    """Which setting decides it, such as "model.batch_norm_group", for messages."""
+
     tracking: Tracking = Tracking()
     """How TensorBoard, Weights & Biases and MLflow show the run."""
 
@@ -86,6 +95,13 @@ class Task(ABC):
         A class attribute `_no_split_modules` (transformers' name for it) lists the class names of its repeated
         blocks: the units of activation checkpointing and of sharding.
         """
+
+    def initialize(self, model: nn.Module) -> None:
+        """Put the weights that training starts from into what `build_model` returned, where they are not those.
+
+        Called where no checkpoint is loaded into it. The default leaves it as it is. Raises CheckpointError.
+        """
+        return None
 
     @abstractmethod
     def dataset(self, split: str) -> Samples:
@@ -164,6 +180,21 @@ class Task(ABC):
         Given the whole model's, or some that make up others of their own; also without values, on the device "meta".
         """
         return tensors
+
+    def write_best(self, folder: Path, state: Callable[[], WholeState]) -> None:
+        """Write the best weights so far into the run's folder in the form of another program, if there is one.
+
+        Called on rank 0 alone, beside training, when a checkpoint of a new best evaluation is whole. `state()` reads
+        it. What is raised is a warning.
+        """
+        return None
+
+    def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
+        """What training.start_from names, another program's checkpoint, in the model's names. Called on rank 0 alone.
+
+        Its `step` is of this run, which has `steps_per_epoch`. Raises CheckpointError or ConfigError.
+        """
+        raise ConfigError(f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it")
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.

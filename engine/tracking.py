@@ -20,7 +20,8 @@ class Tracking:
     axis: Literal["step", "epoch"] = "step"
     """What a value is shown over: optimizer steps, or the epoch of that step, counted from 0."""
     experiment: str | None = None
-    """MLflow's experiment, Weights & Biases' project. Their environment variables win."""
+    """MLflow's experiment, Weights & Biases' project. Their environment variables win, and over them the
+    configuration's training.tracked."""
     run: str | None = None
     """What the run is called there: the name of its folder if None."""
     final: Mapping[str, str] = field(default_factory=dict)

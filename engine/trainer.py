@@ -17,9 +17,10 @@ from tqdm import tqdm
 from trunkline.engine.assembly import Assembly
 from trunkline.engine.checkpoint.assets import keep_assets
 from trunkline.engine.checkpoint.best import FINAL, BestWeights
-from trunkline.engine.checkpoint.checkpoints import Checkpoints
+from trunkline.engine.checkpoint.checkpoints import Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.other_programs import NewBest, start_from
 from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
-from trunkline.engine.config.deepspeed_section import batch_sizes, own_classes, parameter_dtype
+from trunkline.engine.config.deepspeed_section import own_classes, parameter_dtype
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
@@ -31,7 +32,7 @@ from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import render_summary, total_steps
+from trunkline.engine.plan import render_summary, sizes_of, total_steps
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main
@@ -106,7 +107,7 @@ class Trainer(Run):
         if ranks.world_size > 1:
             self.watchdog.note(0, "testing the collectives")
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
-        sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        sizes = sizes_of(task, config, ranks.world_size)
         self.begin("reading the data")
         self.dataset = task.dataset("train")
         self.begin("verifying the data")
@@ -122,10 +123,13 @@ class Trainer(Run):
         self.checkpoints = Checkpoints(folder / "checkpoints", ranks, settings.keep_last, settings.keep_best)
         self.checkpoints.open_for_writing()
         found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data, type(config.model))
-        if resume == "auto" and found is None:
+        if settings.start_from is not None:
+            found = self._started_from(Path(settings.start_from), found, known)
+        elif resume == "auto" and found is None:
             self.say(f"{folder} holds no checkpoint yet: starting at step 0")
 
-        self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
+        facts = memory_facts(config, known, ranks.device, sizes)
+        self.micro = MicroBatches(folder, sizes, facts, ranks, task.micro_batch_multiple)
         self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self.begin)
         self.assembly.build(self.micro.sizes)
         self.begin("loading the checkpoint" if found is not None else "writing the plan")
@@ -147,6 +151,18 @@ class Trainer(Run):
         self.lookout = Lookout(ranks)
         self.room = Room(self)
         self.stepper, self.validation = Stepper(self, self.room), Validation(self, self.room)
+
+    def _started_from(self, other: Path, found: Checkpoint | None, known: dict[str, Any]) -> Checkpoint:
+        """What another program has saved, unless there is a checkpoint of the run's own."""
+        if found is not None:
+            self.say(f"note: {found.path} is resumed from, so {other} is left out")
+            return found
+        self.begin(f"reading {other}")
+        taken, notes = start_from(
+            other, self.task, self.config, self.checkpoints, known, self.total_steps, self.batches.per_epoch
+        )  # fmt: skip
+        self.say("\n".join([f"{other} is taken up as {taken.path}", *(f"note: {other}: {note}" for note in notes)]))
+        return taken
 
     def _open_trackers(self) -> None:
         progress, config = self.progress, self.config
@@ -206,6 +222,8 @@ class Trainer(Run):
         self.validation.try_out()
         if progress.evaluation_due:  # a stop broke it off
             self.validation.evaluate()
+            if every.keep_best and progress.is_best:
+                self.save()
         meter = self._meter()
         with self._bar() as bar:
             for micro_batches in self._micro_batches():
@@ -221,7 +239,7 @@ class Trainer(Run):
                 with meter.paused():
                     if progress.evaluation_due:
                         over |= self.validation.evaluate()
-                    if over or self.is_due(every.save_every, progress.step):
+                    if over or self.is_due(every.save_every, progress.step) or (every.keep_best and progress.is_best):
                         self.save()
                 if over:
                     break
@@ -259,7 +277,18 @@ class Trainer(Run):
         self.checkpoints.wait()  # so that no two copies of the state are held at once
         self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
-        return self.checkpoints.save(*self.assembly.state(self.progress), self.assembly.probe.loss(), in_background)
+        then = self._new_best().hand_over if self.progress.is_best and self.validation.latest else lambda path: None
+        self.stepper.keep_means()
+        state = self.assembly.state(self.progress)
+        return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
+
+    def _new_best(self) -> NewBest:
+        progress = self.progress
+        return NewBest(
+            self.task, self.folder, [name for name, _ in self.backend.module.named_parameters()],
+            self.config.deepspeed, self.validation.latest, progress.step, progress.step - progress.skipped_steps,
+            self.batches.per_epoch, self.total_steps, progress.best_is_average,
+        )  # fmt: skip
 
     def _meter(self) -> Meter:
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))

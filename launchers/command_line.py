@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trunkline.engine.config.draft import Draft, value_at
+from trunkline.engine.config.draft import Draft
 from trunkline.engine.config.flags import LENGTH, Flag, Parser
 from trunkline.engine.errors import ConfigError
 from trunkline.models.registry import flags_of, workloads
 
 _USAGE = "%(prog)s --config FILE [flags]\n       %(prog)s WORKLOAD [flags]"
+"""`--workload NAME`, at any place, is the same as NAME before all flags."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Command:
         for setting in self.arguments.set:
             self.file.set(setting)
         for flag in self.flags:
-            if flag.required and value_at(self.file.values, str(flag.sets)) is None:
+            if flag.is_missing(self.file.values):
                 raise ConfigError(f"{flag.option}: is needed: {flag.help}")
         return self.file
 
@@ -92,8 +93,14 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
 
 
 def _workload_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The workload, if the first word names one, and the words without it. A launcher may put its own before it."""
+    """The workload, if the first word or --workload names one, and the words without it. A launcher may put its own
+    before it."""
     first = 0
+    for place, word in enumerate(words):
+        flag, equals, name = word.partition("=")
+        if flag == "--workload":
+            end = place + (1 if equals else 2)
+            return name if equals else "".join(words[place + 1 : end]), [*words[:place], *words[end:]]
     while first < len(words) and (found := re.fullmatch("--local[_-]rank(=.*)?", words[first])):
         first += 1 if found[1] else 2
     if first >= len(words) or words[first].startswith("-"):

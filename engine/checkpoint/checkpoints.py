@@ -67,13 +67,16 @@ class Checkpoints:
         # a save talks to the other ranks while training does
         self.ranks = with_own_group(self.ranks)
 
-    def save(self, snapshot: Snapshot, state: dict[str, Any], probe_loss: float, in_background: bool = True) -> Path:
+    def save(
+        self, snapshot: Snapshot, state: dict[str, Any], probe_loss: float, in_background: bool = True,
+        then: Callable[[Path], None] = lambda path: None,
+    ) -> Path:  # fmt: skip
         """Write a checkpoint of step `state["step"]`, then drop those past `keep_last`.
 
         With `keep_best` that of `state["best_step"]` is kept beside them.
 
         The files of a snapshot are written by a thread of their own unless `in_background` is false. A save that is
-        still under way is waited for first.
+        still under way is waited for first. `then` is called on rank 0 with the checkpoint when it is whole.
 
         Raises:
             CheckpointError: on all ranks, if a file could not be written on any, now or by the save before; earlier
@@ -90,6 +93,7 @@ class Checkpoints:
                 manifest = {"format": _FORMAT, "step": step, "files": entries}
                 proof = {"probe_loss": repr(probe_loss), "digests": {key: f"{n:016x}" for key, n in digests.items()}}
                 self._on_main(lambda: self._publish(staging, final, manifest | proof), "write", final)
+                self._on_main(lambda: then(final), "hand over", final)
                 self._on_main(lambda: self._prune(state.get("best_step")), "prune", self.folder)
             except Exception as problem:
                 self._problem = problem

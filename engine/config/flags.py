@@ -1,7 +1,7 @@
 """Flags of the command line that belong to one workload. Each is a function of the configuration.
 
     FLAGS = (
-        Flag("data_path", "folder of pictures", str, "data.path", required=True),
+        Flag("data_path", "folder of pictures", str, "data.path", required=("data.path",)),
         Flag("batch_size", "pictures per GPU", int, batch_per_gpu, default=256),
     )
 
@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trunkline.engine.config.draft import value_at
+from trunkline.engine.config.json_object import nearest
 from trunkline.engine.errors import ConfigError
 
 Change = Callable[[dict[str, Any], Any, int], dict[str, Any]]
@@ -42,7 +44,8 @@ class Flag:
     type: bool, or a function of the text that raises ValueError, such as int and str
     sets: the dotted key that takes the value, or a function that says what changes
     default: what is taken where a run starts without a configuration file; None: nothing
-    required: whether `sets`, a dotted key, has to be set in the end, by this flag or otherwise
+    required: dotted keys of which one has to be set in the end, by this flag or otherwise
+    alone: what stands for a value where the flag is given without one; None: it needs one
     """
 
     name: str
@@ -51,7 +54,8 @@ class Flag:
     sets: str | Change
     default: Any = None
     choices: tuple[Any, ...] | None = None
-    required: bool = False
+    required: tuple[str, ...] = ()
+    alone: Any = None
 
     @property
     def option(self) -> str:
@@ -67,8 +71,14 @@ class Flag:
             parser.add_argument(f"--no-{self.name}", dest=self.option, action="store_const", const=False,
                                 help=argparse.SUPPRESS)  # fmt: skip
         else:
+            without: dict[str, Any] = {} if self.alone is None else {"nargs": "?", "const": self.alone}
             parser.add_argument(self.option, dest=self.option, type=self.type, choices=self.choices, help=text,
-                                metavar=None if self.choices else self.name.upper().replace("-", "_"))  # fmt: skip
+                                metavar=None if self.choices else self.name.upper().replace("-", "_"),
+                                **without)  # fmt: skip
+
+    def is_missing(self, config: dict[str, Any]) -> bool:
+        """Whether what the flag is needed for is set by nothing."""
+        return bool(self.required) and all(value_at(config, key) is None for key in self.required)
 
     def changes(self, config: dict[str, Any], value: Any, world_size: int) -> dict[str, Any]:
         """{dotted key: value} that the flag means with `value`. Raises ConfigError."""
@@ -95,6 +105,18 @@ def boolean(text: str) -> bool:
     if text.lower() not in known:
         raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
     return known[text.lower()]
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """The type of a flag that takes one of some names, in any case; of another word it names the nearest."""
+
+    def name_of(text: str) -> str:
+        found = {name.lower(): name for name in names}
+        if text.lower() not in found:
+            raise argparse.ArgumentTypeError(f"unknown '{text}'{nearest(text, names)}")
+        return found[text.lower()]
+
+    return name_of
 
 
 class Parser(argparse.ArgumentParser):

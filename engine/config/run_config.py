@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.draft import Draft, leaves, value_at, whence
 from trunkline.engine.config.epochs import Steps, in_steps
+from trunkline.engine.config.meaning import FolderPath
 from trunkline.engine.config.strict import Strict, nearest, show, validated
 from trunkline.engine.config.weights_section import Ema, ParameterRule
 from trunkline.engine.errors import ConfigError
@@ -49,6 +50,15 @@ class AdaptiveClipping(Strict):
     warmup_steps: int = Field(default=50, ge=0, description="steps that only enter the average")
 
 
+class Tracked(Strict):
+    """Where and under which names a run is shown. What is given wins over the environment, and that over the task."""
+
+    experiment: str | None = Field(None, min_length=1, description="MLflow's experiment, Weights & Biases' project")
+    run: str | None = Field(None, min_length=1, description="what the run is called there")
+    uri: str | None = Field(None, min_length=1, description="MLflow's server, database or folder")
+    leave_out: tuple[str, ...] = Field((), description="of the files that the task hands over, those that stay here")
+
+
 class Training(Strict):
     """What the engine itself decides. Batch sizes, optimizer, schedule and precision are DeepSpeed's section."""
 
@@ -61,8 +71,9 @@ class Training(Strict):
     save_every: Steps = Field(default=1000, description="optimizer steps between checkpoints, or epochs")
     async_save: bool = Field(default=True, description="write checkpoints while training continues")
     keep_last: int = Field(default=3, gt=0, description="checkpoints kept")
-    keep_best: bool = Field(default=False, description="keep that of the best step too, if there is one of it")
+    keep_best: bool = Field(default=False, description="save at each new best too, and keep that of the best step")
     log_every: Steps = Field(default=10, description="optimizer steps between lines of metrics.jsonl, or epochs")
+    log_means: bool = Field(default=False, description="log the mean over the steps since the last line, not a step")
     best: Best = Best()
     early_stopping: EarlyStopping | None = None
     adaptive_clipping: AdaptiveClipping | None = None
@@ -70,6 +81,10 @@ class Training(Strict):
     ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    tracked: Tracked = Tracked()
+    start_from: FolderPath | None = Field(
+        default=None, description="another program's checkpoint, which a run begins with that has none of its own"
+    )
     activation_checkpointing: bool = False
     compile: bool | str = Field(default=False, description="true, or the name of a torch.compile backend")
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")

@@ -100,6 +100,11 @@ _OPTIMIZER: dict[str, Any] = {
 _SCHEDULE: dict[str, Any] = {
     "warmup": or_epochs(Annotated[Any, AfterValidator(_warmup)]),
     "min_ratio": _Share,
+    "shape": Literal["cosine", "cosine_restarts", "linear", "constant", "polynomial", "step"],
+    "start_ratio": _Share,
+    "min_lr": _NotNegative,
+    "start_momentum": _Decay | None,
+    "every": Steps,
     "step_size": Steps,
     "milestones": Annotated[list[Steps], Field(min_length=1)],
     "T_max": _StepsOrAuto,
@@ -178,11 +183,15 @@ APEX = tuple(name.removeprefix("apex.") for name in _ELSEWHERE if name.startswit
 DECIDED_BY_THE_RUN = ("total_num_steps", "T_max", "total_steps", "total_iters", "warmup_num_steps", "warmup_max_lr")
 """Parameters of schedules that may be "auto" until the number of steps is known."""
 
-OWN_SCHEDULES: dict[str, dict[str, float]] = {
+OWN_SCHEDULES: dict[str, dict[str, Any]] = {
     "WarmupCosine": {"warmup": 0.1, "min_ratio": 0.0},
     "WarmupLinear": {"warmup": 0.1, "min_ratio": 0.0},
     "Constant": {"warmup": 0.0},
-}
+    "WarmupShape": {
+        "shape": "cosine", "warmup": 0.1, "start_ratio": 0.1, "min_ratio": 0.0, "min_lr": 0.0, "every": 1,
+        "start_momentum": None,
+    },
+}  # fmt: skip
 _UNWRITABLE = {
     "LambdaLR": "takes a function, which JSON cannot hold",
     "MultiplicativeLR": "takes a function, which JSON cannot hold",

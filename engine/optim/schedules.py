@@ -3,6 +3,7 @@
     WarmupCosine  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then a half cosine to min_ratio x lr
     WarmupLinear  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then linear to min_ratio x lr
     Constant      {"warmup": 0.0}                      linear rise, then lr
+    WarmupShape   see engine/optim/warmup_shape.py     a rise, then one of six shapes, by steps or by epochs
 
 `warmup` below 1 is a share of all steps, from 1 on a number of steps. Every schedule counts optimizer steps that were
 applied; past its last step it stays where it ended. "auto" stands for the run's number of steps in `total_num_steps`,
@@ -30,6 +31,10 @@ from trunkline.engine.config.deepspeed_section import Scheduler
 from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_class, scheduler_params
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.parameter_rules import LR_SCALE
+from trunkline.engine.optim.warmup_shape import warmup_shape
+
+
+WARMUP_SHAPE = "WarmupShape"
 
 
 class FormulaScheduler:
@@ -109,10 +114,14 @@ def _schedule(led: Optimizer, section: Scheduler | None, total_steps: int) -> An
     if section is None:
         return FormulaScheduler(led, partial(_own_shape, factor=partial(_constant, warmup=0)))
     params = decided(section, total_steps, led.param_groups[0]["lr"]).params
-    if section.type in OWN_SCHEDULES:
-        factor = _own_factor(section.type, OWN_SCHEDULES[section.type] | params, total_steps)
+    params = OWN_SCHEDULES.get(section.type, {}) | params
+    if section.type in _FACTORS:
+        factor = _own_factor(section.type, params, total_steps)
         return FormulaScheduler(led, partial(_own_shape, factor=factor))
     try:
+        if section.type == WARMUP_SHAPE:
+            params |= {"warmup": _warmup_steps(params["warmup"], total_steps), "total": total_steps}
+            return FormulaScheduler(led, partial(warmup_shape, **params))
         if section.type in DEEPSPEED_SCHEDULES:
             return FormulaScheduler(led, partial(DEEPSPEED_SCHEDULES[section.type], **params))
         return scheduler_class(section.type)(led, **params)
@@ -130,7 +139,7 @@ def decided(section: Scheduler, total_steps: int, lr: float) -> Scheduler:
 _RISES = {
     "WarmupLR": "warmup_num_steps", "WarmupDecayLR": "warmup_num_steps", "WarmupCosineLR": "warmup_num_steps",
     "OneCycle": "cycle_first_step_size", "CyclicLR": "step_size_up", "LinearLR": "total_iters",
-    "ConstantLR": "total_iters", **dict.fromkeys(OWN_SCHEDULES, "warmup"),
+    "ConstantLR": "total_iters", **dict.fromkeys(("WarmupCosine", "WarmupLinear", "Constant"), "warmup"),
 }  # fmt: skip
 _ENDS = {"WarmupDecayLR": "total_num_steps", "WarmupCosineLR": "total_num_steps", "OneCycleLR": "total_steps"}
 

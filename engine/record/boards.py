@@ -39,10 +39,17 @@ class ShownRun:
         path = self.folder / name
         return read_whole(path, 1 << 10).decode().strip() if self.resumed and path.exists() else None
 
-    @property
-    def name(self) -> str:
+    def asked(self, what: str) -> str | None:
+        """What the configuration says of "experiment", "run" or "uri"."""
+        return self.config.get("training", {}).get("tracked", {}).get(what)
+
+    def called(self, what: str, variable: str, otherwise: str) -> str:
+        """The "experiment" or "run" that is asked for, else what the environment or the task calls it."""
+        return self.asked(what) or os.environ.get(variable) or getattr(self.tracking, what) or otherwise
+
+    def name(self, variable: str) -> str:
         """What the run is called."""
-        return self.tracking.run or self.folder.resolve().name
+        return self.called("run", variable, self.folder.resolve().name)
 
 
 class Board(Protocol):
@@ -102,8 +109,8 @@ class WeightsAndBiases:
 
         self._wandb = wandb
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", run.tracking.experiment or "trunkline"),
-            name=os.environ.get("WANDB_NAME", run.name),
+            project=run.called("experiment", "WANDB_PROJECT", "trunkline"),
+            name=run.name("WANDB_NAME"),
             id=run.remembered(".wandb_run"),
             resume="allow",
             dir=str(run.folder),
@@ -130,7 +137,8 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """An MLflow run, continued under the same id on resume. MLFLOW_TRACKING_URI says where; MLflow's default else."""
+    """An MLflow run, continued under the same id on resume. Where: training.tracked.uri, else MLFLOW_TRACKING_URI, else
+    MLflow's default."""
 
     name = "mlflow"
     _PARAMS_A_CALL = 100
@@ -141,13 +149,11 @@ class MLflow:
         from mlflow.tracking.context.registry import resolve_tags
 
         # not mlflow.start_run: what that leaves in the process and its environment would decide for a later run
-        self._client = mlflow.MlflowClient()
+        self._client = mlflow.MlflowClient(run.asked("uri"))
         known = run.remembered(".mlflow_run")
         if known is None:
-            name = os.environ.get("MLFLOW_RUN_NAME", run.name)
-            self._run_id = self._client.create_run(
-                self._experiment(run), run_name=name, tags=resolve_tags()
-            ).info.run_id
+            name, experiment = run.name("MLFLOW_RUN_NAME"), self._experiment(run)
+            self._run_id = self._client.create_run(experiment, run_name=name, tags=resolve_tags()).info.run_id
             settings = [Param(key, value) for key, value in _flat(run.config).items()]
             for start in range(0, len(settings), self._PARAMS_A_CALL):
                 self._client.log_batch(self._run_id, params=settings[start : start + self._PARAMS_A_CALL])
@@ -157,10 +163,10 @@ class MLflow:
         (run.folder / ".mlflow_run").write_text(self._run_id)
 
     def _experiment(self, run: ShownRun) -> str:
-        if known := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        known = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if known and not run.asked("experiment"):
             return known
-        otherwise = run.tracking.experiment or f"trunkline-{run.config.get('workload', 'run')}"
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", otherwise)
+        name = run.called("experiment", "MLFLOW_EXPERIMENT_NAME", f"trunkline-{run.config.get('workload', 'run')}")
         found = self._client.get_experiment_by_name(name)
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 

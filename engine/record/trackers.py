@@ -170,7 +170,8 @@ class Shown:
         row = next((row for row in reversed(rows) if row["step"] == best_step), rows[-1] if rows else {})
         if values := {tag: row[name] for name, tag in tracking.final.items() if name in row}:
             self.board.put(self._position(rows[-1]["step"]), values)
-        for place in tracking.artifacts:
+        stay = self.run.config.get("training", {}).get("tracked", {}).get("leave_out", ())
+        for place in (place for place in tracking.artifacts if place not in stay):
             self.keep(rows[-1]["step"] if rows else best_step, self.run.folder / place)
 
     def _position(self, step: int) -> int:

@@ -4,8 +4,8 @@
     source.classes                        the names of the classes, sorted; a label is a place in them
     source.split("train")[3]              {"image": uint8 [H, W, 3], "label": int, "index": 3}
 
-A sample is the decoded image: square in a store of a fixed size and in a folder, unless training crops; otherwise of any
-size whose shorter side is at most `short_side`. What training does to it is the part of
+A sample is the decoded image: a square in a store of a fixed size, and in a folder unless training crops; otherwise of
+any size whose shorter side is at most `short_side`. What training does to it is the part of
 trunkline.models.image_classification.augment, which also makes squares of them.
 """
 

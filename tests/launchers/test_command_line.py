@@ -215,7 +215,7 @@ def test_a_flag_that_is_needed_is_asked_for() -> None:
         (["fluid", "--data_path", "x"], r"^--data_path: unknown flag.* \(fluid has --store, --epochs, --steps;"),
         (["pictures", "--data_path", "x", "y"], "^y: no flag stands before it"),
         (["pictured"], "unknown 'pictured'; did you mean 'pictures'"),
-        ([], "give --config FILE, or one of the workloads causal_lm, fluid, pictures"),
+        ([], "give --config FILE, or one of the workloads causal_lm, fluid, image_classification, pictures"),
     ],
 )
 def test_an_unknown_word_is_named_with_the_nearest(words: list[str], message: str) -> None:

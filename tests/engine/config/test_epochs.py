@@ -95,7 +95,8 @@ def test_a_rate_falls_once_in_an_epoch_as_torch_s_own_does(tmp_path: Path) -> No
 
 
 LENGTHS = {
-    "WarmupCosine": "warmup", "WarmupLinear": "warmup", "Constant": "warmup", "WarmupLR": "warmup_num_steps",
+    "WarmupCosine": "warmup", "WarmupLinear": "warmup", "Constant": "warmup", "WarmupShape": "warmup every",
+    "WarmupLR": "warmup_num_steps",
     "WarmupDecayLR": "warmup_num_steps total_num_steps", "WarmupCosineLR": "warmup_num_steps total_num_steps",
     "OneCycle": "cycle_first_step_size cycle_second_step_size decay_step_size",
     "LRRangeTest": "lr_range_test_step_size", "StepLR": "step_size", "MultiStepLR": "milestones",

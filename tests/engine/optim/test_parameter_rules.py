@@ -139,6 +139,7 @@ def test_rules_and_average_on_two_ranks_are_those_of_a_plain_loop(tmp_path: Path
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "WarmupCosine": {"warmup": 3}, "WarmupLinear": {"warmup": 0.2}, "Constant": {"warmup": 2},
+    "WarmupShape": {"shape": "cosine_restarts", "warmup": 4, "every": 2},
     "WarmupLR": {"warmup_max_lr": 0.3, "warmup_num_steps": 4}, "WarmupCosineLR": {"total_num_steps": 20},
     "WarmupDecayLR": {"total_num_steps": 20, "warmup_num_steps": 5, "warmup_max_lr": 0.2},
     "OneCycle": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.2, "cycle_first_step_size": 6}, "LRRangeTest": {},

@@ -95,7 +95,7 @@ def only_val(config: Config, value: bool, world_size: int) -> Config:
 FLAGS = (
     Flag("list-models", "print the architectures and end", bool, list_models),
     Flag("only_val", "evaluate alone", bool, only_val),
-    Flag("data_path", "folder with train/ and val/", str, "data.path", required=True),
+    Flag("data_path", "folder with train/ and val/", str, "data.path", required=("data.path",)),
     Flag("train_size", "training pictures in all", int, "data.train_size"),
     Flag("val_size", "validation pictures in all", int, "data.val_size"),
     Flag("img_size", "edge in pixels", int, "data.img_size", default=224),

@@ -1,0 +1,120 @@
+"""Checkpoints in the form of another program: a task writes one at each new best, and reads one to start from.
+
+    best = NewBest(...)
+    best.hand_over(path)            when the checkpoint at `path` is whole: the task's write_best gets its state
+    start_from(path, ...)           what the task's read_state finds, as a checkpoint of the run's own
+
+So weights, optimizer and step hold on any backend, stage and number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.config.deepspeed_section import DeepSpeedSection
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.optim.optimizers import build_optimizer
+from trunkline.engine.optim.schedules import build_scheduler
+from trunkline.engine.progress import Progress
+from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
+from trunkline.engine.state.whole import read_whole, whole_snapshot
+from trunkline.engine.task import Task
+from trunkline.engine.whole_state import WholeState
+
+
+@dataclass(frozen=True)
+class NewBest:
+    """The best evaluation so far, as the task is told of it: fixed, for training continues meanwhile."""
+
+    task: Task
+    folder: Path
+    names: Sequence[str]
+    section: DeepSpeedSection
+    metrics: Mapping[str, float]
+    step: int
+    applied_steps: int
+    steps_per_epoch: int
+    total_steps: int
+    average: bool
+
+    def hand_over(self, path: Path) -> None:
+        """Let the task write what it likes of the checkpoint at `path`. A run never ends for it."""
+        try:
+            self.task.write_best(self.folder, lambda: self._state(path))
+        except Exception as error:  # a full disk, or the task's own code
+            tqdm.write(f"warning: {path.name}: the task could not write its new best ({type(error).__name__}: {error})")
+
+    def _state(self, path: Path) -> WholeState:
+        parameters, buffers, kept = read_whole(path / BACKEND, self.names, self.average)
+        settings = {} if self.section.optimizer.is_deepspeed_only else self._settings()
+        return WholeState(
+            self.step, self.steps_per_epoch, parameters, buffers, kept, settings, self.metrics
+        )  # fmt: skip
+
+    def _settings(self) -> dict[str, Any]:
+        """The optimizer's settings with which the step was made."""
+        optimizer = build_optimizer([nn.Parameter(torch.zeros(1))], self.section.optimizer)
+        schedule = build_scheduler(optimizer, self.section.scheduler, self.total_steps)
+        schedule.forward(max(0, self.applied_steps - 1))
+        return {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+
+
+def start_from(
+    path: Path, task: Task, config: RunConfig, checkpoints: Checkpoints, identity: dict[str, Any], total_steps: int,
+    steps_per_epoch: int,
+) -> tuple[Checkpoint, list[str]]:  # fmt: skip
+    """Write what another program has saved at `path` as a checkpoint of the run. Called on all ranks.
+
+    Returns it, and lines for whoever starts the run. Raises CheckpointError on all ranks.
+    """
+    notes: list[str] = []
+
+    def write() -> Path:
+        state = task.read_state(path, steps_per_epoch)
+        notes.extend(state.notes)
+        if state.step > total_steps:
+            raise CheckpointError(f"{path}: is at step {state.step}, past this run's last step {total_steps}")
+        kept = state.kept
+        held = {key for of_one in kept.values() for key in of_one}
+        if held and held != (ours := _kept_by(config.deepspeed)):
+            kind = config.deepspeed.optimizer.type
+            notes.append(
+                f"its optimizer keeps {', '.join(sorted(held))}, and {kind} keeps {', '.join(sorted(ours)) or 'nothing'}"
+                ": that is left out"
+            )
+            kept = {}
+        progress, best = Progress(step=state.step), config.training.best
+        if math.isfinite(value := state.metrics.get(best.metric, math.nan)):
+            progress.best, progress.best_step = value, state.step
+            progress.best_metric, progress.best_mode = best.metric, best.mode
+        alone = Checkpoints(checkpoints.folder, Ranks(0, 1, 0, torch.device("cpu")), checkpoints.keep_last)
+        snapshot = whole_snapshot(state.parameters, state.buffers, kept)
+        trainers = asdict(progress) | identity | {"loss_scaler": {}}
+        return alone.save(snapshot, trainers, math.nan, in_background=False)
+
+    written: list[Path] = []
+    on_main(lambda: written.append(write()), checkpoints.ranks, f"{path}: cannot be taken up")
+    where = from_main(written[0] if written else None, checkpoints.ranks)
+    assert where is not None
+    return checkpoints.load(where), notes
+
+
+def _kept_by(section: DeepSpeedSection) -> set[str]:
+    """The keys of what the run's optimizer keeps for a parameter."""
+    if section.optimizer.is_deepspeed_only:
+        return set()
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = build_optimizer([parameter], section.optimizer)
+    parameter.grad = torch.zeros(1)
+    optimizer.step()
+    return {key for key, value in optimizer.state[parameter].items() if value is not None}

@@ -1,0 +1,185 @@
+"""best.pth, the checkpoint of the FastAI-compatible trainer: written at each new best, read by --load_model.
+
+    write(folder, state, classes, img_size, arch)    <folder>/best.pth and class_names.json beside it
+    read(path, model, classes, steps_per_epoch)      a WholeState in the names of `model`
+
+    {"model": {"model.conv1.weight": ...}, "opt": optimizer.state_dict(), "epoch": 12, "loss": 0.31, "img_size": 224,
+     "arch": "resnet34"}
+
+`model` has torchvision's names of a ResNet, and transformers' of any other network. `opt` is what torch's optimizer has
+over model.parameters(), in one group. `epoch` is the number of finished epochs. If the optimizer has counted as many
+steps as one epoch more has, that one is taken as finished too: such a file names its last epoch, from 0 on.
+FastAI's own files ("0.model." the body, "1." the head) give the body. Nothing that a file holds is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
+from trunkline.engine.config.strict import show
+from trunkline.engine.errors import CheckpointError
+from trunkline.engine.machine.files import replace_whole, write_json
+from trunkline.engine.machine.reading import read_whole, reason
+from trunkline.engine.whole_state import WholeState
+
+BEST_PTH, CLASS_NAMES = "best.pth", "class_names.json"
+_PREFIX, _BODY = "model.", "0.model."
+_MOST_NAMES = 64 << 20  # bytes
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+_STEM = "resnet.embedder.embedder."
+_LAYER = re.compile(
+    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)|(shortcut))\.(convolution|normalization)\."
+)
+_HEAD = "classifier.1."
+
+
+def torchvision_names(names: Iterable[str]) -> dict[str, str]:
+    """What torchvision calls each tensor of transformers' ResNet; names of any other network stay."""
+    names = list(names)
+    if not any(name.startswith(_STEM) for name in names):
+        return {name: name for name in names}
+    stem = {f"{_STEM}convolution.": "conv1.", f"{_STEM}normalization.": "bn1.", _HEAD: "fc."}
+    called = {}
+    for name in names:
+        begins = next((each for each in stem if name.startswith(each)), "")
+        called[name] = stem[begins] + name.removeprefix(begins) if begins else _LAYER.sub(_block, name)
+    return called
+
+
+def _block(found: re.Match[str]) -> str:
+    stage, layer, place, shortcut, kind = found.groups()
+    if shortcut:
+        part = f"downsample.{'01'[kind == 'normalization']}"
+    else:
+        part = f"{'bn' if kind == 'normalization' else 'conv'}{int(place) + 1}"
+    return f"layer{int(stage) + 1}.{layer}.{part}."
+
+
+def in_torchvision_order(name: str) -> tuple[Any, ...]:
+    """A sort key: torchvision's ResNet has a block's shortcut last, transformers' has it first."""
+    block, part = re.match(r"(layer\d+\.\d+\.)?(.*)", name).groups()  # type: ignore[union-attr]
+    stage, place = map(int, re.findall(r"\d+", block)) if block else (99 if part.startswith("fc.") else 0, 0)
+    kind, number = re.match(r"(\D+?)\.?(\d*)\.", part).groups()  # type: ignore[union-attr]
+    step = (9, int(number)) if kind == "downsample" else (int(number or 0), kind == "bn")
+    return stage, place, *step, part.endswith("bias")
+
+
+def write(folder: Path, state: WholeState, classes: tuple[str, ...], img_size: int, arch: str) -> None:
+    """Put best.pth and class_names.json into the folder, each whole or not at all. Raises OSError."""
+    names = torchvision_names([*state.parameters, *state.buffers])
+    order = list(state.parameters)
+    if names[order[0]] != order[0]:
+        order.sort(key=lambda name: in_torchvision_order(names[name]))
+    tensors = {f"{_PREFIX}{names[name]}": tensor for name, tensor in {**state.parameters, **state.buffers}.items()}
+    kept = {place: dict(state.kept[name]) for place, name in enumerate(order) if state.kept.get(name)}
+    content: dict[str, Any] = {
+        "model": {key: tensors[key] for key in _as_in_a_state_dict(tensors, [_PREFIX + names[name] for name in order])},
+        "epoch": state.step // state.steps_per_epoch,
+        "loss": state.metrics["loss"],
+        "img_size": img_size,
+        "arch": arch,
+    }
+    if state.optimizer:  # not one that only DeepSpeed has
+        content["opt"] = {"state": kept, "param_groups": [{**state.optimizer, "params": list(range(len(order)))}]}
+    replace_whole(folder / BEST_PTH, lambda draft: torch.save(content, draft))
+    write_json(folder / CLASS_NAMES, list(classes))
+
+
+def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) -> list[str]:
+    """The keys, with the buffers of a module after its parameters."""
+    keys = []
+    for name in parameters:
+        keys.append(name)
+        if name.endswith(".bias"):
+            beside = (f"{name.removesuffix('bias')}{each}" for each in _STATISTICS)
+            keys += [key for key in beside if key in tensors]
+    return [*keys, *(key for key in tensors if key not in keys)]
+
+
+def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int) -> WholeState:
+    """The state in such a file. `model` is new, and holds the file's weights afterwards.
+
+    Raises CheckpointError, also where class_names.json beside the file has other classes.
+    """
+    _check_classes(path.with_name(CLASS_NAMES), classes)
+    held = read_torch(path)
+    if not isinstance(held, Mapping) or not isinstance(held.get("model"), Mapping):
+        raise CheckpointError(f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}")
+    theirs = {called: name for name, called in torchvision_names(model.state_dict()).items()}
+    names = [name for name in held["model"] if isinstance(name, str)]
+    if any(name.startswith(_BODY) for name in names):
+        body = {name: theirs.get(name.removeprefix(_BODY)) for name in names}
+        load_foreign(model, path, lambda name: body.get(name), fresh=("classifier.*",))
+        return _state(model, 0, steps_per_epoch, notes=("is of FastAI: its body alone is taken, from epoch 0 on",))
+    called = {name: theirs.get(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX)) for name in names}
+    load_foreign(model, path, lambda name: called.get(f"{_PREFIX}{name}", called.get(name, name)))
+    epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
+    ours = {name for name, _ in model.named_parameters()}
+    kept, notes = _kept(held.get("opt"), [called[name] for name in names if called[name] in ours])
+    finished = int(epoch or 0)
+    counted = {float(each["step"]) for each in kept.values() if "step" in each}
+    if counted == {(finished + 1) * steps_per_epoch}:
+        finished += 1
+    if epoch is None:
+        notes = (*notes, "says no epoch: from epoch 0 on")
+    metrics = {} if loss is None else {"loss": loss}
+    return _state(model, finished * steps_per_epoch, steps_per_epoch, kept, metrics, notes)
+
+
+def _check_classes(path: Path, classes: Sequence[str]) -> None:
+    if path.is_file():
+        try:
+            found = json.loads(read_whole(path, _MOST_NAMES))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({reason(error)}): restore or remove it") from error
+        if found != list(classes):
+            raise CheckpointError(
+                f"{path}: has the classes {show(found)}, and the data has {show(list(classes))}: weights of other "
+                "classes are for --pretrained"
+            )
+
+
+def _state(
+    model: nn.Module, step: int, steps_per_epoch: int, kept: Mapping[str, Mapping[str, Tensor]] | None = None,
+    metrics: Mapping[str, float] | None = None, notes: tuple[str, ...] = (),
+) -> WholeState:  # fmt: skip
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+    return WholeState(step, steps_per_epoch, parameters, buffers, kept or {}, {}, metrics or {}, notes)
+
+
+def _kept(opt: Any, parameters: list[str]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """What the optimizer keeps, by parameter; and a note where it is not there, or not to be understood."""
+    groups, states = (opt.get(key) if isinstance(opt, Mapping) else None for key in ("param_groups", "state"))
+    if not isinstance(states, Mapping) or not isinstance(groups, list):
+        return {}, ("holds no state of an optimizer: weights and epoch alone are taken",)
+    if len(groups) != 1 or groups[0].get("params") != list(range(len(parameters))):
+        return {}, (
+            f"its optimizer is of {len(groups)} groups, not of all {len(parameters)} parameters in their order: "
+            "weights and epoch alone are taken",
+        )
+    kept = {}
+    for place, state in states.items():
+        tensors = {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
+        kept[parameters[place]] = {
+            key: value.reshape(()).to(torch.float32) if value.numel() == 1 and key == "step" else value
+            for key, value in tensors.items()
+        }
+    return kept, () if kept else ("its optimizer keeps nothing yet",)
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python's, numpy's or torch's; None for anything else."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None
