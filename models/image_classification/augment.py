@@ -7,7 +7,7 @@ An image that is img_size square is seen as it is. Of any other the central squa
 resized. Training may take a random part in its place (torchvision's RandomResizedCrop), and flips and rotates it. All
 of this is one affine map, and the image is sampled once, bilinearly. There is no low-pass filter: the short side of a
 store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it. On a CPU
-what is not rotated is resized as by Pillow, with such a filter (trunkline.models.image_classification.upright).
+a random part that is not rotated is resized as by Pillow, with such a filter, which is quicker there.
 
 Then colours change as in torchvision's ColorJitter, in the order brightness, contrast, saturation, hue. (There the
 order is drawn as well, which changes little.)
@@ -48,7 +48,13 @@ def augmented(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
     options, draw, size = data.augmentation, batch["draw"], batch["size"]
     part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
-    pixels = sampled(batch, data.img_size, part, turned(draw, options))
+    turn = turned(draw, options)
+    if options.crop is not None and not options.rotate and draw.device.type == "cpu":
+        corner = (part.centre - part.size / 2).long()
+        square = upright(batch["image"], corner, part.size.long(), turn[:, 0, 0] < 0, data.img_size)
+        pixels = square.float().div_(255)
+    else:
+        pixels = sampled(batch, data.img_size, part, turn)
     return _normalised(jittered(pixels, draw, options), data)
 
 
@@ -104,9 +110,6 @@ def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
     of a pixel are exact: so the result does not depend on the padding, and a pixel that is hit is copied.
     """
     images = batch["image"]
-    if images.device.type == "cpu" and not turn[:, 0, 1].any():
-        corner = (part.centre - part.size / 2).floor()
-        return upright(images, corner.long(), part.size.long(), turn[:, 0, 0] < 0, edge).float().div_(255)
     height, width = images.shape[1:3]
     padded_w, padded_h = (1 << max(0, length - 1).bit_length() for length in (width, height))
     canvas = torch.zeros(len(images), 3, padded_h, padded_w, device=images.device)

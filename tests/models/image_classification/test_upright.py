@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tests.models.image_classification.image_tree import pixels_of
-from trunkline.models.image_classification.augment import augmented, prepared, random_part
+from trunkline.models.image_classification.augment import augmented, random_part
 from trunkline.models.image_classification.config import Augmentation, Crop, ImageData
 from trunkline.models.image_classification.data import collate
 from trunkline.models.image_classification.upright import upright
@@ -43,4 +43,3 @@ def test_without_rotation_training_sees_pillows_crops_of_images_of_any_size() ->
     ):
         expected = _resized(image, (left, upper, left + width, upper + height), 16)
         assert _furthest(found * 255, expected) < 1.001
-    assert _furthest(prepared(batch, data)[1] * 255, _resized(images[1], (0, 7, 32, 39), 16)) < 1.001
