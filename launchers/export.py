@@ -13,7 +13,7 @@ from pathlib import Path
 from trunkline.engine.config.flags import Parser
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import config_sections, make_task, weights_task
+from trunkline.models.registry import config_sections, make_task, open_room, weights_task
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +30,7 @@ def _parser() -> Parser:
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest good one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint, fp32 master weights")
     parser.add_argument("--average", action="store_true", help="the weights' moving average (training.ema) instead")
+    parser.add_argument("--onnx", action="store_true", help="also model.onnx, checked by onnxruntime; pip install onnxruntime onnxscript")
     parser.add_argument("--max-shard-gib", type=float, default=2.0, help="largest file, in GiB (default 2)")
     return parser
 
@@ -61,6 +62,7 @@ def _export(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.run / "config.json", sections=config_sections)
     if arguments.average and config.training.ema is None:
         raise ConfigError(f"--average: {arguments.run} keeps no average of its weights (training.ema): leave it out")
+    write_onnx = open_room(config.workload, "onnx").write_onnx if arguments.onnx else None
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -77,6 +79,8 @@ def _export(arguments: argparse.Namespace) -> None:
             copy_assets(arguments.run, draft, arguments.dtype or "float32")
         else:
             write_assets(draft, task, config, arguments.dtype or "float32")
+        if write_onnx is not None:
+            write_onnx(draft)
 
     replace_files(arguments.out, write)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")

@@ -4,6 +4,7 @@
     task                  make_task(data, model); weights_task(data, model) where the names of weights need no data
     prepare, evaluate,
     predict               run(arguments), for the launchers of those names
+    onnx                  where there is one, write_onnx(folder), for launchers/export.py --onnx
     flags                 prepare(parser), evaluate(parser) and predict(parser), which add those launchers' flags; where
                           launchers/train.py has any, FLAGS, and DEFAULTS, the file in place of --config. It imports
                           nothing that takes long, so that --help is quick

@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written: {error.strerror}; choose another") from error
     for each in good[:_PRINTED]:
-        print(f"{printable(str(each.path))}: {', '.join(_likeliest(each, trained.classes, 1))}")
+        name, probability = _likeliest(each, trained.classes, 1)[0]
+        print(f"{printable(str(each.path))}: {name} ({probability:.1%})")
     more = f" (the first {_PRINTED} above)" if len(good) > _PRINTED else ""
     missing = f", {len(made) - len(good):,} could not be read" if len(good) < len(made) else ""
     print(f"wrote {len(good):,} predictions{more} to {out}/predictions.csv{missing}; sheet.png shows some")
@@ -113,23 +114,24 @@ def _write_csv(path: Path, made: Sequence[Prediction], classes: Sequence[str], t
         writer = csv.writer(file)
         writer.writerow([*header, "error"])
         for each in made:
-            likeliest = _likeliest(each, classes, top_k) if each.probabilities is not None else [""] * 2 * top_k
-            writer.writerow([each.path, *likeliest, each.why])
+            cells = [text for name, share in _likeliest(each, classes, top_k) for text in (name, f"{share:.6f}")]
+            writer.writerow([each.path, *(cells or [""] * 2 * top_k), each.why])
 
 
-def _likeliest(prediction: Prediction, classes: Sequence[str], count: int) -> list[str]:
-    """[class, probability, class, probability, ...]"""
-    assert prediction.probabilities is not None
+def _likeliest(prediction: Prediction, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """Classes and their probabilities, none of what could not be read."""
+    if prediction.probabilities is None:
+        return []
     order = np.argsort(-prediction.probabilities, kind="stable")[:count]
-    return [text for place in order for text in (classes[place], f"{prediction.probabilities[place]:.6f}")]
+    return [(classes[place], float(prediction.probabilities[place])) for place in order]
 
 
 def _draw(path: Path, good: Sequence[Prediction], trained: Trained) -> None:
     chosen = [good[int(place)] for place in np.unique(np.linspace(0, len(good) - 1, _SHEET).round())]
     tiles = []
     for each in chosen:
-        name, probability = _likeliest(each, trained.classes, 1)
-        lines = [shortened(each.path.name, 20), f"{shortened(name, 12)} ({100 * float(probability):.1f} %)"]
+        name, probability = _likeliest(each, trained.classes, 1)[0]
+        lines = [shortened(each.path.name, 20), f"{shortened(name, 12)} ({100 * probability:.1f} %)"]
         tiles.append(Tile(read_image(each.path, trained.size), lines))
     some = f"{len(chosen)} of {len(good):,} images" if len(chosen) < len(good) else f"{len(good)} images"
     plot_sheet(tiles, path, f"{some}, and what they are taken for")
