@@ -16,6 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
+@pytest.mark.slow
 def test_onnxruntime_computes_the_same_logits(tmp_path: Path) -> None:
     from trunkline.models.image_classification.onnx import write_onnx
 
