@@ -52,6 +52,8 @@ ARCHITECTURES = {
     "efficientnet_b0": Architecture("efficientnet", "efficientnet", 5_288_548, _EFFICIENTNET_B0),
 }
 """By name. resnet_tiny is for images of some 28 to 64 pixels, such as digits."""
+BATCH_NORMALIZED = ("resnet", "efficientnet")
+"""The series whose networks have BatchNorms."""
 
 
 def architectures(series: str = "") -> dict[str, int]:

@@ -18,8 +18,8 @@ from typing import Any
 from trunkline.engine.config.draft import value_at
 from trunkline.engine.config.flags import LENGTH, Flag, one_of
 from trunkline.engine.errors import ConfigError
+from trunkline.models.image_classification.architectures import ARCHITECTURES, BATCH_NORMALIZED, architectures
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_tiny", "vit_base_patch16")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 SHAPES = ("cosine", "cosine_restarts", "linear", "constant", "polynomial", "step")
 
@@ -35,8 +35,12 @@ Config = dict[str, Any]
 
 
 def list_models(config: Config, value: str, world_size: int) -> Config:
-    """Print the names that begin with the series, and end."""
-    print("\n".join(name for name in ARCHITECTURES if name.startswith(value.lower())))
+    """Print the networks of the series with their parameters, and end."""
+    found = architectures(value.lower())
+    if not found:
+        series = ", ".join(dict.fromkeys(each.series for each in ARCHITECTURES.values()))
+        raise ConfigError(f"--list-models {value}: no network is of that series: use one of {series}, or none")
+    print("\n".join(f"{name:<20}{count:>12,} parameters at 1,000 classes" for name, count in found.items()))
     raise SystemExit(0)
 
 
@@ -83,7 +87,7 @@ def data_path(config: Config, value: str, world_size: int) -> Config:
 
 def architecture(text: str) -> str:
     """The name of a network, or a folder that exists. Raises argparse.ArgumentTypeError."""
-    return text if Path(text).is_dir() else one_of(ARCHITECTURES)(text)
+    return text if Path(text).is_dir() else one_of(tuple(ARCHITECTURES))(text)
 
 
 def network(config: Config, value: str, world_size: int) -> Config:
@@ -111,7 +115,9 @@ def batch_per_gpu(config: Config, value: int, world_size: int) -> Config:
             f"which would have {group} here: use {(value + 8) // 16 * 16}, or another multiple of 8"
         )
     sizes = _sizes(value, steps if isinstance(steps, int) else _auto_accumulation(value, world_size), world_size)
-    return {**sizes, "model.batch_norm_group": group}
+    known = ARCHITECTURES.get(value_at(config, "model.arch"))
+    has_none = known is not None and known.series not in BATCH_NORMALIZED
+    return sizes if has_none else {**sizes, "model.batch_norm_group": group}
 
 
 def accumulation(config: Config, value: int, world_size: int) -> Config:

@@ -53,7 +53,7 @@ def make_network(model: ImageModel, num_classes: int, img_size: int, folder: Pat
     if not batch_norms(network):
         _check_idle(model, type(network).__name__)
     network = normalized(network, model)
-    network._no_split_modules = _BLOCKS.get(config.model_type, network._no_split_modules)
+    network._no_split_modules = _BLOCKS.get(config.model_type, network._no_split_modules)  # type: ignore[assignment]
     network.register_forward_pre_hook(_suited, with_kwargs=True)
     return network
 
