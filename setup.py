@@ -31,7 +31,7 @@ setup(
     extras_require={
         "examples": ["chatterbot-corpus>=1.3", "pyyaml>=6"],  # what `make train WORKLOAD=causal_lm` learns
         "test": [
-            "trunkline[examples]",
+            "trunkline[examples,onnx]",
             "accelerate>=1.10",  # these two are what results and speeds are compared with
             "trl>=1.14",
             "kernels>=0.17",  # Hugging Face's, beside which everything has to work
@@ -44,6 +44,7 @@ setup(
             "pandas>=2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU
         ],
+        "onnx": ["onnxruntime>=1.23", "onnxscript>=0.7"],  # launchers/export.py --onnx
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow>=2.18"],
     },

@@ -56,7 +56,9 @@ def test_the_command_writes_metrics_mistakes_and_pictures(
     assert 0 <= low < right / 5 < high <= 1
     with (tmp_path / "mistakes.csv").open(newline="") as file:
         mistakes = list(csv.DictReader(file))
-    wrong = {images.name(place): row for place, row in enumerate(sums["samples"]) if int(row[0]) != images.labels[place]}
+    wrong = {
+        images.name(place): row for place, row in enumerate(sums["samples"]) if int(row[0]) != images.labels[place]
+    }
     assert len(wrong) == 5 - right > 0
     assert {row["path"] for row in mistakes} == set(wrong)
     for row in mistakes:
