@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,15 +26,13 @@ from tests.models.image_classification.small_images import (
     write_images,
 )
 from trunkline.engine.checkpoint.weights import WEIGHTS
+from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
-from trunkline.engine.config.deepspeed_section import batch_sizes
-from trunkline.engine.errors import CheckpointError
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.augment import augmented
 from trunkline.models.image_classification.best_pth import torchvision_names
-from safetensors.torch import load_file
 
 EPOCHS, LR = 4, 0.01
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -50,9 +49,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(images: Path, optimizer: str, *words: str) -> RunConfig:
     return asked(
-        "--data_path", str(images), "--img_size", str(EDGE), "--batch_size", "4", "--grad_acc", "-1", "--disable_mlflow",
+        "--data_path", str(images), "--img_size", str(EDGE), "--batch_size", "4", "--grad_acc", "-1",
         "--epochs", str(EPOCHS), "--warmup_epochs", "2", "--optimizer", optimizer, "--lr0", str(LR),
-        "--set", 'training.parameters=[{"names": ["*"], "weight_decay": 0.01}]', "--set", "training.trackers=[]", *words,
+        "--set", 'training.parameters=[{"names": ["*"], "weight_decay": 0.01}]', "--set", "training.trackers=[]",
+        *words,
     )[1]  # fmt: skip
 
 
