@@ -159,7 +159,8 @@ def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch, tmp
     assert (model.arch, model.pretrained) == ("resnet34", str(Path("resnet34.pth").absolute()))
     assert (training.start_from, training.early_stopping.patience) == (str(Path("old/best.pth").absolute()), 7)
     assert training.tracked.model_dump() == {
-        "experiment": "shop", "run": "one", "uri": "http://127.0.0.1:5000", "leave_out": ("best", "best.pth")}  # fmt: skip
+        "experiment": "shop", "run": "one", "uri": "http://127.0.0.1:5000", "leave_out": ("best", "best.pth"),
+    }  # fmt: skip
     assert training.trackers == ("tensorboard", "mlflow")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert configured("--device", "cpu").training.tracked.run is None
