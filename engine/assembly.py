@@ -74,7 +74,10 @@ class Assembly:
         seed_torch(self.config.training.seed, 0)
         state = state or self.found
         kept = ShardedFiles(state.path / BACKEND).kept() if state else {}
-        model = freeze(self.task.build_model(), self.config)
+        model = self.task.build_model()
+        if state is None:
+            self.task.initialize(model)
+        model = freeze(model, self.config)
         self.notes = notes_of_resume(model, kept)
         if self.found and "averaged" not in self.found.state:
             self.notes += notes_of_earlier_version(model, self.config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from tqdm import tqdm
 from trunkline.engine.backends import Backend
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.ranks.distributed import Ranks, sum_over_ranks
+from trunkline.engine.ranks.distributed import Ranks, gather, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
 SHOWN = "shown"
 """The folder of a run for what the task shows of the last evaluation: pictures, texts, tables."""
+
+_APART = 0.2
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -55,14 +59,18 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums: Sums | None = None
+    has_samples = False
     try:
         for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
             before_batch()
+            has_samples = has_samples or bool(batch["valid"].any())
             sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
     finally:
         model.train(was_training)
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
+    if ranks.world_size > 1:
+        _compare_ranks(split, gather(task.summarize(sums).get("loss") if has_samples else None, ranks), ranks)
     sums = sum_over_ranks(sums, ranks)
     if show_in is not None and ranks.is_main:
         try:
@@ -73,3 +81,23 @@ def evaluate(
         except Exception as error:  # a picture is worth no run
             tqdm.write(f"warning: {show_in}: is not whole ({type(error).__name__}: {error})", file=sys.stderr)
     return task.summarize(sums)
+
+
+def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) -> None:
+    """Say how the ranks' own mean losses spread, and warn if one is far from their mean. None: it had no samples.
+
+    Metrics do not depend on who evaluated what. Here a rank shows whose weights or data are not those of the others.
+    """
+    losses = [loss for loss in by_rank if loss is not None and math.isfinite(loss)]
+    if not ranks.is_main or len(losses) < 2:
+        return
+    mean, spread = statistics.fmean(losses), statistics.pstdev(losses)
+    said = f"mean {mean:.6g}, std {spread:.3g}, min {min(losses):.6g}, max {max(losses):.6g}"
+    tqdm.write(f"{split} loss of the ranks' own samples: {said}")
+    farthest = max(losses, key=lambda loss: abs(loss - mean))
+    if abs(farthest - mean) > _APART * abs(mean):
+        tqdm.write(
+            f"warning: rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}, more than {_APART:.0%} off "
+            f"the ranks' mean: each has few samples, or this one's weights or data are not those of the others",
+            file=sys.stderr,
+        )

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes, bucket_size, parameter_dtype
+from trunkline.engine.config.deepspeed_section import (
+    BatchSizes,
+    batch_sizes,
+    bucket_size,
+    keeps_together,
+    parameter_dtype,
+)
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
@@ -33,7 +39,7 @@ def make_plan(
     null where the model cannot run so.
     """
     config = with_direction(config, task)
-    sizes = sizes or batch_sizes(config.deepspeed, world_size)
+    sizes = sizes or sizes_of(task, config, world_size)
     samples = len(task.dataset("train"))
     batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
     steps = total_steps(config, batches)
@@ -93,9 +99,25 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dic
     return shown, origins
 
 
+def sizes_of(task: Task, config: RunConfig, world_size: int) -> BatchSizes:
+    """The batch sizes as configured. Raises ConfigError where they tear apart what belongs together."""
+    sizes, multiple = batch_sizes(config.deepspeed, world_size), task.micro_batch_multiple
+    if not keeps_together(sizes, multiple):
+        key, micro, total = "deepspeed.train_micro_batch_size_per_gpu", sizes.micro_batch_size, sizes.global_batch_size
+        why = task.micro_batch_multiple_key or f"{type(task).__name__}.micro_batch_multiple"
+        ways = f"a multiple of {world_size * multiple} for deepspeed.train_batch_size ({total})"
+        if total % (world_size * multiple) == 0:
+            ways = f'a multiple of {multiple}, or "auto", for it'
+        raise ConfigError(
+            f"{config.where(key)}: {key}: {micro} samples on each of {world_size} ranks are no multiple of the "
+            f"{multiple} that belong together ({why}): use {ways}, or a divisor of {micro} for {why}"
+        )
+    return sizes
+
+
 def planned_batches(task: Task, config: RunConfig, world_size: int) -> GlobalBatches:
     """The global batches of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
-    size = batch_sizes(config.deepspeed, world_size).global_batch_size
+    size = sizes_of(task, config, world_size).global_batch_size
     return GlobalBatches(len(task.dataset("train")), size, config.training.seed)
 
 

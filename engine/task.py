@@ -70,6 +70,14 @@ class Task(ABC):
     transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
     """
 
+    micro_batch_multiple: int = 1
+    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss. They
+    stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole global
+    batch, so that it is whole groups, but for the global batch's last one, which may be short."""
+
+    micro_batch_multiple_key: str = ""
+    """Which setting decides it, such as "model.batch_norm_group", for messages."""
+
     tracking: Tracking = Tracking()
     """How TensorBoard, Weights & Biases and MLflow show the run."""
 
@@ -87,6 +95,13 @@ class Task(ABC):
         A class attribute `_no_split_modules` (transformers' name for it) lists the class names of its repeated
         blocks: the units of activation checkpointing and of sharding.
         """
+
+    def initialize(self, model: nn.Module) -> None:
+        """Put the weights that training starts from into what `build_model` returned, where they are not those.
+
+        Called where no checkpoint is loaded into it. The default leaves it as it is. Raises CheckpointError.
+        """
+        return None
 
     @abstractmethod
     def dataset(self, split: str) -> Samples:

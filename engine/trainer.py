@@ -20,7 +20,7 @@ from trunkline.engine.checkpoint.best import FINAL, BestWeights
 from trunkline.engine.checkpoint.checkpoints import Checkpoint, Checkpoints
 from trunkline.engine.checkpoint.other_programs import NewBest, start_from
 from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
-from trunkline.engine.config.deepspeed_section import batch_sizes, own_classes, parameter_dtype
+from trunkline.engine.config.deepspeed_section import own_classes, parameter_dtype
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
@@ -32,7 +32,7 @@ from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import render_summary, total_steps
+from trunkline.engine.plan import render_summary, sizes_of, total_steps
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main
@@ -107,7 +107,7 @@ class Trainer(Run):
         if ranks.world_size > 1:
             self.watchdog.note(0, "testing the collectives")
             collective_self_test(ranks.device, list(dict.fromkeys([torch.float32, parameter_dtype(config.deepspeed)])))
-        sizes = batch_sizes(config.deepspeed, ranks.world_size)
+        sizes = sizes_of(task, config, ranks.world_size)
         self.begin("reading the data")
         self.dataset = task.dataset("train")
         self.begin("verifying the data")
@@ -128,7 +128,8 @@ class Trainer(Run):
         elif resume == "auto" and found is None:
             self.say(f"{folder} holds no checkpoint yet: starting at step 0")
 
-        self.micro = MicroBatches(folder, sizes, memory_facts(config, known, ranks.device, sizes), ranks)
+        facts = memory_facts(config, known, ranks.device, sizes)
+        self.micro = MicroBatches(folder, sizes, facts, ranks, task.micro_batch_multiple)
         self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self.begin)
         self.assembly.build(self.micro.sizes)
         self.begin("loading the checkpoint" if found is not None else "writing the plan")

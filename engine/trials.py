@@ -37,13 +37,14 @@ _SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counte
 def find_micro_batch(trainer: Trainer) -> None:
     """Find it by bisection and remember it with the run, which is ready to begin. Called on all ranks.
 
-    A run that remembers its micro-batch keeps to it. Raises TrunklineError if a single sample does not fit.
+    A run that remembers its micro-batch keeps to it. Raises TrunklineError if the smallest does not fit.
     """
     if trainer.micro.notes:
         trainer.say(f"not looking for a micro-batch: remove {trainer.micro.path} to look again")
         return
     sizes = trainer.micro.sizes
-    candidates = _not_hopeless(trainer, divisors(sizes))
+    smallest, *_ = possible = divisors(sizes, trainer.micro.multiple)
+    candidates = _not_hopeless(trainer, possible)
     fits, too_large = -1, len(candidates)  # places in the list
     shortage = Shortage("counted memory alone is beyond the device's", agreed=True)
     with tqdm(
@@ -61,7 +62,8 @@ def find_micro_batch(trainer: Trainer) -> None:
             bar.update()
         bar.total = bar.n
     if fits < 0:
-        raise TrunklineError(f"a single sample does not fit into memory{ways_out(shortage, trainer.assembly.plan)}")
+        what = "a single sample does" if smallest == 1 else f"{smallest} samples that belong together do"
+        raise TrunklineError(f"{what} not fit into memory{ways_out(shortage, trainer.assembly.plan)}")
     trainer.micro.take(resized(sizes, candidates[fits]), "found by --find-micro-batch")
     trainer.room.rebuild()
     trainer.room.note_sizes()

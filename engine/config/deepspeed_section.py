@@ -204,6 +204,11 @@ class BatchSizes:
     world_size: int
 
 
+def keeps_together(sizes: BatchSizes, multiple: int) -> bool:
+    """Whether each micro-batch is whole groups of `multiple` samples in contiguous places of the global batch."""
+    return sizes.micro_batch_size % multiple == 0 or sizes.micro_batch_size == sizes.global_batch_size
+
+
 def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
     """Resolve "auto" and check that the sizes multiply. Raises ConfigError with the numbers and the way out."""
     total, micro = section.train_batch_size, section.train_micro_batch_size_per_gpu

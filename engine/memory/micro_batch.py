@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trunkline.engine.config.deepspeed_section import BatchSizes
+from trunkline.engine.config.deepspeed_section import BatchSizes, keeps_together
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.files import replace_whole
@@ -30,10 +30,13 @@ from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 MEMORY = "memory.json"
 
 
-def divisors(sizes: BatchSizes) -> list[int]:
-    """The micro-batches that the same global batch can be split into, from the smallest."""
+def divisors(sizes: BatchSizes, multiple: int = 1) -> list[int]:
+    """The micro-batches that the same global batch can be split into, from the smallest; `multiple` samples in
+    contiguous places stay together."""
     share = sizes.global_batch_size // sizes.world_size
-    return [size for size in range(1, share + 1) if share % size == 0]
+    return [
+        size for size in range(1, share + 1) if share % size == 0 and keeps_together(resized(sizes, size), multiple)
+    ]
 
 
 def resized(sizes: BatchSizes, micro_batch_size: int) -> BatchSizes:
@@ -66,10 +69,13 @@ class MicroBatches:
         sizes: as configured.
         facts: what that holds for (`memory_facts`); remembered sizes of other facts are left alone.
         ranks: this process among all.
+        multiple: samples of a micro-batch that belong together (`Task.micro_batch_multiple`), in training.
     """
 
-    def __init__(self, folder: Path, sizes: BatchSizes, facts: dict[str, Any], ranks: Ranks) -> None:
-        self.path, self.facts, self.ranks = folder / MEMORY, facts, ranks
+    def __init__(
+        self, folder: Path, sizes: BatchSizes, facts: dict[str, Any], ranks: Ranks, multiple: int = 1
+    ) -> None:
+        self.path, self.facts, self.ranks, self.multiple = folder / MEMORY, facts, ranks, multiple
         self.sizes, self._evaluation = sizes, 0
         self.notes: list[str] = []
         """What was remembered, for whoever starts the run."""
@@ -84,9 +90,11 @@ class MicroBatches:
         """Halve the training's micro-batch (an odd one goes to the next divisor) and remember it. Called on all ranks,
         or on the one that ran out alone. Raises TrunklineError, with the plan's figures, where it cannot be smaller."""
         old = self.sizes
-        smaller = [size for size in divisors(old) if size <= old.micro_batch_size // 2]
+        smaller = [size for size in divisors(old, self.multiple) if size <= old.micro_batch_size // 2]
         if not smaller:
-            raise TrunklineError(f"step {step} does not fit into memory with 1 sample{ways_out(shortage, plan)}")
+            size = old.micro_batch_size
+            samples = "1 sample" if size == 1 else f"{size} samples, which belong together"
+            raise TrunklineError(f"step {step} does not fit into memory with {samples}{ways_out(shortage, plan)}")
         self.sizes = resized(old, smaller[-1])
         line = (
             f"step {step} ran out of memory with {old.micro_batch_size} samples ({shortage.text}): now "
@@ -149,8 +157,9 @@ class MicroBatches:
             if found["for"] != self.facts:
                 return None
             micro, evaluation = found["micro_batch_size"], found["evaluation_micro_batch_size"]
-            if type(micro) is not int or micro not in divisors(self.sizes):
-                raise ValueError(f"micro_batch_size {micro!r:.80} does not divide the global batch")
+            if type(micro) is not int or micro not in divisors(self.sizes, self.multiple):
+                whole = f" into groups of {self.multiple}" if self.multiple > 1 else ""
+                raise ValueError(f"micro_batch_size {micro!r:.80} does not divide the global batch{whole}")
             if type(evaluation) is not int or not 1 <= evaluation <= self.sizes.global_batch_size:
                 raise ValueError(f"evaluation_micro_batch_size {evaluation!r:.80} is no number of samples")
             return micro, evaluation, str(found["why"])[:1000]

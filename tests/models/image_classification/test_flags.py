@@ -20,7 +20,8 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
 from trunkline.launchers.command_line import parse
-from trunkline.models.image_classification.flags import ARCHITECTURES, DEFAULTS, FLAGS
+from trunkline.models.image_classification.architectures import ARCHITECTURES
+from trunkline.models.image_classification.flags import DEFAULTS, FLAGS
 from trunkline.models.registry import config_sections
 
 DATA = ("--data_path", "shots")
