@@ -196,7 +196,9 @@ class Task(ABC):
 
         Its `step` is of this run, which has `steps_per_epoch`. Raises CheckpointError or ConfigError.
         """
-        raise ConfigError(f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it")
+        raise ConfigError(
+            f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it"
+        )
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.
