@@ -81,10 +81,10 @@ $(lm)/conversations $(lm)/preferences: $(lm)/%: | $(lm)/text
 	$(python) launchers/prepare.py causal_lm --example --kind $* --tokenizer $(lm)/text/tokenizer --out $@
 
 test: lint
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
 
 chaos: $(VENV)/.installed-test
-	$(python) -m pytest -n 2 -m fault
+	$(python) -m pytest -n 2 --dist worksteal -m fault
 
 lint: $(VENV)/.installed-test
 	$(python) -m ruff check
