@@ -77,6 +77,16 @@ def images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
+def image_training(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py image_training`."""
+    parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")
+    parser.add_argument("--img-size", type=int, default=64, help="edge of the pictures in pixels (64)")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="images a step (32)")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn that count (4)")
+
+
 def causal_lm(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py causal_lm`."""
     from trunkline.models.causal_lm.config import PRESETS

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
     "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),
+    "image_training": ("trunkline.benchmarks.image_training", "training of image classifiers against transformers"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }

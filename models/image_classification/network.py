@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trunkline.engine.checkpoint.foreign import load_foreign
 from trunkline.engine.errors import ConfigError, TrunklineError
@@ -162,5 +162,7 @@ def _check_idle(model: ImageModel, name: str) -> None:
 def _suited(
     network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Images in the dtype of the weights, which a backend may have narrowed."""
-    return args, kwargs | {"pixel_values": kwargs["pixel_values"].to(next(network.parameters()).dtype)}
+    """Images in the dtype of the weights, which a backend may have narrowed, and laid out as convolutions are fast."""
+    images: Tensor = kwargs["pixel_values"].to(next(network.parameters()).dtype)
+    layout = torch.channels_last if images.is_cuda else torch.contiguous_format
+    return args, kwargs | {"pixel_values": images.contiguous(memory_format=layout)}
