@@ -129,6 +129,8 @@ class DeepSpeedBackend:
             scaler.raise_error_at_min_scale = False  # the trainer ends the run, and not at the first such step
         self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
+        if ranks.world_size == 1 and self._clip is not None and section.communication_data_type is None:
+            self.engine.enable_backward_allreduce = False  # it would copy each gradient twice, to reduce nothing
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         if parameter_dtype(section) != torch.float32:
             self._begin_as_built(weights)
