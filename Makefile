@@ -101,10 +101,10 @@ $(digits)/store: | $(digits)/images
 	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 48
 
 test: lint
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
 
 chaos: $(VENV)/.installed-test
-	$(python) -m pytest -n 2 -m fault
+	$(python) -m pytest -n 2 --dist worksteal -m fault
 
 lint: $(VENV)/.installed-test
 	$(python) -m ruff check

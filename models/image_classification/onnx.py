@@ -2,8 +2,8 @@
 
     write_onnx(folder)    model.onnx beside the weights, compared with the network that it was made from
 
-Its input "pixel_values" is fp32 [B, 3, S, S], RGB from 0 to 1, each channel less data.mean and divided by data.std; B is
-free. Its output "logits" is [B, C], in the order of the classes.
+Its input "pixel_values" is fp32 [B, 3, S, S], RGB from 0 to 1, each channel less data.mean and divided by data.std.
+B is free. Its output "logits" is [B, C], in the order of the classes.
 """
 
 from __future__ import annotations

@@ -115,6 +115,14 @@ def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "new").exists()
 
 
+def test_a_workload_without_onnx_says_so_before_anything_is_written(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out"), "--onnx"]) == 2
+    assert "--onnx: workload 'fluid': Trunkline gives no module trunkline.models.fluid.onnx" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_was_killed_is_made_again_by_the_same_command(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".draft").mkdir(parents=True)

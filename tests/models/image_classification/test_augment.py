@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_colours_change_as_torchvision_defines_it() -> None:
     found = jittered(pixels.clone(), draw, options)
     grey = torch.full((6, 3, 1, 1), 0.5)
     brightness = jittered(grey.clone(), draw, NOTHING.model_copy(update={"brightness": 0.4}))[:, 0, 0, 0] / 0.5
-    two = torch.tensor([0.4, 0.6]).expand(6, 3, 1, 2).clone()  # whose mean is 0.5 but for the weights, which add to 0.9999
+    two = torch.tensor([0.4, 0.6]).expand(6, 3, 1, 2).clone()
     contrast = jittered(two, draw, NOTHING.model_copy(update={"contrast": 0.4}))[:, 0, 0].diff(dim=1)[:, 0] / 0.2
     coloured = torch.tensor([0.6, 0.4, 0.4]).view(1, 3, 1, 1).repeat(6, 1, 1, 1)
     saturated = jittered(coloured.clone(), draw, NOTHING.model_copy(update={"saturation": 0.4}))
@@ -192,14 +193,10 @@ def test_the_same_pixels_in_any_batch_and_beside_images_of_any_size() -> None:
     whole = augmented(batch_of(images), data(EVERYTHING))
     for split in ((1,) * 7, (3, 4), (2, 2, 2, 1)):
         ends = np.cumsum([0, *split])
-        parts = [
-            augmented(batch_of(images[a:b], int(a)), data(EVERYTHING)) for a, b in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        parts = [augmented(batch_of(images[a:b], int(a)), data(EVERYTHING)) for a, b in pairwise(ends)]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
         geometric = EVERYTHING.model_copy(update={"contrast": 0.0})
-        parts = [
-            augmented(batch_of(images[a:b], int(a)), data(geometric)) for a, b in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        parts = [augmented(batch_of(images[a:b], int(a)), data(geometric)) for a, b in pairwise(ends)]
         assert torch.equal(torch.cat(parts), augmented(batch_of(images), data(geometric)))
 
 

@@ -62,7 +62,9 @@ def test_balanced_weights_give_each_class_the_same_say() -> None:
     assert found[torch.from_numpy(labels)].sum() == pytest.approx(3 * 10 / 4), "three classes that occur, of four"
 
 
-@pytest.mark.parametrize(("weights", "said"), [((1.0, 2.0), "2 numbers for 3 classes.*cat, dog, fish"), ((0, 0, 0), "all 0")])
+@pytest.mark.parametrize(
+    ("weights", "said"), [((1.0, 2.0), "2 numbers for 3 classes.*cat, dog, fish"), ((0, 0, 0), "all 0")]
+)
 def test_weights_that_cannot_be_are_refused(weights: tuple[float, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         given_weights(weights, ("cat", "dog", "fish"))

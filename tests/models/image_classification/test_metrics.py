@@ -209,5 +209,3 @@ def test_an_interval_stays_within_0_and_1() -> None:
     assert interval(0, 20) == pytest.approx((0.0, 0.1611), abs=6e-5)
     assert interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=6e-5)
     assert interval(20, 20)[1] == 1.0
-
-

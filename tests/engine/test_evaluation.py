@@ -1,0 +1,67 @@
+"""Evaluation: what ranks say of their own losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed import run_distributed_test
+from tests.engine.tiny import TinyData, TinyModel, TinyTask
+from trunkline.engine.evaluation import evaluate
+from trunkline.engine.ranks.distributed import Ranks
+from trunkline.engine.task import Batch, Sums
+
+
+class NumberTask(TinyTask):
+    """The loss of a sample is a number: 1, and more for samples 2 and 3."""
+
+    def __init__(self, more: float) -> None:
+        super().__init__(TinyData(), TinyModel())
+        self.more = more
+
+    def dataset(self, split: str) -> range:
+        return range(7)
+
+    def collate(self, samples: Sequence[int]) -> Batch:
+        return {"number": torch.tensor(samples)}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        loss = torch.where(batch["number"] // 2 == 1, 1.0 + self.more, 1.0)
+        return {"loss": (loss * batch["valid"]).sum(), "weight": batch["valid"].sum(), "samples": batch["valid"].sum()}
+
+
+def measured(rank: int, world_size: int) -> list[tuple[float, str, str]]:
+    found = []
+    for more, samples in ((0.1, None), (1.0, None), (1.0, 1)):
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            metrics = evaluate(
+                NumberTask(more), nn.Identity(), Ranks(rank, world_size, rank, torch.device("cpu")),
+                num_samples=samples, micro_batch_size=2, progress=False,
+            )  # fmt: skip
+        found.append((metrics["loss"], out.getvalue(), err.getvalue()))
+    return found
+
+
+@pytest.mark.distributed
+def test_ranks_whose_own_losses_lie_apart_are_named() -> None:
+    """Seven samples in batches of two: ranks 0, 1 and 2 have the first two, the next two and the next, twice."""
+    (near, apart, one), *others = run_distributed_test(measured, 3)
+    assert near[0] == pytest.approx((5 + 2 * 1.1) / 7)
+    assert near[1].strip() == "val loss of the ranks' own samples: mean 1.03333, std 0.0471, min 1, max 1.1"
+    assert near[2] == ""
+    assert apart[0] == pytest.approx((5 + 2 * 2.0) / 7)
+    assert "mean 1.33333, std 0.471, min 1, max 2" in apart[1]
+    assert apart[2].startswith("warning: rank 1's own val loss is 2, more than 20% off the ranks' mean")
+    assert one[1:] == ("", ""), "one rank alone has a sample"
+    assert [line for rank in others for found in rank for line in found[1:]] == [""] * 12
+
+
+def test_one_rank_says_nothing() -> None:
+    for _, out, err in measured(0, 1):
+        assert (out, err) == ("", "")
