@@ -98,7 +98,7 @@ $(digits)/images: | $(VENV)/.installed
 	$(python) launchers/prepare.py image_classification --example digits --out $@
 
 $(digits)/store: | $(digits)/images
-	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 28
+	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 48
 
 test: lint
 	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
