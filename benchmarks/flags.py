@@ -70,6 +70,13 @@ def memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="cases prepared at a time (2)")
 
 
+def images(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py images`."""
+    parser.add_argument("--images", type=int, default=256, help="how many are made and read (256)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every side (9)")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+
+
 def causal_lm(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py causal_lm`."""
     from trunkline.models.causal_lm.config import PRESETS

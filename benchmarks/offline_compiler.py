@@ -5,6 +5,7 @@ Triton compiles for any architecture, and brings the assembler and the disassemb
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -45,13 +46,15 @@ def compile_for(
 
 def resources(compiled: Any) -> dict[str, int]:
     """What a compiled kernel needs: REG registers a thread, STACK and LOCAL bytes of it spilled to memory."""
-    report = _cuobjdump("-res-usage", compiled)
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    report = _disassembled(compiled.asm["cubin"])
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
 
 
 def product_loops(compiled: Any) -> list[list[str]]:
     """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _cuobjdump("-sass", compiled))
+    code = re.findall(
+        r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _disassembled(compiled.asm["cubin"])
+    )
     loops = []
     for end, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
@@ -68,11 +71,12 @@ def wide_loads(ptx: str) -> int:
     return len(re.findall(forms, ptx))
 
 
-def _cuobjdump(option: str, compiled: Any) -> str:
+@functools.lru_cache(maxsize=1)  # the tool takes a quarter of a second, whatever it is asked
+def _disassembled(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        return run_tool(triton.knobs.nvidia.cuobjdump.path, option, str(cubin))
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return run_tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path))
 
 
 def run_tool(*command: str) -> str:

@@ -113,9 +113,7 @@ class Stepper:
         self.room.make(run.micro.halve, shortage, intact=not updating)
         return None
 
-    def _logged(
-        self, sums: Sums | None, weight: Tensor, is_logged: bool, skipped: bool
-    ) -> tuple[Sums | None, Tensor]:
+    def _logged(self, sums: Sums | None, weight: Tensor, is_logged: bool, skipped: bool) -> tuple[Sums | None, Tensor]:
         """What a step's line is made of. A step that was skipped is in no mean, but where there is no other."""
         if not self.run.config.training.log_means or sums is None:
             return sums, weight

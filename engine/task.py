@@ -71,9 +71,11 @@ class Task(ABC):
     """
 
     micro_batch_multiple: int = 1
-    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss. They
-    stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole global
-    batch, so that it is whole groups, but for the global batch's last one, which may be short."""
+    """Samples of a micro-batch that belong together: those of a BatchNorm's group, the pairs of a contrastive loss.
+
+    They stand in contiguous places of the global batch. A micro-batch of training is a multiple of it, or the whole
+    global batch. So it is whole groups, but for the global batch's last one, which may be short.
+    """
 
     micro_batch_multiple_key: str = ""
     """Which setting decides it, such as "model.batch_norm_group", for messages."""
@@ -194,7 +196,9 @@ class Task(ABC):
 
         Its `step` is of this run, which has `steps_per_epoch`. Raises CheckpointError or ConfigError.
         """
-        raise ConfigError(f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it")
+        raise ConfigError(
+            f"training.start_from: {path}: this workload reads no checkpoints of other programs: remove it"
+        )
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Write beside a model's weights whatever else prediction needs: a schema, a tokenizer.

@@ -18,7 +18,7 @@ class WholeState:
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     kept: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """By parameter, what the optimizer keeps for it by torch's keys: a tensor of its shape, or one without dimensions."""
+    """By parameter, what the optimizer keeps for it, by torch's keys: tensors of its shape, or without dimensions."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """The optimizer's settings in that step, by torch's keys, such as "lr". Not needed of another program."""
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
+    "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
@@ -37,7 +38,8 @@ def _measure(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
     for name, (_, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        getattr(flags, name)(command)
+        if name in argv[:1]:
+            getattr(flags, name)(command)
     arguments = parser.parse_args(argv)
     return importlib.import_module(BENCHMARKS[arguments.benchmark][0]).run(arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import os
@@ -57,6 +58,13 @@ def selects_gpu_tests_alone(markexpr: str) -> bool:
         if expression.evaluate(lambda name, /, marks=marks, **_: name in marks)
     ]
     return bool(selected) and all("gpu" in marks for marks in selected)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is there now stays until the end: garbage collections need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

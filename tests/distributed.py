@@ -46,6 +46,7 @@ def run_distributed_test(
         launcher = {
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),  # DeepSpeed's; without, it starts a process twice a step of ZeRO 3 to ask
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(find_free_port()),
         }
@@ -71,15 +72,7 @@ def run_distributed_test(
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """Where processes come from that have torch and DeepSpeed imported already: once, instead of seconds each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "trunkline.engine.trainer",
-            "torch._inductor",  # this and the next are what deepspeed.initialize imports
-            "deepspeed.runtime.zero.muon.muon_optimizer",
-            "transformers.models.llama.modeling_llama",  # this and the next are what a language model's rank imports
-            "transformers.models.t5.modeling_t5",
-        ]
-    )
+    context.set_forkserver_preload(["tests.preloaded"])
     return context
 
 

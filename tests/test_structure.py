@@ -103,7 +103,20 @@ def test_no_imports_run_in_a_circle() -> None:
 
 
 ENGINE = (
-    *("errors", "tracking", "whole_state", "task", "machine", "config", "progress", "ranks", "data", "record", "state", "optim"),
+    *(
+        "errors",
+        "tracking",
+        "whole_state",
+        "task",
+        "machine",
+        "config",
+        "progress",
+        "ranks",
+        "data",
+        "record",
+        "state",
+        "optim",
+    ),
     *("backends", "evaluation", "plan", "checkpoint", "memory", "readiness", "assembly"),
     *("run", "room", "step", "validation", "trainer", "trials"),
 )

@@ -88,10 +88,8 @@ def start_from(
         held = {key for of_one in kept.values() for key in of_one}
         if held and held != (ours := _kept_by(config.deepspeed)):
             kind = config.deepspeed.optimizer.type
-            notes.append(
-                f"its optimizer keeps {', '.join(sorted(held))}, and {kind} keeps {', '.join(sorted(ours)) or 'nothing'}"
-                ": that is left out"
-            )
+            theirs, mine = (", ".join(sorted(keys)) or "nothing" for keys in (held, ours))
+            notes.append(f"its optimizer keeps {theirs}, and {kind} keeps {mine}: that is left out")
             kept = {}
         progress, best = Progress(step=state.step), config.training.best
         if math.isfinite(value := state.metrics.get(best.metric, math.nan)):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import mix_last
+from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.workers import WORKERS
 from trunkline.engine.task import Batch, Samples, Task
 
@@ -68,7 +69,7 @@ def training_loader(
 def evaluation_loader(
     task: Task, dataset: Samples, *, num_samples: int | None, micro_batch_size: int, world_size: int, rank: int,
     num_workers: int = 0, pin_memory: bool = False,
-) -> DataLoader[Batch] | Batches:  # fmt: skip
+) -> _FromWorkers | Batches:  # fmt: skip
     """Every chosen sample once over all ranks, the same number of batches on each, filled up where short.
 
     `num_samples` evenly spaced samples are chosen; all of them if None.
@@ -87,23 +88,56 @@ def evaluation_loader(
     return _loader(Batches(task, dataset, draws, steps), num_workers, pin_memory)
 
 
-def _loader(batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader[Batch] | Batches:
+class _FromWorkers:
+    """Batches in order, made by `num_workers` processes ahead of time.
+
+    An error that a user can cause comes out as it was raised; a DataLoader would put the worker's traceback into it.
+    """
+
+    def __init__(self, batches: Batches, num_workers: int, pin_memory: bool) -> None:
+        self._loader: DataLoader[Batch | TrunklineError] = DataLoader(
+            _OrError(batches),
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=False,
+            multiprocessing_context=WORKERS,
+            # the order of samples needs no generator; without this a loader would advance torch's global one
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, TrunklineError):
+                raise batch
+            yield batch
+
+
+@dataclass(frozen=True)
+class _OrError(Dataset["Batch | TrunklineError"]):
+    batches: Batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: int) -> Batch | TrunklineError:
+        try:
+            return self.batches[place]
+        except TrunklineError as error:
+            return error
+
+
+def _loader(batches: Batches, num_workers: int, pin_memory: bool) -> _FromWorkers | Batches:
     """The batches in order, made by `num_workers` processes ahead of time, or here when they are asked for.
 
     A DataLoader without workers would cost some 80 microseconds a batch more.
     """
     if num_workers == 0:
         return replace(batches, pin_memory=pin_memory)
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=False,
-        multiprocessing_context=WORKERS,
-        # the order of samples needs no generator; without this a loader would advance torch's global one
-        generator=torch.Generator(),
-    )
+    return _FromWorkers(batches, num_workers, pin_memory)
 
 
 def collate(task: Task, samples: Sequence[Any], draws: Draws) -> Batch:

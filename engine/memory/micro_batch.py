@@ -72,9 +72,7 @@ class MicroBatches:
         multiple: samples of a micro-batch that belong together (`Task.micro_batch_multiple`), in training.
     """
 
-    def __init__(
-        self, folder: Path, sizes: BatchSizes, facts: dict[str, Any], ranks: Ranks, multiple: int = 1
-    ) -> None:
+    def __init__(self, folder: Path, sizes: BatchSizes, facts: dict[str, Any], ranks: Ranks, multiple: int = 1) -> None:
         self.path, self.facts, self.ranks, self.multiple = folder / MEMORY, facts, ranks, multiple
         self.sizes, self._evaluation = sizes, 0
         self.notes: list[str] = []

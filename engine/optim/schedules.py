@@ -33,7 +33,6 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.parameter_rules import LR_SCALE
 from trunkline.engine.optim.warmup_shape import warmup_shape
 
-
 WARMUP_SHAPE = "WarmupShape"
 
 

@@ -1,7 +1,7 @@
 """The schedule WarmupShape: a rise from a share of the rate, then one of six shapes, held for `every` steps at a time.
 
-With `every` an epoch it is the schedule by epochs of YOLO's trainers: at epoch e of E with a warm-up of w epochs the rate
-is lr (start_ratio + (1 - start_ratio) e / w), then final + (lr - final) f((e - w) / (E - w)) with
+With `every` an epoch it is the schedule of YOLO's trainers: at epoch e of E with a warm-up of w epochs the rate is
+lr (start_ratio + (1 - start_ratio) e / w), then final + (lr - final) f((e - w) / (E - w)) with
 final = max(min_ratio lr, min_lr).
 
     f(p)  cosine            (1 + cos(pi p)) / 2
@@ -32,9 +32,7 @@ def _cosine(p: float) -> float:
 SHAPES: dict[str, Callable[[int, int], float]] = {
     "cosine": lambda passed, length: _cosine(passed / length),
     # in integers, so that a cycle begins where it does
-    "cosine_restarts": lambda passed, length: _cosine(
-        (_CYCLES * passed % length) / length if passed < length else 1.0
-    ),
+    "cosine_restarts": lambda passed, length: _cosine((_CYCLES * passed % length) / length if passed < length else 1.0),
     "step": lambda passed, length: _cosine(min(1.0, passed / (_FALL * length))),
     "linear": lambda passed, length: 1 - passed / length,
     "polynomial": lambda passed, length: (1 - passed / length) ** _POWER,
@@ -48,9 +46,10 @@ def warmup_shape(
     every: int, start_momentum: float | None,
 ) -> Shape:  # fmt: skip
     """The parameters are those of the schedule; `warmup` and `every` in steps. Raises ValueError."""
-    if start_momentum is not None and "momentum" not in group:
+    momentum: Any = group.get("momentum")
+    if start_momentum is not None and momentum is None:
         raise ValueError("start_momentum is given, but the optimizer has no momentum: remove it")
-    lr, momentum, length = group["lr"], group.get("momentum"), max(1, total - warmup)
+    lr, length = group["lr"], max(1, total - warmup)
     final = max(min_ratio * lr, min_lr)
     if final > lr:
         raise ValueError(f"min_lr {min_lr:g} is above the optimizer's lr {lr:g}: write a lower one")

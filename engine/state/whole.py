@@ -1,7 +1,7 @@
 """Whole tensors from the files of a run's state, and such files from whole tensors.
 
-    parameters, buffers, kept = read_whole(folder, names, average=False)
-    whole_snapshot(parameters, buffers, kept).write(folder, 0, 1)
+parameters, buffers, kept = read_whole(folder, names, average=False)
+whole_snapshot(parameters, buffers, kept).write(folder, 0, 1)
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Whole(NamedTuple):
 
 
 def read_whole(folder: Path, names: Sequence[str], average: bool) -> Whole:
-    """What a layout of any kind wrote. With `average`, the moving averages where there are some. Raises CheckpointError.
+    """What a layout of any kind wrote. With `average`, the moving averages where there are some.
+
+    Raises CheckpointError.
 
     names: of the parameters, in the order of the result
     """

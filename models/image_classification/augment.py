@@ -6,7 +6,8 @@ augmented(batch, data)    the same after what training does to an image, from ba
 An image that is img_size square is seen as it is. Of any other the central square, as large as the shorter side, is
 resized. Training may take a random part in its place (torchvision's RandomResizedCrop), and flips and rotates it. All
 of this is one affine map, and the image is sampled once, bilinearly. There is no low-pass filter: the short side of a
-store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it.
+store should be at most twice img_size. What lies outside the image is black, as torchvision's rotation has it. On a CPU
+a random part that is not rotated is resized as by Pillow, with such a filter, which is quicker there.
 
 Then colours change as in torchvision's ColorJitter, in the order brightness, contrast, saturation, hue. (There the
 order is drawn as well, which changes little.)
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from trunkline.engine.data.randomness import uniform
 from trunkline.engine.task import Batch
 from trunkline.models.image_classification.config import Augmentation, Crop, ImageData
+from trunkline.models.image_classification.upright import upright
 
 PLACE, COLOUR, PART, MIXED = range(4)
 """The streams of a draw: flip and rotation, colours, the random part, mixup's share."""
@@ -42,8 +44,8 @@ def prepared(batch: Batch, data: ImageData) -> Tensor:
 
     def pixels(batch: Batch) -> Tensor:
         part = central_part(batch["size"])
-        upright = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
-        return sampled(batch, data.img_size, part, upright, is_upright=True)
+        unturned = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
+        return sampled(batch, data.img_size, part, unturned, is_upright=True)
 
     return _normalised(pixels, batch, data)
 
@@ -55,7 +57,13 @@ def augmented(batch: Batch, data: ImageData) -> Tensor:
     def pixels(batch: Batch) -> Tensor:
         draw, size = batch["draw"], batch["size"]
         part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
-        seen = sampled(batch, data.img_size, part, turned(draw, options), is_upright=options.rotate == 0)
+        turn = turned(draw, options)
+        if options.crop is not None and not options.rotate and draw.device.type == "cpu":
+            corner = (part.centre - part.size / 2).long()
+            square = upright(batch["image"], corner, part.size.long(), turn[:, 0, 0] < 0, data.img_size)
+            seen = square.float().div_(255)
+        else:
+            seen = sampled(batch, data.img_size, part, turn, is_upright=not options.rotate)
         return jittered(seen, draw, options)
 
     return _normalised(pixels, batch, data)

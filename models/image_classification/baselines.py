@@ -31,7 +31,7 @@ def baselines(train: Images, test: Images) -> dict[str, float]:
         return {}
     if (known == known[..., :1]).all() and (unknown == unknown[..., :1]).all():  # gray: one channel says it all
         known, unknown = known[..., 0], unknown[..., 0]
-    known, unknown = (each.reshape(len(each), -1).astype(np.float32) / 255 for each in (known, unknown))
+    fitted, judged = (each.reshape(len(each), -1).astype(np.float32) / 255 for each in (known, unknown))
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.neighbors import KNeighborsClassifier
@@ -47,7 +47,7 @@ def baselines(train: Images, test: Images) -> dict[str, float]:
         "support vectors, RBF kernel": SVC(),
     }
     return {
-        name: float(np.mean(classifier.fit(known, train.labels).predict(unknown) == test.labels))
+        name: float(np.mean(classifier.fit(fitted, train.labels).predict(judged) == test.labels))
         for name, classifier in classifiers.items()
     }
 

@@ -113,7 +113,9 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
     _check_classes(path.with_name(CLASS_NAMES), classes)
     held = read_torch(path)
     if not isinstance(held, Mapping) or not isinstance(held.get("model"), Mapping):
-        raise CheckpointError(f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}")
+        raise CheckpointError(
+            f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}"
+        )
     theirs = {called: name for name, called in torchvision_names(model.state_dict()).items()}
     names = [name for name in held["model"] if isinstance(name, str)]
     if any(name.startswith(_BODY) for name in names):

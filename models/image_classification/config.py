@@ -73,7 +73,8 @@ class ImageModel(Strict):
     arch: str | None = Field(None, description=f"one of {', '.join(ARCHITECTURES)}")
     path: FolderPath | None = Field(None, description="a Hugging Face folder of an image classifier, in place of arch")
     pretrained: FolderPath | None = Field(
-        None, description="weights to begin with: .pth or .safetensors of torchvision, timm or an earlier run; with arch"
+        None,
+        description="weights to begin with: .pth or .safetensors of torchvision, timm or an earlier run; with arch",
     )
     normalization: Literal["batch", "frozen", "group"] = Field(
         "batch",
@@ -92,7 +93,9 @@ class ImageModel(Strict):
     @classmethod
     def _known(cls, arch: str | None) -> str | None:
         if arch is not None and arch not in ARCHITECTURES:
-            raise ValueError(f"no such network{nearest(arch, list(ARCHITECTURES))}; known are {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"no such network{nearest(arch, list(ARCHITECTURES))}; known are {', '.join(ARCHITECTURES)}"
+            )
         return arch
 
     @model_validator(mode="after")

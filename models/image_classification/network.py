@@ -1,11 +1,11 @@
 """The networks: transformers' image classifiers, by name or as a folder describes them.
 
-    network = make_network(model, num_classes, img_size)          drawn anew
-    begin_with(network, model)                                    the weights that `model` says it begins with
-    network = trained_network(folder, model, num_classes, img_size)     that of a run, with its weights
-    network(pixel_values=x).logits       [B, num_classes] of x, [B, 3, S, S] of any floating dtype
+network = make_network(model, num_classes, img_size)          drawn anew
+begin_with(network, model)                                    the weights that `model` says it begins with
+network = trained_network(folder, model, num_classes, img_size)     that of a run, with its weights
+network(pixel_values=x).logits       [B, num_classes] of x, [B, 3, S, S] of any floating dtype
 
-    hf_files(folder, network, ...)       what transformers reads beside the weights
+hf_files(folder, network, ...)       what transformers reads beside the weights
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def make_network(model: ImageModel, num_classes: int, img_size: int, folder: Pat
     folder = folder or (Path(model.path) if model.path else None)
     config = read_config(folder) if model.path and folder else _new_config(model, img_size)
     config.num_labels = num_classes
-    network = _built(config, folder)
+    network: Any = _built(config, folder)
     if not batch_norms(network):
         _check_idle(model, type(network).__name__)
-    network = normalized(network, model)
-    network._no_split_modules = _BLOCKS.get(config.model_type, network._no_split_modules)  # type: ignore[assignment]
+    normalized(network, model)
+    network._no_split_modules = _BLOCKS.get(config.model_type, network._no_split_modules)
     network.register_forward_pre_hook(_suited, with_kwargs=True)
     return network
 
@@ -86,7 +86,9 @@ def head_names(network: Any) -> list[str]:
     config.num_labels += 1
     with torch.device("meta"):
         other = _built(config, None).state_dict()
-    return [name for name, tensor in network.state_dict().items() if name in other and other[name].shape != tensor.shape]
+    return [
+        name for name, tensor in network.state_dict().items() if name in other and other[name].shape != tensor.shape
+    ]
 
 
 def check_size(network: Any, img_size: int, model: ImageModel) -> None:
@@ -157,6 +159,8 @@ def _check_idle(model: ImageModel, name: str) -> None:
             )
 
 
-def _suited(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _suited(
+    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Images in the dtype of the weights, which a backend may have narrowed."""
     return args, kwargs | {"pixel_values": kwargs["pixel_values"].to(next(network.parameters()).dtype)}

@@ -3,8 +3,8 @@
     normalized(network, model)       every BatchNorm of the network as `model.normalization` says, in place
     batch_norms(network)             those that it has
 
-"batch"    statistics of `model.batch_norm_group` samples in contiguous places of the global batch. A micro-batch is made
-           of whole groups, so a step does not depend on micro-batches and ranks. The global batch's last group may be
+"batch"    statistics of `model.batch_norm_group` samples in contiguous places of the global batch. A micro-batch is
+           whole groups, so a step does not depend on micro-batches and ranks. The global batch's last group may be
            short.
 "frozen"   the running statistics and the affine weights as they are; none of them is trained.
 "group"    GroupNorm in place of each.
@@ -31,7 +31,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 
 
 def normalized(network: nn.Module, model: ImageModel) -> nn.Module:
-    """The network with its BatchNorms as the section says, in place, under the same names."""
+    """The network, whose BatchNorms are replaced as the section says, in place, under the same names."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _BatchNorm):
@@ -66,7 +66,9 @@ class GroupedBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> the same."""
         means, variances, momentum = self.running_mean, self.running_var, self.momentum
-        assert means is not None and variances is not None and momentum is not None
+        assert means is not None
+        assert variances is not None
+        assert momentum is not None
         weight, bias = self.weight.to(means.dtype), self.bias.to(means.dtype)  # of bf16 no kernel takes both
         if not self.training or not (self.weight.requires_grad or self.bias.requires_grad):
             return F.batch_norm(x, means, variances, weight, bias, False, 0.0, self.eps)

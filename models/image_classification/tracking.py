@@ -23,7 +23,9 @@ def tracking(classes: Sequence[str]) -> Tracking:
     plain = {f"val/{name}": name for name in ("accuracy", "error_rate", *_SCORES)}
     kept_away = {f"val/{each}/{score}": None for each in of_classes for score in _SCORES}
     ends = {"accuracy": "evaluation/accuracy"}
-    ends |= {f"{prefix}{score}": f"evaluation/{name}/{score}" for prefix, name in _AVERAGES.items() for score in _SCORES}
+    ends |= {
+        f"{prefix}{score}": f"evaluation/{name}/{score}" for prefix, name in _AVERAGES.items() for score in _SCORES
+    }
     ends |= {f"class/{name}/{score}": f"evaluation/{name}/{score}" for name in classes for score in _SCORES}
     return Tracking(
         names={"train/loss": "train_loss", "train/lr": "learning_rate", "val/loss": "valid_loss", **plain, **kept_away},

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.checkpoint.foreign import load_foreign
@@ -73,7 +72,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return config
 
 
-def load_folder(network: nn.Module, folder: Path, head: Sequence[str]) -> str:
+def load_folder(network: Any, folder: Path, head: Sequence[str]) -> str:
     """Put the folder's weights into the network. Raises CheckpointError if they do not fit.
 
     head: the names of tensors that may be missing there, or of another shape
@@ -106,7 +105,7 @@ def load_folder(network: nn.Module, folder: Path, head: Sequence[str]) -> str:
     return f"{folder}: weights of {type(loaded).__name__}; the head for {classes} classes is new, since {why}"
 
 
-def load_pretrained(network: nn.Module, path: Path, head: Sequence[str]) -> str:
+def load_pretrained(network: Any, path: Path, head: Sequence[str]) -> str:
     """Put the weights of a file or a folder into the network. Raises CheckpointError if they do not fit.
 
     It knows the names that the network's own files have, and for ResNets torchvision's, which are timm's, and what the

@@ -106,7 +106,7 @@ def test_a_sweep_times_what_is_right_and_leaves_the_constants_alone(interpreter,
         return tiling(hidden)
 
     monkeypatch.setattr(module, "_tiling", note)
-    status, report = sweep({"linear_masked_mse": 300})
+    status, report = sweep({"linear_masked_mse": 100})
     assert status == 0
     assert used == {tuple(shipped), (1024, 4, 2, 2)}
     assert shipped == [getattr(module, name) for name in names]

@@ -56,7 +56,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 def assert_continues(folder: Path, unbroken: Path, layouts: list[tuple[str, int]]) -> None:
@@ -125,7 +127,10 @@ def test_a_checkpoint_of_the_runs_own_comes_first(
     train(tmp_path / "run", configuration(tmp_path, other=other, steps=8))
     trainer = train(tmp_path / "run", configuration(tmp_path, other=other))
     assert trainer.assembly.first_step == 8
-    assert f"note: {tmp_path}/run/checkpoints/step-00000008 is resumed from, so {other} is left out" in capsys.readouterr().out
+    assert (
+        f"note: {tmp_path}/run/checkpoints/step-00000008 is resumed from, so {other} is left out"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_optimizer_that_keeps_something_else_begins_anew(

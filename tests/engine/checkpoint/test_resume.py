@@ -18,7 +18,7 @@ from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 
-SAVED, STEPS = 4, 9
+SAVED, STEPS = 4, 8
 
 
 class Layout(NamedTuple):
@@ -38,7 +38,7 @@ LAYOUTS = [
 
 
 def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: int = 0) -> None:
-    section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": layout.stage}}
+    section: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": layout.stage}}
     training = {"steps": steps, "save_every": SAVED, "eval_every": 3}
     section["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
     own = folder.parent / f"config-{folder.name}-{rank}"

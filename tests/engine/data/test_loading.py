@@ -10,6 +10,7 @@ from tests.engine.tiny import TinyData, TinyModel, TinyTask
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.loading import evaluation_loader, training_loader
 from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.errors import DataError
 
 TASK = TinyTask(TinyData(samples=21), TinyModel())
 SIZES = BatchSizes(global_batch_size=8, micro_batch_size=2, grad_accum_steps=2, world_size=2)
@@ -48,6 +49,24 @@ def test_an_evaluation_holds_every_sample_once_on_all_ranks_together(num_workers
     assert sorted(x.sum((1, 2)).tolist()) == sorted(
         TASK.collate([TASK.dataset("val")[index] for index in range(11)])["x"].sum((1, 2)).tolist()
     )
+
+
+class _Unreadable:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> object:
+        raise DataError("a.jpg: cannot be decoded")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_data_is_the_same_whoever_makes_the_batches(num_workers: int) -> None:
+    loader = evaluation_loader(
+        TASK, _Unreadable(), num_samples=None, micro_batch_size=2, world_size=1, rank=0, num_workers=num_workers
+    )
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value) == "a.jpg: cannot be decoded"
 
 
 def test_chosen_samples_of_an_evaluation_are_evenly_spaced() -> None:

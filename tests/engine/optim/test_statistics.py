@@ -216,8 +216,23 @@ def test_a_batch_loses_its_fillers_but_for_a_copy_beside_a_single_sample() -> No
     batch["valid"] = torch.tensor([True, False, False, False])
     one = without_fillers(batch)
     assert (one["x"].tolist(), one["valid"].tolist()) == ([0, 0], [True, False])
+    alone = without_fillers(batch, least=1)
+    assert (alone["x"].tolist(), alone["valid"].tolist()) == ([0], [True])
     batch["valid"] = torch.zeros(4, dtype=torch.bool)
     assert without_fillers(batch) is batch
+
+
+class TakesOne(nn.BatchNorm1d):
+    takes_single_samples = True
+
+
+def test_a_copy_beside_a_single_sample_is_left_out_where_every_norm_takes_one() -> None:
+    batch = {"x": torch.arange(3), "valid": torch.tensor([True, False, False])}
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    for norms, rows in (([TakesOne(2)], 1), ([TakesOne(2), nn.BatchNorm1d(2)], 2), ([nn.BatchNorm1d(2)], 2)):
+        model = nn.Sequential(*norms)
+        statistics = Statistics(model, TinyTask.running_statistics(None, model), ranks)  # type: ignore[arg-type]
+        assert [len(each["x"]) for each in statistics.begin([batch])] == [rows]
 
 
 def differing(rank: int, world_size: int) -> list[float]:

@@ -117,9 +117,10 @@ def test_fifty_steps_have_the_losses_of_transformers_trainer(
     assert expected[-1] < 0.9 * expected[0]
 
 
-def train_split(rank: int, world_size: int, config: RunConfig, folder: Path, backend: str) -> None:
+def train_split(rank: int, world_size: int, runs: list[tuple[RunConfig, Path, str]]) -> None:
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        train(config, folder, backend)
+        for run in runs:
+            train(*run)
 
 
 @pytest.mark.distributed
@@ -139,10 +140,10 @@ def test_ragged_conversations_give_one_step_however_they_are_split(
         expected = losses(whole)
         train(config(1, 2, packing), tmp_path / f"ones-{packing}")
         assert losses(tmp_path / f"ones-{packing}") == pytest.approx(expected, rel=1e-5)
-    for micro, stage, backend in ((2, 3, "deepspeed"), (4, 3, "fsdp")):
-        folder = tmp_path / f"ranks-{micro}-{stage}-{backend}"
-        run_distributed_test(train_split, 2, config(micro, stage, True), folder, backend, backend=None)
-        assert losses(folder) == pytest.approx(expected, rel=1e-5), (micro, stage, backend)
+    runs = [(config(micro, 3, True), tmp_path / backend, backend) for micro, backend in ((2, "deepspeed"), (4, "fsdp"))]
+    run_distributed_test(train_split, 2, runs, backend=None)
+    for _, folder, backend in runs:
+        assert losses(folder) == pytest.approx(expected, rel=1e-5), backend
 
 
 @pytest.mark.distributed
@@ -163,10 +164,10 @@ def test_preferences_are_learned_alike_with_policy_and_reference_sharded(
     start_of_it = make_task(config(0)).build_model().reference  # type: ignore[union-attr]
     for one, two in zip(reference.parameters(), start_of_it.parameters(), strict=True):  # type: ignore[operator, union-attr]
         assert torch.equal(one, two)
-    for stage, backend in ((3, "deepspeed"), (3, "fsdp")):
-        folder = tmp_path / f"{backend}-{stage}"
-        run_distributed_test(train_split, 2, config(stage), folder, backend, backend=None)
-        assert losses(folder) == pytest.approx(expected, rel=1e-5), (stage, backend)
+    runs = [(config(3), tmp_path / backend, backend) for backend in ("deepspeed", "fsdp")]
+    run_distributed_test(train_split, 2, runs, backend=None)
+    for _, folder, backend in runs:
+        assert losses(folder) == pytest.approx(expected, rel=1e-5), backend
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "sft"])

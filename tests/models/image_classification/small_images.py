@@ -51,7 +51,9 @@ class SmallTask(ImageTask):
         )  # fmt: skip
 
 
-def train(config: RunConfig, folder: Path, resume: str = "auto", task: type[ImageTask] = SmallTask, **how: Any) -> Trainer:
+def train(
+    config: RunConfig, folder: Path, resume: str = "auto", task: type[ImageTask] = SmallTask, **how: Any
+) -> Trainer:
     """A run that has trained, in this process."""
     trainer = Trainer(task(config.data, config.model), config, start(), folder, resume=resume, **how)
     trainer.run()

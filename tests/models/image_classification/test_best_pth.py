@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,16 +26,16 @@ from tests.models.image_classification.small_images import (
     train,
     write_images,
 )
+from trunkline.engine.checkpoint.foreign import read_torch
 from trunkline.engine.checkpoint.weights import WEIGHTS
+from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
-from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.augment import augmented
-from trunkline.models.image_classification.best_pth import torchvision_names
-from safetensors.torch import load_file
+from trunkline.models.image_classification.best_pth import torchvision_names, write
 
 EPOCHS, LR = 4, 0.01
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -50,9 +52,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(images: Path, optimizer: str, *words: str) -> RunConfig:
     return asked(
-        "--data_path", str(images), "--img_size", str(EDGE), "--batch_size", "4", "--grad_acc", "-1", "--disable_mlflow",
+        "--data_path", str(images), "--img_size", str(EDGE), "--batch_size", "4", "--grad_acc", "-1",
         "--epochs", str(EPOCHS), "--warmup_epochs", "2", "--optimizer", optimizer, "--lr0", str(LR),
-        "--set", 'training.parameters=[{"names": ["*"], "weight_decay": 0.01}]', "--set", "training.trackers=[]", *words,
+        "--set", 'training.parameters=[{"names": ["*"], "weight_decay": 0.01}]', "--set", "training.trackers=[]",
+        *words,
     )[1]  # fmt: skip
 
 
@@ -149,3 +152,123 @@ def test_the_plain_loop_continues_a_run_of_ours_as_if_it_were_unbroken(
     assert_same_weights(plain.model, tmp_path / "run/final")
     assert json.loads((tmp_path / "run/class_names.json").read_text()) == list(CLASSES)
     assert (tmp_path / "run/checkpoints").is_dir()
+
+
+@pytest.fixture(scope="module")
+def theirs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the plain loop saves after two epochs of Adam."""
+    plain = Plain(configured(images, "Adam"), "Adam")
+    plain.train(0, 2)
+    plain.save(path := tmp_path_factory.mktemp("theirs") / "best.pth", 2)
+    return read_torch(path)
+
+
+def state_of(images: Path, path: Path, held: dict[str, Any]) -> WholeState:
+    torch.save(held, path)
+    config = configured(images, "Adam")
+    return SmallTask(config.data, config.model).read_state(path, 3)
+
+
+def assert_holds(state: WholeState, model: dict[str, torch.Tensor]) -> None:
+    tensors = {**state.parameters, **state.buffers}
+    called = torchvision_names(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, model[f"model.{called[name]}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "note"),
+    [
+        ({}, 6, None),
+        ({"opt": None}, 6, "holds no state of an optimizer: weights and epoch alone are taken"),
+        (
+            {"opt": {"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}},
+            6,
+            "is of 2 groups, not of all 26",
+        ),
+        ({"epoch": None}, 0, "says no epoch: from epoch 0 on"),
+        ({"epoch": np.int64(2), "loss": torch.tensor(0.5)}, 6, None),
+        ({"epoch": 1}, 6, None),
+        ({"epoch": 5}, 15, None),
+    ],
+)
+def test_what_a_file_lacks_is_said_and_the_rest_is_taken(
+    images: Path, tmp_path: Path, theirs: dict[str, Any], changes: dict[str, Any], step: int, note: str | None
+) -> None:
+    state = state_of(images, tmp_path / "best.pth", theirs | changes)
+    assert_holds(state, theirs["model"])
+    assert state.step == step
+    assert any(note in said for said in state.notes) if note else not state.notes
+    assert state.metrics == {"loss": pytest.approx(float(changes.get("loss", 9.5)))}
+    assert len(state.kept) == (0 if changes.get("opt", 1) is None or "opt" in changes else 26)
+
+
+def test_of_fastais_own_file_the_body_is_taken(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    body = {
+        name.replace("model.", "0.model.", 1): tensor for name, tensor in theirs["model"].items() if ".fc." not in name
+    }
+    head = {"1.8.weight": torch.zeros(3, 16), "1.2.running_mean": torch.zeros(16)}
+    state = state_of(images, tmp_path / "best.pth", {"model": body | head, "opt": {"hypers": [{"lr": 0.1}]}})
+    own = {name: tensor for name, tensor in state.parameters.items() if name.startswith("classifier")}
+    assert_holds(state, theirs["model"] | {f"model.fc.{name.rpartition('.')[2]}": t for name, t in own.items()})
+    assert (state.step, state.kept, state.metrics) == (0, {}, {})
+    assert state.notes == ("is of FastAI: its body alone is taken, from epoch 0 on",)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held | {"opt": Hostile()}, "best.pth: is damaged, or holds more than tensors.*system"),
+        (lambda held: held["model"], "best.pth: holds no 'model' as best.pth does.*--pretrained"),
+        (lambda held: held | {"model": {**held["model"], "model.fc.weight": torch.zeros(5, 16)}},
+         "classifier.1.weight is .5, 16., but .3, 16. in the model"),
+        (lambda held: held | {"model": {"model.conv1.weight": torch.zeros(8, 3, 7, 7)}}, "missing there"),
+        (lambda held: held | {"opt": {"state": {0: {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(3, 3), "step": 6}},
+                                      "param_groups": [{"params": list(range(26))}]}},
+         "convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_taken_up_is_named_with_the_reason_and_nothing_in_it_is_run(
+    images: Path, tmp_path: Path, theirs: dict[str, Any], change: Callable[[Any], Any], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    torch.save(change(theirs), tmp_path / "best.pth")
+    with pytest.raises(CheckpointError, match=message):
+        train(configured(images, "Adam", "--load_model", "best.pth"), tmp_path / "run")
+    assert not (tmp_path / "hostile").exists()
+    assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_weights_of_other_classes_are_refused(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    (tmp_path / "class_names.json").write_text(json.dumps(["cat", "dog", "fox"]))
+    with pytest.raises(
+        CheckpointError, match=r'class_names.json: has the classes \["cat", "dog", "fox"\], and the data'
+    ):
+        state_of(images, tmp_path / "best.pth", theirs)
+
+
+def test_other_networks_keep_their_names(tmp_path: Path) -> None:
+    assert torchvision_names(["vit.embeddings.cls_token", "classifier.1.weight"]) == {
+        "vit.embeddings.cls_token": "vit.embeddings.cls_token", "classifier.1.weight": "classifier.1.weight",
+    }  # fmt: skip
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    model(torch.ones(4, 2)).square().sum().backward()
+    optimizer.step()
+    named = dict(model.named_parameters())
+    kept = {name: optimizer.state[parameter] for name, parameter in named.items()}
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    state = WholeState(7, 3, named, dict(model.named_buffers()), kept, settings, {"loss": 0.25})
+    write(tmp_path, state, ("a", "b"), 32, "a folder")
+    held = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert list(held["model"]) == [f"model.{name}" for name in model.state_dict()]
+    assert (held["epoch"], held["loss"], held["arch"]) == (2, 0.25, "a folder")
+    fresh = torch.optim.AdamW(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).parameters())
+    fresh.load_state_dict(held["opt"])
+    assert fresh.param_groups[0]["lr"] == 0.5

@@ -64,7 +64,7 @@ def test_what_is_transparent_stands_on_white(tmp_path: Path) -> None:
 
 
 def test_a_palette_gives_its_colours_and_its_transparency(tmp_path: Path) -> None:
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.save(tmp_path / "opaque.png")
     image.save(tmp_path / "clear.png", transparency=1)

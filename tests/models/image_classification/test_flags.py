@@ -1,4 +1,4 @@
-"""The flags of the FastAI-compatible command line: each in its place, by its own meaning, or an error that says more."""
+"""The flags of the FastAI-compatible command line: each in its place and meaning, or an error that says more."""
 
 from __future__ import annotations
 
@@ -160,7 +160,8 @@ def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch, tmp
     assert (model.arch, model.pretrained) == ("resnet34", str(Path("resnet34.pth").absolute()))
     assert (training.start_from, training.early_stopping.patience) == (str(Path("old/best.pth").absolute()), 7)
     assert training.tracked.model_dump() == {
-        "experiment": "shop", "run": "one", "uri": "http://127.0.0.1:5000", "leave_out": ("best", "best.pth")}  # fmt: skip
+        "experiment": "shop", "run": "one", "uri": "http://127.0.0.1:5000", "leave_out": ("best", "best.pth"),
+    }  # fmt: skip
     assert training.trackers == ("tensorboard", "mlflow")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert configured("--device", "cpu").training.tracked.run is None
@@ -198,7 +199,10 @@ def test_with_a_file_only_the_flags_that_are_given_act(tmp_path: Path) -> None:
     command = parse(["--config", str(path), "--scheduler_type", "linear", "--optimizer", "SGD", "--batch_size", "8"])
     config = checked(command.draft(1), config_sections)
     assert (config.training.epochs, config.deepspeed.optimizer.params["lr"]) == (9, 0.5)
-    assert (config.deepspeed.scheduler.params["shape"], config.deepspeed.scheduler.params["start_momentum"]) == ("linear", 0.85)
+    assert (config.deepspeed.scheduler.params["shape"], config.deepspeed.scheduler.params["start_momentum"]) == (
+        "linear",
+        0.85,
+    )
     assert command.arguments.resume is None
     held = json.loads(path.read_text())
     held["deepspeed"]["scheduler"] = {"type": "WarmupCosine", "params": {}}
@@ -257,7 +261,7 @@ def test_a_wrong_name_is_answered_with_the_nearest(
 
 def test_a_lowest_rate_above_the_highest_is_refused() -> None:
     config = configured("--min_lr", "5").in_steps(7)
-    with pytest.raises(ConfigError, match="min_lr 5 is above the optimizer's lr 0.01: write a lower one"):
+    with pytest.raises(ConfigError, match=r"min_lr 5 is above the optimizer's lr 0.01: write a lower one"):
         learning_rates(config.deepspeed.scheduler, 0.01, 700, [0])
 
 
@@ -271,9 +275,11 @@ def test_the_data_is_asked_for_and_models_are_listed_without_it(capsys: pytest.C
 
 
 def test_help_lists_the_flags_and_nothing_heavy_is_imported() -> None:
-    code = ("import sys; from trunkline.launchers.command_line import parse\n"
-            "try: parse(['image_classification', '--help'])\n"
-            "finally: sys.exit(' '.join({'torch', 'pydantic', 'transformers', 'numpy'} & set(sys.modules)) or 0)")  # fmt: skip
+    code = (
+        "import sys; from trunkline.launchers.command_line import parse\n"
+        "try: parse(['image_classification', '--help'])\n"
+        "finally: sys.exit(' '.join({'torch', 'pydantic', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert [flag.option for flag in FLAGS if f"{flag.option} " not in done.stdout] == []

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tests.models.image_classification.test_normalization import tiny_resnet
 from tests.models.image_classification.tiny_pictures import picture_config, picture_folder, train
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.models.image_classification.config import ImageModel
 from trunkline.models.image_classification.network import begin_with, make_network
 from trunkline.models.registry import make_task
@@ -116,7 +117,10 @@ def loaded(arch: str, path: Path, classes: int = 5) -> tuple[Any, str]:
     return network.eval(), note
 
 
-@pytest.mark.parametrize("arch", RESNETS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=[pytest.mark.slow] if arch in ("resnet34", "resnet101") else []) for arch in RESNETS],
+)
 @torch.no_grad()
 def test_weights_of_torchvision_and_timm_give_their_logits(tmp_path: Path, arch: str) -> None:
     theirs = torchvision_resnet(arch)
@@ -127,7 +131,8 @@ def test_weights_of_torchvision_and_timm_give_their_logits(tmp_path: Path, arch:
         save_file(theirs.state_dict(), path)
     network, note = loaded(arch, path)
     wanted = theirs(X)
-    assert wanted.isfinite().all() and wanted.std() > 0.1
+    assert wanted.isfinite().all()
+    assert wanted.std() > 0.1
     assert torch.equal(network(pixel_values=X).logits, wanted)
     assert "new are" not in note
 
@@ -178,7 +183,6 @@ def test_weights_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
     torch.save(torchvision_resnet("resnet34").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match=r"model\.pretrained: .*weights\.pth: does not fit this model:") as raised:
         loaded("resnet18", tmp_path / "weights.pth")
-    assert "96 tensors there that the model does not have: layer1.2.conv1.weight" not in str(raised.value)
     assert "tensors there that the model does not have: resnet.encoder.stages.0.layers.2" in str(raised.value)
 
 
@@ -208,6 +212,11 @@ def damaged(folder: Path, case: str) -> None:
         config.write_text(json.dumps(values | {"num_channels": 1}))
 
 
+def begin(config: RunConfig) -> None:
+    task = make_task(config)
+    task.initialize(task.build_model())
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -218,21 +227,18 @@ def damaged(folder: Path, case: str) -> None:
         ("code", "cannot be read: ValueError: "),
         ("no weights", "cannot be read: OSError: "),
         ("cut weights", "cannot be read: "),
-        ("another network", r"do not fit its config.json; missing or of another shape: resnet.encoder.stages.0.layers.1"),
-        ("other widths", r"resnet.encoder.stages.1.layers.0.layer.0.convolution.weight is \[16, 8, 3, 3\], not \[24, 8, 3"),
+        ("another network", r"do not fit its config.json; missing or of another shape: resnet.encoder.stages.0"),
+        ("other widths", r"stages.1.layers.0.layer.0.convolution.weight is \[16, 8, 3, 3\], not \[24, 8, 3"),
         ("grey", "cannot see images of that size: ValueError: Make sure that the channel dimension"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_one_error(tmp_path: Path, case: str, said: str) -> None:
-    from trunkline.engine.errors import TrunklineError
-
     tiny_resnet().save_pretrained(tmp_path / "tiny")
     damaged(tmp_path / "tiny", case)
     images = picture_folder(tmp_path / "pictures", train=3, val=3)
     config = picture_config(tmp_path, images, {"path": str(tmp_path / "tiny")})
     with pytest.raises(TrunklineError, match=said):
-        task = make_task(config)
-        task.initialize(task.build_model())
+        begin(config)
 
 
 def test_a_run_begins_with_the_best_of_another_and_resumes_without_it(tmp_path: Path) -> None:
@@ -245,7 +251,10 @@ def test_a_run_begins_with_the_best_of_another_and_resumes_without_it(tmp_path: 
     config = picture_config(tmp_path, images, model, training={"steps": 2, "save_every": 1, "parameters": rules})
     train(tmp_path / "second", config)
     one, two = (load_file(tmp_path / run / "best" / "model.safetensors") for run in ("first", "second"))
-    assert {name for name in one if not torch.equal(one[name], two[name])} == {"classifier.1.weight", "classifier.1.bias"}
+    assert {name for name in one if not torch.equal(one[name], two[name])} == {
+        "classifier.1.weight",
+        "classifier.1.bias",
+    }
     shutil.rmtree(best)
     again = train(tmp_path / "again", config, resume=str(tmp_path / "second" / "checkpoints" / "step-00000001"))
     for name, tensor in again.backend.module.state_dict().items():
