@@ -25,7 +25,7 @@ class Crop(Strict):
     def _rising(self) -> Crop:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
-                raise ValueError(f"'{name}' goes from {low:g} to {high:g}: give a number above 0, then one not below it")
+                raise ValueError(f"'{name}' goes from {low:g} to {high:g}: give a number above 0, then no lower one")
         return self
 
 
