@@ -101,7 +101,7 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
     epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
     ours = {name for name, _ in model.named_parameters()}
     kept, notes = _kept(held.get("opt"), [str(called(name)) for name in names if called(name) in ours])
-    finished = int(epoch or 0)
+    finished = max(0, int(epoch or 0))  # -1 is what some trainers leave at their end
     counted = {float(each["step"]) for each in kept.values() if "step" in each}
     if counted == {(finished + 1) * steps_per_epoch}:
         finished += 1

@@ -191,6 +191,7 @@ def assert_holds(state: WholeState, model: dict[str, torch.Tensor]) -> None:
         ({"epoch": np.int64(2), "loss": torch.tensor(0.5)}, 6, None),
         ({"epoch": 1}, 6, None),
         ({"epoch": 5}, 15, None),
+        ({"epoch": -1}, 0, None),
     ],
 )
 def test_what_a_file_lacks_is_said_and_the_rest_is_taken(
