@@ -80,8 +80,9 @@ $(lm)/text: | $(VENV)/.installed
 $(lm)/conversations $(lm)/preferences: $(lm)/%: | $(lm)/text
 	$(python) launchers/prepare.py causal_lm --example --kind $* --tokenizer $(lm)/text/tokenizer --out $@
 
+# worksteal: each worker begins with half of the files, so that what the tests of a file share is made once
 test: lint
-	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
+	$(python) -m pytest -n 2 --dist worksteal
 
 chaos: $(VENV)/.installed-test
 	$(python) -m pytest -n 2 --dist worksteal -m fault
