@@ -160,11 +160,11 @@ class _Theirs:
         side = self
 
         class Clock(TrainerCallback):
-            def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    side._begin = _now()
+                    self.begin = _now()
                 elif state.global_step == steps + 1:
-                    side.seconds.append(_now() - side._begin)
+                    side.seconds.append(_now() - self.begin)
 
         self._clock = Clock()
 
