@@ -121,12 +121,14 @@ def _parser(files: Parser, description: str | None, workload: str | None, flags:
     parser.add_argument(
         "--find-micro-batch", action="store_true", help="first find the largest micro-batch that fits, by trying"
     )
+    parser.add_argument("--onnx", action="store_const", const=True, help="in the end also best/model.onnx; extra: onnx")
     parser.add_argument("--accept-new-data", action="store_true", help="resume although the data set has changed")
     parser.add_argument(
         "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
     )
     parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.set_defaults(instead=None)
     group = parser.add_argument_group(f"flags of {workload}" if workload else "flags of every workload")
     for flag in flags:
         flag.add_to(group)

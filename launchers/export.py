@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from trunkline.engine.config.flags import Parser
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import config_sections, make_task, open_room, weights_task
+from trunkline.models.registry import config_sections, make_task, onnx_writer, weights_task
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +62,7 @@ def _export(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.run / "config.json", sections=config_sections)
     if arguments.average and config.training.ema is None:
         raise ConfigError(f"--average: {arguments.run} keeps no average of its weights (training.ema): leave it out")
-    write_onnx = _onnx_of(config.workload) if arguments.onnx else None
+    write_onnx = onnx_writer(config.workload) if arguments.onnx else None
     kept = has_assets(arguments.run)  # runs of earlier versions need their data for what stands beside the weights
     task = weights_task(config) if kept else make_task(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -85,14 +84,6 @@ def _export(arguments: argparse.Namespace) -> None:
 
     replace_files(arguments.out, write)
     print(f"exported step {found.state['step']}: {size / 2**20:.1f} MiB in {arguments.out}, read back and compared")
-
-
-def _onnx_of(workload: str) -> Callable[[Path], None]:
-    try:
-        write_onnx: Callable[[Path], None] = open_room(workload, "onnx").write_onnx
-    except ConfigError as error:
-        raise ConfigError(f"--onnx: {error}; the weights alone can be exported without it") from error
-    return write_onnx
 
 
 if __name__ == "__main__":

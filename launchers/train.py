@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from trunkline.engine.errors import ConfigError, DataError, TrunklineError
 from trunkline.engine.machine.stopping import EXIT_CODE, GO_ON
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import config_sections, make_task
+from trunkline.models.registry import config_sections, make_task, onnx_writer
 
 if TYPE_CHECKING:
     from trunkline.engine.config.run_config import RunConfig
@@ -41,7 +42,7 @@ def _tell(error: Exception) -> None:
             tell(error)
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int | None:
     command = parse(words, __doc__)
     arguments = command.arguments
 
@@ -56,19 +57,24 @@ def _run(words: list[str]) -> None:
         if (world_size := arguments.world_size) < 1:
             raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
     config = checked(command.draft(world_size), config_sections)
+    folder = arguments.output_dir or Path("runs") / config.workload / (arguments.config or Path("default")).stem
+    if arguments.instead:
+        launcher, *flags = arguments.instead
+        return int(import_module(f"trunkline.launchers.{launcher}").main(["--run", str(folder), *flags]))
     try:
-        _plan(arguments, config, world_size) if arguments.plan else _train(arguments, config)
+        _plan(arguments, config, world_size) if arguments.plan else _train(arguments, config, folder)
     except Exception as error:
         if lost_a_rank(error):
             raise TrunklineError(
                 f"another rank has ended during the start, so this one stops: {str(error)[:200]}"
             ) from error
         raise
+    return None
 
 
-def _train(arguments: argparse.Namespace, config: RunConfig) -> None:
+def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> None:
     from trunkline.engine.backends import choose_backend
-    from trunkline.engine.checkpoint.best import outcome
+    from trunkline.engine.checkpoint.best import BEST, outcome
     from trunkline.engine.ranks.agreement import agree
     from trunkline.engine.ranks.distributed import start
     from trunkline.engine.record.report import write_report
@@ -76,7 +82,7 @@ def _train(arguments: argparse.Namespace, config: RunConfig) -> None:
     from trunkline.engine.trials import find_micro_batch
 
     backend = choose_backend(arguments.backend)
-    folder = arguments.output_dir or Path("runs") / config.workload / (arguments.config or Path("default")).stem
+    write_onnx = onnx_writer(config.workload) if arguments.onnx else None
     limit_s = config.training.hang_timeout_s
     ranks = start(limit_s)
     agree({"--find-micro-batch": arguments.find_micro_batch})
@@ -96,6 +102,8 @@ def _train(arguments: argparse.Namespace, config: RunConfig) -> None:
             report = (
                 f"no report ({error}); `python -m trunkline.engine.record.report {folder}` writes it once there is room"
             )
+        if write_onnx is not None:
+            write_onnx(folder / BEST)
         print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
 
 

@@ -22,6 +22,7 @@ import importlib
 import importlib.metadata
 import sys
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -100,6 +101,16 @@ def add_flags(workload: str, command: str, parser: ArgumentParser) -> None:
     if add is None:
         raise ConfigError(f"workload '{workload}': its module flags has no function {command}(parser)")
     add(parser)
+
+
+def onnx_writer(workload: str) -> Callable[[Path], None]:
+    """What writes model.onnx beside the weights in a folder. Raises ConfigError where a workload, or a package, has
+    none."""
+    try:
+        write_onnx: Callable[[Path], None] = open_room(workload, "onnx").write_onnx
+    except ConfigError as error:
+        raise ConfigError(f"--onnx: {error}; without it the weights alone are written") from error
+    return write_onnx
 
 
 def workload_of_run(run: Path) -> str:

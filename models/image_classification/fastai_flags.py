@@ -26,6 +26,7 @@ SHAPES = ("cosine", "cosine_restarts", "linear", "constant", "polynomial", "step
 MICRO, STEPS = "deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"
 OPTIMIZER, SCHEDULER = "deepspeed.optimizer", "deepspeed.scheduler"
 RATE, DECAY = f"{OPTIMIZER}.params.lr", f"{OPTIMIZER}.params.weight_decay"
+RULES = "training.parameters"
 SHAPE, START_MOMENTUM = "WarmupShape", f"{SCHEDULER}.params.start_momentum"
 BY_DEVICE, WHERE_INSTALLED, HUNDREDTH = "by device", "where installed", "0.01 lr0"
 """Defaults that a user cannot type; what they come to is decided below, and shown by --plan."""
@@ -42,18 +43,6 @@ def list_models(config: Config, value: str, world_size: int) -> Config:
         raise ConfigError(f"--list-models {value}: no network is of that series: use one of {series}, or none")
     print("\n".join(f"{name:<20}{count:>12,} parameters at 1,000 classes" for name, count in found.items()))
     raise SystemExit(0)
-
-
-def only_val(config: Config, value: bool, world_size: int) -> Config:
-    if value:
-        raise ConfigError("--only_val: a trained run is evaluated by `trunkline evaluate --run DIR`: use that")
-    return {}
-
-
-def export_onnx(config: Config, value: bool, world_size: int) -> Config:
-    if value:
-        raise ConfigError("--export_onnx: ONNX is written after training, by `trunkline export --onnx`: use that")
-    return {}
 
 
 def devices(config: Config, value: str, world_size: int) -> Config:
@@ -173,6 +162,13 @@ def optimizer(config: Config, value: str, world_size: int) -> Config:
     return changes
 
 
+def decay(config: Config, value: float, world_size: int) -> Config:
+    """Of all parameters, as in the original, unless the file has rules of its own."""
+    rules = value_at(config, RULES) or []
+    ours = len(rules) == 1 and rules[0].keys() == {"names", "weight_decay"} and rules[0]["names"] == ["*"]
+    return {DECAY: value, **({RULES: [{"names": ["*"], "weight_decay": value}]} if ours or not rules else {})}
+
+
 def lowest_rate(config: Config, value: float | str, world_size: int) -> Config:
     return {f"{SCHEDULER}.params.min_lr": 0.01 * value_at(config, RATE) if value == HUNDREDTH else value}
 
@@ -217,14 +213,32 @@ def _other_trackers(config: Config) -> list[str]:
     return [name for name in value_at(config, "training.trackers") or ["tensorboard"] if name != "mlflow"]
 
 
+def only_val(config: Config, value: bool, world_size: int) -> Config:
+    """Evaluate what the run's folder holds, on the validation images that the command line names."""
+    if not value:
+        return {}
+    if world_size > 1:
+        raise ConfigError(f"--only_val: one process evaluates, and these are {world_size}: start it with python")
+    if value_at(config, "training.start_from") is not None:
+        raise ConfigError(
+            "--only_val: evaluates a run of this program: start one from the file, --load_model FILE --epochs N with the "
+            "file's epoch as N, and evaluate that"
+        )
+    where = ("--data-path", "data.path") if value_at(config, "data.store") is None else ("--store", "data.store")
+    return {"--instead": ["evaluate", "--split", "val", where[0], str(value_at(config, where[1]))]}
+
+
+def export_onnx(config: Config, value: bool | str, world_size: int) -> Config:
+    installed = all(importlib.util.find_spec(name) is not None for name in ("onnxruntime", "onnxscript"))
+    return {"--onnx": installed if value == WHERE_INSTALLED else value}
+
+
 def skip_upload(config: Config, value: bool, world_size: int) -> Config:
     return {"training.tracked.leave_out": ["best", "best.pth"] if value else []}
 
 
 FLAGS = (
     Flag("list-models", "print the networks of a series, or all, and end", str, list_models, alone=""),
-    Flag("only_val", "is `trunkline evaluate --run DIR` here", bool, only_val),
-    Flag("export_onnx", "is `trunkline export --onnx` here", bool, export_onnx),
     Flag("device", "GPUs to use, such as 0,1,2,3; or cpu", str, devices),
     Flag("distributed", "on several processes, which torchrun or deepspeed starts", bool, distributed),
     Flag("data_path", "folder with train/ and val/, or a prepared one", str, data_path,
@@ -245,7 +259,7 @@ FLAGS = (
     Flag("lr0", "the rate after the warm-up", float, RATE, default=0.01),
     Flag("lrf", "the last rate as a share of lr0", float, f"{SCHEDULER}.params.min_ratio", default=0.1),
     Flag("min_lr", "the lowest rate", float, lowest_rate, default=HUNDREDTH),
-    Flag("wd", "weight decay", float, DECAY, default=0.01),
+    Flag("wd", "weight decay, of norms and biases too", float, decay, default=0.01),
     Flag("warmup_epochs", "epochs of warm-up", float, warmup, default=3),
     Flag("early_stopping", "epochs without a gain before it stops; 0: never", int, early_stopping, default=100),
     Flag("auto_resume", "resume from what the run's folder holds", bool, auto_resume, default=True),
@@ -256,5 +270,7 @@ FLAGS = (
     Flag("mlflow_tracking_uri", "MLflow's server, database or folder", str, tracking_uri),
     Flag("disable_mlflow", "leave MLflow out", bool, disable_mlflow, default=WHERE_INSTALLED),
     Flag("skip_mlflow_model_upload", "keep the weights here", bool, skip_upload),
+    Flag("only_val", "evaluate the run's best weights on val/ and end", bool, only_val),
+    Flag("export_onnx", "write best/model.onnx in the end", bool, export_onnx, default=WHERE_INSTALLED),
 )  # fmt: skip
 DEFAULTS = Path(__file__).with_name("default.json")

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.image_classification.small_images import asked
+from tests.models.image_classification.small_images import asked, write_images
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
 from trunkline.launchers.command_line import parse
+from trunkline.launchers.train import main as launch
 from trunkline.models.image_classification.architectures import ARCHITECTURES
 from trunkline.models.image_classification.flags import DEFAULTS, FLAGS
 from trunkline.models.registry import config_sections
@@ -220,8 +221,10 @@ def test_with_a_file_only_the_flags_that_are_given_act(tmp_path: Path) -> None:
         (["--device", "0,1"], "--device 0,1: this is one process, .*torchrun --nproc_per_node 2"),
         (["--device", "gpu"], "--device gpu: expected numbers of GPUs such as 0,1,2,3, or cpu"),
         (["--distributed"], "--distributed: this is one process: start `torchrun"),
-        (["--only_val"], "--only_val: a trained run is evaluated by `trunkline evaluate --run DIR`"),
-        (["--export_onnx"], "--export_onnx: ONNX is written after training, by `trunkline export"),
+        (
+            ["--only_val", "--load_model", "best.pth"],
+            "--only_val: evaluates a run of this program: .*--load_model FILE",
+        ),
         (["--pretrained"], "--pretrained: weights are not downloaded: give the .pth or .safetensors file"),
         (["--batch_size", "0"], "--batch_size 0: give the number of images per GPU"),
         (["--batch_size", "37"], "--batch_size 37: BatchNorm's .*would have 1 here: use 32, or another"),
@@ -272,6 +275,34 @@ def test_the_data_is_asked_for_and_models_are_listed_without_it(capsys: pytest.C
         with pytest.raises(SystemExit, match="0"):
             parse(["image_classification", *words]).draft(1)
         assert set(names) <= set(capsys.readouterr().out.split())
+
+
+def test_decay_is_of_all_parameters_unless_a_file_has_rules_of_its_own(tmp_path: Path) -> None:
+    for words, wanted in (((), 0.01), (("--wd", "0.5"), 0.5)):
+        (rule,) = configured(*words).training.parameters
+        assert (list(rule.names), rule.weight_decay) == (["*"], wanted)
+    held = json.loads(DEFAULTS.read_text())
+    held["training"] |= {"epochs": 2, "parameters": [{"names": ["classifier.*"], "weight_decay": 0.2}]}
+    held["data"], held["model"] = {"path": "shots"}, {"arch": "resnet18"}
+    held["deepspeed"] |= {"train_batch_size": 32}
+    (tmp_path / "own.json").write_text(json.dumps(held))
+    config = checked(parse(["--config", str(tmp_path / "own.json"), "--wd", "0.5"]).draft(1), config_sections)
+    assert [rule.weight_decay for rule in config.training.parameters] == [0.2]
+    assert config.deepspeed.optimizer.params["weight_decay"] == 0.5
+
+
+def test_only_val_trains_nothing_and_measures_the_runs_best_weights(tmp_path: Path) -> None:
+    data, run = write_images(tmp_path / "data"), tmp_path / "run"
+    words = ["image_classification", "--data_path", str(data), "--arch", "resnet_tiny", "--img_size", "32",
+             "--batch_size", "4", "--epochs", "1", "--disable_mlflow", "--no-export_onnx", "--model_path", str(run)]  # fmt: skip
+    assert launch(words) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    (trained,) = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["split"] == "val"]
+    assert launch([*words, "--only_val"]) == 0
+    assert {path: path.read_bytes() for path in run.rglob("*.jsonl")} == before
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert found["split"] == "val"
+    assert found["metrics"]["loss"] == pytest.approx(trained["loss"], abs=1e-6)
 
 
 def test_help_lists_the_flags_and_nothing_heavy_is_imported() -> None:
