@@ -98,10 +98,11 @@ $(digits)/images: | $(VENV)/.installed
 	$(python) launchers/prepare.py image_classification --example digits --out $@
 
 $(digits)/store: | $(digits)/images
-	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 28
+	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 48
 
+# worksteal: each worker begins with half of the files, so that what the tests of a file share is made once
 test: lint
-	$(python) -m pytest -n 2 --dist worksteal  # a worker starts with half of the files, so what a file shares is made once
+	$(python) -m pytest -n 2 --dist worksteal
 
 chaos: $(VENV)/.installed-test
 	$(python) -m pytest -n 2 --dist worksteal -m fault

@@ -18,6 +18,7 @@ What is drawn for an image depends on its draw alone, and what becomes of it on 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,28 +35,50 @@ PLACE, COLOUR, PART, MIXED = range(4)
 
 _TRIES = 10
 _STEPS = 4096  # coordinates are multiples of 1 / 4,096 of a pixel, which grid_sample computes with exactly
+_AT_A_TIME = 1 << 19  # pixels
 _LUMA = (0.2989, 0.587, 0.114)
 
 
 def prepared(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
-    part = central_part(batch["size"])
-    upright = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
-    return _normalised(sampled(batch, data.img_size, part, upright), data)
+
+    def pixels(batch: Batch) -> Tensor:
+        part = central_part(batch["size"])
+        unturned = torch.eye(2, device=part.size.device).expand(len(part.size), 2, 2)
+        return sampled(batch, data.img_size, part, unturned, is_upright=True)
+
+    return _normalised(pixels, batch, data)
 
 
 def augmented(batch: Batch, data: ImageData) -> Tensor:
     """fp32 [B, 3, S, S] from uint8 [B, H, W, 3]."""
-    options, draw, size = data.augmentation, batch["draw"], batch["size"]
-    part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
-    turn = turned(draw, options)
-    if options.crop is not None and not options.rotate and draw.device.type == "cpu":
-        corner = (part.centre - part.size / 2).long()
-        square = upright(batch["image"], corner, part.size.long(), turn[:, 0, 0] < 0, data.img_size)
-        pixels = square.float().div_(255)
-    else:
-        pixels = sampled(batch, data.img_size, part, turn)
-    return _normalised(jittered(pixels, draw, options), data)
+    options = data.augmentation
+
+    def pixels(batch: Batch) -> Tensor:
+        draw, size = batch["draw"], batch["size"]
+        part = central_part(size) if options.crop is None else random_part(draw, size, options.crop)
+        turn = turned(draw, options)
+        if options.crop is not None and not options.rotate and draw.device.type == "cpu":
+            corner = (part.centre - part.size / 2).long()
+            square = upright(batch["image"], corner, part.size.long(), turn[:, 0, 0] < 0, data.img_size)
+            seen = square.float().div_(255)
+        else:
+            seen = sampled(batch, data.img_size, part, turn, is_upright=not options.rotate)
+        return jittered(seen, draw, options)
+
+    return _normalised(pixels, batch, data)
+
+
+def _normalised(pixels: Callable[[Batch], Tensor], batch: Batch, data: ImageData) -> Tensor:
+    """On a CPU a few images at a time, in memory that is used again: fresh memory costs more than all arithmetic."""
+    count, edge, device = len(batch["image"]), data.img_size, batch["image"].device
+    few = max(1, _AT_A_TIME // edge**2) if device.type == "cpu" else count
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (data.mean, data.std))
+    seen = torch.empty(count, 3, edge, edge, device=device)
+    for first in range(0, count, few):
+        these = slice(first, first + few)
+        torch.sub(pixels({key: value[these] for key, value in batch.items()}), mean, out=seen[these]).div_(std)
+    return seen
 
 
 class Part(NamedTuple):
@@ -103,8 +126,10 @@ def turned(draw: Tensor, options: Augmentation) -> Tensor:
     return torch.stack([mirrored * cos, -mirrored * sin, sin, cos], dim=1).view(-1, 2, 2)
 
 
-def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
+def sampled(batch: Batch, edge: int, part: Part, turn: Tensor, is_upright: bool = False) -> Tensor:
     """fp32 [B, 3, edge, edge] in 0 ... 1: the part, turned about its centre, of each image.
+
+    is_upright: no image is turned by an angle, so rows stay rows, and no place lies outside
 
     grid_sample takes places as fractions of the padded image. Where its edges are powers of two, multiples of 1 / 4,096
     of a pixel are exact: so the result does not depend on the padding, and a pixel that is hit is copied.
@@ -112,22 +137,26 @@ def sampled(batch: Batch, edge: int, part: Part, turn: Tensor) -> Tensor:
     images = batch["image"]
     height, width = images.shape[1:3]
     padded_w, padded_h = (1 << max(0, length - 1).bit_length() for length in (width, height))
-    canvas = torch.zeros(len(images), 3, padded_h, padded_w, device=images.device)
-    canvas[:, :, :height, :width] = images.permute(0, 3, 1, 2)
+    canvas = torch.empty(len(images), padded_h, padded_w, 3, device=images.device)
+    canvas[:, :height, :width] = images
+    canvas[:, height : height + 1] = 0  # the last row and column take what lies behind them with a weight of 0
+    canvas[:, :, width : width + 1] = 0
     along = torch.arange(edge, device=images.device) + 0.5 - edge / 2
+    offsets = (along.view(1, 1, -1), along.view(1, -1, 1))
     steps = turn * (part.size / edge * _STEPS)[:, :, None]
     start = (part.centre - 0.5) * _STEPS
     grid = torch.empty(len(images), edge, edge, 2, device=images.device)
-    outside = torch.zeros(len(images), edge, edge, device=images.device)
+    outside = []
     for axis, padded in enumerate((padded_w, padded_h)):
-        across, down = (steps[:, axis, k, None] * along for k in (0, 1))
-        place = (across[:, None, :] + (down + start[:, axis, None])[:, :, None]).round_()
-        last = ((batch["size"][:, 1 - axis] - 1) * _STEPS).float()[:, None, None]
-        nearest = torch.minimum(place.clamp(min=0), last)
-        outside = torch.maximum(outside, place.sub_(nearest).abs_())
-        torch.add(1 / padded - 1, nearest, alpha=2 / (padded * _STEPS), out=grid[..., axis])
-    found = F.grid_sample(canvas, grid, align_corners=False)
-    return found.mul_((outside <= _STEPS / 2)[:, None]).div_(255)
+        place = start[:, axis].view(-1, 1, 1)
+        for k in (axis,) if is_upright else (0, 1):
+            place = place + steps[:, axis, k].view(-1, 1, 1) * offsets[k]
+        last = ((batch["size"][:, 1 - axis] - 1) * _STEPS).float().view(-1, 1, 1)
+        nearest = torch.minimum(place.round_().clamp(min=0), last)
+        outside.append(place.sub_(nearest).abs_())
+        grid[..., axis] = nearest.mul_(2 / (padded * _STEPS)).add_(1 / padded - 1)
+    found = F.grid_sample(canvas.permute(0, 3, 1, 2), grid, align_corners=False).div_(255)
+    return found if is_upright else found.mul_((torch.maximum(*outside) <= _STEPS / 2)[:, None])
 
 
 def jittered(pixels: Tensor, draw: Tensor, options: Augmentation) -> Tensor:
@@ -172,8 +201,3 @@ def _turn_hue(pixels: Tensor, sixths: Tensor) -> None:
     green.copy_(hue).sub_(2).abs_().sub_(1)
     blue.copy_(hue).sub_(4).abs_().sub_(1)
     torch.addcmul(value[:, None], pixels.clamp_(0, 1), chroma[:, None], value=-1, out=pixels)
-
-
-def _normalised(pixels: Tensor, data: ImageData) -> Tensor:
-    mean, std = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (data.mean, data.std))
-    return pixels.sub_(mean).div_(std)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +29,17 @@ from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import replace_whole, write_json
 from trunkline.engine.machine.reading import read_whole, reason
 from trunkline.engine.whole_state import WholeState
+from trunkline.models.image_classification.torchvision_names import (
+    from_torchvision,
+    in_torchvision_order,
+    is_resnet_of_transformers,
+    torchvision_names,
+)
 
 BEST_PTH, CLASS_NAMES = "best.pth", "class_names.json"
-_PREFIX, _BODY = "model.", "0.model."
+_PREFIX = "model."
 _MOST_NAMES = 64 << 20  # bytes
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-_STEM = "resnet.embedder.embedder."
-_LAYER = re.compile(
-    r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.(?:layer\.(\d+)|(shortcut))\.(convolution|normalization)\."
-)
-_HEAD = "classifier.1."
-
-
-def torchvision_names(names: Iterable[str]) -> dict[str, str]:
-    """What torchvision calls each tensor of transformers' ResNet; names of any other network stay."""
-    names = list(names)
-    if not any(name.startswith(_STEM) for name in names):
-        return {name: name for name in names}
-    stem = {f"{_STEM}convolution.": "conv1.", f"{_STEM}normalization.": "bn1.", _HEAD: "fc."}
-    called = {}
-    for name in names:
-        begins = next((each for each in stem if name.startswith(each)), "")
-        called[name] = stem[begins] + name.removeprefix(begins) if begins else _LAYER.sub(_block, name)
-    return called
-
-
-def _block(found: re.Match[str]) -> str:
-    stage, layer, place, shortcut, kind = found.groups()
-    if shortcut:
-        part = f"downsample.{'01'[kind == 'normalization']}"
-    else:
-        part = f"{'bn' if kind == 'normalization' else 'conv'}{int(place) + 1}"
-    return f"layer{int(stage) + 1}.{layer}.{part}."
-
-
-def in_torchvision_order(name: str) -> tuple[Any, ...]:
-    """A sort key: torchvision's ResNet has a block's shortcut last, transformers' has it first."""
-    block, part = re.match(r"(layer\d+\.\d+\.)?(.*)", name).groups()  # type: ignore[union-attr]
-    stage, place = map(int, re.findall(r"\d+", block)) if block else (99 if part.startswith("fc.") else 0, 0)
-    kind, number = re.match(r"(\D+?)\.?(\d*)\.", part).groups()  # type: ignore[union-attr]
-    step = (9, int(number)) if kind == "downsample" else (int(number or 0), kind == "bn")
-    return stage, place, *step, part.endswith("bias")
 
 
 def write(folder: Path, state: WholeState, classes: tuple[str, ...], img_size: int, arch: str) -> None:
@@ -116,18 +85,23 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
         raise CheckpointError(
             f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}"
         )
-    theirs = {called: name for name, called in torchvision_names(model.state_dict()).items()}
+    is_resnet = is_resnet_of_transformers(model.state_dict())
+
+    def called(name: str) -> str | None:
+        name = name.removeprefix(_PREFIX)
+        if is_resnet:
+            return from_torchvision(name)
+        return None if name.startswith("1.") else name.removeprefix("0.model.")
+
     names = [name for name in held["model"] if isinstance(name, str)]
-    if any(name.startswith(_BODY) for name in names):
-        body = {name: theirs.get(name.removeprefix(_BODY)) for name in names}
-        load_foreign(model, path, lambda name: body.get(name), fresh=("classifier.*",))
+    if all(re.match(r"[01]\.", name) for name in names):
+        load_foreign(model, path, called, fresh=("classifier.*",))
         return _state(model, 0, steps_per_epoch, notes=("is of FastAI: its body alone is taken, from epoch 0 on",))
-    called = {name: theirs.get(name.removeprefix(_PREFIX), name.removeprefix(_PREFIX)) for name in names}
-    load_foreign(model, path, lambda name: called.get(f"{_PREFIX}{name}", called.get(name, name)))
+    load_foreign(model, path, called)
     epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
     ours = {name for name, _ in model.named_parameters()}
-    kept, notes = _kept(held.get("opt"), [called[name] for name in names if called[name] in ours])
-    finished = int(epoch or 0)
+    kept, notes = _kept(held.get("opt"), [str(called(name)) for name in names if called(name) in ours])
+    finished = max(0, int(epoch or 0))  # -1 is what some trainers leave at their end
     counted = {float(each["step"]) for each in kept.values() if "step" in each}
     if counted == {(finished + 1) * steps_per_epoch}:
         finished += 1

@@ -21,6 +21,13 @@ class Crop(Strict):
     scale: tuple[Share, Share] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
+    @model_validator(mode="after")
+    def _rising(self) -> Crop:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"'{name}' goes from {low:g} to {high:g}: give a number above 0, then no lower one")
+        return self
+
 
 class Augmentation(Strict):
     """What training does to an image, drawn anew in each epoch."""

@@ -7,7 +7,8 @@
 
 The first frame, upright as the EXIF orientation says. Samples of 16 bits keep their upper eight, so 65,535 is 255. What
 is transparent stands on white. CMYK becomes RGB, also where a JPEG holds it inverted, as Adobe's programs write it.
-Resizing is Pillow's bilinear filter, which is antialiased. A file is told by its content, not by its name.
+Colour profiles are passed over, as they are elsewhere. Resizing is Pillow's bilinear filter, which is antialiased. A
+file is told by its content, not by its name.
 
 Raises BadImage with the reason in one line: what cannot be read, is cut short, is damaged, is no image, or is larger
 than MAX_FILE_BYTES or MAX_PIXELS.

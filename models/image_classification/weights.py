@@ -9,7 +9,6 @@ Each returns a line for whoever starts the run. A head for another number of cla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.checkpoint.foreign import load_foreign
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
+from trunkline.models.image_classification.torchvision_names import from_torchvision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -115,7 +115,7 @@ def load_pretrained(network: Any, path: Path, head: Sequence[str]) -> str:
     is_resnet = network.config.model_type == "resnet"
 
     def renamed(name: str) -> str | None:
-        return own.get(name) or (_resnet_name(name) if is_resnet else name)
+        return own.get(name) or (from_torchvision(name) if is_resnet else name)
 
     try:
         return load_foreign(network, path, renamed, fresh=head)
@@ -130,24 +130,3 @@ def file_names(network: Any) -> dict[str, str]:
     state = network.state_dict()
     renamed = {id(tensor): file_name for file_name, tensor in revert_weight_conversion(network, dict(state)).items()}
     return {name: renamed[id(tensor)] for name, tensor in state.items()}
-
-
-_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""FastAI's body of a network of torchvision: its children by number."""
-_KINDS = {"conv": "convolution", "bn": "normalization"}
-
-
-def _resnet_name(name: str) -> str | None:
-    """transformers' name of a ResNet's tensor that torchvision, timm or FastAI named; None of FastAI's head."""
-    if re.match(r"1\.\d", name):
-        return None
-    name = name.removeprefix("0.model.")
-    if (found := re.fullmatch(r"0\.(\d)\.(.+)", name)) and found[1] in _CHILDREN:
-        name = f"{_CHILDREN[found[1]]}.{found[2]}"
-    if found := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
-        return f"resnet.embedder.embedder.{_KINDS[found[1]]}.{found[2]}"
-    if found := re.fullmatch(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)", name):
-        stage, layer, kind, place = int(found[1]) - 1, found[2], found[3], int(found[4])
-        inside = f"layer.{place - 1}.{_KINDS[kind]}" if kind in _KINDS else f"shortcut.{list(_KINDS.values())[place]}"
-        return f"resnet.encoder.stages.{stage}.layers.{layer}.{inside}.{found[5]}"
-    return re.sub(r"^fc\.", "classifier.1.", name)

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
+from trunkline.engine.record.boards import ShownRun
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.trackers import make_trackers
 from trunkline.engine.task import Sums
@@ -244,3 +245,32 @@ def test_files_that_a_tracker_cannot_show_do_not_stand_in_the_way_of_rows(
     trackers.close()
     assert "cannot take the keep of step 1" in capsys.readouterr().err
     assert _scalars(tmp_path / "tensorboard", "val/loss") == {2: 0.5}
+
+
+def test_the_configuration_wins_over_the_environment_and_that_over_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(tracked: dict[str, str], tracking: Tracking) -> tuple[str, str]:
+        run = ShownRun(tmp_path / "folder", {"training": {"tracked": tracked}}, tracking, 0, resumed=False)
+        return run.called("experiment", "MLFLOW_EXPERIMENT_NAME", "otherwise"), run.name("MLFLOW_RUN_NAME")
+
+    asked = {"experiment": "asked", "run": "asked run"}
+    assert called({}, Tracking()) == ("otherwise", "folder")
+    assert called({}, CLASSIFIER) == ("ai-classifier", "first try")
+    assert called(asked, CLASSIFIER) == ("asked", "asked run")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "my run")
+    assert called({}, CLASSIFIER) == ("mine", "my run")
+    assert called(asked, CLASSIFIER) == ("asked", "asked run")
+
+
+def test_files_that_are_to_stay_are_not_handed_over(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    config = {"training": {"tracked": {"leave_out": ["b.txt"]}}}
+    trackers = make_trackers(["tensorboard"], tmp_path, config, tracking=Tracking(artifacts=("a.txt", "b.txt")))
+    trackers.finish(1)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["tensors"] == ["a.txt/text_summary"]

@@ -13,6 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.ranks.distributed import start
+from trunkline.engine.task import Sums
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.command_line import Command, parse
 from trunkline.models.image_classification.task import ImageTask
@@ -45,9 +46,17 @@ class SmallTask(ImageTask):
     """The workload with a ResNet of two stages and 8,000 parameters."""
 
     def build_model(self) -> nn.Module:
-        return ResNetForImageClassification(
+        return small_resnet()
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """Nothing, which is quick."""
+
+
+def small_resnet() -> nn.Module:
+    """8,000 parameters in two stages."""
+    return ResNetForImageClassification(
             ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic",
-                         downsample_in_bottleneck=False, num_labels=len(self.classes))
+                         downsample_in_bottleneck=False, num_labels=len(CLASSES))
         )  # fmt: skip
 
 

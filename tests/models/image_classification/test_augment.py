@@ -200,6 +200,13 @@ def test_the_same_pixels_in_any_batch_and_beside_images_of_any_size() -> None:
         assert torch.equal(torch.cat(parts), augmented(batch_of(images), data(geometric)))
 
 
+def test_large_images_are_made_few_at_a_time_and_are_the_same() -> None:
+    images, large = [image(30, 40, seed) for seed in range(3)], data(EVERYTHING, img_size=512)
+    whole = augmented(batch_of(images), large)
+    alone = [augmented(batch_of([each], place), large) for place, each in enumerate(images)]
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=0, atol=1e-6)
+
+
 def test_nothing_outside_an_image_is_seen() -> None:
     """White images in a padded batch stay white, but for black corners where they are turned."""
     white = [np.full(size, 255, np.uint8) for size in ((20, 30, 3), (64, 21, 3), (30, 90, 3))]

@@ -35,7 +35,8 @@ from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.augment import augmented
-from trunkline.models.image_classification.best_pth import torchvision_names, write
+from trunkline.models.image_classification.best_pth import write
+from trunkline.models.image_classification.torchvision_names import torchvision_names
 
 EPOCHS, LR = 4, 0.01
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -107,7 +108,7 @@ def assert_same_weights(model: nn.Module, folder: Path) -> None:
         torch.testing.assert_close(model.state_dict()[called[name]], tensor, rtol=1e-5, atol=1e-5, msg=called[name])
 
 
-@pytest.mark.parametrize(("optimizer", "index"), [("Adam", False), ("Adam", True), ("SGD", False), ("RMSprop", False)])
+@pytest.mark.parametrize(("optimizer", "index"), [("Adam", True), ("SGD", False), ("RMSprop", False)])
 def test_a_run_of_the_plain_loop_is_continued_as_if_it_were_unbroken(
     images: Path, tmp_path: Path, optimizer: str, index: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +136,7 @@ class KeepsEach(SmallTask):
         shutil.copyfile(folder / "best.pth", folder / f"best-{torch.load(folder / 'best.pth')['epoch']}.pth")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 def test_the_plain_loop_continues_a_run_of_ours_as_if_it_were_unbroken(
     images: Path, tmp_path: Path, optimizer: str
 ) -> None:
@@ -190,6 +191,7 @@ def assert_holds(state: WholeState, model: dict[str, torch.Tensor]) -> None:
         ({"epoch": np.int64(2), "loss": torch.tensor(0.5)}, 6, None),
         ({"epoch": 1}, 6, None),
         ({"epoch": 5}, 15, None),
+        ({"epoch": -1}, 0, None),
     ],
 )
 def test_what_a_file_lacks_is_said_and_the_rest_is_taken(
@@ -228,8 +230,9 @@ class Hostile:
         (lambda held: held | {"model": {**held["model"], "model.fc.weight": torch.zeros(5, 16)}},
          "classifier.1.weight is .5, 16., but .3, 16. in the model"),
         (lambda held: held | {"model": {"model.conv1.weight": torch.zeros(8, 3, 7, 7)}}, "missing there"),
-        (lambda held: held | {"opt": {"state": {0: {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(3, 3), "step": 6}},
-                                      "param_groups": [{"params": list(range(26))}]}},
+        (lambda held: held | {"opt": {
+            "state": {0: {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(3, 3), "step": 6}},
+            "param_groups": [{"params": list(range(26))}]}},
          "convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
     ],
 )  # fmt: skip
@@ -253,10 +256,7 @@ def test_weights_of_other_classes_are_refused(images: Path, tmp_path: Path, thei
         state_of(images, tmp_path / "best.pth", theirs)
 
 
-def test_other_networks_keep_their_names(tmp_path: Path) -> None:
-    assert torchvision_names(["vit.embeddings.cls_token", "classifier.1.weight"]) == {
-        "vit.embeddings.cls_token": "vit.embeddings.cls_token", "classifier.1.weight": "classifier.1.weight",
-    }  # fmt: skip
+def test_a_module_of_any_kind_has_the_order_of_its_state_dict(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     model(torch.ones(4, 2)).square().sum().backward()
