@@ -33,7 +33,8 @@ Change = Callable[[dict[str, Any], Any, int], dict[str, Any]]
 """(configuration so far, the flag's value, number of ranks) -> {dotted key: value}; raises ConfigError.
 
 A key "--output-dir", "--resume" or "--onnx" stands for that flag of launchers/train.py, which a user's own wins over.
-"--instead" names a launcher that works on the run's folder in place of training, and its flags: ["evaluate", "--split", "val"].
+"--instead" names a launcher that works on the run's folder in place of training, and its flags: ["evaluate", "--split",
+"val"].
 """
 
 

@@ -221,8 +221,8 @@ def only_val(config: Config, value: bool, world_size: int) -> Config:
         raise ConfigError(f"--only_val: one process evaluates, and these are {world_size}: start it with python")
     if value_at(config, "training.start_from") is not None:
         raise ConfigError(
-            "--only_val: evaluates a run of this program: start one from the file, --load_model FILE --epochs N with the "
-            "file's epoch as N, and evaluate that"
+            "--only_val: evaluates a run of this program: start one from the file, --load_model FILE --epochs N with "
+            "the file's epoch as N, and evaluate that"
         )
     where = ("--data-path", "data.path") if value_at(config, "data.store") is None else ("--store", "data.store")
     return {"--instead": ["evaluate", "--split", "val", where[0], str(value_at(config, where[1]))]}

@@ -294,7 +294,8 @@ def test_decay_is_of_all_parameters_unless_a_file_has_rules_of_its_own(tmp_path:
 def test_only_val_trains_nothing_and_measures_the_runs_best_weights(tmp_path: Path) -> None:
     data, run = write_images(tmp_path / "data"), tmp_path / "run"
     words = ["image_classification", "--data_path", str(data), "--arch", "resnet_tiny", "--img_size", "32",
-             "--batch_size", "4", "--epochs", "1", "--disable_mlflow", "--no-export_onnx", "--model_path", str(run)]  # fmt: skip
+             "--batch_size", "4", "--epochs", "1", "--disable_mlflow", "--no-export_onnx",
+             "--model_path", str(run)]  # fmt: skip
     assert launch(words) == 0
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     (trained,) = [row for row in map(json.loads, (run / "metrics.jsonl").open()) if row["split"] == "val"]
