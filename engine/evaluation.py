@@ -19,9 +19,6 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import Ranks, gather, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
-SHOWN = "shown"
-"""The folder of a run for what the task shows of the last evaluation: pictures, texts, tables."""
-
 _APART = 0.2
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from trunkline.engine.checkpoint.best import BEST
 from trunkline.engine.config.strict import nearest
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.evaluation import SHOWN, evaluate, evaluated
+from trunkline.engine.evaluation import evaluate, evaluated
 from trunkline.engine.memory.shortage import OutOfMemory
+from trunkline.engine.record.boards import SHOWN
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
 

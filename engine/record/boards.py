@@ -18,6 +18,8 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import read_whole
 from trunkline.engine.tracking import Tracking
 
+SHOWN = "shown"
+"""The folder of a run for what the task shows of the last evaluation: pictures, texts, tables."""
 PICTURES, TEXTS = (".png", ".jpg", ".jpeg"), (".txt", ".md")
 _MOST_TEXT = 1 << 20
 

@@ -3,7 +3,8 @@
     write_report(Path("runs/fluid-demo"))    -> runs/fluid-demo/report/summary.md
     python -m trunkline.engine.record.report runs/fluid-demo  the same, of a run that was stopped or is still going
 
-Only metrics.jsonl, config.json and plan.json of the run's folder are read; what is missing is left out.
+Only metrics.jsonl, config.json and plan.json of the run's folder are read; what is missing is left out. What the task
+shows of an evaluation, in shown/, is linked.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import read_object
+from trunkline.engine.record.boards import PICTURES, SHOWN
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels
 from trunkline.engine.record.tables import markdown
@@ -165,6 +167,11 @@ def _summary(
     parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
     if metrics := _metrics_table(history, config):
         parts += ["## Validation", metrics]
+    shown = run_folder / SHOWN
+    if there := sorted(path.name for path in shown.glob("*") if path.is_file() and not path.name.startswith(".")):
+        parts += ["## Shown of the last evaluation"]
+        parts += [f"![{Path(name).stem}](../{SHOWN}/{name})" for name in there if name.endswith(PICTURES)]
+        parts += [f"[{name}](../{SHOWN}/{name})" for name in there if not name.endswith(PICTURES)]
     if config:
         parts += ["## Configuration of record", f"```json\n{json.dumps(config, indent=2)}\n```"]
     return "\n\n".join(parts) + "\n"

@@ -120,6 +120,17 @@ def test_a_missing_or_damaged_configuration_costs_only_what_it_holds(tmp_path: P
     assert "| steps | 40 |" in write_report(_short_run(tmp_path, config)).read_text().splitlines()
 
 
+def test_what_the_task_shows_is_linked_pictures_in_sight(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, "{}")
+    assert "Shown" not in write_report(run).read_text()
+    (run / "shown").mkdir()
+    for name in ("confusion.png", "classes.md", ".half-written.png"):
+        (run / "shown" / name).write_text("")
+    lines = write_report(run).read_text().splitlines()
+    assert {"![confusion](../shown/confusion.png)", "[classes.md](../shown/classes.md)"} <= set(lines)
+    assert not any("half" in line for line in lines)
+
+
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     write_report(_short_run(tmp_path, "{}"))
     assert (tmp_path / "report" / "metrics.png").exists()
