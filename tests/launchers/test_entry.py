@@ -29,11 +29,19 @@ except SystemExit as end:
 @pytest.mark.parametrize(
     ("launcher", "words", "said"),
     [
-        ("train", [], ["--config FILE", "WORKLOAD --help", "--epochs", "The workloads: causal_lm, fluid."]),
+        (
+            "train",
+            [],
+            ["--config FILE", "WORKLOAD --help", "--epochs", "The workloads: causal_lm, fluid, image_classification."],
+        ),
         ("train", ["causal_lm"], ["flags of causal_lm:", "--model-path"]),
         ("train", ["--config", "configs/fluid/demo.json"], ["flags of fluid:", "--store"]),
-        ("evaluate", [], ["--run DIR --help", "--out", "--device", "The workloads: causal_lm, fluid."]),
-        ("predict", [], ["--run DIR --help", "--device", "The workloads: causal_lm, fluid."]),
+        (
+            "evaluate",
+            [],
+            ["--run DIR --help", "--out", "--device", "The workloads: causal_lm, fluid, image_classification."],
+        ),
+        ("predict", [], ["--run DIR --help", "--device", "The workloads: causal_lm, fluid, image_classification."]),
         ("prepare", [], ["causal_lm|fluid"]),
         ("export", [], ["--max-shard-gib"]),
         ("bench", [], ["masked_mse"]),
