@@ -101,7 +101,7 @@ def start_from(
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 
     written: list[Path] = []
-    on_main(lambda: written.append(write()), checkpoints.ranks, f"{path}: cannot be taken up")
+    on_main(lambda: written.append(write()), checkpoints.ranks, f"{path}: cannot be read into a checkpoint")
     where = from_main(written[0] if written else None, checkpoints.ranks)
     assert where is not None
     return checkpoints.load(where), notes

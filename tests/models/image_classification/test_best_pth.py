@@ -123,7 +123,7 @@ def test_a_run_of_the_plain_loop_is_continued_as_if_it_were_unbroken(
     assert_same_weights(plain.model, tmp_path / "run/final")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (min(steps), max(steps)) == (9, 12)
-    assert f"{path} is taken up as {tmp_path}/run/checkpoints/step-00000006" in capsys.readouterr().out
+    assert f"the run begins with {path}, now {tmp_path}/run/checkpoints/step-00000006" in capsys.readouterr().out
     assert trainer.progress.best != 9.5  # which any evaluation is better than
     assert trainer.total_steps == 12
 
@@ -236,7 +236,7 @@ class Hostile:
          "convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_taken_up_is_named_with_the_reason_and_nothing_in_it_is_run(
+def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_in_it_is_run(
     images: Path, tmp_path: Path, theirs: dict[str, Any], change: Callable[[Any], Any], message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
