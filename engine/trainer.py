@@ -161,7 +161,8 @@ class Trainer(Run):
         taken, notes = start_from(
             other, self.task, self.config, self.checkpoints, known, self.total_steps, self.batches.per_epoch
         )  # fmt: skip
-        self.say("\n".join([f"the run begins with {other}, now {taken.path}", *(f"note: {other}: {note}" for note in notes)]))
+        said = [f"the run begins with {other}, now {taken.path}", *(f"note: {other}: {note}" for note in notes)]
+        self.say("\n".join(said))
         return taken
 
     def _open_trackers(self) -> None:
