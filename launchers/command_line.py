@@ -100,7 +100,10 @@ def _workload_of(words: Sequence[str]) -> tuple[str | None, list[str]]:
         flag, equals, name = word.partition("=")
         if flag == "--workload":
             end = place + (1 if equals else 2)
-            return name if equals else "".join(words[place + 1 : end]), [*words[:place], *words[end:]]
+            name = name if equals else "".join(words[place + 1 : end])
+            if not name or name.startswith("-"):
+                raise ConfigError(f"--workload: needs a name: use one of {', '.join(workloads())}")
+            return name, [*words[:place], *words[end:]]
     while first < len(words) and (found := re.fullmatch("--local[_-]rank(=.*)?", words[first])):
         first += 1 if found[1] else 2
     if first >= len(words) or words[first].startswith("-"):

@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int | None:
             raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
     config = checked(command.draft(world_size), config_sections)
     folder = arguments.output_dir or Path("runs") / config.workload / (arguments.config or Path("default")).stem
-    if arguments.instead:
+    if arguments.instead and not arguments.plan:
         launcher, *flags = arguments.instead
         return int(import_module(f"trunkline.launchers.{launcher}").main(["--run", str(folder), *flags]))
     try:
@@ -75,6 +75,7 @@ def _run(words: list[str]) -> int | None:
 def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> None:
     from trunkline.engine.backends import choose_backend
     from trunkline.engine.checkpoint.best import BEST, outcome
+    from trunkline.engine.checkpoint.weights import WEIGHTS
     from trunkline.engine.ranks.agreement import agree
     from trunkline.engine.ranks.distributed import start
     from trunkline.engine.record.report import write_report
@@ -102,9 +103,9 @@ def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> No
             report = (
                 f"no report ({error}); `python -m trunkline.engine.record.report {folder}` writes it once there is room"
             )
-        if write_onnx is not None:
-            write_onnx(folder / BEST)
         print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
+        if write_onnx is not None and (folder / BEST / WEIGHTS).exists():
+            write_onnx(folder / BEST)
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> None:
