@@ -23,16 +23,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from trunkline.engine.data.npy import NpyFile, Spec, write_npy
-from trunkline.engine.data.store import INDEX, VERSION, fingerprint
-from trunkline.engine.errors import DataError
+from trunkline.engine.data.store import INDEX, VERSION, ArrayStore, fingerprint
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry, only_writer, replace_whole, sync
 from trunkline.engine.machine.reading import read_object
 
+_S = TypeVar("_S", bound=ArrayStore)
 PART, PARTIAL = "part.json", ".partial"
 
 
@@ -94,6 +95,30 @@ def write_index(
     assert not index.keys() & notes.keys()
     index = json.loads(json.dumps(index))  # as it will be read
     replace_whole(root / INDEX, json.dumps({"fingerprint": fingerprint(index), **index, **notes}, indent=1) + "\n")
+
+
+def check_out(out: Path, *sources: Path) -> None:
+    """Raise DataError for an `out` that is no place for a store made of `sources`: it holds other things, or one of
+    them, or lies in one."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: not a folder: choose another --out")
+    for source in sources:
+        if source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents:
+            raise DataError(f"--out {out} and the source {source} contain one another: choose an --out of its own")
+    if out.is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
+
+
+def finished(kind: type[_S], out: Path, made_from: Mapping[str, Any]) -> _S:
+    """The store in `out`. Raises ConfigError if its note "made_from" says that it was made from anything else."""
+    store = kind.open(out)
+    before = store.index.get("made_from", {})
+    if different := [name for name in made_from if before.get(name) != made_from[name]]:
+        raise ConfigError(
+            f"{out}: already holds a data set made with another {' and another '.join(different)}: choose another "
+            "--out, or remove that folder"
+        )
+    return store
 
 
 @contextmanager

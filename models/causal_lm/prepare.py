@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trunkline.engine.data.store import INDEX
-from trunkline.engine.data.store_writer import draft_of
+from trunkline.engine.data.store_writer import check_out, draft_of, finished
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
 from trunkline.models.causal_lm.conversion import characters, convert_all, texts
@@ -108,7 +108,7 @@ def prepare(
     files, val_files = find_files(sources), find_files(val_sources)
     if both := {path.resolve() for path in files} & {path.resolve() for path in val_files}:
         raise ConfigError(f"{min(both)}: given both to train on and as --val-source: leave it out of one")
-    _check_out(out, [*sources, *val_sources])
+    check_out(out, *sources, *val_sources)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     made_from: dict[str, Any] = {
         "kind": kind,
@@ -118,7 +118,7 @@ def prepare(
         "chat template": None if chat_template is None else _template(chat_template),
     }
     if (out / INDEX).is_file():
-        store = _finished(out, made_from)
+        store = finished(Store, out, made_from)
         if given is not None and given.backend_tokenizer.to_str() != store.tokenizer().backend_tokenizer.to_str():
             raise ConfigError(
                 f"{out}: its tokens are not those of {tokenizer}, which an earlier version did not copy faithfully: "
@@ -205,28 +205,6 @@ def _check_settings(vocab_size: int, val_fraction: float, max_bad_fraction: floa
         raise ConfigError(f"--max-bad-fraction {max_bad_fraction}: use a number from 0 to 1, such as 0.1")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: use 1 or more")
-
-
-def _check_out(out: Path, sources: Sequence[Path]) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: not a folder: choose another --out")
-    for source in sources:
-        if source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents:
-            raise DataError(f"--out {out} and the source {source} contain one another: choose an --out of its own")
-    if out.is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
-
-
-def _finished(out: Path, made_from: dict[str, Any]) -> Store:
-    """The store in `out`. Raises ConfigError if it was made from anything else."""
-    store = Store.open(out)
-    before = store.index.get("made_from", {})
-    if different := [name for name in made_from if before.get(name) != made_from[name]]:
-        raise ConfigError(
-            f"{out}: already holds a data set made with another {' and another '.join(different)}: "
-            "choose another --out, or remove that folder"
-        )
-    return store
 
 
 def _file_digests(files: Sequence[Path]) -> list[list[str]]:

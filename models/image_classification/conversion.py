@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from trunkline.engine.data.npy import NpyWriter, Spec
 from trunkline.engine.data.store import INDEX
-from trunkline.engine.data.store_writer import draft_of, publish, write_index
+from trunkline.engine.data.store_writer import check_out, draft_of, finished, publish, write_index
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.image_classification.decode import BadImage, Size, read_image
 from trunkline.models.image_classification.scan import Found, class_of, scan
@@ -66,7 +66,7 @@ def prepare(
     `source` that is not laid out as it must be, and for more unreadable images than `max_bad_fraction` of all.
     """
     _check_settings(size, train_size, val_size, workers, max_bad_fraction)
-    _check_out(out, source)
+    check_out(out, source)
     found = scan(source)
     made_from: dict[str, Any] = {
         "source": _listing(found),
@@ -77,7 +77,7 @@ def prepare(
         "size-per-class": size_per_class,
     }
     if (out / INDEX).is_file():
-        return _finished(out, made_from), False
+        return finished(ImageStore, out, made_from), False
     remarks, chosen = list(found.notes), dict[str, list[str]]()
     for split, there in found.images.items():
         names, wanted = list(there), {"train": train_size, "val": val_size}.get(split)
@@ -212,24 +212,3 @@ def _check_settings(
             raise ConfigError(f"{flag} {value}: use 1 or more")
     if not 0 <= max_bad_fraction < 1:
         raise ConfigError(f"{_SETTING} {max_bad_fraction}: use a number from 0 to below 1, such as 0.01")
-
-
-def _check_out(out: Path, source: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: not a folder: choose another --out")
-    if source.resolve() in (out.resolve(), *out.resolve().parents) or out.resolve() in source.resolve().parents:
-        raise DataError(f"--out {out} and the source {source} contain one another: choose an --out of its own")
-    if out.is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty and not a prepared data set: choose another --out, or empty it")
-
-
-def _finished(out: Path, made_from: dict[str, Any]) -> ImageStore:
-    """The store in `out`. Raises ConfigError if it was made from anything else."""
-    store = ImageStore.open(out)
-    before = store.index.get("made_from", {})
-    if different := [name for name in made_from if before.get(name) != made_from[name]]:
-        raise ConfigError(
-            f"{out}: already holds images made with another {' and another '.join(different)}: choose another --out, "
-            "or remove that folder"
-        )
-    return store

@@ -88,7 +88,7 @@ def test_run_again_it_does_nothing_and_other_settings_are_refused(root: Path, tm
     out = tmp_path / "store"
     assert prepare(root, out, Size(square=16))[1]
     assert not prepare(root, out, Size(square=16))[1]
-    with pytest.raises(ConfigError, match="already holds images made with another img-size and another train-size"):
+    with pytest.raises(ConfigError, match="already holds a data set made with another img-size and another train-size"):
         prepare(root, out, Size(square=17), train_size=2)
     write_image(root / "train/cat/new.png")
     with pytest.raises(ConfigError, match="made with another source"):
