@@ -15,6 +15,7 @@ FastAI's own files ("0.model." the body, "1." the head) give the body. Nothing t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) ->
     return [*keys, *(key for key in tensors if key not in keys)]
 
 
-def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int) -> WholeState:
+def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int, img_size: int) -> WholeState:
     """The state in such a file. `model` is new, and holds the file's weights afterwards.
 
     Raises CheckpointError, also where class_names.json beside the file has other classes.
@@ -105,9 +106,16 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
     counted = {float(each["step"]) for each in kept.values() if "step" in each}
     if counted == {(finished + 1) * steps_per_epoch}:
         finished += 1
+        notes = (*notes, f"its optimizer has counted the steps of {finished} epochs, so as many are taken as finished")
     if epoch is None:
         notes = (*notes, "says no epoch: from epoch 0 on")
     metrics = {} if loss is None else {"loss": loss}
+    if metrics and held.get("img_size") not in (None, img_size):
+        metrics = {}
+        notes = (
+            *notes,
+            f"is of images of {show(held['img_size'])} pixels, here {img_size}: its loss is not the value to beat",
+        )
     return _state(model, finished * steps_per_epoch, steps_per_epoch, kept, metrics, notes)
 
 
@@ -138,6 +146,9 @@ def _kept(opt: Any, parameters: list[str]) -> tuple[dict[str, dict[str, Tensor]]
     groups, states = (opt.get(key) if isinstance(opt, Mapping) else None for key in ("param_groups", "state"))
     if not isinstance(states, Mapping) or not isinstance(groups, list):
         return {}, ("holds no state of an optimizer: weights and epoch alone are taken",)
+    whole = all(isinstance(each, Mapping) for each in (*groups, *states.values()))
+    if not whole or not set(states) <= set(range(len(parameters))):
+        return {}, ("its optimizer's state is damaged ('opt'): weights and epoch alone are taken",)
     if len(groups) != 1 or groups[0].get("params") != list(range(len(parameters))):
         return {}, (
             f"its optimizer is of {len(groups)} groups, not of all {len(parameters)} parameters in their order: "
@@ -154,8 +165,9 @@ def _kept(opt: Any, parameters: list[str]) -> tuple[dict[str, dict[str, Tensor]]
 
 
 def _number(value: Any) -> float | None:
-    """A number of Python's, numpy's or torch's; None for anything else."""
+    """A finite number of Python's, numpy's or torch's; None for anything else."""
     try:
-        return None if value is None else float(value)
+        found = math.nan if value is None else float(value)
     except (TypeError, ValueError):
         return None
+    return found if math.isfinite(found) else None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from trunkline.engine.task import Batch, Samples
 from trunkline.models.image_classification.config import ImageData
+from trunkline.models.image_classification.decode import Size
 from trunkline.models.image_classification.folders import Folders
 from trunkline.models.image_classification.store import Prepared
 
@@ -50,9 +51,12 @@ class Source(Protocol):
         """The images of "train" or "val", or "test" where there are some. Raises DataError."""
 
 
-def open_source(data: ImageData) -> Source:
-    """The images that the section names. Raises DataError, and ConfigError for a size that a store does not hold."""
-    return Folders(data) if data.store is None else Prepared(data)
+def open_source(data: ImageData, size: Size | None = None) -> Source:
+    """The images that the section names; of a folder resized to `size`, where a network has been shown such ones.
+
+    Raises DataError, and ConfigError for a size that a store does not hold.
+    """
+    return Folders(data, size) if data.store is None else Prepared(data)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size {arguments.batch_size}: use 1 or more")
     trained = load_trained(arguments.run, arguments.device)
     print(described(trained.folder))
-    source = open_source(_data(trained.data, arguments.store, arguments.data_path))
+    source = open_source(_data(trained.data, arguments.store, arguments.data_path), trained.size)
     if source.classes != trained.classes:
         raise DataError(_other_classes(source.classes, trained))
     split, images = _held_out(source, arguments.split)
@@ -58,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     accuracies = {NETWORK: float(sums["confusion"].diagonal().sum()) / len(images)}
     notes = []
     train = source.split("train")
-    if arguments.baselines or (arguments.baselines is None and len(train) + len(images) <= _COMPARED):
+    if split == "train":
+        notes.append("not compared with simple classifiers: they would be fitted on these images")
+    elif arguments.baselines or (arguments.baselines is None and len(train) + len(images) <= _COMPARED):
         try:
             accuracies |= baselines(train, images)
         except ConfigError as error:

@@ -41,16 +41,16 @@ _KEY_BYTES = 64
 class Folders:
     """The source that is a folder. Raises DataError."""
 
-    def __init__(self, data: ImageData) -> None:
-        self.root, self.size = Path(str(data.path)), _size_of(data)
+    def __init__(self, data: ImageData, size: Size | None = None) -> None:
+        self.root, self.size = Path(str(data.path)), size or _size_of(data)
         found = scan(self.root)
         self.classes, self.short_side = found.classes, self.size.short_side
         self.images: dict[str, list[str]] = {}
         draws: list[str] = []
         for split, there in found.images.items():
-            names, size = list(there), {"train": data.train_size, "val": data.val_size}.get(split)
-            self.images[split] = [names[place] for place in drawn(names, size, data.size_per_class)]
-            draws += draw_note(split, len(self.images[split]), len(names), size, data.size_per_class)
+            names, wanted = list(there), {"train": data.train_size, "val": data.val_size}.get(split)
+            self.images[split] = [names[place] for place in drawn(names, wanted, data.size_per_class)]
+            draws += draw_note(split, len(self.images[split]), len(names), wanted, data.size_per_class)
         total = sum(map(len, self.images.values()))
         bad = _bad_headers(self.root, [name for names in self.images.values() for name in names])
         check_unreadable(bad, total, data.max_bad_fraction, "data.max_bad_fraction")

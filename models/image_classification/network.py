@@ -103,16 +103,22 @@ def check_size(network: Any, img_size: int, model: ImageModel) -> None:
         ) from error
 
 
-def hf_files(folder: Path, network: Any, data: ImageData, classes: Sequence[str], is_plain: bool) -> dict[str, Any]:
+def hf_files(
+    folder: Path, network: Any, data: ImageData, short_side: int | None, classes: Sequence[str], is_plain: bool
+) -> dict[str, Any]:
     """Write preprocessor_config.json, by which transformers prepares images. Returns what its config.json holds.
 
+    short_side: None where validation sees whole images resized to a square, else it sees their central square
     is_plain: whether transformers' own class computes what the network computes; else no class is named
     """
+    square = {"height": data.img_size, "width": data.img_size}
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"height": data.img_size, "width": data.img_size}, "resample": 2,
+            "image_processor_type": "ViTImageProcessor" if short_side is None else "CLIPImageProcessor",
+            "do_convert_rgb": True, "do_resize": True, "resample": 2,
+            **({"size": square} if short_side is None else
+               {"size": {"shortest_edge": data.img_size}, "do_center_crop": True, "crop_size": square}),
             "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": list(data.mean), "image_std": list(data.std),
         },

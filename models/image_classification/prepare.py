@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
+
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.image_classification.conversion import prepare
 from trunkline.models.image_classification.decode import Size
 from trunkline.models.image_classification.example import write_digits
 from trunkline.models.image_classification.flags import DEFAULT_SIZE
+from trunkline.models.image_classification.selection import class_notes
 
 _OF_A_SOURCE = ("img_size", "short_side", "train_size", "val_size", "workers")
 
@@ -44,7 +47,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{len(store[f'{split}/labels']):,} {split}" for split in store.splits)
     shape = f"at most {short_side} pixels on the shorter side" if square is None else f"{square} x {square} pixels"
     print(f"{arguments.out}: {len(store.classes):,} classes, {counts} images of {shape}")
-    for line in store.index["remarks"]:
+    labels = {split: (held := store[f"{split}/labels"]).rows(0, len(held)).astype(np.int64) for split in store.splits}
+    for line in (*store.index["remarks"], *class_notes(store.classes, labels)):
         print(f"  {line}")
 
 

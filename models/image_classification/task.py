@@ -132,7 +132,7 @@ class ImageTask(Task):
 
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """A best.pth of that trainer, or of this workload."""
-        return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch)
+        return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch, self.data.img_size)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """classes.json, class_distribution.json, and preprocessor_config.json with what config.json holds beside it,
@@ -140,7 +140,8 @@ class ImageTask(Task):
         write_facts(folder, self.classes, self.source.short_side)
         labels = {split: self.dataset(split).labels for split in ("train", "val")}
         write_distribution(folder, self.classes, labels)
-        return hf_files(folder, self._shell, self.data, self.classes, self.model.normalization != "group")
+        is_plain = self.model.normalization != "group"
+        return hf_files(folder, self._shell, self.data, self.source.short_side, self.classes, is_plain)
 
     @cached_property
     def _shell(self) -> nn.Module:

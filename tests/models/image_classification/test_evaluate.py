@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from tests.models.image_classification.image_tree import write_tree
-from tests.models.image_classification.trained_run import CLASSES, write_images, write_run
+from tests.models.image_classification.trained_run import CLASSES, EDGE, write_images, write_run
 from trunkline.launchers.evaluate import main
+from trunkline.models.image_classification.config import ImageData
+from trunkline.models.image_classification.conversion import prepare
 from trunkline.models.image_classification.data import open_source
+from trunkline.models.image_classification.decode import Size
 from trunkline.models.image_classification.evaluate import evaluate, render
 from trunkline.models.image_classification.metrics import scores
 from trunkline.models.image_classification.predict import predict
@@ -72,6 +75,25 @@ def test_the_command_writes_metrics_mistakes_and_pictures(
     assert "| newt |" in report
     for name in ("confusion.png", "mistakes.png", "per_class.csv"):
         assert (tmp_path / name).stat().st_size > 100
+
+
+def test_a_folder_is_shown_to_the_network_as_the_store_was_that_it_was_trained_on(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    prepare(images, tmp_path / "store", Size(short_side=EDGE))
+    run = write_run(tmp_path, images)
+    best = run / "best"
+    (best / "classes.json").write_text(json.dumps({"classes": list(CLASSES), "short_side": EDGE}))
+    config = json.loads((best / "config.json").read_text())
+    config["data"] |= {"path": None, "store": str(tmp_path / "store")}
+    (best / "config.json").write_text(json.dumps(config))
+    losses = {}
+    for words in ([], ["--data-path", str(images)], ["--store", str(tmp_path / "store")]):
+        out = tmp_path / f"out{len(losses)}"
+        assert main(["--run", str(run), "--split", "val", "--no-baselines", "--out", str(out), *words]) == 0
+        losses[" ".join(words)] = json.loads((out / "evaluation.json").read_text())["metrics"]["loss"]
+    assert len(set(losses.values())) == 1
+    square = evaluate(load_trained(run, CPU), open_source(ImageData(path=str(images), img_size=EDGE)).split("val"))
+    assert float(square["loss"]) / 7 != pytest.approx(losses[""], rel=1e-3)
 
 
 def test_where_there_is_no_test_split_the_validation_split_is_measured(root: Path, tmp_path: Path) -> None:
