@@ -67,7 +67,7 @@ def evaluate(
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
     if ranks.world_size > 1:
-        _compare_ranks(split, gather(task.summarize(sums).get("loss") if has_samples else None, ranks), ranks)
+        _compare_ranks(split, gather(_own_loss(task, sums) if has_samples else None, ranks), ranks)
     sums = sum_over_ranks(sums, ranks)
     if show_in is not None and ranks.is_main:
         try:
@@ -80,21 +80,40 @@ def evaluate(
     return task.summarize(sums)
 
 
+def _own_loss(task: Task, sums: Sums) -> float | None:
+    try:
+        return task.summarize(sums).get("loss")
+    except Exception:  # a part may lack what the whole has, and the other ranks wait for this one
+        return None
+
+
 def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) -> None:
     """Say how the ranks' own mean losses spread, and warn if one is far from their mean. None: it had no samples.
 
     Metrics do not depend on who evaluated what. Here a rank shows whose weights or data are not those of the others.
     """
     losses = [loss for loss in by_rank if loss is not None and math.isfinite(loss)]
-    if not ranks.is_main or len(losses) < 2:
+    if not ranks.is_main:
+        return
+    if broken := [rank for rank, loss in enumerate(by_rank) if loss is not None and not math.isfinite(loss)]:
+        tqdm.write(
+            f"warning: the {split} loss of the samples of ranks {broken} is not finite: none of them counts, or these "
+            "ranks' weights or data are not those of the others",
+            file=sys.stderr,
+        )
+    if len(losses) < 2:
         return
     mean, spread = statistics.fmean(losses), statistics.pstdev(losses)
     said = f"mean {mean:.6g}, std {spread:.3g}, min {min(losses):.6g}, max {max(losses):.6g}"
     tqdm.write(f"{split} loss of the ranks' own samples: {said}")
     farthest = max(losses, key=lambda loss: abs(loss - mean))
     if abs(farthest - mean) > _APART * abs(mean):
+        # of two ranks, either may be the one that is wrong
+        who = f"rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}," if len(losses) > 2 else (
+            f"the two ranks' own {split} losses are {losses[0]:.6g} and {losses[1]:.6g},"
+        )  # fmt: skip
         tqdm.write(
-            f"warning: rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}, more than {_APART:.0%} off "
-            f"the ranks' mean: each has few samples, or this one's weights or data are not those of the others",
+            f"warning: {who} more than {_APART:.0%} off the ranks' mean: each has few samples, or a rank's weights or "
+            "data are not those of the others",
             file=sys.stderr,
         )

@@ -33,6 +33,8 @@ class Progress:
     """How often the weights' moving average has been updated."""
     since_line: dict[str, float] = field(default_factory=dict)
     """With training.log_means: the sums over the steps since the last line, and their weight under ""."""
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    """All that the best evaluation measured."""
     evaluation_due: bool = False
     """The evaluation of this step was broken off: it is to be made before the next step."""
 
@@ -57,6 +59,7 @@ class Progress:
     def forget_best(self) -> None:
         """Judge anew: no evaluation has been made yet."""
         self.best, self.best_step, self.best_weights, self.evaluations_without_gain = None, 0, "", 0
+        self.best_metrics = {}
         self.best_metric = self.best_mode = ""
 
     def out_of_patience(self, stopping: EarlyStopping | None) -> bool:

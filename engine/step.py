@@ -139,7 +139,8 @@ class Stepper:
 
     def _remembered(self) -> tuple[Sums, Tensor] | None:
         """Sums and global weight of the steps since the last line; those of all ranks are on the first one."""
-        ranks, since = self.run.ranks, self.run.progress.since_line
+        ranks = self.run.ranks
+        since = self.run.progress.since_line if self.run.config.training.log_means else {}
         held = {name: torch.tensor(value, dtype=torch.float64, device=ranks.device) for name, value in since.items()}
         if not held:
             return None

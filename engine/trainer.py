@@ -26,7 +26,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.store import verify_together
-from trunkline.engine.errors import TrunklineError
+from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
@@ -155,6 +155,11 @@ class Trainer(Run):
     def _started_from(self, other: Path, found: Checkpoint | None, known: dict[str, Any]) -> Checkpoint:
         """What another program has saved, unless there is a checkpoint of the run's own."""
         if found is not None:
+            if (before := found.state.get("started_from", str(other))) != str(other):
+                raise ConfigError(
+                    f"training.start_from: {other}: {found.path} was made from {before}: name that, or another "
+                    "--output-dir"
+                )
             self.say(f"note: {found.path} is resumed from, so {other} is left out")
             return found
         self.begin(f"reading {other}")
@@ -221,6 +226,7 @@ class Trainer(Run):
         """The loop: read, step, log, evaluate, save."""
         progress, every = self.progress, self.config.training
         self.validation.try_out()
+        self._hand_over_again()
         if progress.evaluation_due:  # a stop broke it off
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
@@ -278,16 +284,23 @@ class Trainer(Run):
         self.checkpoints.wait()  # so that no two copies of the state are held at once
         self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
-        then = self._new_best().hand_over if self.progress.is_best and self.validation.latest else lambda path: None
+        then = self._new_best().hand_over if self.progress.is_best and self.progress.best_metrics else lambda path: None
         self.stepper.keep_means()
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
+
+    def _hand_over_again(self) -> None:
+        """The new best of the checkpoint that the run resumes from: it may have been killed before the task had it."""
+        progress = self.progress
+        if self._saved_step == progress.step and progress.is_best and progress.best_metrics:
+            path, best = self.checkpoints.folder / f"step-{progress.step:08d}", self._new_best()
+            on_main(lambda: best.hand_over(path), self.ranks, f"{path}: cannot be handed over")
 
     def _new_best(self) -> NewBest:
         progress = self.progress
         return NewBest(
             self.task, self.folder, [name for name, _ in self.backend.module.named_parameters()],
-            self.config.deepspeed, self.validation.latest, progress.step, progress.step - progress.skipped_steps,
+            self.config.deepspeed, progress.best_metrics, progress.step, progress.step - progress.skipped_steps,
             self.batches.per_epoch, self.total_steps, progress.best_is_average,
         )  # fmt: skip
 

@@ -19,8 +19,6 @@ class Validation:
 
     def __init__(self, run: Run, room: Room) -> None:
         self.run, self.room = run, room
-        self.latest: dict[str, float] = {}
-        """What the evaluation before has measured."""
 
     def try_out(self) -> None:
         """Evaluate one sample: an evaluation that cannot work should fail now, not after hours."""
@@ -31,12 +29,13 @@ class Validation:
         """Log the validation metrics and keep the best weights. True if it is time to stop early."""
         run, settings, progress = self.run, self.run.config.training, self.run.progress
         metrics = self._metrics(settings.eval_samples, run.folder / SHOWN)
-        self.latest, self.room.evaluation_fits = metrics, True
+        self.room.evaluation_fits = True
         run.trackers.log(progress.step, "val", metrics)
         run.trackers.keep(progress.step, run.folder / SHOWN)
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)
         if better:
+            progress.best_metrics = dict(metrics)
             run.trackers.best(progress.step, metrics)
             progress.best_is_average = run.assembly.average.serves("evaluation")
             progress.best_weights = run.save_weights(BEST, {"step": progress.step, name: metrics[name]})

@@ -97,7 +97,7 @@ def start_from(
             progress.best_metric, progress.best_mode = best.metric, best.mode
         alone = Checkpoints(checkpoints.folder, Ranks(0, 1, 0, torch.device("cpu")), checkpoints.keep_last)
         snapshot = whole_snapshot(state.parameters, state.buffers, kept)
-        trainers = asdict(progress) | identity | {"loss_scaler": {}}
+        trainers = asdict(progress) | identity | {"loss_scaler": {}, "started_from": str(path)}
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 
     written: list[Path] = []

@@ -47,8 +47,10 @@ def warmup_shape(
 ) -> Shape:  # fmt: skip
     """The parameters are those of the schedule; `warmup` and `every` in steps. Raises ValueError."""
     momentum: Any = group.get("momentum")
-    if start_momentum is not None and momentum is None:
-        raise ValueError("start_momentum is given, but the optimizer has no momentum: remove it")
+    if start_momentum is not None and not momentum:
+        raise ValueError(
+            f"start_momentum {start_momentum:g}: the optimizer has no momentum: remove it, or set momentum"
+        )
     lr, length = group["lr"], max(1, total - warmup)
     final = max(min_ratio * lr, min_lr)
     if final > lr:

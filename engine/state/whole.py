@@ -58,7 +58,12 @@ def whole_snapshot(
     tensors: dict[str, Tensor] = {}
     fragments = {}
     for name, parameter in parameters.items():
-        found = {VALUE: parameter, **{key: value for key, value in kept.get(name, {}).items() if value.dim()}}
+        numbers = {
+            key: value
+            for key, value in kept.get(name, {}).items()
+            if not value.dim() and (parameter.dim() or key == "step")
+        }
+        found = {VALUE: parameter, **{key: value for key, value in kept.get(name, {}).items() if key not in numbers}}
         for key, tensor in found.items():
             if tensor.shape != parameter.shape:
                 raise CheckpointError(
@@ -66,7 +71,6 @@ def whole_snapshot(
                     f"{list(parameter.shape)}: remove the optimizer's state from the file"
                 )
             tensors[f"{name}:{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).reshape(-1)
-        numbers = {key: value for key, value in kept.get(name, {}).items() if not value.dim()}
         fragments[name] = {
             "shape": tuple(parameter.shape), "start": 0, "stop": parameter.numel(), "keys": [*found],
             "scalars": {key: {"tensor": value.item()} for key, value in numbers.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -12,7 +13,7 @@ from torch import nn
 
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyData, TinyModel, TinyTask
-from trunkline.engine.evaluation import evaluate
+from trunkline.engine.evaluation import _compare_ranks, _own_loss, evaluate
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.task import Batch, Sums
 
@@ -60,6 +61,31 @@ def test_ranks_whose_own_losses_lie_apart_are_named() -> None:
     assert apart[2].startswith("warning: rank 1's own val loss is 2, more than 20% off the ranks' mean")
     assert one[1:] == ("", ""), "one rank alone has a sample"
     assert [line for rank in others for found in rank for line in found[1:]] == [""] * 12
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "said"),
+    [
+        ([0.3, 9.0], "the two ranks' own val losses are 0.3 and 9, more than 20% off the ranks' mean"),
+        ([0.3, 0.31, math.nan], "the val loss of the samples of ranks [2] is not finite"),
+        ([0.3, math.nan], "the val loss of the samples of ranks [1] is not finite"),
+        ([0.3, None, 0.31], ""),
+    ],
+)
+def test_of_two_ranks_none_is_blamed_and_a_loss_that_is_not_finite_is_named(
+    by_rank: list[float | None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _compare_ranks("val", by_rank, Ranks(0, len(by_rank), 0, torch.device("cpu")))
+    err = capsys.readouterr().err
+    assert (said in err) if said else err == ""
+
+
+def test_a_task_that_cannot_summarize_a_part_keeps_no_rank_waiting() -> None:
+    class Whole(NumberTask):
+        def summarize(self, sums: Sums) -> dict[str, float]:
+            raise ZeroDivisionError
+
+    assert _own_loss(Whole(0.1), {}) is None
 
 
 def test_one_rank_says_nothing() -> None:

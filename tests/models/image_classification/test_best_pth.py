@@ -177,6 +177,23 @@ def assert_holds(state: WholeState, model: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, model[f"model.{called[name]}"])
 
 
+def test_a_best_pth_that_a_kill_prevented_is_written_at_the_next_start(images: Path, tmp_path: Path) -> None:
+    config = configured(images, "Adam", "--epochs", "1")
+    assert train(config, tmp_path / "run").progress.is_best
+    written = read_torch(tmp_path / "run" / "best.pth")
+    (tmp_path / "run" / "best.pth").unlink()
+    train(config, tmp_path / "run")
+    again = read_torch(tmp_path / "run" / "best.pth")
+    assert (again["epoch"], again["loss"]) == (written["epoch"], written["loss"])
+    assert all(torch.equal(again["model"][name], tensor) for name, tensor in written["model"].items())
+
+
+def test_a_loss_at_another_size_is_not_the_value_to_beat(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    state = state_of(images, tmp_path / "best.pth", theirs | {"img_size": 2 * EDGE})
+    assert state.metrics == {}
+    assert any(f"is of images of {2 * EDGE} pixels, here {EDGE}" in note for note in state.notes)
+
+
 @pytest.mark.parametrize(
     ("changes", "step", "note"),
     [
@@ -189,8 +206,12 @@ def assert_holds(state: WholeState, model: dict[str, torch.Tensor]) -> None:
         ),
         ({"epoch": None}, 0, "says no epoch: from epoch 0 on"),
         ({"epoch": np.int64(2), "loss": torch.tensor(0.5)}, 6, None),
-        ({"epoch": 1}, 6, None),
+        ({"epoch": 1}, 6, "has counted the steps of 2 epochs"),
         ({"epoch": 5}, 15, None),
+        ({"epoch": math.nan}, 0, "says no epoch: from epoch 0 on"),
+        ({"opt": {"state": {999: {}}, "param_groups": [{"params": list(range(26))}]}}, 6, "is damaged"),
+        ({"opt": {"state": {0: 3}, "param_groups": [{"params": list(range(26))}]}}, 6, "is damaged"),
+        ({"opt": {"state": {}, "param_groups": [3]}}, 6, "is damaged"),
         ({"epoch": -1}, 0, None),
     ],
 )
