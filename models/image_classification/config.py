@@ -12,6 +12,7 @@ from trunkline.models.image_classification.architectures import ARCHITECTURES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Channels = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -25,7 +26,7 @@ class Crop(Strict):
     def _rising(self) -> Crop:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
-                raise ValueError(f"'{name}' goes from {low:g} to {high:g}: give a number above 0, then no lower one")
+                raise ValueError(f"'{name}' is from {low:g} to {high:g}: give a number above 0, then no lower one")
         return self
 
 
@@ -51,9 +52,11 @@ class ImageData(Strict):
     train_size: int | None = Field(None, ge=1, description="training images that are used, drawn; all if null")
     val_size: int | None = Field(None, ge=1, description="validation images that are used, drawn; all if null")
     size_per_class: bool = Field(default=False, description="train_size and val_size are of each class, not totals")
-    max_bad_fraction: float = Field(0.0, ge=0, lt=1, description="share of images that may be unreadable; with path")
+    max_bad_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of images whose header may be unreadable; with path"
+    )
     mean: Channels = Field(IMAGENET_MEAN, description="of each channel in 0 ... 1, taken away")
-    std: Channels = Field(IMAGENET_STD, description="of each channel, divided by")
+    std: tuple[Positive, Positive, Positive] = Field(IMAGENET_STD, description="of each channel, divided by")
     augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")
@@ -61,9 +64,9 @@ class ImageData(Strict):
         if (self.path is None) == (self.store is None):
             raise ValueError("give either 'path', a folder with train/ and val/, or 'store', a prepared one")
         if self.store is not None and self.max_bad_fraction:
-            raise ValueError("'max_bad_fraction' goes with 'path': a store was prepared with --max-bad-fraction")
+            raise ValueError("'max_bad_fraction' needs 'path': a store was prepared with --max-bad-fraction")
         if self.size_per_class and self.train_size is None and self.val_size is None:
-            raise ValueError("'size_per_class' goes with 'train_size' or 'val_size'")
+            raise ValueError("'size_per_class' needs 'train_size' or 'val_size'")
         return self
 
 

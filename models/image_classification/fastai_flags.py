@@ -8,6 +8,8 @@ table. This module imports nothing that takes long; that PyTorch is asked for GP
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -18,6 +20,7 @@ from typing import Any
 from trunkline.engine.config.draft import value_at
 from trunkline.engine.config.flags import LENGTH, Flag, one_of
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import read_object
 from trunkline.models.image_classification.architectures import ARCHITECTURES, BATCH_NORMALIZED, architectures
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
@@ -49,11 +52,25 @@ def devices(config: Config, value: str, world_size: int) -> Config:
     """Show this process the GPUs that are named, before anything asks for them."""
     if value != "cpu" and not re.fullmatch(r"\d+(,\d+)*", value):
         raise ConfigError(f"--device {value}: expected numbers of GPUs such as 0,1,2,3, or cpu")
-    count, ranks = len(value.split(",")), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # DeepSpeed's launcher says LOCAL_SIZE
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    named = value.split(",")
+    count = len(set(named))
+    if len(named) > count:
+        raise ConfigError(f"--device {value}: names a GPU twice: name each once")
     if value != "cpu" and count > 1 and world_size == 1:
         raise ConfigError(f"--device {value}: this is one process, which uses one GPU: {_many(count)}")
     if value != "cpu" and count < ranks:
         raise ConfigError(f"--device {value}: names {count} GPUs for {ranks} processes: name one for each")
+    if value != "cpu":
+        import torch  # which is there by now
+
+        there = torch.cuda.device_count()
+        if missing := [name for name in named if int(name) >= there]:
+            raise ConfigError(
+                f"--device {value}: PyTorch sees {there} GPUs, so there is no {missing[0]}: name others, or use "
+                "--device cpu"
+            )
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if value == "cpu" else value
     return {}
 
@@ -98,15 +115,29 @@ def batch_per_gpu(config: Config, value: int, world_size: int) -> Config:
         raise ConfigError(f"--batch_size {value}: give the number of images per GPU, 1 or more")
     steps = value_at(config, STEPS)
     group = max(size for size in range(1, _MOST_NORMALISED + 1) if value % size == 0)
-    if group < 8 < _MOST_NORMALISED < value:
+    grouped = _is_grouped(config)
+    if grouped and group < 8 < _MOST_NORMALISED < value:
         raise ConfigError(
             f"--batch_size {value}: BatchNorm's statistics are of equal groups of at most {_MOST_NORMALISED} images, "
             f"which would have {group} here: use {(value + 8) // 16 * 16}, or another multiple of 8"
         )
     sizes = _sizes(value, steps if isinstance(steps, int) else _auto_accumulation(value, world_size), world_size)
-    known = ARCHITECTURES.get(value_at(config, "model.arch"))
-    has_none = known is not None and known.series not in BATCH_NORMALIZED
-    return sizes if has_none else {**sizes, "model.batch_norm_group": group}
+    return {**sizes, "model.batch_norm_group": group} if grouped else sizes
+
+
+def _is_grouped(config: Config) -> bool:
+    """Whether the network has BatchNorms that are trained, as far as can be told."""
+    if value_at(config, "model.normalization") not in (None, "batch"):
+        return False
+    known, folder = ARCHITECTURES.get(value_at(config, "model.arch")), value_at(config, "model.path")
+    if known is not None:
+        return known.series in BATCH_NORMALIZED
+    if folder is None:
+        return True
+    with contextlib.suppress(OSError, ValueError):  # a damaged folder is named when it is opened
+        kind = read_object(Path(folder) / "config.json", finite=False).get("model_type")
+        return kind not in {each.model_type for each in ARCHITECTURES.values() if each.series not in BATCH_NORMALIZED}
+    return True
 
 
 def accumulation(config: Config, value: int, world_size: int) -> Config:
@@ -156,6 +187,8 @@ def optimizer(config: Config, value: str, world_size: int) -> Config:
         "SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9}, "Adam": {"adam_w_mode": False}
     }  # fmt: skip
     kept = {key.rpartition(".")[2]: found for key in (RATE, DECAY) if (found := value_at(config, key)) is not None}
+    if str(value_at(config, f"{OPTIMIZER}.type")).lower() == value.lower():
+        kept = value_at(config, f"{OPTIMIZER}.params") or {}
     changes: Config = {OPTIMIZER: {"type": value, "params": {**kept, **own.get(value, {})}}}
     if value_at(config, f"{SCHEDULER}.type") == SHAPE:
         changes[START_MOMENTUM] = 0.85 if "momentum" in own.get(value, {}) else None
@@ -170,6 +203,10 @@ def decay(config: Config, value: float, world_size: int) -> Config:
 
 
 def lowest_rate(config: Config, value: float | str, world_size: int) -> Config:
+    if (kind := value_at(config, f"{SCHEDULER}.type")) != SHAPE:
+        raise ConfigError(
+            f"--min_lr {value}: is of the schedule {SHAPE}, not of {kind}: give --scheduler_type cosine too"
+        )
     return {f"{SCHEDULER}.params.min_lr": 0.01 * value_at(config, RATE) if value == HUNDREDTH else value}
 
 
@@ -179,6 +216,8 @@ def warmup(config: Config, value: float, world_size: int) -> Config:
 
 def early_stopping(config: Config, value: int, world_size: int) -> Config:
     """Epochs without a better value, as evaluations; none for 0."""
+    if value < 0:
+        raise ConfigError(f"--early_stopping {value}: give a number of epochs, or 0 for never")
     if value == 0:
         return {"training.early_stopping": None}
     every = value_at(config, "training.eval_every")
@@ -187,7 +226,10 @@ def early_stopping(config: Config, value: int, world_size: int) -> Config:
             f"--early_stopping {value}: counts epochs, and this run evaluates by steps: set training.eval_every to "
             '{"epochs": 1}, or set training.early_stopping.patience, which counts evaluations'
         )
-    return {"training.early_stopping.patience": max(1, round(value / every["epochs"])) if value > 0 else value}
+    patience = max(1, round(value / every["epochs"]))
+    if value_at(config, "training.early_stopping") is None:
+        return {"training.early_stopping": {"patience": patience}}
+    return {"training.early_stopping.patience": patience}
 
 
 def auto_resume(config: Config, value: bool, world_size: int) -> Config:
@@ -197,6 +239,8 @@ def auto_resume(config: Config, value: bool, world_size: int) -> Config:
 def task_name(config: Config, value: str, world_size: int) -> Config:
     """The run's name there, and the name of its folder."""
     folder = re.sub(r"[^\w.-]+", "-", value).strip(".-") or "run"
+    if folder != value:  # or "a b" would continue what "a/b" has begun
+        folder += f"-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
     return {"training.tracked.run": value, "--output-dir": Path("runs/image_classification", folder)}
 
 
@@ -224,6 +268,8 @@ def only_val(config: Config, value: bool, world_size: int) -> Config:
             "--only_val: evaluates a run of this program: start one from the file, --load_model FILE --epochs N with "
             "the file's epoch as N, and evaluate that"
         )
+    if value_at(config, "data.val_size") is not None:
+        raise ConfigError("--only_val: measures all of val/: leave --val_size out")
     where = ("--data-path", "data.path") if value_at(config, "data.store") is None else ("--store", "data.store")
     return {"--instead": ["evaluate", "--split", "val", where[0], str(value_at(config, where[1]))]}
 
@@ -270,7 +316,7 @@ FLAGS = (
     Flag("mlflow_tracking_uri", "MLflow's server, database or folder", str, tracking_uri),
     Flag("disable_mlflow", "leave MLflow out", bool, disable_mlflow, default=WHERE_INSTALLED),
     Flag("skip_mlflow_model_upload", "keep the weights here", bool, skip_upload),
-    Flag("only_val", "evaluate the run's best weights on val/ and end", bool, only_val),
+    Flag("only_val", "evaluate the run's best weights on all of val/, with its own network and size", bool, only_val),
     Flag("export_onnx", "write best/model.onnx in the end", bool, export_onnx, default=WHERE_INSTALLED),
 )  # fmt: skip
 DEFAULTS = Path(__file__).with_name("default.json")

@@ -139,7 +139,7 @@ def test_the_schedule_steps_by_steps_on_request_and_warms_up_for_as_long_as_is_a
         (["--no-auto_resume"], "none", None),
         (["--auto_resume", "--resume", "none"], "none", None),
         (["--model_path", "models"], "auto", Path("models")),
-        (["--task_name", "a first/try"], "auto", Path("runs/image_classification/a-first-try")),
+        (["--task_name", "a first/try"], "auto", Path("runs/image_classification/a-first-try-a5b5c0")),
         (["--model_path", "models", "--task_name", "one"], "auto", Path("models")),
     ],
 )
@@ -150,6 +150,7 @@ def test_the_runs_folder_and_whether_it_is_resumed_from(words: list[str], resume
 
 def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = configured(
         "--train_size", "90", "--val-size", "9", "--size_per_class", "--img_size=64", "--arch", "ResNet34",
         "--pretrained", "resnet34.pth", "--load_model", "old/best.pth", "--early_stopping", "7", "--project_name",
@@ -219,6 +220,8 @@ def test_with_a_file_only_the_flags_that_are_given_act(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--device", "0,1"], "--device 0,1: this is one process, .*torchrun --nproc_per_node 2"),
+        (["--device", "0"], "--device 0: PyTorch sees 0 GPUs, so there is no 0"),
+        (["--only_val", "--val_size", "4"], "--only_val: measures all of val/: leave --val_size out"),
         (["--device", "gpu"], "--device gpu: expected numbers of GPUs such as 0,1,2,3, or cpu"),
         (["--distributed"], "--distributed: this is one process: start `torchrun"),
         (
@@ -230,7 +233,7 @@ def test_with_a_file_only_the_flags_that_are_given_act(tmp_path: Path) -> None:
         (["--batch_size", "37"], "--batch_size 37: BatchNorm's .*would have 1 here: use 32, or another"),
         (["--grad_acc", "-3"], "--grad_acc -3: give -1 for none, 0 for about 256 images"),
         (["--epochs", "0"], "--epochs: training.epochs: input should be greater than 0, found 0"),
-        (["--early_stopping", "-3"], "--early_stopping: training.early_stopping.patience: .*found -3"),
+        (["--early_stopping", "-3"], "--early_stopping -3: give a number of epochs, or 0 for never"),
         (["--lr0", "-1"], "--lr0: deepspeed.optimizer.params.lr: .*found -1"),
         (["--lrf", "2"], "--lrf: deepspeed.scheduler.params.min_ratio: .*found 2"),
         (["--warmup_epochs", "-1"], "--warmup_epochs: deepspeed.scheduler.params.warmup: .*found"),
@@ -289,6 +292,36 @@ def test_decay_is_of_all_parameters_unless_a_file_has_rules_of_its_own(tmp_path:
     config = checked(parse(["--config", str(tmp_path / "own.json"), "--wd", "0.5"]).draft(1), config_sections)
     assert [rule.weight_decay for rule in config.training.parameters] == [0.2]
     assert config.deepspeed.optimizer.params["weight_decay"] == 0.5
+
+
+def test_a_network_without_trained_batch_norms_has_no_group(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    for words in (["--arch", "vit_base_patch16"], ["--arch", str(tmp_path)]):
+        config = configured(*words, "--batch_size", "37")
+        assert config.model.batch_norm_group == 32, "the default, which has no effect"
+    held = json.loads(DEFAULTS.read_text())
+    held["training"]["epochs"] = 2
+    held["data"], held["model"] = {"path": "shots"}, {"arch": "resnet18", "normalization": "group"}
+    (tmp_path / "own.json").write_text(json.dumps(held))
+    config = checked(parse(["--config", str(tmp_path / "own.json"), "--batch_size", "24"]).draft(1), config_sections)
+    assert (config.model.normalization, config.model.batch_norm_group) == ("group", 32)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_a_shipped_resnet_has_the_optimizer_of_the_flags_and_saves_each_new_best(name: str) -> None:
+    config = checked(parse(["--config", f"image_classification/{name}"]).draft(1), config_sections)
+    flags = configured("--arch", name)
+    for held in (config, flags):
+        assert held.deepspeed.optimizer.params["adam_w_mode"] is False
+        assert [(rule.names, rule.weight_decay) for rule in held.training.parameters] == [(("*",), 0.01)]
+        assert held.training.keep_best
+
+
+def test_early_stopping_begins_where_a_file_has_none(tmp_path: Path) -> None:
+    words = ["--config", "image_classification/demo", "--early_stopping", "6"]
+    assert checked(parse(words).draft(1), config_sections).training.early_stopping.patience == 3, "2 epochs a piece"
+    with pytest.raises(ConfigError, match=r"--min_lr 0\.001: is of the schedule WarmupShape, not of WarmupCosine"):
+        parse(["--config", "image_classification/demo", "--min_lr", "0.001"]).draft(1)
 
 
 def test_only_val_trains_nothing_and_measures_the_runs_best_weights(tmp_path: Path) -> None:
