@@ -31,7 +31,7 @@ from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.optim.parameter_rules import parameter_groups
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.task import Batch
-from trunkline.models.causal_lm.data import IGNORE
+from trunkline.models.text.linear_loss import IGNORE
 
 
 @dataclass

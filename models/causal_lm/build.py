@@ -15,15 +15,19 @@ import torch
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.models.causal_lm.config import CausalLMModel, LlamaShape
-from trunkline.models.causal_lm.file_format import FileFormat, misfit, shell_of
-from trunkline.models.causal_lm.folder import brief, read_config, reading, tensor_shapes
 from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.probing import NotCausalError, settle
 from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
 from trunkline.models.causal_lm.transformers_attention import register_with_transformers
+from trunkline.models.text.file_format import FileFormat, misfit, shell_of
+from trunkline.models.text.folder import brief, read_config, reading, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+AUTO_CLASS = "AutoModelForCausalLM"
+"""transformers' class that opens such a model."""
 
 
 def llama_config(shape: LlamaShape, max_length: int) -> PreTrainedConfig:
@@ -90,7 +94,7 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     with nullcontext() if folder is None else reading(folder):
         if folder is not None:
             _check_size(folder, hf_config)
-            FileFormat(shell_of(hf_config), folder)  # names files that are damaged and shapes that differ
+            FileFormat(shell_of(hf_config, AUTO_CLASS), folder)  # names files that are damaged and shapes that differ
         attentions, lacking = attentions_of(model, hf_config), ""
         wanted = attentions[0]
         for place, attention in enumerate([*attentions, "eager"]):

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trunkline.models.causal_lm.records import BadRecord, Message
+from trunkline.models.causal_lm.records import Message
 from trunkline.models.causal_lm.template_process import read, serve, write
+from trunkline.models.text.sources import BadRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,9 +20,10 @@ from typing import NamedTuple, TypeVar
 
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.workers import end_with_parent
-from trunkline.models.causal_lm.records import BadRecord, Conversation, Preference, Record, Text
+from trunkline.models.causal_lm.records import Conversation, Preference, Record, Text
 from trunkline.models.causal_lm.rendering import Rendered, Renderer
-from trunkline.models.causal_lm.tokenizer import load_tokenizer
+from trunkline.models.text.sources import BadRecord
+from trunkline.models.text.tokenizer import load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_RECORDS = 512

@@ -26,9 +26,7 @@ from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.packing import pack
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.store import Sequences
-
-IGNORE = -100
-"""The target where nothing is predicted."""
+from trunkline.models.text.linear_loss import IGNORE
 
 _LENGTH_MULTIPLE = 16  # few different shapes of batches, and whole tiles for the kernels
 

@@ -15,29 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
-from trunkline.models.causal_lm.data import IGNORE
 from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
+from trunkline.models.text.linear_loss import IGNORE, LinearLoss
 
 ROWS_AT_ONCE = 1024
 """Logits that are turned into fp32 at a time where a model makes them itself."""
-
-
-class LinearLoss(nn.Linear):
-    """A language model's head: logits of `hidden`, or with `targets` their cross-entropy, without holding logits.
-
-    It is a module, not a function of its weight, so that whatever shards the weight finds it used in a forward.
-    """
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
-        """Logits [..., vocab]; or with targets [B, L] the loss: a scalar ("sum") or [B, L] ("none"), fp32."""
-        if targets is None:
-            return super().forward(hidden)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.weight, targets.flatten(), bias=self.bias, ignore_index=IGNORE,
-            reduction=reduction,
-        )  # fmt: skip
-        return loss if reduction == "sum" else loss.view_as(targets)
 
 
 class CausalLM(nn.Module):

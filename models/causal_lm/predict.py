@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.models.causal_lm.records import BadRecord
-from trunkline.models.causal_lm.tokenizer import leading_ids, pad_id
 from trunkline.models.causal_lm.trained import Trained, load_trained
+from trunkline.models.text.sources import BadRecord
+from trunkline.models.text.tokenizer import leading_ids, pad_id
 
 Message = dict[str, str]
 

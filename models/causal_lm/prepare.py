@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,17 @@ from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
 from trunkline.models.causal_lm.conversion import characters, convert_all, texts
 from trunkline.models.causal_lm.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
-from trunkline.models.causal_lm.records import Kind
-from trunkline.models.causal_lm.skipped import Skipped, Tally, remarks
-from trunkline.models.causal_lm.sources import Problem, find_files
-from trunkline.models.causal_lm.splits import Splits
-from trunkline.models.causal_lm.store import Split, Store
+from trunkline.models.causal_lm.records import Kind, Record, record_of, side_of
+from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.store_writer import StoreWriter
-from trunkline.models.causal_lm.tokenizer import (
-    MIN_VOCAB_SIZE,
-    load_tokenizer,
-    tokenizer_digest,
-    train_tokenizer,
-    vocabulary_size,
-)
-from trunkline.models.causal_lm.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text.skipped import Skipped, Tally, remarks
+from trunkline.models.text.sources import Problem, find_files
+from trunkline.models.text.splits import Split, Splits
+from trunkline.models.text.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
+from trunkline.models.text.tokenizer_files import copy_tokenizer, overridden, same_tokens, set_chat_template
 
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _WORTH_A_PROCESS = 8 << 20  # characters: a process needs seconds to start
 _LARGEST_TEMPLATE = 1 << 20
 _TRIED, _TRIED_CHARACTERS = 64, 10_000  # records, and of each text in them, by which tokenizers are compared
@@ -105,7 +102,7 @@ def prepare(
     files that cannot be read, for more bad records than `max_bad_fraction` of all, and for a split left empty.
     """
     _check_settings(vocab_size, val_fraction, max_bad_fraction, workers)
-    files, val_files = find_files(sources), find_files(val_sources)
+    files, val_files = find_files(sources, SUFFIXES), find_files(val_sources, SUFFIXES)
     if both := {path.resolve() for path in files} & {path.resolve() for path in val_files}:
         raise ConfigError(f"{min(both)}: given both to train on and as --val-source: leave it out of one")
     check_out(out, *sources, *val_sources)
@@ -126,7 +123,8 @@ def prepare(
             )
         return store, False
 
-    records, skipped, noted = Splits(files, val_files, kind, val_fraction), Skipped(max_bad_fraction), Tally()
+    records = Splits(files, val_files, val_fraction, partial(record_of, kind=kind), side_of)
+    skipped, noted = Skipped(max_bad_fraction), Tally()
     template = f"the chat template {chat_template or f'of {tokenizer or out}'}"
     counts, size = _survey(records, skipped, sources, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +168,9 @@ def prepare(
             return writer.finish(out, made_from=made_from, overrides=overrides, **tallies, records=counts), True
 
 
-def _survey(records: Splits, skipped: Skipped, sources: Sequence[Path], progress: bool) -> tuple[dict[Split, int], int]:
+def _survey(
+    records: Splits[Record], skipped: Skipped, sources: Sequence[Path], progress: bool
+) -> tuple[dict[Split, int], int]:
     """Good records of each split and their characters; too many bad ones show here, before hours of tokenizing."""
     counts: dict[Split, int] = {"train": 0, "val": 0}
     size = 0

@@ -1,6 +1,7 @@
 """Records: what a line, an item or a row stands for.
 
     record_of(value, kind)    the record; BadRecord says why there is none
+    side_of(record)           by which it is trained on, or validates
 
 Three kinds, each in the fields that data sets use:
 
@@ -22,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from trunkline.models.text.sources import BadRecord
+
 Kind = Literal["text", "conversations", "preferences"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -31,10 +34,6 @@ Message = Mapping[str, Any]
 _SYSTEM = ("system", "developer")
 _LEARNED = ("weight", "train", "training")
 _LONGEST_NAME = 40
-
-
-class BadRecord(Exception):  # noqa: N818 - not an error of the program; it becomes a Problem
-    """Why a record cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,12 @@ def record_of(value: Any, kind: Kind) -> Record:
         _conversation(fields) if kind == "conversations" else _preference(fields),
     )
     return replace(record, tools=tools, notes=fields.notes())
+
+
+def side_of(record: Record) -> str:
+    """What of a record decides whether it is trained on: the same for equal texts and messages."""
+    messages = {name: value for name, value in vars(record).items() if name not in ("tools", "notes")}
+    return record.text if isinstance(record, Text) else json.dumps(messages, sort_keys=True, default=str)
 
 
 def _conversation(fields: _Fields) -> Conversation:

@@ -17,7 +17,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,12 +25,11 @@ from trunkline.engine.data.npy import Spec
 from trunkline.engine.data.store import INDEX, ArrayStore
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import KINDS, Kind
+from trunkline.models.text.splits import SPLITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 _COUNTED_AT_ONCE = 1 << 24
 
 
@@ -129,7 +128,7 @@ class Store(ArrayStore):
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the tokens."""
-        from trunkline.models.causal_lm.tokenizer import load_tokenizer
+        from trunkline.models.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.root / "tokenizer")
 

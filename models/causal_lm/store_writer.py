@@ -21,7 +21,8 @@ from trunkline.engine.data.store_writer import publish, write_index
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
-from trunkline.models.causal_lm.store import SPLITS, Split, SplitEntry, Store, layout
+from trunkline.models.causal_lm.store import SplitEntry, Store, layout
+from trunkline.models.text.splits import SPLITS, Split
 
 
 class StoreWriter:

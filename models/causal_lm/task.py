@@ -22,17 +22,19 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.attention.packed import packing_tables
-from trunkline.models.causal_lm.build import head_dim_of, hf_config_of, make_network
+from trunkline.models.causal_lm.build import AUTO_CLASS, head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
-from trunkline.models.causal_lm.data import IGNORE, Packed, Padded, Pairs, collate, collate_pairs
+from trunkline.models.causal_lm.data import Packed, Padded, Pairs, collate, collate_pairs
 from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
-from trunkline.models.causal_lm.file_format import FileFormat, shell_of
-from trunkline.models.causal_lm.folder import read_generation, token_ids
 from trunkline.models.causal_lm.network import CausalLM
-from trunkline.models.causal_lm.skipped import remarks
 from trunkline.models.causal_lm.store import Store
-from trunkline.models.causal_lm.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids, stop_ids
-from trunkline.models.causal_lm.tokenizer_files import keep_tokens, tokenizer_settings
+from trunkline.models.causal_lm.tokenizer import stop_ids
+from trunkline.models.text.file_format import FileFormat, shell_of
+from trunkline.models.text.folder import read_generation, token_ids
+from trunkline.models.text.linear_loss import IGNORE
+from trunkline.models.text.skipped import remarks
+from trunkline.models.text.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids
+from trunkline.models.text.tokenizer_files import keep_tokens, tokenizer_settings
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -146,7 +148,7 @@ class LanguageModelTask(Task):
         return name.removeprefix("lm.")
 
     def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named and shaped as in the folder that training starts from; see trunkline.models.causal_lm.file_format."""
+        """Named and shaped as in the folder that training starts from; see trunkline.models.text.file_format."""
         return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class LanguageModelTask(Task):
 
     @cached_property
     def _shell(self) -> Any:
-        return shell_of(self.hf_config)
+        return shell_of(self.hf_config, AUTO_CLASS)
 
     @cached_property
     def _file_format(self) -> FileFormat:

@@ -12,9 +12,10 @@ import torch
 from trunkline.engine.checkpoint.trained import trained_sections
 from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMData, CausalLMModel
-from trunkline.models.causal_lm.folder import token_ids
 from trunkline.models.causal_lm.rendering import Renderer
-from trunkline.models.causal_lm.tokenizer import load_tokenizer, stop_ids
+from trunkline.models.causal_lm.tokenizer import stop_ids
+from trunkline.models.text.folder import token_ids
+from trunkline.models.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

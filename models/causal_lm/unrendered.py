@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trunkline.models.causal_lm.chat_template import Asked
-from trunkline.models.causal_lm.records import BadRecord, Message
+from trunkline.models.causal_lm.records import Message
+from trunkline.models.text.sources import BadRecord
 
 _LONGEST_NAME = 40
 

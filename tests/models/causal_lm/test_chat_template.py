@@ -11,8 +11,8 @@ import pytest
 
 from trunkline.models.causal_lm import chat_template
 from trunkline.models.causal_lm.chat_template import Asked, render, render_marked
-from trunkline.models.causal_lm.records import BadRecord
 from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text.sources import BadRecord
 
 MESSAGES = [
     {"role": "system", "content": "s"},

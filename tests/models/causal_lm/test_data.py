@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from trunkline.engine.data.store_writer import draft_of
 from trunkline.engine.errors import DataError
-from trunkline.models.causal_lm.data import IGNORE, Packed, Padded, Pairs, Piece, collate, collate_pairs
+from trunkline.models.causal_lm.data import Packed, Padded, Pairs, Piece, collate, collate_pairs
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
 from trunkline.models.causal_lm.store import Sequences
 from trunkline.models.causal_lm.store_writer import StoreWriter
 from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text.linear_loss import IGNORE
 
 PAD = 7
 

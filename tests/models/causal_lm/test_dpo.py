@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from tests.models.causal_lm.toy_language import toy_config
 from trunkline.models.causal_lm.build import llama_config, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMModel, LlamaShape, Pretrain
-from trunkline.models.causal_lm.data import IGNORE
 from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.registry import make_task
+from trunkline.models.text.linear_loss import IGNORE
 
 
 def network() -> CausalLM:

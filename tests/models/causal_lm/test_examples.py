@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from trunkline.models.causal_lm.examples import write_examples
-from trunkline.models.causal_lm.records import KINDS
-from trunkline.models.causal_lm.sources import Problem, read_records
+from trunkline.models.causal_lm.records import KINDS, record_of
+from trunkline.models.text.sources import Problem, read_records
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["", "-val"])
 def test_every_record_of_the_example_can_be_used(folder: Path, kind: Any, suffix: str) -> None:
-    items = list(read_records([folder / f"{kind}{suffix}.jsonl"], kind))
+    items = list(read_records([folder / f"{kind}{suffix}.jsonl"], lambda value: record_of(value, kind)))
     assert not [item for item in items if isinstance(item, Problem)]
     assert len(items) >= 10
 

@@ -18,9 +18,9 @@ from trunkline.engine.errors import CheckpointError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.export import main as export
-from trunkline.models.causal_lm.file_format import FileFormat, shell_of
-from trunkline.models.causal_lm.folder import read_config
 from trunkline.models.registry import make_task
+from trunkline.models.text.file_format import FileFormat, shell_of
+from trunkline.models.text.folder import read_config
 
 
 def gemma3(vocab_size: int = 97) -> Any:
@@ -61,7 +61,7 @@ def as_written(folder: Path) -> dict[str, Tensor]:
 
     config = read_config(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    written = FileFormat(shell_of(config), folder)
+    written = FileFormat(shell_of(config, "AutoModelForCausalLM"), folder)
     once = dict(lm.named_parameters()) | dict(lm.named_buffers())
     held = lm.state_dict()
     return written({name: value.detach() for name, value in once.items() if name in held})
@@ -88,7 +88,7 @@ def test_what_the_network_does_not_have_is_kept_as_it_is(tmp_path: Path) -> None
     qwen3_5(tmp_path)
     wanted = tensors_of(tmp_path)
     equal(as_written(tmp_path), wanted)
-    shell = shell_of(read_config(tmp_path))
+    shell = shell_of(read_config(tmp_path), "AutoModelForCausalLM")
     beside = FileFormat(shell, tmp_path).beside
     assert "mtp.norm.weight" in beside
     assert any("visual" in name for name in beside)

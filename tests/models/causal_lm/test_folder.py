@@ -25,10 +25,10 @@ from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.models.causal_lm.build import hf_config_of, make_network
 from trunkline.models.causal_lm.config import CausalLMModel, Pretrain
-from trunkline.models.causal_lm.folder import tensor_shapes
-from trunkline.models.causal_lm.tokenizer import load_tokenizer
 from trunkline.models.causal_lm.trained import load_trained
 from trunkline.models.registry import make_task
+from trunkline.models.text.folder import tensor_shapes
+from trunkline.models.text.tokenizer import load_tokenizer
 
 
 def opened(folder: Path) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import polars as pl
 import pytest
 
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.models.causal_lm import sources
-from trunkline.models.causal_lm.records import Conversation, Kind, Preference, Text
-from trunkline.models.causal_lm.sources import Place, Problem, find_files, read_records
+from trunkline.models.causal_lm.prepare import SUFFIXES
+from trunkline.models.causal_lm.records import Conversation, Kind, Preference, Text, record_of
+from trunkline.models.text import sources
+from trunkline.models.text.sources import Place, Problem, find_files, read_records
 
 USER, ANSWER, OTHER = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
 
 
 def read(path: Path, kind: Kind = "text") -> list[Any]:
-    return [item if isinstance(item, Problem) else item[1] for item in read_records([path], kind)]
+    return [
+        item if isinstance(item, Problem) else item[1] for item in read_records([path], partial(record_of, kind=kind))
+    ]
 
 
 def read_lines(folder: Path, kind: Kind, *lines: Any) -> list[Any]:
@@ -40,9 +44,9 @@ def test_texts_come_from_every_format(tmp_path: Path) -> None:
     (tmp_path / "sub/d.txt").write_text("seven\n\nstill seven\n")
     (tmp_path / "README.md").write_text("passed over")
     (tmp_path / ".hidden.txt").write_text("passed over")
-    files = find_files([tmp_path])
+    files = find_files([tmp_path], SUFFIXES)
     assert [path.name for path in files] == ["a.jsonl", "b.json", "c.parquet", "d.txt"]
-    items = list(read_records(files, "text"))
+    items = list(read_records(files, partial(record_of, kind="text")))
     assert [item[1].text for item in items if not isinstance(item, Problem)] == [
         *("one", "two", "three", "four", "five", "six"),
         "seven\n\nstill seven\n",
@@ -118,14 +122,14 @@ def test_a_file_damaged_whole_is_an_error(tmp_path: Path, name: str, content: by
 
 def test_paths_without_anything_to_read_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: no such file or folder"):
-        find_files([tmp_path / "nowhere"])
+        find_files([tmp_path / "nowhere"], SUFFIXES)
     with pytest.raises(ConfigError, match=r"an empty folder"):
-        find_files([tmp_path])
+        find_files([tmp_path], SUFFIXES)
     (tmp_path / "x.csv").write_text("a,b\n")
     with pytest.raises(ConfigError, match=r"its 1 files end in none of \.jsonl, \.json, \.parquet, \.txt"):
-        find_files([tmp_path])
+        find_files([tmp_path], SUFFIXES)
     with pytest.raises(ConfigError, match=r"x\.csv: cannot be read: convert it to one of"):
-        find_files([tmp_path / "x.csv"])
+        find_files([tmp_path / "x.csv"], SUFFIXES)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
 from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.store_writer import StoreWriter
-from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text.tokenizer import tokenizer_digest
 
 Given = list[tuple[list[int], list[int]]]
 TRAIN: Given = [([5, 6, 7], [0, 0, 1]), ([], []), ([9], [1]), ([1, 2, 3, 4], [1, 0, 0, 0])]

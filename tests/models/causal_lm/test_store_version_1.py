@@ -13,7 +13,8 @@ import pytest
 
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.store import Store
-from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, tokenizer_digest, train_tokenizer
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text.tokenizer import tokenizer_digest
 
 SEQUENCES = {"train": [([5, 6, 7], [0, 0, 1]), ([], []), ([1, 2, 3, 4], [1, 0, 0, 0])], "val": [([8, 8], [0, 1])]}
 FIRST = {"train": [2, 0, 4], "val": [1]}

@@ -24,9 +24,9 @@ from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.export import main as export
-from trunkline.models.causal_lm.data import IGNORE
 from trunkline.models.causal_lm.prepare import prepare
 from trunkline.models.registry import make_task
+from trunkline.models.text.linear_loss import IGNORE
 
 
 def train(config: RunConfig, folder: Path, backend: str = "deepspeed") -> Trainer:

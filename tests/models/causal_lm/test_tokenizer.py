@@ -8,16 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trunkline.engine.errors import ConfigError
-from trunkline.models.causal_lm.tokenizer import (
-    MIN_VOCAB_SIZE,
-    leading_ids,
-    load_tokenizer,
-    pad_id,
-    stop_ids,
-    tokenizer_digest,
-    train_tokenizer,
-    vocabulary_size,
-)
+from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, stop_ids, train_tokenizer
+from trunkline.models.text.tokenizer import leading_ids, load_tokenizer, pad_id, tokenizer_digest, vocabulary_size
 
 TEXTS = ["the cat sat on the mat; the cat ate the rat", "a naïve café 🤗", "tabs\tand\n\nlines  "] * 3
 

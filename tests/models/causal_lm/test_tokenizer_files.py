@@ -18,11 +18,11 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.models.causal_lm.prepare import _summary, prepare
-from trunkline.models.causal_lm.skipped import remarks
 from trunkline.models.causal_lm.store import Store
-from trunkline.models.causal_lm.tokenizer import load_tokenizer
-from trunkline.models.causal_lm.tokenizer_files import same_tokens
 from trunkline.models.registry import make_task
+from trunkline.models.text.skipped import remarks
+from trunkline.models.text.tokenizer import load_tokenizer
+from trunkline.models.text.tokenizer_files import same_tokens
 
 TEXTS = [f"A cat sat  on the mat </s> number {i}.\n\n It was a naïve café; x={i}" for i in range(40)]
 TALKS = [{"prompt": f"What  is {i}?", "response": f" A number, {i}\n"} for i in range(40)]

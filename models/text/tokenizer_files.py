@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.reading import read_object, reason
-from trunkline.models.causal_lm.tokenizer import load_tokenizer, tokenizer_digest
+from trunkline.models.text.tokenizer import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from trunkline.engine.errors import DataError
-from trunkline.models.causal_lm.sources import Place, Problem
+from trunkline.models.text.sources import Place, Problem
 
 _SHOWN = 3
 _SHOWN_IN_ERROR = 10

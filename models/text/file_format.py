@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.errors import CheckpointError
-from trunkline.models.causal_lm.folder import read_tensors, reading, tensor_shapes
+from trunkline.models.text.folder import read_tensors, reading, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -122,9 +122,9 @@ def misfit(folder: Path | None, wrong: list[str]) -> CheckpointError:
     )
 
 
-def shell_of(hf_config: PreTrainedConfig) -> Any:
-    """transformers' model without values."""
-    from transformers import AutoModelForCausalLM
+def shell_of(hf_config: PreTrainedConfig, auto_class: str) -> Any:
+    """transformers' model without values, of one of its auto classes, such as "AutoModelForCausalLM"."""
+    import transformers
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+        return getattr(transformers, auto_class).from_config(hf_config, dtype=torch.float32, trust_remote_code=False)

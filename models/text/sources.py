@@ -1,31 +1,33 @@
-"""Records from the files that people have: JSONL, JSON, Parquet and plain text.
+"""Records from the files that people have: JSONL, JSON, Parquet, CSV, TSV and plain text.
 
-    find_files(paths)            the files to read, in the order in which they are read
-    read_records(files, kind)    (place, record) for a good record, Problem(place, reason) for any other
+    find_files(paths, suffixes)       the files to read, in the order in which they are read
+    read_records(files, record_of)    (place, record) for a good record, Problem(place, reason) for any other
 
-What a record is stands in models/causal_lm/records.py; a .txt file is one document. JSONL and Parquet are read piece by
-piece, so memory does not depend on their size. A bad record is never dropped silently and never stops the others; a
-file that cannot be read at all is an error.
+What a record is, a workload says; a .txt file is one document, and CSV has a line of names. JSONL, Parquet, CSV and TSV
+are read piece by piece, so memory does not depend on their size. A bad record is never dropped silently and never stops
+the others; a file that cannot be read at all is an error.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import Any, TypeVar
 
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.models.causal_lm.records import BadRecord, Kind, Record, record_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 MAX_RECORD_BYTES = 16 << 20
 MAX_JSON_BYTES = 1 << 30
 _PARQUET_ROWS = 1024
+_T = TypeVar("_T")
+
+
+class BadRecord(Exception):  # noqa: N818 - not an error of the program; it becomes a Problem
+    """Why a record cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Problem:
         return f"{self.place}: {self.reason}"
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The files at `paths`; a folder gives those in it and below it that end in one of SUFFIXES, sorted.
+def find_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    """The files at `paths`; a folder gives those in it and below it that end in one of `suffixes`, sorted.
 
     Names that begin with a dot are passed over. Raises ConfigError for a path that is not there, for a file that ends
     in nothing known, and for a folder without any file to read.
@@ -60,35 +62,38 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += _files_below(path)
+            files += _files_below(path, suffixes)
         elif not path.exists():
             raise ConfigError(f"{path}: no such file or folder: check the path")
-        elif path.suffix.lower() not in SUFFIXES:
-            raise ConfigError(f"{path}: cannot be read: convert it to one of {', '.join(SUFFIXES)}")
+        elif path.suffix.lower() not in suffixes:
+            raise ConfigError(f"{path}: cannot be read: convert it to one of {', '.join(suffixes)}")
         else:
             files.append(path)
     return list(dict.fromkeys(files))
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    files = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in found if path.suffix.lower() in suffixes)
     if not files:
         held = f"its {len(found)} files end in none of" if found else "an empty folder; put files there that end in"
-        raise ConfigError(f"{folder}: no file to read: {held} {', '.join(SUFFIXES)}")
+        raise ConfigError(f"{folder}: no file to read: {held} {', '.join(suffixes)}")
     return files
 
 
-def read_records(files: Sequence[Path], kind: Kind) -> Iterator[tuple[Place, Record] | Problem]:
-    """Every record of `files` in order, or what is wrong with it. Raises DataError for a file that is damaged whole."""
+def read_records(files: Sequence[Path], record_of: Callable[[Any], _T]) -> Iterator[tuple[Place, _T] | Problem]:
+    """Every record of `files` in order, or what is wrong with it. Raises DataError for a file that is damaged whole.
+
+    record_of: the record that a line's, an item's or a row's value stands for; it raises BadRecord
+    """
     for path in files:
         try:
             for place, raw in _READERS[path.suffix.lower()](path):
                 try:
-                    yield place, record_of(raw() if callable(raw) else raw, kind)
+                    yield place, record_of(raw() if callable(raw) else raw)
                 except BadRecord as bad:
                     yield Problem(place, str(bad))
         except OSError as error:
@@ -134,6 +139,8 @@ def _json_items(path: Path) -> Iterator[tuple[Place, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[Place, Any]]:
+    import polars as pl  # takes a while, and a list of flags needs this module
+
     number = 0
     try:
         for batch in pl.scan_parquet(path, glob=False).collect_batches(chunk_size=_PARQUET_ROWS):
@@ -164,7 +171,35 @@ def _text_file(path: Path) -> Iterator[tuple[Place, Any]]:
         yield Place(path), lambda: _utf8(data)
 
 
-_READERS = {".jsonl": _lines, ".json": _json_items, ".parquet": _parquet_rows, ".txt": _text_file}
+def _table_rows(path: Path) -> Iterator[tuple[Place, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            names = next(rows, None)
+            if names is None:
+                yield Place(path), _empty_file
+                return
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: line 1: two columns have one name: mend the line of names")
+            for row in rows:
+                number = rows.line_num
+                if row:  # an empty line holds no record
+                    yield Place(path, number), _columns if len(row) != len(names) else dict(zip(names, row))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: line {number + 1}: not a table ({error}): mend it there") from error
+
+
+_READERS = {
+    ".jsonl": _lines, ".json": _json_items, ".parquet": _parquet_rows, ".txt": _text_file, ".csv": _table_rows,
+    ".tsv": _table_rows,
+}  # fmt: skip
+
+
+def _columns() -> Any:
+    raise BadRecord("has more or fewer columns than the first line")
 
 
 def _too_long() -> Any:

@@ -1,0 +1,107 @@
+"""Hugging Face's fast tokenizers from a folder.
+
+    load_tokenizer(folder)          checked; nothing is downloaded and no code of the folder runs
+    vocabulary_size(tokenizer)      ids are 0 ... vocabulary_size - 1
+    tokenizer_digest(tokenizer)     names what it does
+    special_tokens(tokenizer)       their texts
+    leading_ids(tokenizer)          what it puts before every text
+    pad_id(tokenizer)               a token to fill up batches with
+
+transformers takes seconds to import, so it is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.reading import check_regular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROBE = "zqxj"
+"""A text that is like no other."""
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file that tells of a tokenizer."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The Hugging Face tokenizer in `folder`, without the truncation and padding that its file may ask for.
+
+    Raises ConfigError if there is none, if it is not a fast one or if it has no EOS token.
+    """
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{folder}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The same, but it may lack an EOS token. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder: give a folder that holds a Hugging Face tokenizer")
+    if not holds_tokenizer(folder):
+        raise ConfigError(
+            f"{folder}: holds no tokenizer (no tokenizer.json): give the folder of a Hugging Face tokenizer"
+        )
+    try:
+        check_regular(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise almost anything for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{folder}: not a tokenizer that can be loaded ({reason}): copy the whole folder again; code of a "
+            "folder never runs here"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{folder}: a slow tokenizer: save it as a fast one, with a tokenizer.json")
+    for name in ("is_local", "local_files_only", "name_or_path"):  # how it was loaded is no part of what is saved
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id + 1, which is len(tokenizer) unless its ids have gaps: what a model's embedding must have."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Names everything that decides how records become tokens: SHA-256, hexadecimal."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The BOS token, if the tokenizer puts one before every text, or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.backend_tokenizer.encode(PROBE).ids[:1] == [bos] else []
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The special tokens, the longest first; other added tokens are ordinary text."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that stand for no text; other added tokens do."""
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The padding token, or EOS where there is none; which one matters to nothing, since padding is masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
