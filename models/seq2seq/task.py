@@ -1,0 +1,146 @@
+"""Seq2SeqTask: the response to a prompt, or a text's missing spans."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import write_json
+from trunkline.engine.task import Batch, Sums, Task
+from trunkline.models.seq2seq.build import AUTO_CLASS, hf_config_of, make_network
+from trunkline.models.seq2seq.config import Seq2SeqData, Seq2SeqModel
+from trunkline.models.seq2seq.data import Pair, PairSamples, collate
+from trunkline.models.seq2seq.store import Store
+from trunkline.models.text.file_format import FileFormat, shell_of
+from trunkline.models.text.linear_loss import IGNORE
+
+KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
+
+
+def weights_task(data: Seq2SeqData, model: Seq2SeqModel) -> Seq2SeqTask:
+    """The task without its data: only tensor_name and file_tensors may be called on it."""
+    task = object.__new__(Seq2SeqTask)
+    task.data, task.model, task.hf_config = data, model, hf_config_of(model)
+    return task
+
+
+class Seq2SeqTask(Task):
+    """The workload over a prepared data set. Raises DataError or ConfigError if data and model do not fit."""
+
+    unit = "tokens"
+
+    def __init__(self, data: Seq2SeqData, model: Seq2SeqModel) -> None:
+        self.data, self.model = data, model
+        self.store = Store.open(data.store)
+        if self.store.kind != (wanted := KIND_OF[model.objective.type]):
+            raise ConfigError(
+                f"model.objective: {model.objective.type} learns from {wanted}, but data.store {data.store} holds "
+                f"{self.store.kind}: prepare one with --kind {wanted}"
+            )
+        self.hf_config: Any = hf_config_of(model)
+        if self.store.vocab_size > self.hf_config.vocab_size:
+            where = f"the model of {model.path}" if model.path else "the model's shape"
+            raise ConfigError(
+                f"data.store: {data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
+                f"{self.hf_config.vocab_size}: set model.vocab_size, or prepare the data with the model's own tokenizer"
+            )
+        self.tokenizer = self.store.tokenizer()
+        for split in ("train", "val"):  # what is wrong with either should be named now
+            self.dataset(split)
+
+    def build_model(self) -> nn.Module:
+        """The network that `model` names, in fp32."""
+        return make_network(self.model, self.hf_config)
+
+    def dataset(self, split: str) -> PairSamples:
+        """The samples of "train", "val" or "test"."""
+        return PairSamples(self.store, split, self.data, self._eos)
+
+    def collate(self, samples: Sequence[Pair]) -> Batch:
+        """See trunkline.models.seq2seq.data."""
+        return collate([[sample] for sample in samples], self._pad, self.data)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of tokens that the decoder is to write, EOS included."""
+        return (_targets(batch) != IGNORE).sum()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        """-log p, in nats, summed over the targets."""
+        return {"loss": model(**_read(batch), targets=_targets(batch))}
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        """The same sum, and the number of tokens."""
+        return self.loss(model, batch) | {"tokens": self.weight(batch)}
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """ "loss": nats a token over all targets; "perplexity": its exponential."""
+        loss = float(sums["loss"] / sums["tokens"])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def direction(self, metric: str) -> Literal["min", "max"] | None:
+        """Whether it is better high or low."""
+        return "min" if metric == "perplexity" else None
+
+    def fingerprint(self) -> str:
+        """Names the data set's content, and how samples are cut from it."""
+        cut = f"{self.data.max_source_length} and {self.data.max_target_length}{' packed' if self.data.packing else ''}"
+        return f"{self.store.fingerprint} in samples of {cut}"
+
+    def notes(self) -> list[str]:
+        """What of the data was cut."""
+        return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+
+    def tensor_name(self, name: str) -> str | None:
+        """The name in the Hugging Face model."""
+        return name.removeprefix("lm.")
+
+    def file_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named and shaped as in the folder that training starts from; see trunkline.models.text.file_format."""
+        return self._file_format(tensors)
+
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """The tokenizer and generation_config.json; config.json is the Hugging Face model's."""
+        ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
+        shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
+        ids = {"pad_token_id": self._pad, "eos_token_id": self._eos, "decoder_start_token_id": self._pad}
+        write_json(folder / "generation_config.json", ids)
+        config: dict[str, Any] = self.hf_config.to_dict() | ids
+        config["tie_word_embeddings"] = self.hf_config.scale_decoder_outputs  # by which transformers scales
+        config.pop("_name_or_path", None)
+        return config
+
+    @cached_property
+    def _eos(self) -> int:
+        eos: int = self.tokenizer.eos_token_id
+        return eos
+
+    @cached_property
+    def _pad(self) -> int:
+        if self.tokenizer.pad_token_id is None:
+            raise ConfigError(f"{self.data.store}: its tokenizer has no PAD token, with which a decoder starts")
+        return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def _file_format(self) -> FileFormat:
+        shell = shell_of(self.hf_config, AUTO_CLASS)
+        return FileFormat(shell, Path(self.model.path) if self.model.path else None)
+
+
+make_task = Seq2SeqTask
+
+
+def _targets(batch: Batch) -> Tensor:
+    """The batch's targets, without those of samples that only fill it up."""
+    return batch["targets"].masked_fill(~batch["valid"][:, None], IGNORE)
+
+
+def _read(batch: Batch) -> dict[str, Tensor]:
+    """What the network reads."""
+    return {name: batch[name] for name in ("input_ids", "input_document", "decoder_input_ids", "target_document")}
