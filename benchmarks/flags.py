@@ -111,6 +111,15 @@ def causal_lm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
+def seq2seq_training(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py seq2seq_training`."""
+    parser.add_argument("--preset", default="small", choices=["tiny", "small", "chat", "base"], help="(small)")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="samples a step, padded (16)")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
+
+
 def fluid_step(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py fluid_step`."""
     parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))

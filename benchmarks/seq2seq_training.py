@@ -1,0 +1,215 @@
+"""Training of encoder-decoders, beside transformers' Seq2SeqTrainer on the same network.
+
+    run(arguments)    `python launchers/bench.py seq2seq_training`
+
+All sides train a T5 of one preset with torch's fused AdamW in fp32, or in bf16 on a GPU, from the same weights on: the
+engine with a sample a row, and with half as many packed rows; Seq2SeqTrainer with its defaults, DataCollatorForSeq2Seq,
+the attention "sdpa" and batches in random order. Turns of some steps alternate; the first step of a turn does not
+count. Tokens are real ones of prompts and responses: padding counts nowhere. Nobody logs, evaluates or saves.
+
+The data are made up: words at random, in lengths as chats have them, log-normal: prompts of 24 tokens in the median
+(sigma 1.0), responses of 96 (sigma 0.9), cut at 256 each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trunkline.benchmarks.causal_lm_peers import no_launcher
+from trunkline.benchmarks.pairs import ratio_of
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.task import Batch
+from trunkline.engine.trainer import Trainer
+from trunkline.models.registry import config_sections, make_task
+from trunkline.models.seq2seq.prepare import prepare
+from trunkline.models.text.linear_loss import IGNORE
+
+THEIRS, PADDED, PACKED = "Seq2SeqTrainer", "Trunkline, padded", "Trunkline, packed"
+LONGEST = 256
+VOCABULARY, WORDS = 1000, 300
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print. Returns 0."""
+    sides = measure(
+        arguments.preset, arguments.micro_batch_size, arguments.turns, arguments.steps, arguments.backend
+    )  # fmt: skip
+    for name, speeds in sides.items():
+        print(f"{name:<20} {statistics.median(speeds):10,.1f} tokens/s")
+    for name in (PADDED, PACKED):
+        ratio = ratio_of(sides[name], sides[THEIRS])
+        print(f"speed, {name} / {THEIRS} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    return 0
+
+
+def measure(preset: str, micro_batch_size: int, turns: int, steps: int, backend: str) -> dict[str, list[float]]:
+    """Real tokens a second of each turn, by side; on a CPU by the process's own time."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, total = Path(name), turns * (steps + 1)
+        for seed, (split, count) in enumerate((("train", micro_batch_size * total), ("val", 16))):
+            _write_chats(folder / f"{split}.jsonl", count, seed)
+        prepare(
+            [folder / "train.jsonl"], folder / "store", vocab_size=VOCABULARY, val_sources=[folder / "val.jsonl"]
+        )  # fmt: skip
+        ours = {}
+        for side, packing in ((PADDED, False), (PACKED, True)):
+            config = _config(folder, preset, packing, micro_batch_size, total)
+            trainer = Trainer(make_task(config), config, start(), folder / side, backend)
+            ours[side] = _Ours(trainer, steps)
+        theirs = _Theirs(ours[PADDED].trainer, steps, folder)
+        sides: dict[str, Any] = {THEIRS: theirs, **ours}
+        for turn in range(turns):
+            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
+                each.take_turn()
+        return {each: side.speeds for each, side in sides.items()}
+
+
+def _write_chats(path: Path, count: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    words = ["".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(WORDS)]
+
+    def text(median: float, sigma: float) -> str:
+        length = int(np.clip(generator.lognormal(np.log(median), sigma), 1, LONGEST - 1))
+        return " ".join(generator.choice(words, length))
+
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"prompt": text(24, 1.0), "response": text(96, 0.9)}) + "\n")
+
+
+def _config(folder: Path, preset: str, packing: bool, micro_batch_size: int, steps: int) -> RunConfig:
+    never = steps + 1
+    batch = max(1, micro_batch_size // 2) if packing else micro_batch_size
+    raw = {
+        "workload": "seq2seq",
+        "data": {
+            "store": str(folder / "store"), "max_source_length": LONGEST, "max_target_length": LONGEST,
+            "packing": packing,
+        },
+        "model": {"preset": preset, "vocab_size": VOCABULARY, "generation": {"samples": 0}},
+        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": never, "trackers": []},
+        "deepspeed": {
+            "train_batch_size": batch,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "fused": True}},
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": torch.cuda.is_available()},
+            "zero_optimization": {"stage": 0},
+        },
+    }  # fmt: skip
+    path = folder / f"{'packed' if packing else 'padded'}.json"
+    path.write_text(json.dumps(raw))
+    return load_config(path, sections=config_sections)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+class _Ours:
+    """The engine's own loop over its own batches."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps, self.speeds = trainer, steps, list[float]()
+        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
+
+    def take_turn(self) -> None:
+        tokens = 0
+        for step in range(self.steps + 1):
+            if step == 1:
+                tokens, begin = 0, _now()
+            batches = next(self._batches)
+            tokens += sum(_real(batch) for batch in batches)
+            assert self.trainer.stepper.make(batches) is not None
+        self.speeds.append(tokens / (_now() - begin))
+
+
+def _real(batch: Batch) -> int:
+    return int(((batch["input_document"] >= 0).sum(1) + (batch["targets"] != IGNORE).sum(1))[batch["valid"]].sum())
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        return {"input_ids": pair.input.tolist(), "labels": pair.target.tolist()}
+
+
+class _Theirs:
+    """transformers' Seq2SeqTrainer on transformers' own network, with the weights that the engine began with."""
+
+    def __init__(self, trainer: Trainer, steps: int, folder: Path) -> None:
+        from transformers import (
+            AutoModelForSeq2SeqLM,
+            DataCollatorForSeq2Seq,
+            Seq2SeqTrainingArguments,
+            TrainerCallback,
+        )
+
+        task: Any = trainer.task
+        loader: Any = AutoModelForSeq2SeqLM
+        self.model = loader.from_config(task.hf_config, dtype=torch.float32)
+        tensors = {str(task.tensor_name(name)): tensor for name, tensor in trainer.backend.full_state()}
+        missing, unknown = self.model.load_state_dict(tensors, strict=False)
+        assert not unknown
+        assert set(missing) <= set(self.model.all_tied_weights_keys), missing
+        self.speeds = list[float]()
+        self._samples, self._turn = _Samples(task.dataset("train")), 0
+        params = trainer.config.deepspeed.optimizer.params
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), **params)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: 1.0)
+        self._collator = DataCollatorForSeq2Seq(task.tokenizer, self.model, pad_to_multiple_of=8)
+        self._tokens = 0
+        with no_launcher():
+            self._arguments = Seq2SeqTrainingArguments(
+                output_dir=str(folder / "theirs"), max_steps=steps + 1, max_grad_norm=1.0, report_to=[],
+                per_device_train_batch_size=trainer.micro.sizes.global_batch_size, save_strategy="no",
+                logging_strategy="no", disable_tqdm=True, bf16=torch.cuda.is_available(),
+                use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+            )  # fmt: skip
+        side = self
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 1:
+                    side._tokens, self.begin = 0, _now()
+                elif state.global_step == steps + 1:
+                    side.speeds.append(side._tokens / (_now() - self.begin))
+
+        self._clock = Clock()
+
+    def take_turn(self) -> None:
+        from transformers import PrinterCallback, Seq2SeqTrainer
+
+        self._turn += 1
+        self._arguments.seed = self._arguments.data_seed = self._turn  # by which it shuffles
+        with no_launcher():
+            theirs = Seq2SeqTrainer(
+                model=self.model, args=self._arguments, train_dataset=self._samples, callbacks=[self._clock],
+                data_collator=self._collate, optimizers=(self._optimizer, self._schedule),
+            )  # fmt: skip
+            theirs.remove_callback(PrinterCallback)
+            theirs.train()
+
+    def _collate(self, samples: list[dict[str, Any]]) -> Any:
+        self._tokens += sum(len(sample["input_ids"]) + len(sample["labels"]) for sample in samples)
+        return self._collator(samples)
