@@ -44,6 +44,25 @@ def packed_attention_reference(
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+def relative_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, *, query_document: Tensor, key_document: Tensor,
+    bias: Tensor | None = None, causal: bool = False, softmax_scale: float = 1.0, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """trunkline.kernels.attention.relative with an N x M matrix, without dropout. fp32 or fp64."""
+    assert dropout == 0.0
+    query, key, value = _wide(query), _wide(key), _wide(value)
+    N, M = query.shape[1], key.shape[1]
+    i, j = torch.arange(N, device=query.device)[:, None], torch.arange(M, device=query.device)
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * softmax_scale
+    if bias is not None:
+        scores = scores + _wide(bias)[:, j - i + N - 1]
+    seen = (query_document[:, :, None] == key_document[:, None]) & (query_document >= 0)[:, :, None]
+    seen = (seen & (j <= i) if causal else seen)[:, None]
+    some = seen.any(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(~seen & some, float("-inf")), dim=-1).masked_fill(~some, 0)
+    return torch.einsum("bhij,bjhd->bihd", weights, value)
+
+
 def visible_pairs(
     num_queries: int,
     num_keys: int,

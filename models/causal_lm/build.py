@@ -10,8 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.models.causal_lm.config import CausalLMModel, LlamaShape
@@ -19,8 +17,9 @@ from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.probing import NotCausalError, settle
 from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
 from trunkline.models.causal_lm.transformers_attention import register_with_transformers
-from trunkline.models.text.file_format import FileFormat, misfit, shell_of
-from trunkline.models.text.folder import brief, read_config, reading, tensor_shapes
+from trunkline.models.text.file_format import FileFormat, shell_of
+from trunkline.models.text.folder import brief, read_config, reading
+from trunkline.models.text.lm import check_size, load_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,33 +72,17 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
 
     Raises CheckpointError if the folder's weights do not fit, and ConfigError if no attention makes the model causal.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # every rank would draw one, in the middle of what the run says
     register_with_transformers()
-    loader: Any = AutoModelForCausalLM
     folder = None if model.path is None else Path(model.path)
-
-    def build(attention: str) -> Any:
-        if folder is None:
-            return loader.from_config(hf_config, attn_implementation=attention, dtype=torch.float32)
-        lm, found = loader.from_pretrained(
-            folder, config=hf_config, attn_implementation=attention, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False, weights_only=True,
-        )  # fmt: skip
-        _check_fit(folder, found)
-        return lm
-
     with nullcontext() if folder is None else reading(folder):
         if folder is not None:
-            _check_size(folder, hf_config)
+            check_size(folder, hf_config)
             FileFormat(shell_of(hf_config, AUTO_CLASS), folder)  # names files that are damaged and shapes that differ
         attentions, lacking = attentions_of(model, hf_config), ""
         wanted = attentions[0]
         for place, attention in enumerate([*attentions, "eager"]):
             try:
-                lm = build(attention)
+                lm = load_lm(AUTO_CLASS, hf_config, folder, attention)
             except (ValueError, KeyError) as error:  # some families lack one, or have a table of their own
                 if place == len(attentions):
                     raise
@@ -122,22 +105,6 @@ def make_network(model: CausalLMModel, hf_config: PreTrainedConfig) -> CausalLM:
     except Exception as error:  # a model of other people's raises what it likes
         raise CheckpointError(f"{name}{where} cannot be run: {brief(error)}") from error
     return network
-
-
-def _check_fit(folder: Path, found: dict[str, Any]) -> None:
-    """Raises CheckpointError that lists the tensors of which transformers did not find what the network needs."""
-    wrong = sorted(found["missing_keys"]) + [
-        f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])
-    ]
-    if wrong:
-        raise misfit(folder, wrong)
-
-
-def _check_size(folder: Path, hf_config: PreTrainedConfig) -> None:
-    """Raises CheckpointError for more layers than tensors, which would take a while to be built."""
-    layers, tensors = getattr(hf_config.get_text_config(), "num_hidden_layers", 0), len(tensor_shapes(folder))
-    if isinstance(layers, int) and layers > tensors:
-        raise misfit(folder, [f"num_hidden_layers is {layers}, and there are {tensors} tensors"])
 
 
 _NOT_OURS = ("sliding_window", "attn_logit_softcapping", "attention_dropout", "attn_pdrop", "alibi", "layer_types")

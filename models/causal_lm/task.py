@@ -7,9 +7,7 @@ DPO compares pairs of answers; its loss is in models/causal_lm/dpo.py.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +17,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.files import write_json
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.attention.packed import packing_tables
 from trunkline.models.causal_lm.build import AUTO_CLASS, head_dim_of, hf_config_of, make_network
@@ -29,12 +26,12 @@ from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
 from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.tokenizer import stop_ids
+from trunkline.models.text.assets import write_assets
 from trunkline.models.text.file_format import FileFormat, shell_of
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import holds_tokenizer, open_tokenizer, pad_id, special_ids
-from trunkline.models.text.tokenizer_files import keep_tokens, tokenizer_settings
+from trunkline.models.text.tokenizer import check_ids, pad_id, special_ids
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -75,7 +72,8 @@ class LanguageModelTask(Task):
         self._check_vocabulary()
         self._check_window()
         self.tokenizer = self.store.tokenizer()
-        self._check_tokenizer()
+        if model.path:
+            check_ids(self.tokenizer, Path(model.path), data.store)
         self.pad_id = pad_id(self.tokenizer)
         self._generation = read_generation(Path(model.path)) if model.path else {}
         self._own_stops = self._stops_of_config()
@@ -157,27 +155,12 @@ class LanguageModelTask(Task):
         What the model that training starts from says of generation is kept, with all its stops. Raises ConfigError if
         transformers would not tokenize there as the store was tokenized.
         """
-        ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
-        shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
         eos, own = self.tokenizer.eos_token_id, self._own_stops
         stops = token_ids(self._generation.get("eos_token_id"), "eos_token_id") or own
-        write_json(
-            folder / "generation_config.json",
-            {"pad_token_id": self.pad_id} | self._generation
-            | {"eos_token_id": list(dict.fromkeys([*stops, *stop_ids(self.tokenizer)]))},
-        )  # fmt: skip
+        generation = {"pad_token_id": self.pad_id} | self._generation
+        generation["eos_token_id"] = list(dict.fromkeys([*stops, *stop_ids(self.tokenizer)]))
         config = self.hf_config.to_dict() | {"eos_token_id": [*own, eos] if own and eos not in own else own or eos}
-        if "tokenizer_class" not in tokenizer_settings(folder):
-            config["tokenizer_class"] = type(self.tokenizer).__name__  # else the model's type would decide
-        config.pop("_name_or_path", None)
-        config = json.loads(json.dumps(config, default=str))
-        write_json(folder / "config.json", config)  # by which transformers chooses the tokenizer's class
-        if not keep_tokens(self.tokenizer, folder):
-            raise ConfigError(
-                f"data.store: {self.data.store}: its tokenizer gives other tokens in transformers beside a model "
-                f"of type {self.hf_config.model_type!r}: prepare the data with the model's own tokenizer (--tokenizer)"
-            )
-        return config
+        return write_assets(folder, self.tokenizer, self.store.root, config, generation)
 
     @cached_property
     def _shell(self) -> Any:
@@ -235,19 +218,6 @@ class LanguageModelTask(Task):
         own = getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None)
         special = special_ids(self.tokenizer)
         return [token for token in token_ids(own, f"{self.model.path}/config.json: eos_token_id") if token in special]
-
-    def _check_tokenizer(self) -> None:
-        """An id must mean what it means to the model that training starts from; new tokens may be added."""
-        folder = Path(self.model.path or "")
-        if self.model.path is None or not holds_tokenizer(folder):
-            return
-        known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
-        for token, number in self.tokenizer.get_vocab().items():
-            if known.get(number, token) != token:
-                raise ConfigError(
-                    f"data.store: {self.data.store}: its token {number} is {token!r}, but {known[number]!r} to the "
-                    f"model of {folder}: prepare the data with --tokenizer {folder}"
-                )
 
     def _check_window(self) -> None:
         window = getattr(self.hf_config.get_text_config(), "sliding_window", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline.models.seq2seq.attention import use_relative_attention
@@ -26,6 +27,9 @@ class Seq2Seq(nn.Module):
         self._no_split_modules = sorted(lm._no_split_modules or ())
         self._relative = attention == "trunkline" and use_relative_attention(lm)
         lm.lm_head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
+        for name, module in lm.named_modules():
+            if name.endswith(".wo"):
+                module.__class__ = _WideOutput
 
     def forward(
         self, input_ids: Tensor, input_document: Tensor, decoder_input_ids: Tensor, target_document: Tensor,
@@ -62,13 +66,28 @@ class Seq2Seq(nn.Module):
             encoder_attention_mask=None if self._relative else _sees(target_document, input_document, False, lm),
             use_cache=False, **documents,
         ).last_hidden_state  # fmt: skip
-        return hidden * lm.model_dim**-0.5 if lm.config.scale_decoder_outputs else hidden
+        return hidden * lm.model_dim**-0.5 if scales_hidden(lm.config) else hidden
 
     def correct(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """bool [B, M]: whether the likeliest token is the target. No more than some rows of logits are held."""
         rows = hidden.flatten(0, 1).split(_ROWS_AT_ONCE)
         likeliest = torch.cat([self.lm.lm_head(part).argmax(-1) for part in rows])
         return likeliest.view_as(targets) == targets
+
+
+def scales_hidden(hf_config: Any) -> bool:
+    """Whether hidden states are multiplied by d^-0.5 before the head: T5 1.0 does so, 1.1 and mT5 do not."""
+    return hf_config.model_type == "t5" and bool(hf_config.scale_decoder_outputs)
+
+
+class _WideOutput(nn.Linear):
+    """The last layer of a feed-forward block. Its results leave fp16's range, so transformers keeps it in fp32."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight.dtype != torch.float16:
+            return super().forward(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
 
 
 def _sees(query_document: Tensor, key_document: Tensor, causal: bool, lm: Any) -> Tensor:

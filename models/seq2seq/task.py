@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.files import write_json
 from trunkline.engine.task import Batch, Sums, Task
-from trunkline.models.seq2seq.build import AUTO_CLASS, hf_config_of, make_network
+from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
 from trunkline.models.seq2seq.config import Seq2SeqData, Seq2SeqModel
 from trunkline.models.seq2seq.data import Pair, PairSamples, collate
+from trunkline.models.seq2seq.network import Seq2Seq
 from trunkline.models.seq2seq.store import Store
-from trunkline.models.text.file_format import FileFormat, shell_of
+from trunkline.models.text.assets import write_assets
+from trunkline.models.text.file_format import FileFormat
+from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
+from trunkline.models.text.tokenizer import check_ids
 
 KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 
@@ -27,7 +29,7 @@ KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 def weights_task(data: Seq2SeqData, model: Seq2SeqModel) -> Seq2SeqTask:
     """The task without its data: only tensor_name and file_tensors may be called on it."""
     task = object.__new__(Seq2SeqTask)
-    task.data, task.model, task.hf_config = data, model, hf_config_of(model)
+    task.data, task.model, task.hf_config, task.head = data, model, hf_config_of(model), head_of(model)
     return task
 
 
@@ -51,13 +53,25 @@ class Seq2SeqTask(Task):
                 f"data.store: {data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
                 f"{self.hf_config.vocab_size}: set model.vocab_size, or prepare the data with the model's own tokenizer"
             )
+        self.head = head_of(model)
         self.tokenizer = self.store.tokenizer()
+        self._generation: dict[str, Any] = {}
+        if model.path:
+            check_ids(self.tokenizer, Path(model.path), data.store)
+            self._generation = read_generation(Path(model.path))
+            self._check_start()
+        self._model_notes: list[str] = []
         for split in ("train", "val"):  # what is wrong with either should be named now
             self.dataset(split)
 
     def build_model(self) -> nn.Module:
         """The network that `model` names, in fp32."""
-        return make_network(self.model, self.hf_config)
+        return make_network(self.model, self.hf_config, self.head)
+
+    def initialize(self, model: nn.Module) -> None:
+        """The weights of `model.weights`. Raises CheckpointError."""
+        if self.model.weights:
+            self._model_notes = [load_weights(cast(Seq2Seq, model), Path(self.model.weights), self.head)]
 
     def dataset(self, split: str) -> PairSamples:
         """The samples of "train", "val" or "test"."""
@@ -94,8 +108,9 @@ class Seq2SeqTask(Task):
         return f"{self.store.fingerprint} in samples of {cut}"
 
     def notes(self) -> list[str]:
-        """What of the data was cut."""
-        return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        """What of the data was cut, and which weights training starts from."""
+        said = [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        return said + self._model_notes
 
     def tensor_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
@@ -106,15 +121,21 @@ class Seq2SeqTask(Task):
         return self._file_format(tensors)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
-        """The tokenizer and generation_config.json; config.json is the Hugging Face model's."""
-        ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
-        shutil.copytree(self.store.root / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
+        """The tokenizer and generation_config.json; config.json is the Hugging Face model's.
+
+        What the model that training starts from says of generation is kept, with all its stops. Raises ConfigError if
+        transformers would not tokenize there as the store was tokenized.
+        """
         ids = {"pad_token_id": self._pad, "eos_token_id": self._eos, "decoder_start_token_id": self._pad}
-        write_json(folder / "generation_config.json", ids)
+        generation = ids | self._generation
+        stops = token_ids(generation["eos_token_id"], "eos_token_id")
+        if self._eos not in stops:
+            generation["eos_token_id"] = [*stops, self._eos]
         config: dict[str, Any] = self.hf_config.to_dict() | ids
-        config["tie_word_embeddings"] = self.hf_config.scale_decoder_outputs  # by which transformers scales
-        config.pop("_name_or_path", None)
-        return config
+        if self.head == "untied":
+            config["scale_decoder_outputs"] = False
+        config["tie_word_embeddings"] = config.get("scale_decoder_outputs", True)  # by which transformers scales
+        return write_assets(folder, self.tokenizer, self.store.root, config, generation)
 
     @cached_property
     def _eos(self) -> int:
@@ -129,8 +150,15 @@ class Seq2SeqTask(Task):
 
     @cached_property
     def _file_format(self) -> FileFormat:
-        shell = shell_of(self.hf_config, AUTO_CLASS)
-        return FileFormat(shell, Path(self.model.path) if self.model.path else None)
+        return FileFormat(shell(self.hf_config, self.head), Path(self.model.path) if self.model.path else None)
+
+    def _check_start(self) -> None:
+        start = self.hf_config.decoder_start_token_id
+        if start not in (None, self._pad):
+            raise ConfigError(
+                f"model.path: {self.model.path}: its decoder starts with token {start}, and the PAD token of "
+                f"{self.data.store} is {self._pad}: only models whose decoder starts with PAD are trained"
+            )
 
 
 make_task = Seq2SeqTask

@@ -6,6 +6,7 @@
     special_tokens(tokenizer)       their texts
     leading_ids(tokenizer)          what it puts before every text
     pad_id(tokenizer)               a token to fill up batches with
+    check_ids(tokenizer, folder)    raises where an id means something else to the model of a folder
 
 transformers takes seconds to import, so it is imported where it is needed.
 """
@@ -105,3 +106,19 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The padding token, or EOS where there is none; which one matters to nothing, since padding is masked."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast, folder: Path, store: str) -> None:
+    """An id must mean what it means to the model of `folder`, if that has a tokenizer; new tokens may be added.
+
+    Raises ConfigError that names the store whose tokenizer it is.
+    """
+    if not holds_tokenizer(folder):
+        return
+    known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
+    for token, number in tokenizer.get_vocab().items():
+        if known.get(number, token) != token:
+            raise ConfigError(
+                f"data.store: {store}: its token {number} is {token!r}, but {known[number]!r} to the model of "
+                f"{folder}: prepare the data with --tokenizer {folder}"
+            )
