@@ -10,13 +10,15 @@ first. Input: what is kept, a sentinel for each span, EOS: L - n + s + 1 tokens.
 EOS: n + s + 1. (Raffel et al., "Exploring the limits of transfer learning", 2020; random_spans_noise_mask of
 github.com/google-research/text-to-text-transfer-transformer.)
 
-Which tokens are noise depends on the draw's key alone: not on the rank, the batch, nor what it is padded to.
+A text so short that it has one span always loses its end. Which tokens are noise depends on the draw's key alone: not on
+the rank, the batch, nor what it is padded to.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -45,9 +47,10 @@ class Counts(NamedTuple):
 
 
 def counts(length: int, objective: SpanCorruption) -> Counts:
-    """Of a text of `length` tokens, 2 or more."""
-    noise = min(max(round(length * objective.noise_density), 1), length - 1)
-    spans = max(1, round(noise / objective.mean_span_length))
+    """Of a text of `length` tokens, 2 or more. Halves are rounded as T5 does it, in fp32."""
+    noise = int(np.round(np.float32(length) * np.float32(objective.noise_density)))
+    noise = min(max(noise, 1), length - 1)
+    spans = max(1, int(np.round(np.float32(noise) / np.float32(objective.mean_span_length))))
     return Counts(length, noise, min(spans, length - noise))  # each span follows a token that is kept
 
 

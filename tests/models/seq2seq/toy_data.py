@@ -17,7 +17,7 @@ SHAPE = {
     "vocab_size": 448, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
     "feed_forward_proj": "relu", "dropout": 0.0,
 }  # fmt: skip
-WORDS = "the pipe carries gas from a station to each town and the pressure falls along it".split()
+WORDS = ["pipe", "carries", "gas", "from", "station", "each", "town", "and", "pressure", "falls", "along", "it"]
 
 
 def made_up(count: int, seed: int = 0, most: int = 24) -> list[str]:
