@@ -80,8 +80,7 @@ def _rows(lengths: np.ndarray, source: int, target: int) -> np.ndarray:
     first = np.full((_STEPS + 1, _STEPS + 1), -1, np.int64)  # of these pairs, and which comes after each
     after = np.empty(len(lengths), np.int64)
     for pair in range(len(lengths) - 1, -1, -1):
-        i = (lengths[pair, 0] * _STEPS + source - 1) // source
-        j = (lengths[pair, 1] * _STEPS + target - 1) // target
+        i, j = -(-lengths[pair, 0] * _STEPS // source), -(-lengths[pair, 1] * _STEPS // target)
         after[pair] = first[i, j]
         first[i, j] = pair
         there[i] |= one << np.uint64(j - 1)
@@ -89,13 +88,17 @@ def _rows(lengths: np.ndarray, source: int, target: int) -> np.ndarray:
     left, row = len(lengths), 0
     source_left, target_left = source, target
     while left:
-        i_most, j_most = source_left * _STEPS // source, target_left * _STEPS // target
+        i_most, j_most = -(-source_left * _STEPS // source), -(-target_left * _STEPS // target)
         best, best_i, best_j = np.int64(-1), 0, 0
         for i in range(1, i_most + 1):
             if there[i] == 0:
                 continue
             j = j_most
-            while j > 0 and (there[i] >> np.uint64(j - 1)) & one == 0:
+            while j > 0:
+                if there[i] >> np.uint64(j - 1) & one:
+                    pair = first[i, j]
+                    if lengths[pair, 0] <= source_left and lengths[pair, 1] <= target_left:
+                        break
                 j -= 1
             if j > 0 and i * i_most + j * j_most > best:
                 best, best_i, best_j = i * i_most + j * j_most, i, j

@@ -10,8 +10,8 @@ first. Input: what is kept, a sentinel for each span, EOS: L - n + s + 1 tokens.
 EOS: n + s + 1. (Raffel et al., "Exploring the limits of transfer learning", 2020; random_spans_noise_mask of
 github.com/google-research/text-to-text-transfer-transformer.)
 
-A text so short that it has one span always loses its end. Which tokens are noise depends on the draw's key alone: not on
-the rank, the batch, nor what it is padded to.
+A text so short that it has one span always loses its end. Which tokens are noise depends on the draw's key alone: not
+on the rank, the batch, nor what it is padded to.
 """
 
 from __future__ import annotations
