@@ -26,7 +26,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.parameter_rules import planned_rules, render_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
-from trunkline.engine.task import Task
+from trunkline.engine.task import Task, lengths_of
 
 
 def make_plan(
@@ -40,8 +40,7 @@ def make_plan(
     """
     config = with_direction(config, task)
     sizes = sizes or sizes_of(task, config, world_size)
-    samples = len(task.dataset("train"))
-    batches = GlobalBatches(samples, sizes.global_batch_size, config.training.seed)
+    batches = planned_batches(task, config, world_size, sizes)
     steps = total_steps(config, batches)
     section = config.deepspeed
     peak = float(section.optimizer.params["lr"])
@@ -65,7 +64,7 @@ def make_plan(
         "global_batch_size": sizes.global_batch_size,
         "micro_batch_size": sizes.micro_batch_size,
         "grad_accum_steps": sizes.grad_accum_steps,
-        "train_samples": samples,
+        "train_samples": batches.num_samples,
         "steps_per_epoch": batches.per_epoch,
         "steps": steps,
         "epochs": steps / batches.per_epoch,
@@ -115,10 +114,20 @@ def sizes_of(task: Task, config: RunConfig, world_size: int) -> BatchSizes:
     return sizes
 
 
-def planned_batches(task: Task, config: RunConfig, world_size: int) -> GlobalBatches:
-    """The global batches of a run on `world_size` ranks, before anything is built. Raises ConfigError."""
-    size = sizes_of(task, config, world_size).global_batch_size
-    return GlobalBatches(len(task.dataset("train")), size, config.training.seed)
+def planned_batches(task: Task, config: RunConfig, world_size: int, sizes: BatchSizes | None = None) -> GlobalBatches:
+    """The global batches of a run on `world_size` ranks. Batch sizes are the configured ones unless given.
+
+    Raises ConfigError, also where samples are to be grouped by length and do not say theirs.
+    """
+    size = (sizes or sizes_of(task, config, world_size)).global_batch_size
+    dataset, key = task.dataset("train"), "training.group_by_length"
+    lengths = lengths_of(dataset) if config.training.group_by_length else None
+    if config.training.group_by_length and lengths is None:
+        raise ConfigError(
+            f"{config.where(key)}: {key}: the samples of {config.workload} do not differ in length (no "
+            f"{type(dataset).__name__}.lengths): set it to false"
+        )
+    return GlobalBatches(len(dataset), size, config.training.seed, lengths)
 
 
 def total_steps(config: RunConfig, batches: GlobalBatches) -> int:

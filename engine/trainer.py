@@ -24,7 +24,6 @@ from trunkline.engine.config.deepspeed_section import own_classes, parameter_dty
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
-from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.store import verify_together
 from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.machine import stopping
@@ -32,7 +31,7 @@ from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import render_summary, sizes_of, total_steps
+from trunkline.engine.plan import planned_batches, render_summary, sizes_of, total_steps
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main
@@ -113,7 +112,7 @@ class Trainer(Run):
         self.begin("verifying the data")
         datasets = (self.dataset, task.dataset("val"))
         verify_together([array for data in datasets for array in getattr(data, "arrays", ())], ranks)
-        self.batches = GlobalBatches(len(self.dataset), sizes.global_batch_size, settings.seed)
+        self.batches = planned_batches(task, config, ranks.world_size, sizes)
         self.total_steps = total_steps(config, self.batches)
         config = config.in_steps(self.batches.per_epoch)
         self.config = config = ready(config, backend, self.total_steps, ranks.world_size, ranks.device)

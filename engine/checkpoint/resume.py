@@ -40,7 +40,7 @@ from trunkline.engine.state.sharded_state import Averages, restore
 from trunkline.engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
-LAYOUT = "layout"
+LAYOUT, GROUPED = "layout", "group_by_length"
 
 
 def identity(task: Task, config: RunConfig, backend: str, world_size: int, batches: GlobalBatches) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         "num_samples": batches.num_samples,
         "global_batch_size": batches.global_batch_size,
         "seed": batches.seed,
+        GROUPED: batches.lengths is not None,
     }
 
 
@@ -143,6 +144,8 @@ def _check_identity(
 
 def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:
     """What a checkpoint says, as `identity` says it: an earlier version wrote it down as it was spelt."""
+    if key == GROUPED:
+        return bool(value)
     if key == "optimizer" and isinstance(value, str):
         return same_name(value)
     if key == "model" and model is not None:

@@ -80,6 +80,9 @@ class Training(Strict):
     parameters: tuple[ParameterRule, ...] = ()
     ema: Ema | None = None
     seed: int = Field(default=42, ge=0)
+    group_by_length: bool = Field(
+        default=False, description="batches of samples of about one length, which need less padding"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     tracked: Tracked = Tracked()
     start_from: FolderPath | None = Field(

@@ -8,27 +8,17 @@ the amounts finds the smallest that suffices: N log(capacity) steps for N pieces
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numba
 import numpy as np
+
+from trunkline.models.text.packing import Packing, by_row
 
 _INT64S = numba.types.Array(numba.int64, 1, "C")
 
 
-class Packing(NamedTuple):
-    """Row r holds the pieces order[row_starts[r] : row_starts[r + 1]], the longest first.
-
-    row_starts: int64 [R + 1]
-    order: int64 [N], every piece once
-    """
-
-    row_starts: np.ndarray
-    order: np.ndarray
-
-
 def pack(lengths: np.ndarray, capacity: int) -> Packing:
-    """Rows of pieces whose lengths add up to `capacity` at most. The same lengths give the same rows.
+    """Rows of pieces whose lengths add up to `capacity` at most, the longest of a row first. The same lengths give the
+    same rows.
 
     lengths: int64 [N], each from 1 to `capacity`; ValueError for any other
     """
@@ -38,12 +28,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(f"lengths from {lengths.min()} to {lengths.max()}: use 1 to the capacity, {capacity}")
     longest_first = np.argsort(-lengths, kind="stable")
-    rows = _best_fit(lengths[longest_first], capacity)
-    by_row = np.argsort(rows, kind="stable")
-    num_rows = int(rows.max()) + 1 if len(rows) else 0
-    row_starts = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=num_rows), out=row_starts[1:])
-    return Packing(row_starts, longest_first[by_row])
+    return by_row(_best_fit(lengths[longest_first], capacity), longest_first)
 
 
 @numba.njit(_INT64S(_INT64S, numba.int64), nogil=True, cache=True)

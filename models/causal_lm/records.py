@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from trunkline.models.text.fields import LONGEST_NAME, Fields, check_encodable, checked_text
 from trunkline.models.text.sources import BadRecord
 
 Kind = Literal["text", "conversations", "preferences"]
@@ -33,7 +34,6 @@ Message = Mapping[str, Any]
 
 _SYSTEM = ("system", "developer")
 _LEARNED = ("weight", "train", "training")
-_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ Record = Text | Conversation | Preference
 def record_of(value: Any, kind: Kind) -> Record:
     """The record that a file's value stands for. Raises BadRecord."""
     if kind == "text" and isinstance(value, str):
-        return Text(_checked_text(value, "the text"))
-    fields = _Fields(value)
+        return Text(checked_text(value, "the text"))
+    fields = Fields(value)
     if kind == "text":
-        return Text(_checked_text(fields["text"], "the text"), fields.notes())
+        return Text(checked_text(fields["text"], "the text"), fields.notes())
     tools, record = (
         _tools(fields.get("tools")),
         _conversation(fields) if kind == "conversations" else _preference(fields),
@@ -87,7 +87,7 @@ def side_of(record: Record) -> str:
     return record.text if isinstance(record, Text) else json.dumps(messages, sort_keys=True, default=str)
 
 
-def _conversation(fields: _Fields) -> Conversation:
+def _conversation(fields: Fields) -> Conversation:
     if "messages" in fields:
         messages = _with_earlier(_messages(fields, "messages"), fields)
         if not any(message["role"] == "assistant" for message in messages):
@@ -100,18 +100,18 @@ def _conversation(fields: _Fields) -> Conversation:
         raise BadRecord("has 'instruction', which is not read: join it with 'input' into one field")
     for question, answer in (("prompt", "response"), ("input", "output")):
         if question in fields or answer in fields:
-            prompt = _checked_text(fields[question], f"'{question}'")
-            turns = _exchange(prompt, _checked_text(fields[answer], f"'{answer}'"))
+            prompt = checked_text(fields[question], f"'{question}'")
+            turns = _exchange(prompt, checked_text(fields[answer], f"'{answer}'"))
             return Conversation(_with_earlier(turns, fields))
     raise BadRecord("has neither 'messages' nor 'prompt' and 'response' nor 'input' and 'output'")
 
 
-def _preference(fields: _Fields) -> Preference:
+def _preference(fields: Fields) -> Preference:
     sides = [fields[name] for name in ("chosen", "rejected")]
     if all(isinstance(side, str) for side in sides):
-        question, *answers = _exchange(_checked_text(fields["prompt"], "'prompt'"), *sides)
+        question, *answers = _exchange(checked_text(fields["prompt"], "'prompt'"), *sides)
         for name, side in zip(("chosen", "rejected"), sides):
-            _checked_text(side, f"'{name}'")
+            checked_text(side, f"'{name}'")
         found = Preference((question,), (answers[0],), (answers[1],))
     elif all(isinstance(side, list) for side in sides):
         chosen, rejected = _messages(fields, "chosen"), _messages(fields, "rejected")
@@ -119,7 +119,7 @@ def _preference(fields: _Fields) -> Preference:
         if isinstance(prompt, list):
             found = Preference(_messages(fields, "prompt"), chosen, rejected)
         elif prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-            found = Preference(_exchange(_checked_text(prompt, "'prompt'")), chosen, rejected)
+            found = Preference(_exchange(checked_text(prompt, "'prompt'")), chosen, rejected)
         else:
             same = [a == b for a, b in zip(chosen, rejected)]
             common = same.index(False) if False in same else len(same)
@@ -143,14 +143,14 @@ def _exchange(question: str, *answers: str) -> tuple[Message, ...]:
     return {"role": "user", "content": question}, *({"role": "assistant", "content": answer} for answer in answers)
 
 
-def _with_earlier(messages: tuple[Message, ...], fields: _Fields) -> tuple[Message, ...]:
+def _with_earlier(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
     """`messages` after the turns of the fields 'system' and 'history'."""
     begins = 1 if messages[0]["role"] in _SYSTEM else 0
     turns = [*messages[:begins], *_history(fields), *messages[begins:]]
     system = fields.get("system")
     if system is None or (isinstance(system, str) and not system.strip()):
         return tuple(turns)
-    _checked_text(system, "'system'")
+    checked_text(system, "'system'")
     if turns[0]["role"] not in _SYSTEM:
         return {"role": "system", "content": system}, *turns
     if turns[0]["content"].strip() != system.strip():
@@ -158,7 +158,7 @@ def _with_earlier(messages: tuple[Message, ...], fields: _Fields) -> tuple[Messa
     return tuple(turns)
 
 
-def _history(fields: _Fields) -> tuple[Message, ...]:
+def _history(fields: Fields) -> tuple[Message, ...]:
     history = fields.get("history")
     if not history:
         return ()
@@ -166,7 +166,7 @@ def _history(fields: _Fields) -> tuple[Message, ...]:
         return _messages(fields, "history")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadRecord("'history' is neither a list of messages nor of pairs of question and answer")
-    return tuple(turn for pair in history for turn in _exchange(*(_checked_text(side, "'history'") for side in pair)))
+    return tuple(turn for pair in history for turn in _exchange(*(checked_text(side, "'history'") for side in pair)))
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -178,39 +178,11 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value or [], list) or not all(isinstance(tool, dict) for tool in value or []):
         raise BadRecord("'tools' is not a list of objects")
     for text in strings(value or []):
-        _check_encodable(text)
+        check_encodable(text)
     return tuple(value or [])
 
 
-class _Fields(dict[str, Any]):
-    """A record's fields, which know whether they were read."""
-
-    def __init__(self, record: Any) -> None:
-        if not isinstance(record, dict):
-            raise BadRecord("not an object")
-        super().__init__(record)
-        self.used: set[str] = set()
-        self.said: list[str] = []
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise BadRecord(f"has no '{name}'")
-        self.used.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.used.add(name)
-        return super().get(name, default)
-
-    def notes(self) -> tuple[str, ...]:
-        """What was said of the record, and which fields that hold anything were not read."""
-        unused = [name for name, value in self.items() if name not in self.used and value not in (None, "", [], {})]
-        return tuple(
-            dict.fromkeys([*(f"the field {name[:_LONGEST_NAME]!r} is not used" for name in unused), *self.said])
-        )
-
-
-def _messages(fields: _Fields, name: str) -> tuple[Message, ...]:
+def _messages(fields: Fields, name: str) -> tuple[Message, ...]:
     value, what = fields[name], f"'{name}'"
     if not isinstance(value, list) or not value:
         raise BadRecord(f"{what} is not a list of messages")
@@ -222,14 +194,14 @@ def _messages(fields: _Fields, name: str) -> tuple[Message, ...]:
         if not isinstance(content, str):
             raise BadRecord("the content of a message is not text")
         if message["role"] == "assistant":
-            _checked_text(content, "the content of an assistant's message")
+            checked_text(content, "the content of an assistant's message")
         for text in strings(message):
-            _check_encodable(text)
+            check_encodable(text)
         messages.append(_weighted({key: item for key, item in message.items() if item is not None}, fields))
     return tuple(messages)
 
 
-def _weighted(message: dict[str, Any], fields: _Fields) -> Message:
+def _weighted(message: dict[str, Any], fields: Fields) -> Message:
     """The message with what says whether it is learned as "weight": 0, or nothing."""
     given = {key: message.pop(key) for key in _LEARNED if key in message}
     if not all(isinstance(value, int | float) and value in (0, 1) for value in given.values()):
@@ -241,7 +213,7 @@ def _weighted(message: dict[str, Any], fields: _Fields) -> Message:
     if message["role"] == "assistant":
         return message if all(given.values()) else {**message, "weight": 0}
     if given and all(given.values()):
-        names, role = " and ".join(map(repr, given)), message["role"][:_LONGEST_NAME]
+        names, role = " and ".join(map(repr, given)), message["role"][:LONGEST_NAME]
         fields.said.append(
             f"{names} of a message of role {role!r} is not used: only what the assistant says is learned"
         )
@@ -263,19 +235,3 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings(item)
-
-
-def _checked_text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord(f"{what} is not text")
-    if not value.strip():
-        raise BadRecord(f"{what} is empty")
-    _check_encodable(value)
-    return value
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
-        raise BadRecord("holds a lone surrogate (\\ud800 to \\udfff), which is no character") from None

@@ -41,7 +41,29 @@ class Seq2SeqData(Strict):
     store: FolderPath = Field(description="folder that launchers/prepare.py wrote")
     max_source_length: int = Field(256, ge=2, description="tokens that the encoder reads at most, EOS included")
     max_target_length: int = Field(256, ge=2, description="tokens that the decoder writes at most, EOS included")
-    packing: bool = Field(default=False, description="put several samples into one row; none attends to another")
+    packing: bool = Field(
+        default=False,
+        description="train on rows of several pairs, where none attends to another; texts are joined and cut, T5's way",
+    )
+    packed_source_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto", description="tokens of a packed row that the encoder reads; auto: what the data fill best"
+    )
+    packed_target_length: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
+        "auto", description="tokens of a packed row that the decoder writes"
+    )
+
+    @model_validator(mode="after")
+    def _room_for_the_longest(self) -> Seq2SeqData:
+        for side in ("source", "target"):
+            packed, most = getattr(self, f"packed_{side}_length"), getattr(self, f"max_{side}_length")
+            if packed != "auto" and not self.packing:
+                raise ValueError(f"packed_{side}_length goes with packing: set packing to true, or leave it out")
+            if packed != "auto" and packed < most:
+                raise ValueError(
+                    f"packed_{side}_length {packed} has no room for a sample of max_{side}_length {most}: raise it, or "
+                    "lower that"
+                )
+        return self
 
 
 class Pairs(Strict):

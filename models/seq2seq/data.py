@@ -1,7 +1,9 @@
 """Samples for training, and how they become batches.
 
-    PairSamples(store, split, data)       a prompt and a response a sample, each cut by token, its EOS kept
-    collate(samples, ...)                 the batch
+    PairRows(store, data, pad_id, eos_id)     .dataset(split), one of the next two, and .collate(samples)
+    PairSamples(store, split, data, eos_id)   a prompt and a response a sample, each cut by token, its EOS kept
+    PackedPairs(pairs, room)                  a row of these a sample, as many as fit
+    collate(rows, pad_id, room)               the batch
 
 A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, within the limits of `data`:
 
@@ -25,7 +27,9 @@ from torch.utils.data import Dataset
 from trunkline.engine.data.store import Array
 from trunkline.engine.errors import DataError
 from trunkline.models.seq2seq.config import Seq2SeqData
+from trunkline.models.seq2seq.packing import Room, choose_room, pack
 from trunkline.models.seq2seq.store import Store
+from trunkline.models.seq2seq.turns import kept_from
 from trunkline.models.text.linear_loss import IGNORE
 
 LENGTH_MULTIPLE = 8  # few different shapes of batches
@@ -38,10 +42,43 @@ class Pair(NamedTuple):
     target: np.ndarray
 
 
+class PairRows:
+    """How samples are made of a store of pairs, and batches of samples.
+
+    room: tokens of a row. Where packing leaves it open ("auto"), it is what the training pairs fill best.
+    cut: the same in words; notes: for a person to read
+    """
+
+    def __init__(self, store: Store, data: Seq2SeqData, pad_id: int, eos_id: int) -> None:
+        self._store, self._data, self._pad, self._eos = store, data, pad_id, eos_id
+        self.room, self.notes = Room(data.max_source_length, data.max_target_length), list[str]()
+        self.cut = f"{self.room.source} and {self.room.target}"
+        if data.packing:
+            given = [
+                None if most == "auto" else most for most in (data.packed_source_length, data.packed_target_length)
+            ]
+            self.room = choose_room(PairSamples(store, "train", data, eos_id).sides, *given)
+            self.cut += f" packed in {self.room.source} and {self.room.target}"
+            self.notes = [
+                f"data.packed_source_length = {self.room.source}, data.packed_target_length = {self.room.target}"
+            ] * (None in given)
+
+    def dataset(self, split: str) -> PairSamples | PackedPairs:
+        """A pair a sample, or of packed "train" a row of several: elsewhere a text is generated for each pair."""
+        pairs = PairSamples(self._store, split, self._data, self._eos)
+        return PackedPairs(pairs, self.room) if self._data.packing and split == "train" else pairs
+
+    def collate(self, samples: Sequence[Pair] | Sequence[list[Pair]]) -> dict[str, Tensor]:
+        """The batch of these samples. See the top of this file."""
+        rows = [[sample] if isinstance(sample, Pair) else sample for sample in samples]
+        return collate(rows, self._pad, self.room)
+
+
 class PairSamples(Dataset[Pair]):
     """One pair a sample. Raises DataError for a split that is not there or empty.
 
     lengths: int64 [P], tokens of input and target together, as they are cut
+    sides: int64 [P, 2], of each
     notes: what was cut, for a person to read
     """
 
@@ -50,16 +87,26 @@ class PairSamples(Dataset[Pair]):
         self._most = data.max_source_length, data.max_target_length
         if not len(self._inputs):
             raise DataError(f"{store.root}: the split {split} is empty: prepare other data")
-        lengths = self._inputs.lengths + 1, self._targets.lengths + 1
-        self.lengths = sum(np.minimum(length, most) for length, most in zip(lengths, self._most, strict=True))
+        source, target = self._inputs.lengths, self._targets.lengths
+        longer = source >= self._most[0]
+        ends = self._inputs.places(eos_id) if longer.any() else np.array([], np.int64)
+        self._first = kept_from(source, ends, self._most[0])
+        left = source - self._first + 1, target + 1
+        self.sides = np.stack([np.minimum(side, most) for side, most in zip(left, self._most, strict=True)], axis=1)
+        self.lengths = self.sides.sum(axis=1)
+        keys, whats = ("max_source_length", "max_target_length"), ("prompts", "responses")
         self.notes = [
-            f"{(length > most).sum():,} of {len(length):,} {what} are longer than data.{key} = {most} and cut off on "
-            f"the right; {np.maximum(length - most, 0).sum():,} tokens are lost"
-            for length, most, what, key in zip(
-                lengths, self._most, ("prompts", "responses"), ("max_source_length", "max_target_length"), strict=True
-            )
-            if (length > most).any()
+            f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off on "
+            f"the right; {np.maximum(side - most, 0).sum():,} tokens are lost"
+            for side, most, what, key in zip(left, self._most, whats, keys, strict=True)
+            if (side > most).any()
         ]
+        if (shortened := self._first > 0).any():
+            self.notes.insert(
+                0,
+                f"{shortened.sum():,} of {len(source):,} talks are longer than data.max_source_length = "
+                f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost",
+            )
 
     @property
     def arrays(self) -> list[Array]:
@@ -72,15 +119,47 @@ class PairSamples(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        parts = zip((self._inputs, self._targets), self._most, strict=True)
-        return Pair(*(np.append(part.tokens(index, 0, most - 1), self._eos) for part, most in parts))
+        first, (source, target) = int(self._first[index]), self._most
+        parts = self._inputs.tokens(index, first, first + source - 1), self._targets.tokens(index, 0, target - 1)
+        return Pair(*(np.append(part, self._eos) for part in parts))
 
 
-def collate(rows: Sequence[Sequence[Pair]], pad_id: int, data: Seq2SeqData) -> dict[str, Tensor]:
+class PackedPairs(Dataset[list[Pair]]):
+    """A row of pairs a sample, within the room of a row.
+
+    lengths: int64 [R], tokens of each row
+    """
+
+    def __init__(self, pairs: PairSamples, room: Room) -> None:
+        self._pairs, self._packing = pairs, pack(pairs.sides, room)
+        self.lengths = np.add.reduceat(pairs.lengths[self._packing.order], self._packing.row_starts[:-1])
+        full = self.lengths.sum() / (len(self.lengths) * sum(room))
+        self.notes = [
+            *pairs.notes,
+            f"{len(pairs):,} pairs are packed into {len(self):,} rows of {room.source} + {room.target} tokens, "
+            f"{full:.1%} full",
+        ]
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What is read of the store."""
+        return self._pairs.arrays
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> list[Pair]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start, stop = self._packing.row_starts[index : index + 2]
+        return [self._pairs[int(pair)] for pair in self._packing.order[start:stop]]
+
+
+def collate(rows: Sequence[Sequence[Pair]], pad_id: int, room: Room) -> dict[str, Tensor]:
     """The batch of these rows, each of one pair or several. See the top of this file."""
     sides = [[[pair[side] for pair in row] for row in rows] for side in (0, 1)]
     (inputs, input_document), (targets, target_document) = (
-        _padded(side, most) for side, most in zip(sides, (data.max_source_length, data.max_target_length), strict=True)
+        _padded(side, most) for side, most in zip(sides, room, strict=True)
     )
     first = np.diff(target_document, prepend=-1, axis=1) != 0  # of each sample's targets
     before = np.where(first, pad_id, np.roll(targets, 1, axis=1))
@@ -94,10 +173,14 @@ def collate(rows: Sequence[Sequence[Pair]], pad_id: int, data: Seq2SeqData) -> d
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def padded_length(longest: int, most: int) -> int:
+    """How long the rows of a batch are whose longest has so many tokens, `most` at most."""
+    return max(longest, min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most))
+
+
 def _padded(rows: Sequence[Sequence[np.ndarray]], most: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and numbers of documents, int64 [B, L]."""
-    longest = max(sum(map(len, row)) for row in rows)
-    length = max(longest, min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most))
+    length = padded_length(max(sum(map(len, row)) for row in rows), most)
     tokens, document = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), -1)
     for r, row in enumerate(rows):
         start = 0

@@ -30,12 +30,12 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train one on the training records")
     parser.add_argument("--vocab-size", type=int, metavar="N", help=f"of the one trained ({DEFAULT_VOCAB_SIZE})")
     parser.add_argument("--max-token-length", type=int, metavar="N", help="characters of a token of the one trained")
-    parser.add_argument("--val-source", type=Path, nargs="+", metavar="PATH", help="validation records of their own")
+    val = parser.add_mutually_exclusive_group()
+    val.add_argument("--val-source", type=Path, nargs="+", metavar="PATH", help="validation records of their own")
+    val.add_argument(
+        "--val-fraction", type=float, metavar="F", help=f"share of the records for it ({DEFAULT_VAL_FRACTION})"
+    )
     parser.add_argument("--test-source", type=Path, nargs="+", metavar="PATH", help="test records")
-    parser.add_argument(
-        "--val-fraction", type=float, metavar="F",
-        help=f"share of the records for validation ({DEFAULT_VAL_FRACTION}) where there is no --val-source",
-    )  # fmt: skip
     parser.add_argument(
         "--max-bad-fraction", type=float, default=0.1, metavar="F", help="more bad records than that are an error (0.1)"
     )

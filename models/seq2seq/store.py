@@ -4,8 +4,9 @@
     {split}/targets, {split}/target_offsets    ragged tokens: what the decoder writes; absent for kind "text"
     tokenizer/                                 the Hugging Face tokenizer that made the tokens
 
-Tokens are whole and without EOS, uint16, or uint32 where the vocabulary needs it. Splits are "train", "val" and, where
-there is one, "test". store.json also says what it was made from and what was left out.
+Tokens are whole and without EOS, but for one between two turns of a talk (trunkline.models.seq2seq.turns); uint16, or
+uint32 where the vocabulary needs it. Splits are "train", "val" and, where there is one, "test". store.json also says
+what it was made from and what was left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from trunkline.models.seq2seq.records import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_SCANNED = 1 << 24  # tokens at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,16 @@ class Ragged:
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """int64 [n], tokens start ... stop-1 of sequence `index`; all of it by default."""
         return self._values.item(index, start, stop).astype(np.int64)
+
+    def stretch(self, start: int, stop: int) -> np.ndarray:
+        """int64 [n], the same where all sequences lie end to end."""
+        return self._values.rows(start, stop).astype(np.int64)
+
+    def places(self, token: int) -> np.ndarray:
+        """int64 [n], where this token stands there."""
+        held = self._values.map()
+        some = [np.flatnonzero(held[at : at + _SCANNED] == token) + at for at in range(0, len(held), _SCANNED)]
+        return np.concatenate([np.array([], np.int64), *some])
 
 
 class Store(ArrayStore):

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
-from trunkline.models.seq2seq.config import Seq2SeqData, Seq2SeqModel
-from trunkline.models.seq2seq.data import Pair, PairSamples, collate
+from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
+from trunkline.models.seq2seq.data import PackedPairs, PairRows, PairSamples
 from trunkline.models.seq2seq.network import Seq2Seq
+from trunkline.models.seq2seq.span_corruption import corrupted
 from trunkline.models.seq2seq.store import Store
+from trunkline.models.seq2seq.texts import TextPieces, Texts
+from trunkline.models.seq2seq.tokenizer import check_marks, sentinels
 from trunkline.models.text.assets import write_assets
 from trunkline.models.text.file_format import FileFormat
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
+from trunkline.models.text.skipped import remarks
 from trunkline.models.text.tokenizer import check_ids
 
 KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
@@ -55,12 +59,14 @@ class Seq2SeqTask(Task):
             )
         self.head = head_of(model)
         self.tokenizer = self.store.tokenizer()
+        check_marks(self.tokenizer, self.store.root)
         self._generation: dict[str, Any] = {}
         if model.path:
             check_ids(self.tokenizer, Path(model.path), data.store)
             self._generation = read_generation(Path(model.path))
             self._check_start()
         self._model_notes: list[str] = []
+        self._samples = self._samples_of(model.objective)
         for split in ("train", "val"):  # what is wrong with either should be named now
             self.dataset(split)
 
@@ -73,20 +79,25 @@ class Seq2SeqTask(Task):
         if self.model.weights:
             self._model_notes = [load_weights(cast(Seq2Seq, model), Path(self.model.weights), self.head)]
 
-    def dataset(self, split: str) -> PairSamples:
-        """The samples of "train", "val" or "test"."""
-        return PairSamples(self.store, split, self.data, self._eos)
+    def dataset(self, split: str) -> PairSamples | PackedPairs | Texts:
+        """The samples of "train", "val" or "test": pairs, rows of packed pairs, or pieces of texts."""
+        return self._samples.dataset(split)
 
-    def collate(self, samples: Sequence[Pair]) -> Batch:
-        """See trunkline.models.seq2seq.data."""
-        return collate([[sample] for sample in samples], self._pad, self.data)
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """See trunkline.models.seq2seq.data, and of texts trunkline.models.seq2seq.texts."""
+        return self._samples.collate(samples)
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch with what encoder and decoder read and write: of texts, their spans are taken out by `draw`."""
+        return corrupted(batch, self._pad, self._eos) if "texts" in batch else batch
 
     def weight(self, batch: Batch) -> Tensor:
         """The number of tokens that the decoder is to write, EOS included."""
-        return (_targets(batch) != IGNORE).sum()
+        return ((batch["target_document"] >= 0) & batch["valid"][:, None]).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """-log p, in nats, summed over the targets."""
+        batch = self.complete(batch)
         return {"loss": model(**_read(batch), targets=_targets(batch))}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
@@ -104,12 +115,12 @@ class Seq2SeqTask(Task):
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how samples are cut from it."""
-        cut = f"{self.data.max_source_length} and {self.data.max_target_length}{' packed' if self.data.packing else ''}"
-        return f"{self.store.fingerprint} in samples of {cut}"
+        return f"{self.store.fingerprint} in samples of {self._samples.cut}"
 
     def notes(self) -> list[str]:
-        """What of the data was cut, and which weights training starts from."""
-        said = [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        """What was left out of the data, how it is cut, and which weights training starts from."""
+        said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)] + self._samples.notes
+        said += [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
         return said + self._model_notes
 
     def tensor_name(self, name: str) -> str | None:
@@ -144,9 +155,14 @@ class Seq2SeqTask(Task):
 
     @cached_property
     def _pad(self) -> int:
-        if self.tokenizer.pad_token_id is None:
-            raise ConfigError(f"{self.data.store}: its tokenizer has no PAD token, with which a decoder starts")
-        return int(self.tokenizer.pad_token_id)
+        pad: int = self.tokenizer.pad_token_id
+        return pad
+
+    def _samples_of(self, objective: Pairs | SpanCorruption) -> PairRows | TextPieces:
+        if isinstance(objective, Pairs):
+            return PairRows(self.store, self.data, self._pad, self._eos)
+        found = sentinels(self.tokenizer, self.hf_config.vocab_size)
+        return TextPieces(self.store, self.data, objective, self._pad, self._eos, found)
 
     @cached_property
     def _file_format(self) -> FileFormat:

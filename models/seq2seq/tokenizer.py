@@ -1,15 +1,19 @@
 """A tokenizer for T5, trained on the data: PAD 0, EOS 1, byte-level BPE, and sentinels as its last tokens.
 
 train_tokenizer(texts, vocab_size)   as transformers opens it
-sentinels(tokenizer)                 the ids of <extra_id_0>, <extra_id_1>, ...
+check_sizes(vocab_size, ...)         whether there is room for what it must hold
+check_marks(tokenizer, folder)       whether a given one has the marks that a T5 needs
+sentinels(tokenizer, vocab_size)     the ids of <extra_id_0>, <extra_id_1>, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError
+from trunkline.models.text.tokenizer import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,16 +30,12 @@ def train_tokenizer(
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, fewer where the texts hold fewer repeated pairs.
 
     It has no unknown token: every text can be written in bytes. The same texts in the same order give the same
-    tokenizer. Digits are never merged. Raises ConfigError for a `vocab_size` that has no room for bytes and marks.
+    tokenizer. Digits are never merged. Raises ConfigError as `check_sizes` does.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < MIN_VOCAB_SIZE + num_sentinels:
-        raise ConfigError(
-            f"a vocabulary of {vocab_size} tokens: use {MIN_VOCAB_SIZE + num_sentinels} or more, for bytes and "
-            f"{num_sentinels} sentinels alone"
-        )
+    check_sizes(vocab_size, max_token_length, num_sentinels)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -57,10 +57,45 @@ def train_tokenizer(
     )  # fmt: skip
 
 
-def sentinels(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids of <extra_id_0>, <extra_id_1>, ... as far as they are there."""
+def check_sizes(vocab_size: int, max_token_length: int | None = None, num_sentinels: int = NUM_SENTINELS) -> None:
+    """Raises ConfigError for a vocabulary that has no room for bytes and marks, and for tokens of no characters."""
+    if vocab_size < MIN_VOCAB_SIZE + num_sentinels:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: use {MIN_VOCAB_SIZE + num_sentinels} or more, for PAD, EOS, bytes and "
+            f"{num_sentinels} sentinels alone"
+        )
+    if max_token_length is not None and max_token_length < 1:
+        raise ConfigError(f"--max-token-length {max_token_length}: use 1 or more characters")
+
+
+def check_marks(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Raises ConfigError for a tokenizer without PAD, with which a decoder starts, or with one token for PAD and EOS.
+
+    That it has EOS is known (trunkline.models.text.tokenizer.load_tokenizer).
+    """
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"{folder}: the tokenizer has no PAD token, with which a decoder starts: set pad_token in its "
+            "tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ConfigError(
+            f"{folder}: PAD and EOS are one token, so that an answer would never be seen to end: set pad_token in its "
+            "tokenizer_config.json to another one"
+        )
+
+
+def sentinels(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
+    """What stands for spans 0, 1, ... that are taken out of a text, in this order.
+
+    The ids of <extra_id_0>, <extra_id_1>, ..., which mT5 spells with a mark of space before it. Where the tokenizer has
+    none, the last of the model's `vocab_size` ids, descending, as far as no token of the tokenizer has them.
+    """
     known = tokenizer.get_vocab()
-    found: list[int] = []
-    while (number := known.get(f"<extra_id_{len(found)}>")) is not None:
-        found.append(number)
-    return found
+    for spelling in ("<extra_id_{}>", "▁<extra_id_{}>"):
+        found: list[int] = []
+        while (number := known.get(spelling.format(len(found)))) is not None:
+            found.append(number)
+        if found:
+            return found
+    return list(range(vocab_size - 1, vocabulary_size(tokenizer) - 1, -1))
