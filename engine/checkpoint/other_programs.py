@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
+from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
