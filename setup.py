@@ -42,8 +42,8 @@ setup(
             "kernels>=0.17",  # Hugging Face's, beside which everything has to work
             "pytest>=8.3",
             "pytest-xdist>=3.6",
-            "ruff>=0.9",
-            "mypy>=1.14",
+            "ruff>=0.17",
+            "mypy>=2.4",
             "hypothesis>=6.100",
             "packaging>=22",
             "pandas>=2.2.2",
