@@ -51,6 +51,6 @@ setup(
         ],
         "onnx": ["onnxruntime>=1.23", "onnxscript>=0.7"],  # launchers/export.py --onnx
         "wandb": ["wandb>=0.18"],
-        "mlflow": ["mlflow>=2.18"],
+        "mlflow": ["mlflow>=3.17"],
     },
 )
