@@ -191,6 +191,14 @@ class Task(ABC):
         """
         return None
 
+    def keeps_best(self, folder: Path, best: WholeState | None) -> bool:
+        """Whether what `write_best` has written there is of the run's best evaluation. Called on rank 0 at the start.
+
+        What is of another one, such as of a branch that a resume has left, is renamed here, and that is said. `best`
+        holds step and metrics, no tensors; None before the first evaluation. If not, `write_best` follows.
+        """
+        return False
+
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """What training.start_from names, another program's checkpoint, in the model's names. Called on rank 0 alone.
 

@@ -226,7 +226,7 @@ class Trainer(Run):
         """The loop: read, step, log, evaluate, save."""
         progress, every = self.progress, self.config.training
         self.validation.try_out()
-        self._hand_over_again()
+        self._settle_best()
         if progress.evaluation_due:  # a stop broke it off
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
@@ -289,18 +289,19 @@ class Trainer(Run):
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
 
-    def _hand_over_again(self) -> None:
-        """The new best of the checkpoint that the run resumes from: it may have been killed before the task had it."""
-        progress = self.progress
-        if self._saved_step == progress.step and progress.is_best and progress.best_metrics:
-            path, best = self.checkpoints.folder / f"step-{progress.step:08d}", self._new_best()
-            on_main(lambda: best.hand_over(path), self.ranks, f"{path}: cannot be handed over")
+    def _settle_best(self) -> None:
+        """What the task has written of the best evaluation is of the branch that runs; a kill may have prevented it."""
+        begun_with = self.config.training.start_from
+        if begun_with and not self.progress.best_metrics and Path(begun_with).resolve().parent == self.folder.resolve():
+            return  # until the first evaluation is better, that is the task's file
+        best, found = self._new_best(), self.assembly.found
+        on_main(lambda: best.settle(found, self.progress), self.ranks, f"{self.folder}: cannot be looked through")
 
     def _new_best(self) -> NewBest:
         progress = self.progress
         return NewBest(
             self.task, self.folder, [name for name, _ in self.backend.module.named_parameters()],
-            self.config.deepspeed, progress.best_metrics, progress.step, progress.step - progress.skipped_steps,
+            self.config.deepspeed, progress.best_metrics, progress.best_step, progress.step - progress.skipped_steps,
             self.batches.per_epoch, self.total_steps, progress.best_is_average,
         )  # fmt: skip
 

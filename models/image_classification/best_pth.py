@@ -1,6 +1,7 @@
 """best.pth, the checkpoint of the FastAI-compatible trainer: written at each new best, read by --load_model.
 
     write(folder, state, classes, img_size, arch)    <folder>/best.pth and class_names.json beside it
+    is_of(folder, best)                              whether it is there and of this evaluation; another is renamed
     read(path, model, classes, steps_per_epoch)      a WholeState in the names of `model`
 
     {"model": {"model.conv1.weight": ...}, "opt": optimizer.state_dict(), "epoch": 12, "loss": 0.31, "img_size": 224,
@@ -23,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
 from trunkline.engine.config.strict import show
 from trunkline.engine.errors import CheckpointError
-from trunkline.engine.machine.files import replace_whole, write_json
+from trunkline.engine.machine.files import replace_whole, unused, write_json
 from trunkline.engine.machine.reading import read_whole, reason
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.torchvision_names import (
@@ -62,6 +64,24 @@ def write(folder: Path, state: WholeState, classes: tuple[str, ...], img_size: i
         content["opt"] = {"state": kept, "param_groups": [{**state.optimizer, "params": list(range(len(order)))}]}
     replace_whole(folder / BEST_PTH, lambda draft: torch.save(content, draft))
     write_json(folder / CLASS_NAMES, list(classes))
+
+
+def is_of(folder: Path, best: WholeState | None) -> bool:
+    """Whether best.pth is of the evaluation `best`. That of another one, or a damaged one, is renamed. Raises OSError."""
+    path = folder / BEST_PTH
+    if not path.exists():
+        return False
+    try:
+        held = read_torch(path)
+        epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
+    except (CheckpointError, AttributeError):
+        epoch = loss = None
+    if best is not None and epoch == best.step // best.steps_per_epoch and loss == best.metrics.get("loss", loss):
+        return True
+    label = "unknown" if epoch is None else f"{epoch:g}"
+    path.rename(target := unused(folder / f"aside-best-epoch-{label}.pth"))
+    tqdm.write(f"note: {path} is not of the best weights of the run as it begins; renamed to {target.name}")
+    return False
 
 
 def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) -> list[str]:
