@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trunkline.engine.config.json_object import nearest
+from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import read_whole
 from trunkline.engine.tracking import Tracking
@@ -216,6 +218,29 @@ def require_boards(names: Sequence[str]) -> None:
                 f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out "
                 "of training.trackers"
             ) from error
+
+
+def unused_settings(config: RunConfig, tracking: Tracking) -> list[str]:
+    """Lines about what training.tracked asks of programs that do not show the run; a run's name is its folder's too.
+
+    Raises ConfigError for a name in leave_out of which the task has no file.
+    """
+    asked, trackers, lines = config.training.tracked, config.training.trackers, []
+    for name in asked.leave_out:
+        if name not in tracking.artifacts:
+            key = "training.tracked.leave_out"
+            raise ConfigError(
+                f"{config.where(key)}: {key}: {name!r} is nothing that the task hands over"
+                f"{nearest(name, tracking.artifacts)}"
+            )
+    for what, users in {"experiment": ("mlflow", "wandb"), "uri": ("mlflow",)}.items():
+        value, key = getattr(asked, what), f"training.tracked.{what}"
+        if value is not None and not set(users) & set(trackers):
+            lines.append(
+                f"{key} = {value} ({config.where(key)}) is of {' and '.join(users)}, and training.trackers names "
+                f"{', '.join(trackers) or 'none'}: it is left out"
+            )
+    return lines
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

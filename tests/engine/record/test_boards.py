@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.plan import make_plan, render_summary
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.record.boards import ShownRun
+from trunkline.engine.record.boards import ShownRun, unused_settings
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.trackers import make_trackers
 from trunkline.engine.task import Sums
@@ -274,3 +275,26 @@ def test_files_that_are_to_stay_are_not_handed_over(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["tensors"] == ["a.txt/text_summary"]
+
+
+def test_a_setting_of_a_program_that_does_not_show_the_run_is_said_to_be_left_out(tmp_path: Path) -> None:
+    tracked = {"experiment": "shop", "uri": "sqlite:///x.db", "run": "first"}
+    for trackers, unused in (([], ["experiment", "uri"]), (["wandb"], ["uri"]), (["tensorboard", "mlflow"], [])):
+        config = tiny_config(tmp_path, training={"tracked": tracked, "trackers": trackers})
+        lines = unused_settings(config, Tracking())
+        assert [line.partition(" = ")[0] for line in lines] == [f"training.tracked.{key}" for key in unused]
+    config = tiny_config(tmp_path, training={"tracked": tracked, "trackers": ["tensorboard"]})
+    plan = make_plan(task := TinyTask(config.data, config.model), config, 1, task.build_model())
+    assert (
+        f"note: training.tracked.uri = sqlite:///x.db ({tmp_path}/tiny.json) is of mlflow, and training.trackers names "
+        "tensorboard: it is left out"
+    ) in render_summary(plan)
+
+
+def test_a_file_to_leave_out_that_the_task_does_not_hand_over_is_an_error(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training={"tracked": {"leave_out": ["best", "bset.pth"]}})
+    message = r"tiny.json: training.tracked.leave_out: 'bset.pth' is nothing .*did you mean 'best.pth'"
+    with pytest.raises(ConfigError, match=message):
+        unused_settings(config, Tracking(artifacts=("best", "best.pth")))
+    with pytest.raises(ConfigError, match="training.tracked.leave_out: 'best'"):
+        Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run")

@@ -19,6 +19,8 @@ from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
+from trunkline.engine.record.boards import unused_settings
+from trunkline.engine.tracking import Tracking
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.train import main as launch
 from trunkline.models.image_classification.architectures import ARCHITECTURES
@@ -184,7 +186,10 @@ def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: p
         (True, ["--mlflow_tracking_uri", "sqlite:///x.db", "--disable_mlflow"], ("tensorboard",)),
     ):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=installed: found if there else None)
-        assert configured(*words).training.trackers == trackers
+        assert (config := configured(*words)).training.trackers == trackers
+        lines = unused_settings(config, Tracking())
+        assert [line.split()[0] for line in lines] == ["training.tracked.uri"] * (words[2:] == ["--disable_mlflow"])
+    assert "--mlflow_tracking_uri" in lines[0]
 
 
 def test_mixed_precision_is_for_gpus_unless_it_is_asked_for() -> None:
