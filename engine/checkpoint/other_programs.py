@@ -130,7 +130,10 @@ def start_from(
             progress.best, progress.best_step = value, state.step
             progress.best_metric, progress.best_mode = best.metric, best.mode
         alone = Checkpoints(checkpoints.folder, Ranks(0, 1, 0, torch.device("cpu")), checkpoints.keep_last)
-        snapshot = whole_snapshot(state.parameters, state.buffers, kept)
+        try:
+            snapshot = whole_snapshot(state.parameters, state.buffers, kept)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         trainers = asdict(progress) | identity | {"loss_scaler": {}, "started_from": str(path)}
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 

@@ -5,11 +5,13 @@ Any call may raise whatever the program's library raises: `trunkline.engine.reco
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,12 +177,14 @@ class MLflow:
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 
     def put(self, position: int, values: Mapping[str, float]) -> None:
-        """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_"."""
+        """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_". Of names that are
+        written alike then, those that were changed get a mark of their own."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        named = {re.sub(r"[^\w./ :-]", "_", name): float(value) for name, value in values.items()}
-        self._client.log_batch(self._run_id, [Metric(name, value, now, position) for name, value in named.items()])
+        named = written_apart(values)
+        metrics = [Metric(written, float(values[name]), now, position) for name, written in named.items()]
+        self._client.log_batch(self._run_id, metrics)
 
     def keep(self, position: int, path: Path, place: str) -> None:
         """Upload a file as an artifact of the run."""
@@ -190,6 +194,16 @@ class MLflow:
     def close(self) -> None:
         """End the run."""
         self._client.set_terminated(self._run_id)
+
+
+def written_apart(names: Iterable[str]) -> dict[str, str]:
+    """By name, what MLflow can write for it: something else for each."""
+    written = {name: re.sub(r"[^\w./ :-]", "_", name) for name in names}
+    alike = Counter(written.values())
+    return {
+        name: found if alike[found] == 1 or found == name else f"{found}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        for name, found in written.items()
+    }
 
 
 # name -> the module to import, what to install, the class

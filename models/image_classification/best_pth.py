@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
 from trunkline.engine.config.strict import show
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import replace_whole, unused, write_json
 from trunkline.engine.machine.reading import read_whole, reason
 from trunkline.engine.whole_state import WholeState
+from trunkline.models.image_classification.architectures import ARCHITECTURES
 from trunkline.models.image_classification.torchvision_names import (
     from_torchvision,
     in_torchvision_order,
@@ -95,10 +96,13 @@ def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) ->
     return [*keys, *(key for key in tensors if key not in keys)]
 
 
-def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int, img_size: int) -> WholeState:
+def read(
+    path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int, img_size: int, arch: str | None
+) -> WholeState:
     """The state in such a file. `model` is new, and holds the file's weights afterwards.
 
-    Raises CheckpointError, also where class_names.json beside the file has other classes.
+    Raises CheckpointError, also where class_names.json beside the file has other classes, and ConfigError where the
+    file says that it is of another of the networks that are known by name.
     """
     _check_classes(path.with_name(CLASS_NAMES), classes)
     held = read_torch(path)
@@ -106,6 +110,8 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
         raise CheckpointError(
             f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}"
         )
+    if (theirs := str(held.get("arch"))) != arch and {theirs, arch} <= ARCHITECTURES.keys():
+        raise ConfigError(f"{path}: is of {theirs}, and this run trains {arch}: set model.arch (--arch) to {theirs}")
     is_resnet = is_resnet_of_transformers(model.state_dict())
 
     def called(name: str) -> str | None:

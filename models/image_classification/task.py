@@ -136,7 +136,8 @@ class ImageTask(Task):
 
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """A best.pth of that trainer, or of this workload."""
-        return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch, self.data.img_size)
+        model = self.build_model()
+        return best_pth.read(path, model, self.classes, steps_per_epoch, self.data.img_size, self.model.arch)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """classes.json, class_distribution.json, and preprocessor_config.json with what config.json holds beside it,

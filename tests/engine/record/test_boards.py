@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.plan import make_plan, render_summary
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.record.boards import ShownRun, unused_settings
+from trunkline.engine.record.boards import ShownRun, unused_settings, written_apart
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.trackers import make_trackers
 from trunkline.engine.task import Sums
@@ -91,6 +92,15 @@ def test_mlflow_continues_its_run_on_resume(tmp_path: Path, monkeypatch: pytest.
     assert run.data.params["training.setting_149"] == "149"
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_mlflow_would_write_alike_keeps_names_of_its_own() -> None:
+    names = ["evaluation/T&E/recall", "evaluation/T_E/recall", "evaluation/T+E/recall", "evaluation/a%/recall"]
+    written = written_apart(names)
+    assert (written[names[1]], written[names[3]]) == (names[1], "evaluation/a_/recall")
+    assert all(re.fullmatch(r"evaluation/T_E/recall-[0-9a-f]{6}", written[name]) for name in (names[0], names[2]))
+    assert len(set(written.values())) == 4
+    assert written_apart(reversed(names)) == written
 
 
 CLASSIFIER = Tracking(

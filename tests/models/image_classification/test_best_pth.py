@@ -32,7 +32,7 @@ from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.task import Sums
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.augment import augmented
@@ -315,7 +315,7 @@ class Hostile:
         (lambda held: held | {"opt": {
             "state": {0: {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(3, 3), "step": 6}},
             "param_groups": [{"params": list(range(26))}]}},
-         "convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
+         "best.pth: resnet.*convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_in_it_is_run(
@@ -328,6 +328,14 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_in_it_i
         train(configured(images, "Adam", "--load_model", "best.pth"), tmp_path / "run")
     assert not (tmp_path / "hostile").exists()
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_a_file_of_another_network_is_refused(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    torch.save(theirs | {"arch": "resnet50"}, tmp_path / "best.pth")
+    message = r"best.pth: is of resnet50, and this run trains resnet18: set model.arch \(--arch\) to resnet50"
+    with pytest.raises(ConfigError, match=message):
+        train(configured(images, "Adam", "--load_model", str(tmp_path / "best.pth")), tmp_path / "run")
+    assert_holds(state_of(images, tmp_path / "best.pth", theirs | {"arch": "of our own"}), theirs["model"])
 
 
 def test_weights_of_other_classes_are_refused(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:

@@ -56,6 +56,16 @@ def test_every_metric_has_the_name_that_the_original_gives_it(tmp_path: Path) ->
         assert shown[tag] == {0: pytest.approx(value)}
 
 
+def test_a_class_with_the_name_of_a_summary_is_shown_beside_it() -> None:
+    names = tracking(["accuracy", "cat", "macro_avg", "weighted_avg"]).final
+    assert len(set(names.values())) == len(names)
+    assert names["macro/recall"] == "evaluation/macro_avg/recall"
+    assert names["class/macro_avg/recall"] == "evaluation/class/macro_avg/recall"
+    assert names["class/cat/recall"] == "evaluation/cat/recall"
+    # what holds values in a folder of files is no value itself
+    assert not {str(Path(name).parent) for name in names.values()} & set(names.values())
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
