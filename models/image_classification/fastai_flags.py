@@ -271,7 +271,10 @@ def only_val(config: Config, value: bool, world_size: int) -> Config:
     if value_at(config, "data.val_size") is not None:
         raise ConfigError("--only_val: measures all of val/: leave --val_size out")
     where = ("--data-path", "data.path") if value_at(config, "data.store") is None else ("--store", "data.store")
-    return {"--instead": ["evaluate", "--split", "val", where[0], str(value_at(config, where[1]))]}
+    flags, micro = [where[0], str(value_at(config, where[1]))], value_at(config, MICRO)
+    if isinstance(micro, int):
+        flags += ["--batch-size", str(micro)]
+    return {"--instead": ["evaluate", "--split", "val", *flags]}
 
 
 def export_onnx(config: Config, value: bool | str, world_size: int) -> Config:

@@ -41,9 +41,9 @@ _KEY_BYTES = 64
 class Folders:
     """The source that is a folder. Raises DataError."""
 
-    def __init__(self, data: ImageData, size: Size | None = None) -> None:
+    def __init__(self, data: ImageData, size: Size | None = None, known: Sequence[str] = ()) -> None:
         self.root, self.size = Path(str(data.path)), size or _size_of(data)
-        found = scan(self.root)
+        found = scan(self.root, known)
         self.classes, self.short_side = found.classes, self.size.short_side
         self.images: dict[str, list[str]] = {}
         draws: list[str] = []
@@ -68,7 +68,7 @@ class Folders:
     def split(self, name: str) -> FolderImages:
         """The images of a split. Raises DataError if there are none."""
         if not self.images.get(name):
-            there = ", ".join(split for split in SPLITS if self.images.get(split))
+            there = ", ".join(split for split in SPLITS if self.images.get(split)) or "no other split"
             raise DataError(f"{self.root / name}: no images that can be read: there are some in {there}")
         return FolderImages(self.root, self.images[name], self._labels(name), self.size)
 
@@ -108,7 +108,7 @@ def _size_of(data: ImageData) -> Size:
 
 
 def _fingerprint(size: Size, classes: Sequence[str], images: Mapping[str, Mapping[str, int]]) -> str:
-    trained = {split: images[split] for split in ("train", "val")}
+    trained = {split: images.get(split, {}) for split in ("train", "val")}
     return hashlib.sha256(json.dumps([vars(size), classes, trained]).encode()).hexdigest()
 
 

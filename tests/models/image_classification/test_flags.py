@@ -329,6 +329,11 @@ def test_early_stopping_begins_where_a_file_has_none(tmp_path: Path) -> None:
         parse(["--config", "image_classification/demo", "--min_lr", "0.001"]).draft(1)
 
 
+def test_only_val_hands_on_the_batch_size() -> None:
+    instead = asked(*DATA, "--only_val", "--batch_size", "48")[0].arguments.instead
+    assert instead[instead.index("--batch-size") + 1] == "48"
+
+
 def test_only_val_trains_nothing_and_measures_the_runs_best_weights(tmp_path: Path) -> None:
     data, run = write_images(tmp_path / "data"), tmp_path / "run"
     words = ["image_classification", "--data_path", str(data), "--arch", "resnet_tiny", "--img_size", "32",
