@@ -89,8 +89,8 @@ def _endless_warmup(ramp: int, steps: int) -> list[str]:
     if ramp < steps:
         return []
     return [
-        f"the warm-up of deepspeed.scheduler takes {ramp} steps and the run {steps}, so the full learning rate is never "
-        "reached: shorten it, or train for longer"
+        f"the warm-up of deepspeed.scheduler takes {ramp} steps and the run {steps}, so the full learning rate is "
+        "never reached: shorten it, or train for longer"
     ]
 
 

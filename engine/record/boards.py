@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,14 +196,12 @@ class MLflow:
         self._client.set_terminated(self._run_id)
 
 
-def written_apart(names: Iterable[str]) -> dict[str, str]:
+def written_apart(names: Collection[str]) -> dict[str, str]:
     """By name, what MLflow can write for it: something else for each."""
     written = {name: re.sub(r"[^\w./ :-]", "_", name) for name in names}
     alike = Counter(written.values())
-    return {
-        name: found if alike[found] == 1 or found == name else f"{found}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-        for name, found in written.items()
-    }
+    marks = {name: f"-{hashlib.sha256(name.encode()).hexdigest()[:6]}" for name in names if name != written[name]}
+    return {name: found + marks.get(name, "") * (alike[found] > 1) for name, found in written.items()}
 
 
 # name -> the module to import, what to install, the class

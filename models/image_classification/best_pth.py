@@ -68,7 +68,10 @@ def write(folder: Path, state: WholeState, classes: tuple[str, ...], img_size: i
 
 
 def is_of(folder: Path, best: WholeState | None) -> bool:
-    """Whether best.pth is of the evaluation `best`. That of another one, or a damaged one, is renamed. Raises OSError."""
+    """Whether best.pth is of the evaluation `best`. That of another one, or a damaged one, is renamed.
+
+    Raises OSError.
+    """
     path = folder / BEST_PTH
     if not path.exists():
         return False

@@ -197,8 +197,12 @@ def test_a_file_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytes
     ("kind", "training", "error", "message"),
     [
         (TinyTask, {}, ConfigError, "training.start_from: .*other-5.pt: this workload reads no checkpoints"),
-        (Exchanging, {"steps": 4}, CheckpointError,
-         "other-5.pt: is at step 5, past this run's last step 4: ask for a run of more than 1 epochs"),
+        (
+            Exchanging,
+            {"steps": 4},
+            CheckpointError,
+            "other-5.pt: is at step 5, past this run's last step 4: ask for a run of more than 1 epochs",
+        ),
         (Exchanging, {"start_from": ""}, ConfigError, "training.start_from: .*give the path"),
     ],
 )

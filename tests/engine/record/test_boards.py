@@ -100,7 +100,7 @@ def test_what_mlflow_would_write_alike_keeps_names_of_its_own() -> None:
     assert (written[names[1]], written[names[3]]) == (names[1], "evaluation/a_/recall")
     assert all(re.fullmatch(r"evaluation/T_E/recall-[0-9a-f]{6}", written[name]) for name in (names[0], names[2]))
     assert len(set(written.values())) == 4
-    assert written_apart(reversed(names)) == written
+    assert written_apart(names[::-1]) == written
 
 
 CLASSIFIER = Tracking(
@@ -306,5 +306,5 @@ def test_a_file_to_leave_out_that_the_task_does_not_hand_over_is_an_error(tmp_pa
     message = r"tiny.json: training.tracked.leave_out: 'bset.pth' is nothing .*did you mean 'best.pth'"
     with pytest.raises(ConfigError, match=message):
         unused_settings(config, Tracking(artifacts=("best", "best.pth")))
-    with pytest.raises(ConfigError, match="training.tracked.leave_out: 'best'"):
+    with pytest.raises(ConfigError, match=r"training\.tracked\.leave_out: 'best'"):
         Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run")

@@ -186,7 +186,8 @@ def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: p
         (True, ["--mlflow_tracking_uri", "sqlite:///x.db", "--disable_mlflow"], ("tensorboard",)),
     ):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=installed: found if there else None)
-        assert (config := configured(*words)).training.trackers == trackers
+        config = configured(*words)
+        assert config.training.trackers == trackers
         lines = unused_settings(config, Tracking())
         assert [line.split()[0] for line in lines] == ["training.tracked.uri"] * (words[2:] == ["--disable_mlflow"])
     assert "--mlflow_tracking_uri" in lines[0]
