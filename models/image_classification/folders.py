@@ -29,8 +29,7 @@ from trunkline.models.image_classification.selection import (
     check_unreadable,
     class_notes,
     crossing,
-    draw_note,
-    drawn,
+    draw_names,
     unreadable_note,
 )
 
@@ -45,12 +44,8 @@ class Folders:
         self.root, self.size = Path(str(data.path)), size or _size_of(data)
         found = scan(self.root, known)
         self.classes, self.short_side = found.classes, self.size.short_side
-        self.images: dict[str, list[str]] = {}
-        draws: list[str] = []
-        for split, there in found.images.items():
-            names, wanted = list(there), {"train": data.train_size, "val": data.val_size}.get(split)
-            self.images[split] = [names[place] for place in drawn(names, wanted, data.size_per_class)]
-            draws += draw_note(split, len(self.images[split]), len(names), wanted, data.size_per_class)
+        wanted = {"train": data.train_size, "val": data.val_size}
+        self.images, draws = draw_names(found.images, wanted, data.size_per_class)
         total = sum(map(len, self.images.values()))
         bad = _bad_headers(self.root, [name for names in self.images.values() for name in names])
         check_unreadable(bad, total, data.max_bad_fraction, "data.max_bad_fraction")
