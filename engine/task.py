@@ -264,6 +264,11 @@ def lengths_of(dataset: Samples) -> np.ndarray | None:
 
 
 def add_sums(total: Sums | None, part: Sums) -> Sums:
-    """total + part, entry by entry, in fp64 where floating; detached. Use None to start."""
+    """total + part, entry by entry, in fp64 where floating; detached. Use None to start.
+
+    The total of sparse entries is dense. They are added to it in place, in a time that their own values decide alone.
+    """
     part = {k: v.detach().to(torch.float64) if v.is_floating_point() else v.detach() for k, v in part.items()}
-    return part if total is None else {k: total[k] + v for k, v in part.items()}
+    if total is None:
+        return {k: v.to_dense() if v.is_sparse else v for k, v in part.items()}
+    return {k: total[k].add_(v) if v.is_sparse else total[k] + v for k, v in part.items()}
