@@ -136,6 +136,8 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """Sums from which `summarize` computes the metrics. Called without gradients, with the model in eval mode.
 
+        What stands for each sample of the split may be a sparse tensor that holds the batch's alone.
+
         The default is what `loss` sums, and the weight under the name "weight".
         """
         return self.loss(model, batch) | {"weight": self.weight(batch)}

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +178,7 @@ class MLflow:
 
     def put(self, position: int, values: Mapping[str, float]) -> None:
         """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_". Of names that are
-        written alike then, those that were changed get a mark of their own."""
+        written alike then, what was changed in them gets a mark."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -196,12 +196,22 @@ class MLflow:
         self._client.set_terminated(self._run_id)
 
 
-def written_apart(names: Collection[str]) -> dict[str, str]:
+def written_apart(names: Iterable[str]) -> dict[str, str]:
     """By name, what MLflow can write for it: something else for each."""
-    written = {name: re.sub(r"[^\w./ :-]", "_", name) for name in names}
+    written = {name: _writable(name) for name in names}
     alike = Counter(written.values())
-    marks = {name: f"-{hashlib.sha256(name.encode()).hexdigest()[:6]}" for name in names if name != written[name]}
-    return {name: found + marks.get(name, "") * (alike[found] > 1) for name, found in written.items()}
+    return {
+        name: found if alike[found] == 1 else "/".join(map(_marked, name.split("/"))) for name, found in written.items()
+    }
+
+
+def _writable(name: str) -> str:
+    return re.sub(r"[^\w./ :-]", "_", name)
+
+
+def _marked(part: str) -> str:
+    mark = hashlib.sha256(part.encode()).hexdigest()[:6]
+    return part if part == _writable(part) else f"{_writable(part)}-{mark}"
 
 
 # name -> the module to import, what to install, the class

@@ -197,8 +197,15 @@ def tracking_uri(config: Config, value: str, world_size: int) -> Config:
 
 
 def disable_mlflow(config: Config, value: bool | str, world_size: int) -> Config:
-    with_it = importlib.util.find_spec("mlflow") is not None if value == WHERE_INSTALLED else not value
+    with_it = _has_mlflow(config) if value == WHERE_INSTALLED else not value
     return {"training.trackers": [*_other_trackers(config), *["mlflow"] * with_it]}
+
+
+def _has_mlflow(config: Config) -> bool:
+    """Whether it is installed, and has a place for runs: mlflow-skinny has no database, which is MLflow's default."""
+    place = value_at(config, "training.tracked.uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    needed = ("mlflow",) if place else ("mlflow", "sqlalchemy")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 def _other_trackers(config: Config) -> list[str]:

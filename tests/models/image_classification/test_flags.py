@@ -177,6 +177,7 @@ def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = importlib.util.find_spec("json")
     for installed, words, trackers in (
         (True, [], ("tensorboard", "mlflow")),
@@ -191,6 +192,11 @@ def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: p
         lines = unused_settings(config, Tracking())
         assert [line.split()[0] for line in lines] == ["training.tracked.uri"] * (words[2:] == ["--disable_mlflow"])
     assert "--mlflow_tracking_uri" in lines[0]
+    skinny = {"mlflow": found, "sqlalchemy": None}  # which has no place for runs of its own
+    monkeypatch.setattr(importlib.util, "find_spec", skinny.get)
+    assert configured("--no-export_onnx").training.trackers == ("tensorboard",)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert configured("--no-export_onnx").training.trackers == ("tensorboard", "mlflow")
 
 
 def test_mixed_precision_is_for_gpus_unless_it_is_asked_for() -> None:
