@@ -169,7 +169,8 @@ def test_a_store_of_files_holds_every_class_under_a_name_of_its_own_and_the_arti
     assert marked.startswith("evaluation/a_b-")
     assert (ends[marked], ends["evaluation/a_b/recall"], ends["evaluation/macro_avg/recall"]) == (0, 1 / 8, 0.3)
     assert ends["evaluation/class/macro_avg/recall"] == 3 / 8
-    held = Path(mlflow.MlflowClient().download_artifacts(run.info.run_id, "", str(tmp_path)))
+    (tmp_path / "held").mkdir()
+    held = Path(mlflow.MlflowClient().download_artifacts(run.info.run_id, "", str(tmp_path / "held")))
     names = {path.relative_to(held).as_posix() for path in held.rglob("*") if path.is_file()}
     assert names == {"class_names.json", "best/model.safetensors", "best.pth"}
 
