@@ -105,8 +105,12 @@ class BestWeights:
             except CheckpointError as error:
                 print(f"warning: {error}", flush=True)
         for kept in kept_best(found, self.folder, self.progress):
-            self._export(kept)
-            return f"{value}: {BEST}/ is made from {kept.path}"
+            try:
+                self._export(kept)
+            except CheckpointError as error:
+                print(f"warning: {error}", flush=True)
+            else:
+                return f"{value}: {BEST}/ is made from {kept.path}"
         return f"{value}: its weights are not kept, so there is no {BEST}/ before the next gain"
 
     def _copy(self, other: Path) -> bool:

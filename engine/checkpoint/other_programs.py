@@ -113,10 +113,11 @@ def start_from(
         state = task.read_state(path, steps_per_epoch)
         notes.extend(state.notes)
         if state.step >= total_steps:
-            where, remedy = f"is at step {state.step}", f"a run of more than {state.step / steps_per_epoch:g} epochs"
+            where = f"is at step {state.step}"
+            remedy = f"more than {state.step / steps_per_epoch:g} epochs, or {state.step} steps"
             if state.step > total_steps:
                 raise CheckpointError(f"{path}: {where}, past this run's last step {total_steps}: ask for {remedy}")
-            notes.append(f"{where}, this run's last, so nothing is trained: ask for {remedy} to train")
+            notes.append(f"{where}, this run's last, so nothing is trained: ask for {remedy}")
         kept = state.kept
         held = {key for of_one in kept.values() for key in of_one}
         if held and held != (ours := _kept_by(config.deepspeed)):

@@ -151,7 +151,7 @@ def test_a_file_of_the_last_step_trains_nothing_and_says_so(
 ) -> None:
     other = unbroken / "other-5.pt"
     train(tmp_path / "run", configuration(tmp_path, other=other, steps=5))
-    said = "is at step 5, this run's last, so nothing is trained: ask for a run of more than 1 epochs to train"
+    said = "is at step 5, this run's last, so nothing is trained: ask for more than 1 epochs, or 5 steps"
     assert f"note: {other}: {said}" in capsys.readouterr().out
 
 
@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytes
             Exchanging,
             {"steps": 4},
             CheckpointError,
-            "other-5.pt: is at step 5, past this run's last step 4: ask for a run of more than 1 epochs",
+            "other-5.pt: is at step 5, past this run's last step 4: ask for more than 1 epochs, or 5 steps",
         ),
         (Exchanging, {"start_from": ""}, ConfigError, "training.start_from: .*give the path"),
     ],
