@@ -40,6 +40,7 @@ setup(
             "accelerate>=1.10",  # these two are what results and speeds are compared with
             "trl>=1.14",
             "kernels>=0.17",  # Hugging Face's, beside which everything has to work
+            "mlflow-skinny>=2.18",  # MLflow without server and database
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17",

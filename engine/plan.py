@@ -26,6 +26,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.parameter_rules import planned_rules, render_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
+from trunkline.engine.record.boards import unused_settings
 from trunkline.engine.task import Task, lengths_of
 
 
@@ -70,7 +71,7 @@ def make_plan(
         "epochs": steps / batches.per_epoch,
         "in_steps": {key: config.in_force(key) for key in config.in_epochs},
         "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
-                          f"end of warm-up (step {ramp})": rates[min(ramp, steps - 1)],
+                          **({f"end of warm-up (step {ramp})": rates[ramp]} if ramp < steps else {}),
                           f"last (step {steps - 1})": rates[steps - 1]},
         "parameter_rules": planned_rules(model, config, peak),
         "tied_parameters": tied_names(model, config),
@@ -79,7 +80,17 @@ def make_plan(
         "flops_per_sample": task.flops_per_sample(),
         "config": decided,
         "origins": dict(sorted(origins.items())),
+        "notes": [*unused_settings(config, task.tracking), *_endless_warmup(ramp, steps)],
     }  # fmt: skip
+
+
+def _endless_warmup(ramp: int, steps: int) -> list[str]:
+    if ramp < steps:
+        return []
+    return [
+        f"the warm-up of deepspeed.scheduler takes {ramp} steps and the run {steps}, so the full learning rate is "
+        "never reached: shorten it, or train for longer"
+    ]
 
 
 def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -163,6 +174,7 @@ def render_summary(plan: dict[str, Any]) -> str:
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
         f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",
         *render_rules(plan["parameter_rules"], plan["tied_parameters"]),
+        *(f"note: {line}" for line in plan["notes"]),
     ]
     return "\n".join(lines)
 

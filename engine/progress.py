@@ -32,11 +32,17 @@ class Progress:
     averaged: int = 0
     """How often the weights' moving average has been updated."""
     since_line: dict[str, float] = field(default_factory=dict)
-    """With training.log_means: the sums over the steps since the last line, and their weight under ""."""
+    """With training.log_means: the sums over the steps since the last line."""
+    since_line_weight: float = 0.0
     best_metrics: dict[str, float] = field(default_factory=dict)
     """All that the best evaluation measured."""
     evaluation_due: bool = False
     """The evaluation of this step was broken off: it is to be made before the next step."""
+
+    def __post_init__(self) -> None:
+        if "" in self.since_line:  # where earlier versions put the weight
+            sums = dict(self.since_line)
+            self.since_line_weight, self.since_line = sums.pop(""), sums
 
     def judge(self, value: float, best: Best, stopping: EarlyStopping | None) -> bool:
         """Take note of an evaluation's metric at the present step. True if it is the best so far."""

@@ -131,21 +131,22 @@ class Stepper:
         """Put what the next line is made of into the progress, for a checkpoint."""
         progress, since = self.run.progress, self._since
         if since is None:
-            progress.since_line = {}
+            progress.since_line, progress.since_line_weight = {}, 0.0
         else:
             total = sum_over_ranks(since[0], self.run.ranks)
-            progress.since_line = {name: float(value) for name, value in {**total, "": since[1]}.items()}
+            progress.since_line = {name: float(value) for name, value in total.items()}
+            progress.since_line_weight = float(since[1])
         self._since = self._remembered()
 
     def _remembered(self) -> tuple[Sums, Tensor] | None:
         """Sums and global weight of the steps since the last line; those of all ranks are on the first one."""
         ranks = self.run.ranks
-        since = self.run.progress.since_line if self.run.config.training.log_means else {}
-        held = {name: torch.tensor(value, dtype=torch.float64, device=ranks.device) for name, value in since.items()}
-        if not held:
+        progress = self.run.progress
+        if not (self.run.config.training.log_means and progress.since_line):
             return None
-        weight = held.pop("")
-        return {name: value if ranks.is_main else torch.zeros_like(value) for name, value in held.items()}, weight
+        mine = {name: value if ranks.is_main else 0.0 for name, value in progress.since_line.items()}
+        *sums, weight = torch.tensor([*mine.values(), progress.since_line_weight], dtype=torch.float64).to(ranks.device)
+        return dict(zip(mine, sums, strict=True)), weight
 
     def accumulate(self, micro_batches: list[Batch], with_sums: bool) -> Accumulated:
         """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""

@@ -136,6 +136,8 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """Sums from which `summarize` computes the metrics. Called without gradients, with the model in eval mode.
 
+        What stands for each sample of the split may be a sparse tensor that holds the batch's alone.
+
         The default is what `loss` sums, and the weight under the name "weight".
         """
         return self.loss(model, batch) | {"weight": self.weight(batch)}
@@ -190,6 +192,14 @@ class Task(ABC):
         it. What is raised is a warning.
         """
         return None
+
+    def keeps_best(self, folder: Path, best: WholeState | None) -> bool:
+        """Whether what `write_best` has written there is of the run's best evaluation. Called on rank 0 at the start.
+
+        What is of another one, such as of a branch that a resume has left, is renamed here, and that is said. `best`
+        holds step and metrics, no tensors; None before the first evaluation. If not, `write_best` follows.
+        """
+        return False
 
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """What training.start_from names, another program's checkpoint, in the model's names. Called on rank 0 alone.
@@ -256,6 +266,11 @@ def lengths_of(dataset: Samples) -> np.ndarray | None:
 
 
 def add_sums(total: Sums | None, part: Sums) -> Sums:
-    """total + part, entry by entry, in fp64 where floating; detached. Use None to start."""
+    """total + part, entry by entry, in fp64 where floating; detached. Use None to start.
+
+    The total of sparse entries is dense. They are added to it in place, in a time that their own values decide alone.
+    """
     part = {k: v.detach().to(torch.float64) if v.is_floating_point() else v.detach() for k, v in part.items()}
-    return part if total is None else {k: total[k] + v for k, v in part.items()}
+    if total is None:
+        return {k: v.to_dense() if v.is_sparse else v for k, v in part.items()}
+    return {k: total[k].add_(v) if v.is_sparse else total[k] + v for k, v in part.items()}

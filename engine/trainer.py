@@ -203,7 +203,7 @@ class Trainer(Run):
         """The loop: read, step, log, evaluate, save."""
         progress, every = self.progress, self.config.training
         self.validation.try_out()
-        self._hand_over_again()
+        self._settle_best()
         if progress.evaluation_due:  # a stop broke it off
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
@@ -261,25 +261,25 @@ class Trainer(Run):
         self.checkpoints.wait()  # so that no two copies of the state are held at once
         self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
-        then = best.hand_over if (best := self._new_best()) is not None else lambda path: None
+        then = self._best().hand_over if self.progress.is_best and self.progress.best_metrics else lambda path: None
         self.stepper.keep_means()
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
 
-    def _hand_over_again(self) -> None:
-        """The new best of the checkpoint that the run resumes from: it may have been killed before the task had it."""
-        if self._saved_step == self.progress.step and (best := self._new_best()) is not None:
-            path = self.checkpoints.folder / f"step-{self.progress.step:08d}"
-            on_main(lambda: best.hand_over(path), self.ranks, f"{path}: cannot be handed over")
+    def _settle_best(self) -> None:
+        """What the task has written of the best evaluation is of the branch that runs; a kill may have prevented it."""
+        begun_with = self.config.training.start_from
+        if begun_with and not self.progress.best_metrics and Path(begun_with).resolve().parent == self.folder.resolve():
+            return  # until the first evaluation is better, that is the task's file
+        best, found = self._best(), self.assembly.found
+        on_main(lambda: best.settle(found, self.progress), self.ranks, f"{self.folder}: cannot be looked through")
 
-    def _new_best(self) -> NewBest | None:
-        """What the task is told of this step, if its evaluation is the best so far."""
+    def _best(self) -> NewBest:
+        """What the task is told of the best evaluation so far."""
         progress = self.progress
-        if not (progress.is_best and progress.best_metrics):
-            return None
         return NewBest(
             self.task, self.folder, [name for name, _ in self.backend.module.named_parameters()],
-            self.config.deepspeed, progress.best_metrics, progress.step, progress.step - progress.skipped_steps,
+            self.config.deepspeed, progress.best_metrics, progress.best_step, progress.step - progress.skipped_steps,
             self.batches.per_epoch, self.total_steps, progress.best_is_average,
         )  # fmt: skip
 

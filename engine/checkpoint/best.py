@@ -1,6 +1,7 @@
 """best/: the weights of the best evaluation of the run as it stands.
 
     BestWeights(folder, task, best, progress).settle(found, ranks)   at the start: best/ and final/ are this run's
+    kept_best(found, folder, progress)                               the checkpoints of the best step that are kept
     outcome(folder, best, progress, report)                          what a finished run says of them
 
 What makes best/ the run's own is the SHA-256 of its weights, which the state in a checkpoint carries: after a resume
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +98,19 @@ class BestWeights:
         step = self.progress.best_step
         value = f"the best {self.best.metric} so far, {self.progress.best:.6g} at step {step}"
         folders = [found.path.parent.parent / BEST, *sorted(self.folder.glob(f"aside-{BEST}-step-{step}*"))]
-        kept = [place / f"step-{step:08d}" for place in (found.path.parent, self.folder / "checkpoints")]
-        for source in (*folders, *kept):
+        for source in folders:
             try:
-                if self._copy(source) if source in folders else self._export(source, found):
+                if self._copy(source):
                     return f"{value}: {BEST}/ is made from {source}"
             except CheckpointError as error:
                 print(f"warning: {error}", flush=True)
+        for kept in kept_best(found, self.folder, self.progress):
+            try:
+                self._export(kept)
+            except CheckpointError as error:
+                print(f"warning: {error}", flush=True)
+            else:
+                return f"{value}: {BEST}/ is made from {kept.path}"
         return f"{value}: its weights are not kept, so there is no {BEST}/ before the next gain"
 
     def _copy(self, other: Path) -> bool:
@@ -114,23 +122,32 @@ class BestWeights:
         self.progress.best_weights = written[WEIGHTS]["sha256"]
         return True
 
-    def _export(self, path: Path, found: Checkpoint) -> bool:
-        """Take the weights of the checkpoint of the best step, if it is there and of this branch."""
-        if path != found.path and not path.is_dir():
-            return False
-        kept, progress = found if path == found.path else verify(path), self.progress
-        if (kept.state["step"], kept.state.get("best")) != (progress.best_step, progress.best):
-            return False
+    def _export(self, kept: Checkpoint) -> None:
+        """Take the weights of the checkpoint of the best step."""
+        task, progress = self.task, self.progress
         assert progress.best is not None
         facts = {"step": progress.best_step, self.best.metric: progress.best}
 
         def write(draft: Path) -> None:
-            task, average = self.task, progress.best_is_average
+            average = progress.best_is_average
             export_weights(kept, draft, 1 << 62, None, task.tensor_name, task.file_tensors, facts, average)
             copy_assets(self.folder, draft)
 
         progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]
-        return True
+
+
+def kept_best(found: Checkpoint, folder: Path, progress: Progress) -> Iterator[Checkpoint]:
+    """The checkpoints of the best step beside the one that was found, or in the run's folder, if they are good and of
+    this branch. A damaged one is named."""
+    name = f"step-{progress.best_step:08d}"
+    for path in dict.fromkeys((found.path.parent / name, folder / "checkpoints" / name)):
+        try:
+            kept = found if path == found.path else verify(path) if path.is_dir() else None
+        except CheckpointError as error:
+            print(f"warning: {error}", flush=True)
+            continue
+        if kept is not None and (kept.state["step"], kept.state.get("best")) == (progress.best_step, progress.best):
+            yield kept
 
 
 def outcome(folder: Path, best: Best, progress: Progress, report: str) -> str:

@@ -2,6 +2,7 @@
 
     best = NewBest(...)
     best.hand_over(path)            when the checkpoint at `path` is whole: the task's write_best gets its state
+    best.settle(found, progress)    at the start: the task has that of the branch that runs, or none
     start_from(other, ...)          what the task's read_state finds, as a checkpoint of the run's own
 
 So weights, optimizer and step hold on any backend, stage and number of ranks.
@@ -10,8 +11,9 @@ So weights, optimizer and step hold on any backend, stage and number of ranks.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from trunkline.engine.checkpoint.best import kept_best
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
 from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
@@ -54,7 +57,34 @@ class NewBest:
         try:
             self.task.write_best(self.folder, lambda: self._state(path))
         except Exception as error:  # a full disk, or the task's own code
-            tqdm.write(f"warning: {path.name}: the task could not write its new best ({type(error).__name__}: {error})")
+            self._warn(error)
+
+    def settle(self, found: Checkpoint | None, progress: Progress) -> None:
+        """At the start: let the task put away what is of another branch, and write what it lacks of this one."""
+        best = None
+        if progress.best is not None:
+            metrics = {progress.best_metric: progress.best} | dict(self.metrics)
+            best = WholeState(self.step, self.steps_per_epoch, {}, {}, metrics=metrics)
+
+        def state() -> WholeState:
+            assert found is not None
+            kept = next(kept_best(found, self.folder, progress), None)
+            if kept is None:
+                raise CheckpointError("its checkpoint is not kept, which training.keep_best does")
+            return replace(self, applied_steps=self.step - kept.state["skipped_steps"])._state(kept.path)
+
+        try:
+            if not self.task.keeps_best(self.folder, best) and found is not None and self.metrics:
+                self.task.write_best(self.folder, state)
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        tqdm.write(
+            f"warning: step {self.step}: the task could not write the new best ({type(error).__name__}: {error}): it "
+            "is tried again when the run is resumed, and the next best is written all the same",
+            file=sys.stderr,
+        )
 
     def _state(self, path: Path) -> WholeState:
         parameters, buffers, kept = read_whole(path / BACKEND, self.names, self.average)
@@ -97,13 +127,18 @@ def start_from(
     def write() -> Path:
         state = task.read_state(path, batches.per_epoch)
         notes.extend(state.notes)
-        if state.step > total_steps:
-            raise CheckpointError(f"{path}: is at step {state.step}, past this run's last step {total_steps}")
+        if state.step >= total_steps:
+            where = f"is at step {state.step}"
+            remedy = f"more than {state.step / batches.per_epoch:g} epochs, or {state.step} steps"
+            if state.step > total_steps:
+                raise CheckpointError(f"{path}: {where}, past this run's last step {total_steps}: ask for {remedy}")
+            notes.append(f"{where}, this run's last, so nothing is trained: ask for {remedy}")
         kept = state.kept
         held = {key for of_one in kept.values() for key in of_one}
         if held and held != (ours := _kept_by(config.deepspeed)):
             kind = config.deepspeed.optimizer.type
-            theirs, mine = (", ".join(sorted(keys)) or "nothing" for keys in (held, ours))
+            theirs = ", ".join(sorted(held))
+            mine = "what only DeepSpeed knows" if ours is None else ", ".join(sorted(ours)) or "nothing"
             notes.append(f"its optimizer keeps {theirs}, and {kind} keeps {mine}: that is left out")
             kept = {}
         progress, best = Progress(step=state.step), config.training.best
@@ -111,7 +146,10 @@ def start_from(
             progress.best, progress.best_step = value, state.step
             progress.best_metric, progress.best_mode = best.metric, best.mode
         alone = Checkpoints(checkpoints.folder, Ranks(0, 1, 0, torch.device("cpu")), checkpoints.keep_last)
-        snapshot = whole_snapshot(state.parameters, state.buffers, kept)
+        try:
+            snapshot = whole_snapshot(state.parameters, state.buffers, kept)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         trainers = asdict(progress) | identity | {"loss_scaler": {}, "started_from": str(path)}
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 
@@ -123,10 +161,10 @@ def start_from(
     return taken, [f"the run begins with {path}, now {taken.path}", *(f"note: {path}: {note}" for note in notes)]
 
 
-def _kept_by(section: DeepSpeedSection) -> set[str]:
-    """The keys of what the run's optimizer keeps for a parameter."""
+def _kept_by(section: DeepSpeedSection) -> set[str] | None:
+    """The keys of what the run's optimizer keeps for a parameter; None of one that is built by DeepSpeed alone."""
     if section.optimizer.is_deepspeed_only:
-        return set()
+        return None
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = build_optimizer([parameter], section.optimizer)
     parameter.grad = torch.zeros(1)

@@ -136,10 +136,12 @@ def _check_identity(
         theirs = _meant(key, found.state.get(key), model)
         if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
             continue
+        what = f"with {key} {theirs!r}, but this run has {mine!r}"
+        if key == DATA[0]:  # digests, which say nothing to a person
+            what = "with other data than this run has"
         remedy = "--accept-new-data takes the data set as it is now" if key in DATA else "make them equal"
         raise CheckpointError(
-            f"{found.path}: was written with {key} {theirs!r}, but this run has {mine!r}; {remedy}, or start afresh "
-            "in another --output-dir"
+            f"{found.path}: was written {what}; {remedy}, or start afresh in another folder for the run"
         )
 
 

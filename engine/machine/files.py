@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.reading import open_regular
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
@@ -105,6 +105,16 @@ def sync(path: Path) -> None:
     finally:
         os.close(descriptor)
     note_written()
+
+
+def made_folder(path: Path, flag: str = "--out") -> Path:
+    """The folder that a person has named for results, made before the work begins. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "is a file" if path.is_file() else f"cannot be made ({error.strerror})"
+        raise ConfigError(f"{flag} {path}: {why}: name a folder, which is made if it is not there") from error
+    return path
 
 
 def unused(path: Path) -> Path:

@@ -54,6 +54,8 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         _share_cores()
+    # DeepSpeed's launcher says it; without, ZeRO 3 on a CPU asks numactl for it twice a step
+    os.environ["LOCAL_SIZE"] = str(local_world_size() if launch.world_size > 1 else 1)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if launch.world_size > 1:
@@ -147,20 +149,23 @@ def from_main(value: T, ranks: Ranks) -> T:
 
 
 def on_main(work: Callable[[], object], ranks: Ranks, cannot: str) -> None:
-    """Do `work` on rank 0 while the others wait. If the system refuses it, a CheckpointError on all ranks."""
-    problem = None
+    """Do `work` on rank 0 while the others wait. A TrunklineError of it is raised on all ranks, as it is. Whatever else
+    it raises is a CheckpointError, which begins with `cannot`."""
+    problem: TrunklineError | None = None
     if ranks.is_main:
         try:
             work()
         except OSError as error:
-            problem = f"{cannot}: {error.strerror} ({error.filename}); make room or choose another folder"
+            problem = CheckpointError(
+                f"{cannot}: {error.strerror} ({error.filename}); make room or choose another folder"
+            )
         except TrunklineError as error:
-            problem = str(error)
+            problem = error
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = f"{cannot}: {type(error).__name__}: {error}"
+            problem = CheckpointError(f"{cannot}: {type(error).__name__}: {error}")
     problem = from_main(problem, ranks)
-    if problem:
-        raise CheckpointError(problem)
+    if problem is not None:
+        raise problem
 
 
 def lost_a_rank(error: BaseException | None) -> bool:

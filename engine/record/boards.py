@@ -5,15 +5,19 @@ Any call may raise whatever the program's library raises: `trunkline.engine.reco
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trunkline.engine.config.json_object import nearest
+from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import read_whole
 from trunkline.engine.tracking import Tracking
@@ -173,12 +177,14 @@ class MLflow:
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 
     def put(self, position: int, values: Mapping[str, float]) -> None:
-        """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_"."""
+        """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_". Of names that are
+        written alike then, what was changed in them gets a mark."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        named = {re.sub(r"[^\w./ :-]", "_", name): float(value) for name, value in values.items()}
-        self._client.log_batch(self._run_id, [Metric(name, value, now, position) for name, value in named.items()])
+        named = written_apart(values)
+        metrics = [Metric(written, float(values[name]), now, position) for name, written in named.items()]
+        self._client.log_batch(self._run_id, metrics)
 
     def keep(self, position: int, path: Path, place: str) -> None:
         """Upload a file as an artifact of the run."""
@@ -188,6 +194,24 @@ class MLflow:
     def close(self) -> None:
         """End the run."""
         self._client.set_terminated(self._run_id)
+
+
+def written_apart(names: Iterable[str]) -> dict[str, str]:
+    """By name, what MLflow can write for it: something else for each."""
+    written = {name: _writable(name) for name in names}
+    alike = Counter(written.values())
+    return {
+        name: found if alike[found] == 1 else "/".join(map(_marked, name.split("/"))) for name, found in written.items()
+    }
+
+
+def _writable(name: str) -> str:
+    return re.sub(r"[^\w./ :-]", "_", name)
+
+
+def _marked(part: str) -> str:
+    mark = hashlib.sha256(part.encode()).hexdigest()[:6]
+    return part if part == _writable(part) else f"{_writable(part)}-{mark}"
 
 
 # name -> the module to import, what to install, the class
@@ -216,6 +240,29 @@ def require_boards(names: Sequence[str]) -> None:
                 f"training.trackers: '{name}' cannot be imported ({error}); pip install '{package}', or take it out "
                 "of training.trackers"
             ) from error
+
+
+def unused_settings(config: RunConfig, tracking: Tracking) -> list[str]:
+    """Lines about what training.tracked asks of programs that do not show the run; a run's name is its folder's too.
+
+    Raises ConfigError for a name in leave_out of which the task has no file.
+    """
+    asked, trackers, lines = config.training.tracked, config.training.trackers, []
+    for name in asked.leave_out:
+        if name not in tracking.artifacts:
+            key = "training.tracked.leave_out"
+            raise ConfigError(
+                f"{config.where(key)}: {key}: {name!r} is nothing that the task hands over"
+                f"{nearest(name, tracking.artifacts)}"
+            )
+    for what, users in {"experiment": ("mlflow", "wandb"), "uri": ("mlflow",)}.items():
+        value, key = getattr(asked, what), f"training.tracked.{what}"
+        if value is not None and not set(users) & set(trackers):
+            lines.append(
+                f"{key} = {value} ({config.where(key)}) is of {' and '.join(users)}, and training.trackers names "
+                f"{', '.join(trackers) or 'none'}: it is left out"
+            )
+    return lines
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

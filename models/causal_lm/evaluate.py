@@ -24,7 +24,7 @@ from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
-from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.files import made_folder, write_json
 from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
@@ -155,12 +155,11 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    out = made_folder(arguments.out)
     result = compare(
         arguments.run, arguments.device, split=arguments.split, store=arguments.store,
         batch_size=arguments.batch_size, max_samples=arguments.max_samples, progress=True,
     )  # fmt: skip
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     table = render(result)
     picture = out / "evaluation.png"
     if len(result.margins):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
+from trunkline.engine.machine.files import made_folder
 from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.flags import HORIZONS
@@ -117,6 +117,7 @@ class _Score:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and write evaluation.{md,json,png}; prints the first table. Returns the exit status."""
+    out = made_folder(arguments.out)
     trained = load_trained(arguments.run, arguments.device)
     store = Store.open(arguments.store or trained.data.store)
     result = evaluate(
@@ -129,8 +130,6 @@ def run(arguments: argparse.Namespace) -> int:
         horizons=arguments.horizons,
         progress=True,
     )
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     print(write_report(result, trained, out))
     plot_evaluation(result, trained.schema, out / "evaluation.png")
     print(f"{described(trained.folder)}\nwrote {out}/evaluation.md, evaluation.json and evaluation.png")

@@ -22,6 +22,7 @@ import torch
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
+from trunkline.engine.machine.files import made_folder
 from trunkline.models.fluid.csv.cases import read_case
 from trunkline.models.fluid.metrics import Errors
 from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
@@ -119,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise DataError(f"--variables {unknown[0]}: no such output column; they are named as in the CSV files' headers")
     if arguments.out.resolve() == arguments.case.resolve():
         raise DataError(f"--out {arguments.out}: is the case itself, whose files would be overwritten; give another")
+    made_folder(arguments.out)
     case = read_case(arguments.case, schema)
     normalization = trained.model.normalization
     if arguments.start is not None:
@@ -134,7 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
     prediction = predict_day(trained, case.boundary, start, progress=True)
     persistence = np.broadcast_to(start.states[-1], prediction.shape)
     day = PredictedDay(prediction, persistence, case.state, start.minute)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_day(arguments.out, case.day, prediction, schema)
     record = {
         "weights": str(trained.folder),

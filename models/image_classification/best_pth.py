@@ -1,6 +1,7 @@
 """best.pth, the checkpoint of the FastAI-compatible trainer: written at each new best, read by --load_model.
 
     write(folder, state, classes, img_size, arch)    <folder>/best.pth and class_names.json beside it
+    is_of(folder, best)                              whether it is there and of this evaluation; another is renamed
     read(path, model, classes, steps_per_epoch)      a WholeState in the names of `model`
 
     {"model": {"model.conv1.weight": ...}, "opt": optimizer.state_dict(), "epoch": 12, "loss": 0.31, "img_size": 224,
@@ -23,13 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
 from trunkline.engine.config.strict import show
-from trunkline.engine.errors import CheckpointError
-from trunkline.engine.machine.files import replace_whole, write_json
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.engine.machine.files import replace_whole, unused, write_json
 from trunkline.engine.machine.reading import read_whole, reason
 from trunkline.engine.whole_state import WholeState
+from trunkline.models.image_classification.architectures import ARCHITECTURES
 from trunkline.models.image_classification.torchvision_names import (
     from_torchvision,
     in_torchvision_order,
@@ -64,6 +67,27 @@ def write(folder: Path, state: WholeState, classes: tuple[str, ...], img_size: i
     write_json(folder / CLASS_NAMES, list(classes))
 
 
+def is_of(folder: Path, best: WholeState | None) -> bool:
+    """Whether best.pth is of the evaluation `best`. That of another one, or a damaged one, is renamed.
+
+    Raises OSError.
+    """
+    path = folder / BEST_PTH
+    if not path.exists():
+        return False
+    try:
+        held = read_torch(path)
+        epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
+    except (CheckpointError, AttributeError):
+        epoch = loss = None
+    if best is not None and epoch == best.step // best.steps_per_epoch and loss == best.metrics.get("loss", loss):
+        return True
+    label = "unknown" if epoch is None else f"{epoch:g}"
+    path.rename(target := unused(folder / f"aside-best-epoch-{label}.pth"))
+    tqdm.write(f"note: {path} is not of the best weights of the run as it begins; renamed to {target.name}")
+    return False
+
+
 def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) -> list[str]:
     """The keys, with the buffers of a module after its parameters."""
     keys = []
@@ -75,10 +99,13 @@ def _as_in_a_state_dict(tensors: Mapping[str, Tensor], parameters: list[str]) ->
     return [*keys, *(key for key in tensors if key not in keys)]
 
 
-def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int, img_size: int) -> WholeState:
+def read(
+    path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: int, img_size: int, arch: str | None
+) -> WholeState:
     """The state in such a file. `model` is new, and holds the file's weights afterwards.
 
-    Raises CheckpointError, also where class_names.json beside the file has other classes.
+    Raises CheckpointError, also where class_names.json beside the file has other classes, and ConfigError where the
+    file says that it is of another of the networks that are known by name.
     """
     _check_classes(path.with_name(CLASS_NAMES), classes)
     held = read_torch(path)
@@ -86,6 +113,8 @@ def read(path: Path, model: nn.Module, classes: Sequence[str], steps_per_epoch: 
         raise CheckpointError(
             f"{path}: holds no 'model' as best.pth does: is it weights alone? Use --pretrained {path}"
         )
+    if (theirs := str(held.get("arch"))) != arch and {theirs, arch} <= ARCHITECTURES.keys():
+        raise ConfigError(f"{path}: is of {theirs}, and this run trains {arch}: set model.arch (--arch) to {theirs}")
     is_resnet = is_resnet_of_transformers(model.state_dict())
 
     def called(name: str) -> str | None:

@@ -32,8 +32,7 @@ from trunkline.models.image_classification.scan import Found, class_of, scan
 from trunkline.models.image_classification.selection import (
     check_unreadable,
     crossing,
-    draw_note,
-    drawn,
+    draw_names,
     unreadable_note,
 )
 from trunkline.models.image_classification.store import ImageStore
@@ -78,11 +77,7 @@ def prepare(
     }
     if (out / INDEX).is_file():
         return finished(ImageStore, out, made_from), False
-    remarks, chosen = list(found.notes), dict[str, list[str]]()
-    for split, there in found.images.items():
-        names, wanted = list(there), {"train": train_size, "val": val_size}.get(split)
-        chosen[split] = [names[place] for place in drawn(names, wanted, size_per_class)]
-        remarks += draw_note(split, len(chosen[split]), len(names), wanted, size_per_class)
+    chosen, draws = draw_names(found.images, {"train": train_size, "val": val_size}, size_per_class)
     total, bad = sum(map(len, chosen.values())), dict[str, str]()
     workers = workers or len(os.sched_getaffinity(0))
     arrays, keys = dict[str, Spec](), dict[str, tuple[Sequence[str], NDArray[np.bytes_]]]()
@@ -107,7 +102,7 @@ def prepare(
                 keys[split] = writer.names, np.array(writer.digests, f"S{_DIGEST_BYTES}")
             if not writer.names and split in ("train", "val"):
                 raise DataError(f"{source / split}: none of its {len(names):,} images can be read")
-        remarks += [*unreadable_note(bad, total), *crossing(keys)]
+        remarks = [*found.notes, *draws, *unreadable_note(bad, total), *crossing(keys)]
         facts = {"classes": found.classes, "square": size.square, "short_side": size.short_side}
         notes = {"made_from": made_from, "remarks": remarks, "left_out": bad}
         write_index(draft, ImageStore.workload, arrays, [], facts, notes)

@@ -51,12 +51,13 @@ class Source(Protocol):
         """The images of "train" or "val", or "test" where there are some. Raises DataError."""
 
 
-def open_source(data: ImageData, size: Size | None = None) -> Source:
-    """The images that the section names; of a folder resized to `size`, where a network has been shown such ones.
+def open_source(data: ImageData, size: Size | None = None, known: Sequence[str] = ()) -> Source:
+    """The images that the section names. For a trained network, whose classes are `known`, a folder's are resized to
+    `size`, and it needs no more than one of the splits.
 
     Raises DataError, and ConfigError for a size that a store does not hold.
     """
-    return Folders(data, size) if data.store is None else Prepared(data)
+    return Folders(data, size, known) if data.store is None else Prepared(data)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

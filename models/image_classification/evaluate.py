@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.files import made_folder, write_json
 from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Sums, add_sums
 from trunkline.models.image_classification.baselines import baselines
@@ -48,27 +48,27 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write and print the table. Returns the exit status."""
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size {arguments.batch_size}: use 1 or more")
+    out = made_folder(arguments.out)
     trained = load_trained(arguments.run, arguments.device)
     print(described(trained.folder))
-    source = open_source(_data(trained.data, arguments.store, arguments.data_path), trained.size)
+    source = open_source(_data(trained.data, arguments.store, arguments.data_path), trained.size, trained.classes)
     if source.classes != trained.classes:
         raise DataError(_other_classes(source.classes, trained))
     split, images = _held_out(source, arguments.split)
     sums = evaluate(trained, images, arguments.batch_size, f"evaluate {split}")
     accuracies = {NETWORK: float(sums["confusion"].diagonal().sum()) / len(images)}
     notes = []
-    train = source.split("train")
     if split == "train":
         notes.append("not compared with simple classifiers: they would be fitted on these images")
-    elif arguments.baselines or (arguments.baselines is None and len(train) + len(images) <= _COMPARED):
+    elif arguments.baselines is not False:
         try:
-            accuracies |= baselines(train, images)
-        except ConfigError as error:
+            train = source.split("train")
+            if arguments.baselines or len(train) + len(images) <= _COMPARED:
+                accuracies |= baselines(train, images)
+        except (ConfigError, DataError) as error:
             if arguments.baselines:
                 raise
             notes.append(f"not compared with simple classifiers: {error}")
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     show_evaluation(sums, trained.classes, images, out)
     _write_mistakes(out / "mistakes.csv", sums, images, trained.classes)
     table = render(accuracies, len(images))

@@ -8,7 +8,6 @@ table. This module imports nothing that takes long; that PyTorch is asked for GP
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -20,20 +19,18 @@ from typing import Any
 from trunkline.engine.config.draft import value_at
 from trunkline.engine.config.flags import LENGTH, Flag, one_of
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.reading import read_object
-from trunkline.models.image_classification.architectures import ARCHITECTURES, BATCH_NORMALIZED, architectures
+from trunkline.models.image_classification.architectures import ARCHITECTURES, architectures
+from trunkline.models.image_classification.per_gpu import MICRO, accumulation, images_per_gpu
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 SHAPES = ("cosine", "cosine_restarts", "linear", "constant", "polynomial", "step")
 
-MICRO, STEPS = "deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"
 OPTIMIZER, SCHEDULER = "deepspeed.optimizer", "deepspeed.scheduler"
 RATE, DECAY = f"{OPTIMIZER}.params.lr", f"{OPTIMIZER}.params.weight_decay"
 RULES = "training.parameters"
 SHAPE, START_MOMENTUM = "WarmupShape", f"{SCHEDULER}.params.start_momentum"
 BY_DEVICE, WHERE_INSTALLED, HUNDREDTH = "by device", "where installed", "0.01 lr0"
 """Defaults that a user cannot type; what they come to is decided below, and shown by --plan."""
-_MOST_NORMALISED = 32
 
 Config = dict[str, Any]
 
@@ -108,55 +105,6 @@ def pretrained(config: Config, value: str, world_size: int) -> Config:
             "--pretrained FILE"
         )
     return {"model.pretrained": value}
-
-
-def batch_per_gpu(config: Config, value: int, world_size: int) -> Config:
-    if value < 1:
-        raise ConfigError(f"--batch_size {value}: give the number of images per GPU, 1 or more")
-    steps = value_at(config, STEPS)
-    group = max(size for size in range(1, _MOST_NORMALISED + 1) if value % size == 0)
-    grouped = _is_grouped(config)
-    if grouped and group < 8 < _MOST_NORMALISED < value:
-        raise ConfigError(
-            f"--batch_size {value}: BatchNorm's statistics are of equal groups of at most {_MOST_NORMALISED} images, "
-            f"which would have {group} here: use {(value + 8) // 16 * 16}, or another multiple of 8"
-        )
-    sizes = _sizes(value, steps if isinstance(steps, int) else _auto_accumulation(value, world_size), world_size)
-    return {**sizes, "model.batch_norm_group": group} if grouped else sizes
-
-
-def _is_grouped(config: Config) -> bool:
-    """Whether the network has BatchNorms that are trained, as far as can be told."""
-    if value_at(config, "model.normalization") not in (None, "batch"):
-        return False
-    known, folder = ARCHITECTURES.get(value_at(config, "model.arch")), value_at(config, "model.path")
-    if known is not None:
-        return known.series in BATCH_NORMALIZED
-    if folder is None:
-        return True
-    with contextlib.suppress(OSError, ValueError):  # a damaged folder is named when it is opened
-        kind = read_object(Path(folder) / "config.json", finite=False).get("model_type")
-        return kind not in {each.model_type for each in ARCHITECTURES.values() if each.series not in BATCH_NORMALIZED}
-    return True
-
-
-def accumulation(config: Config, value: int, world_size: int) -> Config:
-    if value < -1:
-        raise ConfigError(f"--grad_acc {value}: give -1 for none, 0 for about 256 images a step, or a number")
-    micro = value_at(config, MICRO)
-    if not isinstance(micro, int):
-        raise ConfigError("--grad_acc: needs --batch_size, the images per GPU")
-    if value == 0:
-        return {**_sizes(micro, _auto_accumulation(micro, world_size), world_size), STEPS: "auto"}
-    return {**_sizes(micro, abs(value), world_size), STEPS: abs(value)}
-
-
-def _auto_accumulation(micro: int, world_size: int) -> int:
-    return max(1, 256 // (micro * world_size))
-
-
-def _sizes(micro: int, steps: int, world_size: int) -> Config:
-    return {MICRO: micro, "deepspeed.train_batch_size": micro * steps * world_size}
 
 
 def precision(config: Config, value: bool | str, world_size: int) -> Config:
@@ -249,8 +197,15 @@ def tracking_uri(config: Config, value: str, world_size: int) -> Config:
 
 
 def disable_mlflow(config: Config, value: bool | str, world_size: int) -> Config:
-    with_it = importlib.util.find_spec("mlflow") is not None if value == WHERE_INSTALLED else not value
+    with_it = _has_mlflow(config) if value == WHERE_INSTALLED else not value
     return {"training.trackers": [*_other_trackers(config), *["mlflow"] * with_it]}
+
+
+def _has_mlflow(config: Config) -> bool:
+    """Whether it is installed, and has a place for runs: mlflow-skinny has no database, which is MLflow's default."""
+    place = value_at(config, "training.tracked.uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    needed = ("mlflow",) if place else ("mlflow", "sqlalchemy")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 def _other_trackers(config: Config) -> list[str]:
@@ -271,7 +226,10 @@ def only_val(config: Config, value: bool, world_size: int) -> Config:
     if value_at(config, "data.val_size") is not None:
         raise ConfigError("--only_val: measures all of val/: leave --val_size out")
     where = ("--data-path", "data.path") if value_at(config, "data.store") is None else ("--store", "data.store")
-    return {"--instead": ["evaluate", "--split", "val", where[0], str(value_at(config, where[1]))]}
+    flags, micro = [where[0], str(value_at(config, where[1]))], value_at(config, MICRO)
+    if isinstance(micro, int):
+        flags += ["--batch-size", str(micro)]
+    return {"--instead": ["evaluate", "--split", "val", *flags]}
 
 
 def export_onnx(config: Config, value: bool | str, world_size: int) -> Config:
@@ -296,7 +254,7 @@ FLAGS = (
     Flag("arch", "the network, or a Hugging Face folder", architecture, network, default="resnet18"),
     Flag("pretrained", "file of weights to begin with", str, pretrained, alone=""),
     Flag("load_model", "best.pth to begin with: weights, optimizer, epoch", str, "training.start_from"),
-    Flag("batch_size", "images per GPU", int, batch_per_gpu, default=256),
+    Flag("batch_size", "images per GPU", int, images_per_gpu, default=256),
     Flag("grad_acc", "micro-batches a step: -1 for one, 0 for about 256 images", int, accumulation, default=0),
     replace(LENGTH[0], default=100),
     Flag("amp", "mixed precision, which is on by default on a GPU", bool, precision, default=BY_DEVICE),

@@ -29,8 +29,7 @@ from trunkline.models.image_classification.selection import (
     check_unreadable,
     class_notes,
     crossing,
-    draw_note,
-    drawn,
+    draw_names,
     unreadable_note,
 )
 
@@ -41,16 +40,12 @@ _KEY_BYTES = 64
 class Folders:
     """The source that is a folder. Raises DataError."""
 
-    def __init__(self, data: ImageData, size: Size | None = None) -> None:
+    def __init__(self, data: ImageData, size: Size | None = None, known: Sequence[str] = ()) -> None:
         self.root, self.size = Path(str(data.path)), size or _size_of(data)
-        found = scan(self.root)
+        found = scan(self.root, known)
         self.classes, self.short_side = found.classes, self.size.short_side
-        self.images: dict[str, list[str]] = {}
-        draws: list[str] = []
-        for split, there in found.images.items():
-            names, wanted = list(there), {"train": data.train_size, "val": data.val_size}.get(split)
-            self.images[split] = [names[place] for place in drawn(names, wanted, data.size_per_class)]
-            draws += draw_note(split, len(self.images[split]), len(names), wanted, data.size_per_class)
+        wanted = {"train": data.train_size, "val": data.val_size}
+        self.images, draws = draw_names(found.images, wanted, data.size_per_class)
         total = sum(map(len, self.images.values()))
         bad = _bad_headers(self.root, [name for names in self.images.values() for name in names])
         check_unreadable(bad, total, data.max_bad_fraction, "data.max_bad_fraction")
@@ -68,7 +63,7 @@ class Folders:
     def split(self, name: str) -> FolderImages:
         """The images of a split. Raises DataError if there are none."""
         if not self.images.get(name):
-            there = ", ".join(split for split in SPLITS if self.images.get(split))
+            there = ", ".join(split for split in SPLITS if self.images.get(split)) or "no other split"
             raise DataError(f"{self.root / name}: no images that can be read: there are some in {there}")
         return FolderImages(self.root, self.images[name], self._labels(name), self.size)
 
@@ -108,7 +103,7 @@ def _size_of(data: ImageData) -> Size:
 
 
 def _fingerprint(size: Size, classes: Sequence[str], images: Mapping[str, Mapping[str, int]]) -> str:
-    trained = {split: images[split] for split in ("train", "val")}
+    trained = {split: images.get(split, {}) for split in ("train", "val")}
     return hashlib.sha256(json.dumps([vars(size), classes, trained]).encode()).hexdigest()
 
 

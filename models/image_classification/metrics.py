@@ -36,7 +36,7 @@ def sums_of(logits: Tensor, batch: Batch, num_samples: int) -> Sums:
 
     loss: cross entropy, summed; top5: images whose class is among the five likeliest, counted
     confusion: int64 [C, C], rows the true classes, columns the predicted ones
-    samples: fp32 [num_samples, 3] at batch["index"]: predicted class, its probability, that of the true class
+    samples: fp32 [num_samples, 3], sparse, at batch["index"]: predicted class, its probability, that of the true class
     """
     labels, valid, count = batch["label"], batch["valid"], logits.shape[1]
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -45,14 +45,14 @@ def sums_of(logits: Tensor, batch: Batch, num_samples: int) -> Sums:
     of_true, of_predicted = (log_p.gather(1, each[:, None])[:, 0] for each in (labels, predicted))
     confusion = torch.zeros(count * count, dtype=torch.int64, device=logits.device)
     confusion.index_add_(0, labels * count + predicted, valid.to(torch.int64))
-    samples = torch.zeros(num_samples, 3, device=logits.device)
     facts = torch.stack([predicted.to(torch.float32), of_predicted.exp(), of_true.exp()], dim=1)
-    samples.index_add_(0, batch["index"], facts.where(valid[:, None], 0.0))
     return {
         "loss": -of_true.where(valid, 0.0).sum(),
         "top5": ((likeliest == labels[:, None]).any(dim=1) & valid).sum(),
         "confusion": confusion.view(count, count),
-        "samples": samples,
+        "samples": torch.sparse_coo_tensor(
+            batch["index"][None], facts.where(valid[:, None], 0.0), (num_samples, 3), check_invariants=False
+        ),
     }
 
 

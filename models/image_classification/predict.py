@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.machine.files import made_folder
 from trunkline.models.image_classification.decode import BadImage, read_image
 from trunkline.models.image_classification.plots import Tile, plot_sheet, shortened
-from trunkline.models.image_classification.scan import SUFFIXES, printable
+from trunkline.models.image_classification.scan import SUFFIXES, PassedOver, images_below, printable
 from trunkline.models.image_classification.trained import Trained, in_batches, load_trained
 
+TABLE = "predictions.csv"
 _TOP_K = 5
 _SHEET = 48
 _PRINTED = 20
@@ -65,29 +66,66 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     paths = find_images(arguments.images)
+    out = made_folder(arguments.out)
     trained = load_trained(arguments.run, arguments.device)
     print(described(trained.folder), file=sys.stderr)  # what was predicted goes to stdout
-    made = list(tqdm(predict(trained, paths, arguments.batch_size), desc="predict", unit="image", total=len(paths)))
-    good = [each for each in made if each.probabilities is not None]
-    for each in made:
-        if each.probabilities is None:
-            print(f"warning: {printable(str(each.path))}: left out: {each.why}", file=sys.stderr)
-    if not good:
-        raise DataError(f"--images: none of the {len(made):,} files can be read: each is named above with the reason")
-    out: Path = arguments.out
+    made = predict(trained, paths, arguments.batch_size)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_csv(out / "predictions.csv", made, trained.classes, min(arguments.top_k or _TOP_K, len(trained.classes)))
-        _draw(out / "sheet.png", good, trained)
+        with _Table(out / TABLE, trained.classes, min(arguments.top_k or _TOP_K, len(trained.classes))) as table:
+            for each in tqdm(made, desc="predict", unit="image", total=len(paths)):
+                table.add(each)
+        if not table.good:
+            raise DataError(
+                f"--images: none of the {len(paths):,} files can be read: each is named above with the reason"
+            )
+        _draw(out / "sheet.png", table.sample(_SHEET), table.good, trained)
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written: {error.strerror}; choose another") from error
-    for each in good[:_PRINTED]:
+    for each in table.first:
         name, probability = _likeliest(each, trained.classes, 1)[0]
         print(f"{printable(str(each.path))}: {name} ({probability:.1%})")
-    more = f" (the first {_PRINTED} above)" if len(good) > _PRINTED else ""
-    missing = f", {len(made) - len(good):,} could not be read" if len(good) < len(made) else ""
-    print(f"wrote {len(good):,} predictions{more} to {out}/predictions.csv{missing}; sheet.png shows some")
+    more = f" (the first {_PRINTED} above)" if table.good > _PRINTED else ""
+    missing = f", {len(paths) - table.good:,} could not be read" if table.good < len(paths) else ""
+    print(f"wrote {table.good:,} predictions{more} to {out / TABLE}{missing}; sheet.png shows some")
     return 0
+
+
+class _Table:
+    """predictions.csv, row by row: what is done is there, whatever ends the program. Few predictions are kept."""
+
+    def __init__(self, path: Path, classes: Sequence[str], top_k: int) -> None:
+        self.good, self.first = 0, list[Prediction]()
+        self._shown, self._every = list[Prediction](), 1
+        self._classes, self._top_k = classes, top_k
+        self._file = path.open("w", encoding="utf-8", newline="", errors="surrogateescape", buffering=1)
+        self._rows = csv.writer(self._file)
+        header = [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("class", "probability")]
+        self._rows.writerow(["path", "class", "probability", *header, "error"])
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, each: Prediction) -> None:
+        cells = [text for name, p in _likeliest(each, self._classes, self._top_k) for text in (name, f"{p:.6f}")]
+        self._rows.writerow([each.path, *(cells or [""] * 2 * self._top_k), each.why])
+        if each.probabilities is None:
+            tqdm.write(f"warning: {printable(str(each.path))}: left out: {each.why}", file=sys.stderr)
+            return
+        if len(self.first) < _PRINTED:
+            self.first.append(each)
+        if self.good % self._every == 0:
+            self._shown.append(each)
+        if len(self._shown) == 4 * _SHEET:
+            self._shown, self._every = self._shown[::2], 2 * self._every
+        self.good += 1
+
+    def sample(self, most: int) -> list[Prediction]:
+        """Some of the good ones, spread over all."""
+        places = np.unique(np.linspace(0, len(self._shown) - 1, most).round().astype(int))
+        return [self._shown[place] for place in places]
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
@@ -95,8 +133,11 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            below = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
-            images = sorted(image for image in below if image.suffix.lower() in SUFFIXES)
+            full, passed = path.resolve(), PassedOver()
+            below = images_below(full.parent, full.name, passed)
+            images = sorted(path / name.removeprefix(f"{full.name}/") for name, _ in below)
+            for line in passed.notes():
+                print(f"note: {path}: {line}", file=sys.stderr)
             if not images:
                 raise DataError(f"--images {path}: holds no image ({', '.join(SUFFIXES)}), at any depth")
             found += images
@@ -107,17 +148,6 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _write_csv(path: Path, made: Sequence[Prediction], classes: Sequence[str], top_k: int) -> None:
-    header = ["path", "class", "probability"]
-    header += [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("class", "probability")]
-    with path.open("w", encoding="utf-8", newline="", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow([*header, "error"])
-        for each in made:
-            cells = [text for name, share in _likeliest(each, classes, top_k) for text in (name, f"{share:.6f}")]
-            writer.writerow([each.path, *(cells or [""] * 2 * top_k), each.why])
-
-
 def _likeliest(prediction: Prediction, classes: Sequence[str], count: int) -> list[tuple[str, float]]:
     """Classes and their probabilities, none of what could not be read."""
     if prediction.probabilities is None:
@@ -126,12 +156,11 @@ def _likeliest(prediction: Prediction, classes: Sequence[str], count: int) -> li
     return [(classes[place], float(prediction.probabilities[place])) for place in order]
 
 
-def _draw(path: Path, good: Sequence[Prediction], trained: Trained) -> None:
-    chosen = [good[int(place)] for place in np.unique(np.linspace(0, len(good) - 1, _SHEET).round())]
+def _draw(path: Path, chosen: Sequence[Prediction], good: int, trained: Trained) -> None:
     tiles = []
     for each in chosen:
         name, probability = _likeliest(each, trained.classes, 1)[0]
         lines = [shortened(each.path.name, 20), f"{shortened(name, 12)} ({100 * probability:.1f} %)"]
         tiles.append(Tile(read_image(each.path, trained.size), lines))
-    some = f"{len(chosen)} of {len(good):,} images" if len(chosen) < len(good) else f"{len(good)} images"
+    some = f"{len(chosen)} of {good:,} images" if len(chosen) < good else f"{good} images"
     plot_sheet(tiles, path, f"{some}, and what they are taken for")

@@ -37,18 +37,23 @@ class Found:
     notes: Sequence[str]
 
 
-def scan(root: Path) -> Found:
-    """Raises DataError for a folder without two classes, or with one to validate on that is not to train on."""
-    passed = _PassedOver()
-    _check_root(root)
+def scan(root: Path, known: Sequence[str] = ()) -> Found:
+    """Raises DataError for a folder without two classes, or with one to validate on that is not to train on.
+
+    known: the classes of a trained network. Any of the splits will do then, and others are classes after these
+    """
+    passed = PassedOver()
+    _check_root(root, bool(known))
     there = [split for split in SPLITS if (root / split).is_dir()]
     folders = {split: sorted(_class_folders(root, split, passed)) for split in there}
     images = {
-        split: dict(sorted(item for folder in folders[split] for item in _images_below(root, folder, passed)))
+        split: dict(sorted(item for folder in folders[split] for item in images_below(root, folder, passed)))
         for split in there
     }
-    classes = tuple(sorted({class_of(folder) for split in _NEEDED for folder in folders[split]}))
-    _check_classes(root, classes, images, passed)
+    names = {class_of(folder) for split in there if known or split in _NEEDED for folder in folders[split]}
+    classes = (*known, *sorted(names - set(known)))
+    if not known:
+        _check_classes(root, classes, images, passed)
     return Found(classes, images, passed.notes())
 
 
@@ -68,7 +73,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-class _PassedOver:
+class PassedOver:
     """What lies in the folder and is no image of a class."""
 
     def __init__(self) -> None:
@@ -94,7 +99,7 @@ class _PassedOver:
         return lines
 
 
-def _class_folders(root: Path, split: str, passed: _PassedOver) -> Iterator[str]:
+def _class_folders(root: Path, split: str, passed: PassedOver) -> Iterator[str]:
     for each in _entries(root, split):
         name = f"{split}/{each.name}"
         if _is_hidden(each.name):
@@ -111,7 +116,8 @@ def _class_folders(root: Path, split: str, passed: _PassedOver) -> Iterator[str]
             passed.others[_suffix(each.name)].append(name)
 
 
-def _images_below(root: Path, folder: str, passed: _PassedOver) -> Iterator[tuple[str, int]]:
+def images_below(root: Path, folder: str, passed: PassedOver) -> Iterator[tuple[str, int]]:
+    """(name below `root`, bytes) of the images in a folder of it, at any depth. Raises DataError."""
     waiting = [(folder, frozenset({_identity(root / folder)}))]
     while waiting:
         folder, above = waiting.pop()
@@ -159,30 +165,35 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no suffix"
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Path, any_split: bool) -> None:
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}: {_LAYOUT}")
     missing = [split for split in _NEEDED if not (root / split).is_dir()]
-    if not missing:
+    if not missing or (any_split and any((root / split).is_dir() for split in SPLITS)):
         return
     folders = sorted(each.name for each in _entries(root, "") if each.is_dir() and not _is_hidden(each.name))
     said = f"{root}: no folder {' and no folder '.join(missing)}"
-    if root.name in SPLITS and (root.parent / root.name).is_dir() and all((root.parent / s).is_dir() for s in _NEEDED):
-        raise DataError(f"{said}, but they lie in {root.parent}: give that one")
+    above = root.parent
+    if root.name in SPLITS and (above / root.name).is_dir():
+        if any_split:
+            raise DataError(f"{said}: if its folders are the classes, give {above}, and --split {root.name}")
+        if all((above / split).is_dir() for split in _NEEDED):
+            raise DataError(f"{said}, but they lie in {above}: give that one")
     if missing == ["val"] and (others := [name for name in folders if name in _NAMES_OF_VAL]):
         raise DataError(f"{said}, but one called {others[0]}: rename it to val, if it is what to validate on")
     if missing == list(_NEEDED) and (
-        classes := [name for name in folders if next(_images_below(root, name, _PassedOver()), None)]
+        classes := [name for name in folders if next(images_below(root, name, PassedOver()), None)]
     ):
+        rest = f", and a part of each one's images into the same folders under {root / 'val'}"
         raise DataError(
             f"{said}, but folders with images, {shown(classes)}: if these are the classes, move them into "
-            f"{root / 'train'}, and a part of each one's images into the same folders under {root / 'val'}"
+            + (str(root / "test") if any_split else f"{root / 'train'}{rest}")
         )
     raise DataError(f"{said}{f', but {shown(folders)}' if folders else ''}: {_LAYOUT}")
 
 
 def _check_classes(
-    root: Path, classes: tuple[str, ...], images: Mapping[str, Mapping[str, int]], passed: _PassedOver
+    root: Path, classes: tuple[str, ...], images: Mapping[str, Mapping[str, int]], passed: PassedOver
 ) -> None:
     trained = {class_of(name) for name in images["train"]}
     for split in list(images)[1:]:

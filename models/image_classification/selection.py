@@ -1,7 +1,8 @@
 """Which images of a split are used, and what there is to be said of them.
 
-drawn(names, size, per_class)            places of the images that are used, drawn by SEED and their names
-draw_note(...), class_notes(...)         what was drawn; classes with no images, or with one
+draw(names, sizes, per_class)            places of the images that are used, drawn by SEED and their names; lines
+draw_names(...), drawn(...)              the same as names; the places of one split
+class_notes(...)                         classes with no images, or with one
 check_unreadable(bad, ...)               raises once there are too many; unreadable_note says which were left out
 crossing(keys)                           images that are in two splits
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,27 @@ def drawn(names: Sequence[str], size: int | None, per_class: bool = False) -> ND
     return np.sort(np.array(chosen, np.int64))
 
 
-def draw_note(split: str, used: int, there: int, size: int | None, per_class: bool) -> list[str]:
+def draw(
+    names: Mapping[str, Sequence[str]], sizes: Mapping[str, int | None], per_class: bool
+) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """Of each split the places of the images that are used, as `drawn` has them; and what there is to be said of it."""
+    places = {split: drawn(each, sizes.get(split), per_class) for split, each in names.items()}
+    lines = []
+    for split, used in places.items():
+        lines += _draw_note(split, len(used), len(names[split]), sizes.get(split), per_class)
+    return places, lines
+
+
+def draw_names(
+    names: Mapping[str, Iterable[str]], sizes: Mapping[str, int | None], per_class: bool
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The same, with the images' names."""
+    listed = {split: list(each) for split, each in names.items()}
+    places, lines = draw(listed, sizes, per_class)
+    return {split: [listed[split][place] for place in used] for split, used in places.items()}, lines
+
+
+def _draw_note(split: str, used: int, there: int, size: int | None, per_class: bool) -> list[str]:
     """A line if some were drawn, or if there are no more than were asked for."""
     if size is None:
         return []

@@ -27,7 +27,7 @@ from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.image_classification.config import ImageData
 from trunkline.models.image_classification.decode import Size
 from trunkline.models.image_classification.scan import SPLITS, printable
-from trunkline.models.image_classification.selection import class_notes, draw_note, drawn
+from trunkline.models.image_classification.selection import class_notes, draw
 
 
 class ImageStore(ArrayStore):
@@ -69,15 +69,8 @@ class Prepared:
                 f"pixels: set that, or prepare others with --img-size {data.img_size}, or --short-side N for any size"
             )
         sizes = {"train": data.train_size, "val": data.val_size}
-        self._places: dict[str, NDArray[np.int64] | None] = {}
-        draws: list[str] = []
-        for split in self.store.splits:
-            there = len(self.store[f"{split}/labels"])
-            if (size := sizes.get(split)) is None:
-                self._places[split] = None
-            else:
-                self._places[split] = places = drawn(self.store.names(split), size, data.size_per_class)
-                draws += draw_note(split, len(places), there, size, data.size_per_class)
+        names = {split: self.store.names(split) for split in self.store.splits if sizes.get(split) is not None}
+        self._places, draws = draw(names, sizes, data.size_per_class)
         drawing = {"size_per_class": data.size_per_class, **sizes} if any(sizes.values()) else {}
         self.fingerprint = " ".join([self.store.fingerprint, *(f"{name} {value}" for name, value in drawing.items())])
         labels = {split: self.split(split).labels for split in self.store.splits}
@@ -87,7 +80,7 @@ class Prepared:
         """The images of a split. Raises DataError if there are none."""
         if name not in self.store.splits:
             raise DataError(f"{self.store.root}: no images of {name!r}: it holds {', '.join(self.store.splits)}")
-        return StoreImages(self.store, name, self._places[name])
+        return StoreImages(self.store, name, self._places.get(name))
 
 
 class StoreImages:

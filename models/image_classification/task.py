@@ -130,9 +130,14 @@ class ImageTask(Task):
         arch = self.model.arch or Path(str(self.model.path)).name
         best_pth.write(folder, state(), self.classes, self.data.img_size, arch)
 
+    def keeps_best(self, folder: Path, best: WholeState | None) -> bool:
+        """Whether best.pth is there and of this evaluation. That of another one is renamed."""
+        return best_pth.is_of(folder, best)
+
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """A best.pth of that trainer, or of this workload."""
-        return best_pth.read(path, self.build_model(), self.classes, steps_per_epoch, self.data.img_size)
+        model = self.build_model()
+        return best_pth.read(path, model, self.classes, steps_per_epoch, self.data.img_size, self.model.arch)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """classes.json, class_distribution.json, and preprocessor_config.json with what config.json holds beside it,

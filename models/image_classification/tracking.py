@@ -17,6 +17,7 @@ _AVERAGES = {"macro/": "macro_avg", "": "weighted_avg"}
 def tracking(classes: Sequence[str]) -> Tracking:
     """Its names: "valid_loss", "accuracy", ..., "best/...", at the end "evaluation/<class>/...".
 
+    A class that has the name of a summary, such as "accuracy", is "evaluation/class/accuracy/...".
     What an evaluation measures of single classes is shown at the end alone: there may be thousands of them.
     """
     of_classes = [f"class/{name}" for name in classes]
@@ -26,7 +27,9 @@ def tracking(classes: Sequence[str]) -> Tracking:
     ends |= {
         f"{prefix}{score}": f"evaluation/{name}/{score}" for prefix, name in _AVERAGES.items() for score in _SCORES
     }
-    ends |= {f"class/{name}/{score}": f"evaluation/{name}/{score}" for name in classes for score in _SCORES}
+    taken = {"accuracy", *_AVERAGES.values()}
+    called = {name: f"class/{name}" if name in taken else name for name in classes}
+    ends |= {f"class/{name}/{score}": f"evaluation/{called[name]}/{score}" for name in classes for score in _SCORES}
     return Tracking(
         names={"train/loss": "train_loss", "train/lr": "learning_rate", "val/loss": "valid_loss", **plain, **kept_away},
         axis="epoch",

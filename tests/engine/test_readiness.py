@@ -14,7 +14,7 @@ import torch
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, planned_batches, render_plan
+from trunkline.engine.plan import make_plan, planned_batches, render_plan, render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.readiness import ready
 from trunkline.engine.trainer import Trainer
@@ -178,6 +178,19 @@ def test_a_schedule_that_falls_may_be_longer_than_the_run(tmp_path: Path) -> Non
         "WarmupDecayLR": {"total_num_steps": 50, "warmup_num_steps": 3},
     }.items():
         ready(config_of(tmp_path, schedule={"type": kind, "params": params}), "deepspeed", 12, 1, CPU)
+
+
+@pytest.mark.parametrize(("warmup", "reached"), [({"epochs": 2}, True), ({"epochs": 3}, False), (0, True)])
+def test_a_warmup_that_the_run_does_not_see_the_end_of_is_named(
+    tmp_path: Path, warmup: dict[str, int] | int, reached: bool
+) -> None:
+    config = config_of(tmp_path, schedule={"type": "WarmupShape", "params": {"shape": "cosine", "warmup": warmup}})
+    config = ready(config.in_steps(5), "deepspeed", 12, 1, CPU)
+    plan = make_plan(task := TinyTask(config.data, config.model), config, 1, task.build_model())
+    summary = render_summary(plan)
+    assert ("end of warm-up (step " in summary) == reached
+    said = "note: the warm-up of deepspeed.scheduler takes 15 steps and the run 12, so the full learning rate is never"
+    assert (said in summary) != reached
 
 
 def test_auto_is_decided_shown_by_the_plan_and_written_into_the_record(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 
@@ -46,6 +48,12 @@ def test_a_line_is_the_weighted_mean_of_the_steps_since_the_last_without_those_t
         mean = sum(loss * weight for loss, weight in made) / sum(weight for _, weight in made)
         assert found.pop(last) == pytest.approx(mean, rel=1e-6)
     assert not found
+
+
+def test_a_checkpoint_of_the_version_before_holds_the_weight_among_the_sums() -> None:
+    found = Progress(since_line={"loss": 3.0, "": 12.0})
+    assert (found.since_line, found.since_line_weight) == ({"loss": 3.0}, 12.0)
+    assert Progress(**asdict(found)) == found
 
 
 def test_a_resume_between_two_lines_changes_none(tmp_path: Path) -> None:

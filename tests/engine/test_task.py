@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.engine.tiny import Rows, TinyData, TinyModel, TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.task import Batch, Samples, Sums, Task, lengths_of
+from trunkline.engine.task import Batch, Samples, Sums, Task, add_sums, lengths_of
 from trunkline.engine.trainer import Trainer
 from trunkline.engine.trials import find_micro_batch
 
@@ -149,3 +149,18 @@ def test_a_task_that_has_read_its_data_can_be_pickled() -> None:
     task = TinyTask(TinyData(), TinyModel())
     copy = pickle.loads(pickle.dumps((task, task.dataset("train"))))[0]
     assert len(copy.dataset("train")) == len(task.dataset("train"))
+
+
+def test_sparse_sums_are_those_of_dense_ones() -> None:
+    rows = torch.tensor([[4, 0, 4], [1, 0, 2], [0, 1, 1]])  # one is met twice in a part
+    values = torch.arange(18, dtype=torch.float32).view(3, 3, 2) / 7
+    total: Sums | None = None
+    dense = torch.zeros(5, 2, dtype=torch.float64)
+    for places, part in zip(rows, values, strict=True):
+        sparse = torch.sparse_coo_tensor(places[None], part, (5, 2), check_invariants=True)
+        total = add_sums(total, {"rows": sparse, "loss": part.sum()})
+        dense += torch.zeros(5, 2, dtype=torch.float64).index_add_(0, places, part.double())
+    assert total is not None
+    assert not total["rows"].is_sparse
+    torch.testing.assert_close(total["rows"], dense, rtol=0, atol=0)
+    assert float(total["loss"]) == pytest.approx(float(values.double().sum()))

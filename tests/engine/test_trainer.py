@@ -310,7 +310,7 @@ def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path
     [
         ({"training": {"seed": 7}}, "seed"),
         ({"model": {"hidden": 16}}, "model"),
-        ({"data": {"samples": 39}}, "data"),
+        ({"data": {"samples": 39}}, "other data than this run has; --accept-new-data takes the data set as it is now"),
         ({"deepspeed": {"train_batch_size": 4}}, "global_batch_size"),
     ],
 )

@@ -233,7 +233,7 @@ BAD_TRAINING = {
     "no resume point": (with_flags("--resume", "{tmp}/nothing"), "no checkpoint in it"),
     "a DeepSpeed file that is not there": (with_flags("--deepspeed", "{tmp}/ds.json"), "ds.json: cannot be read"),
     "apex that is not installed": (with_flags("--set", "deepspeed.optimizer.type=apex.FusedAdam"), "NVIDIA's apex"),
-    "a tracker that is not installed": (with_flags("--set", 'training.trackers=["mlflow"]'), r"trunkline\[mlflow\]"),
+    "a tracker that is not installed": (with_flags("--set", 'training.trackers=["wandb"]'), r"trunkline\[wandb\]"),
     "LBFGS": (
         with_flags("--set", "deepspeed.optimizer.type=LBFGS", "--set", 'deepspeed.optimizer.params={{"lr":1}}'),
         "closure"),

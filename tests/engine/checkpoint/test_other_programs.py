@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from tests.distributed import run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
+from trunkline.engine.checkpoint.other_programs import start_from
 from trunkline.engine.checkpoint.weights import WEIGHTS
 from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
@@ -144,6 +147,31 @@ def test_an_optimizer_that_keeps_something_else_begins_anew(
     assert trainer.progress.step == 6
 
 
+def test_a_file_of_the_last_step_trains_nothing_and_says_so(
+    tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = unbroken / "other-5.pt"
+    train(tmp_path / "run", configuration(tmp_path, other=other, steps=5))
+    said = "is at step 5, this run's last, so nothing is trained: ask for more than 1 epochs, or 5 steps"
+    assert f"note: {other}: {said}" in capsys.readouterr().out
+
+
+def test_what_an_optimizer_of_deepspeeds_own_keeps_is_not_known(
+    tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lion = {"optimizer": {"type": "Lion", "params": {"lr": 0.01}}}
+    config = tiny_config(tmp_path, training={"start_from": str(unbroken / "other-5.pt"), "steps": 6}, deepspeed=lion)
+    folder, ranks = tmp_path / "run/checkpoints", start()
+    checkpoints = Checkpoints(folder, ranks, keep_last=1)
+    checkpoints.open_for_writing()
+    other, task, batches = unbroken / "other-5.pt", Exchanging(config.data, config.model), GlobalBatches(40, 8, 0)
+    _, notes = start_from(str(other), None, task, config, checkpoints, {}, 6, batches)
+    assert notes[1:] == [
+        f"note: {other}: its optimizer keeps exp_avg, exp_avg_sq, step, and Lion keeps what only DeepSpeed knows: "
+        "that is left out"
+    ]
+
+
 def test_the_best_value_is_taken_over_and_best_weights_with_it(tmp_path: Path, unbroken: Path) -> None:
     class SeesNothingBetter(Exchanging):
         def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -163,15 +191,21 @@ class Refusing(Exchanging):
 
 def test_a_file_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", configuration(tmp_path), task=Refusing).progress.step == 12
-    said = capsys.readouterr().out
-    assert "warning: step-00000005: the task could not write its new best (OSError: [Errno 28] No space left" in said
+    said = capsys.readouterr().err
+    assert "warning: step 5: the task could not write the new best (OSError: [Errno 28] No space left" in said
+    assert "it is tried again when the run is resumed" in said
 
 
 @pytest.mark.parametrize(
     ("kind", "training", "error", "message"),
     [
-        (TinyTask, {}, CheckpointError, "training.start_from: .*other-5.pt: this workload reads no checkpoints"),
-        (Exchanging, {"steps": 4}, CheckpointError, "other-5.pt: is at step 5, past this run's last step 4"),
+        (TinyTask, {}, ConfigError, "training.start_from: .*other-5.pt: this workload reads no checkpoints"),
+        (
+            Exchanging,
+            {"steps": 4},
+            CheckpointError,
+            "other-5.pt: is at step 5, past this run's last step 4: ask for more than 1 epochs, or 5 steps",
+        ),
         (Exchanging, {"start_from": ""}, ConfigError, "training.start_from: .*give the path"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.plan import make_plan, render_summary
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.record.boards import ShownRun
+from trunkline.engine.record.boards import ShownRun, unused_settings, written_apart
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.trackers import make_trackers
 from trunkline.engine.task import Sums
@@ -77,9 +79,16 @@ def test_weights_and_biases_run_offline(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+def keep_in_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's store of files: quick, and mlflow-skinny, which has no database, is enough."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(folder / "mlflow"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # it prefers a database
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
 def test_mlflow_continues_its_run_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    keep_in_files(tmp_path, monkeypatch)
     config = {"workload": "tiny", "training": {f"setting_{number}": number for number in range(150)}}
     for resume_step in (0, 1):
         trackers = make_trackers(["mlflow"], tmp_path, config, resume_step)
@@ -90,6 +99,15 @@ def test_mlflow_continues_its_run_on_resume(tmp_path: Path, monkeypatch: pytest.
     assert run.data.params["training.setting_149"] == "149"
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_mlflow_would_write_alike_keeps_names_of_its_own() -> None:
+    names = ["evaluation/T&E/recall", "evaluation/T_E/recall", "evaluation/T+E/recall", "evaluation/a%/recall"]
+    written = written_apart(names)
+    assert (written[names[1]], written[names[3]]) == (names[1], "evaluation/a_/recall")
+    assert all(re.fullmatch(r"evaluation/T_E-[0-9a-f]{6}/recall", written[name]) for name in (names[0], names[2]))
+    assert len(set(written.values())) == 4
+    assert written_apart(names[::-1]) == written
 
 
 CLASSIFIER = Tracking(
@@ -166,7 +184,7 @@ def test_mlflow_shows_what_the_task_says_and_holds_the_artifacts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    keep_in_files(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts by default
     classify(tmp_path / "run", "mlflow")
     (run,) = mlflow.search_runs(experiment_names=["ai-classifier"], output_format="list")
@@ -183,7 +201,7 @@ def test_mlflow_shows_what_the_task_says_and_holds_the_artifacts(
 
 def test_environment_variables_win_over_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    keep_in_files(tmp_path, monkeypatch)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("MLFLOW_RUN_NAME", "second try")
     make_trackers(["mlflow"], tmp_path / "run", {}, tracking=CLASSIFIER).close()
@@ -274,3 +292,26 @@ def test_files_that_are_to_stay_are_not_handed_over(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["tensors"] == ["a.txt/text_summary"]
+
+
+def test_a_setting_of_a_program_that_does_not_show_the_run_is_said_to_be_left_out(tmp_path: Path) -> None:
+    tracked = {"experiment": "shop", "uri": "sqlite:///x.db", "run": "first"}
+    for trackers, unused in (([], ["experiment", "uri"]), (["wandb"], ["uri"]), (["tensorboard", "mlflow"], [])):
+        config = tiny_config(tmp_path, training={"tracked": tracked, "trackers": trackers})
+        lines = unused_settings(config, Tracking())
+        assert [line.partition(" = ")[0] for line in lines] == [f"training.tracked.{key}" for key in unused]
+    config = tiny_config(tmp_path, training={"tracked": tracked, "trackers": ["tensorboard"]})
+    plan = make_plan(task := TinyTask(config.data, config.model), config, 1, task.build_model())
+    assert (
+        f"note: training.tracked.uri = sqlite:///x.db ({tmp_path}/tiny.json) is of mlflow, and training.trackers names "
+        "tensorboard: it is left out"
+    ) in render_summary(plan)
+
+
+def test_a_file_to_leave_out_that_the_task_does_not_hand_over_is_an_error(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training={"tracked": {"leave_out": ["best", "bset.pth"]}})
+    message = r"tiny.json: training.tracked.leave_out: 'bset.pth' is nothing .*did you mean 'best.pth'"
+    with pytest.raises(ConfigError, match=message):
+        unused_settings(config, Tracking(artifacts=("best", "best.pth")))
+    with pytest.raises(ConfigError, match=r"training\.tracked\.leave_out: 'best'"):
+        Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run")

@@ -32,7 +32,8 @@ from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import GlobalBatches
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.engine.task import Sums
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.augment import augmented
 from trunkline.models.image_classification.best_pth import write
@@ -188,6 +189,66 @@ def test_a_best_pth_that_a_kill_prevented_is_written_at_the_next_start(images: P
     assert all(torch.equal(again["model"][name], tensor) for name, tensor in written["model"].items())
 
 
+class Falling(SmallTask):
+    """Each evaluation is better than the one before."""
+
+    measured, factor = 1.0, 0.5
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        type(self).measured *= self.factor
+        return super().summarize(sums) | {"loss": type(self).measured}
+
+
+class Rising(Falling):
+    factor = 2.0
+
+
+@pytest.fixture(scope="module")
+def falling(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs, each with a new best, all of whose checkpoints are kept."""
+    run = tmp_path_factory.mktemp("falling") / "run"
+    train(configured(images, "Adam", "--epochs", "3", "--set", "training.keep_last=9"), run, task=Falling)
+    assert read_torch(run / "best.pth")["epoch"] == 3
+    return run
+
+
+@pytest.mark.parametrize("another_folder", [False, True])
+def test_best_pth_is_of_the_branch_that_runs(images: Path, tmp_path: Path, falling: Path, another_folder: bool) -> None:
+    old, new = tmp_path / "old", tmp_path / ("new" if another_folder else "old")
+    shutil.copytree(falling, old)
+    config = configured(images, "Adam", "--epochs", "3")
+    trainer = train(config, new, str(old / "checkpoints/step-00000003"), Rising)
+    held = read_torch(new / "best.pth")
+    assert (held["epoch"], held["loss"]) == (1, trainer.progress.best)
+    assert {float(kept["step"]) for kept in held["opt"]["state"].values()} == {3.0}
+    assert read_torch(old / ("best.pth" if another_folder else "aside-best-epoch-3.pth"))["epoch"] == 3
+
+
+def test_best_pth_whose_checkpoint_is_gone_stays_if_it_is_of_the_branch_and_else_is_put_aside(
+    images: Path, tmp_path: Path, falling: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(falling, tmp_path / "run")
+    config = configured(images, "Adam", "--epochs", "4", "--set", "training.keep_best=false",
+                        "--set", "training.keep_last=1")  # fmt: skip
+    train(config, tmp_path / "run", task=Rising)
+    assert read_torch(tmp_path / "run/best.pth")["epoch"] == 3
+    (tmp_path / "run/best.pth").write_bytes(b"of something else")
+    train(config, tmp_path / "run", task=Rising)
+    assert not (tmp_path / "run/best.pth").exists()
+    assert (tmp_path / "run/aside-best-epoch-unknown.pth").read_bytes() == b"of something else"
+    assert "its checkpoint is not kept, which training.keep_best does" in capsys.readouterr().err
+
+
+def test_a_best_pth_that_a_run_begins_with_in_its_own_folder_stays_until_there_is_a_better_one(
+    images: Path, tmp_path: Path, theirs: dict[str, Any]
+) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save(theirs | {"loss": 1e-9}, path := tmp_path / "run/best.pth")
+    train(configured(images, "Adam", "--load_model", str(path)), tmp_path / "run")
+    assert read_torch(path)["loss"] == 1e-9
+    assert not list((tmp_path / "run").glob("aside*"))
+
+
 def test_a_loss_at_another_size_is_not_the_value_to_beat(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
     state = state_of(images, tmp_path / "best.pth", theirs | {"img_size": 2 * EDGE})
     assert state.metrics == {}
@@ -254,7 +315,7 @@ class Hostile:
         (lambda held: held | {"opt": {
             "state": {0: {"exp_avg": torch.zeros(3, 3), "exp_avg_sq": torch.zeros(3, 3), "step": 6}},
             "param_groups": [{"params": list(range(26))}]}},
-         "convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
+         "best.pth: resnet.*convolution.weight: the optimizer's exp_avg has shape .3, 3., the parameter .8, 3, 7, 7."),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_in_it_is_run(
@@ -267,6 +328,14 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_nothing_in_it_i
         train(configured(images, "Adam", "--load_model", "best.pth"), tmp_path / "run")
     assert not (tmp_path / "hostile").exists()
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_a_file_of_another_network_is_refused(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    torch.save(theirs | {"arch": "resnet50"}, tmp_path / "best.pth")
+    message = r"best.pth: is of resnet50, and this run trains resnet18: set model.arch \(--arch\) to resnet50"
+    with pytest.raises(ConfigError, match=message):
+        train(configured(images, "Adam", "--load_model", str(tmp_path / "best.pth")), tmp_path / "run")
+    assert_holds(state_of(images, tmp_path / "best.pth", theirs | {"arch": "of our own"}), theirs["model"])
 
 
 def test_weights_of_other_classes_are_refused(images: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:

@@ -103,6 +103,32 @@ def test_where_there_is_no_test_split_the_validation_split_is_measured(root: Pat
     assert json.loads((tmp_path / "evaluation.json").read_text())["split"] == "val"
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_folder_with_one_split_and_some_of_the_classes_is_enough(root: Path, tmp_path: Path, split: str) -> None:
+    shutil.copytree(root / f"images/{split}", tmp_path / f"images/{split}")
+    shutil.rmtree(tmp_path / f"images/{split}/cat")
+    words = ["--run", str(root / "run"), "--data-path", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    trained = load_trained(root / "run", CPU)
+    images = open_source(trained.data).split(split)
+    confusion = evaluate(trained, images)["confusion"]
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (found["split"], found["images"]) == (split, int(confusion[1:].sum()))
+    assert found["metrics"]["accuracy"] == pytest.approx(float(confusion.diagonal()[1:].sum() / confusion[1:].sum()))
+    assert "not compared with simple classifiers" in (tmp_path / "out/evaluation.md").read_text()
+
+
+def test_a_folder_without_a_split_says_what_to_give(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--run", str(root / "run"), "--out", str(tmp_path / "out"), "--data-path"]
+    assert main([*words, str(root / "images/test")]) == 2
+    assert f"if its folders are the classes, give {root}/images, and --split test" in capsys.readouterr().err
+    shutil.copytree(root / "images/test", tmp_path / "bare")
+    assert main([*words, str(tmp_path / "bare")]) == 2
+    assert f"if these are the classes, move them into {tmp_path}/bare/test" in capsys.readouterr().err
+
+
 def test_images_of_other_classes_are_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "images", ["train/cat/1.png", "train/gnu/1.png", "val/cat/2.png"])
     words = ["--run", str(root / "run"), "--out", str(tmp_path)]
@@ -112,6 +138,11 @@ def test_images_of_other_classes_are_refused(root: Path, tmp_path: Path, capsys:
     assert "give one of them" in capsys.readouterr().err
     assert main([*words, "--batch-size", "0"]) == 2
     assert "--batch-size 0: use 1 or more" in capsys.readouterr().err
+    (tmp_path / "taken").write_text("")
+    assert main([*words[:2], "--out", str(tmp_path / "taken")]) == 2
+    assert f"--out {tmp_path}/taken: is a file: name a folder" in capsys.readouterr().err
+    assert main([*words[:2], "--out", str(tmp_path / "taken/deep")]) == 2
+    assert f"--out {tmp_path}/taken/deep: cannot be made (Not a directory): name a folder" in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_and_an_interval_for_each_classifier() -> None:

@@ -19,6 +19,8 @@ from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
+from trunkline.engine.record.boards import unused_settings
+from trunkline.engine.tracking import Tracking
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.train import main as launch
 from trunkline.models.image_classification.architectures import ARCHITECTURES
@@ -175,6 +177,7 @@ def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = importlib.util.find_spec("json")
     for installed, words, trackers in (
         (True, [], ("tensorboard", "mlflow")),
@@ -184,7 +187,16 @@ def test_mlflow_is_on_where_it_is_installed_unless_it_is_disabled(monkeypatch: p
         (True, ["--mlflow_tracking_uri", "sqlite:///x.db", "--disable_mlflow"], ("tensorboard",)),
     ):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=installed: found if there else None)
-        assert configured(*words).training.trackers == trackers
+        config = configured(*words)
+        assert config.training.trackers == trackers
+        lines = unused_settings(config, Tracking())
+        assert [line.split()[0] for line in lines] == ["training.tracked.uri"] * (words[2:] == ["--disable_mlflow"])
+    assert "--mlflow_tracking_uri" in lines[0]
+    skinny = {"mlflow": found, "sqlalchemy": None}  # which has no place for runs of its own
+    monkeypatch.setattr(importlib.util, "find_spec", skinny.get)
+    assert configured("--no-export_onnx").training.trackers == ("tensorboard",)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert configured("--no-export_onnx").training.trackers == ("tensorboard", "mlflow")
 
 
 def test_mixed_precision_is_for_gpus_unless_it_is_asked_for() -> None:
@@ -322,6 +334,11 @@ def test_early_stopping_begins_where_a_file_has_none(tmp_path: Path) -> None:
     assert checked(parse(words).draft(1), config_sections).training.early_stopping.patience == 3, "2 epochs a piece"
     with pytest.raises(ConfigError, match=r"--min_lr 0\.001: is of the schedule WarmupShape, not of WarmupCosine"):
         parse(["--config", "image_classification/demo", "--min_lr", "0.001"]).draft(1)
+
+
+def test_only_val_hands_on_the_batch_size() -> None:
+    instead = asked(*DATA, "--only_val", "--batch_size", "48")[0].arguments.instead
+    assert instead[instead.index("--batch-size") + 1] == "48"
 
 
 def test_only_val_trains_nothing_and_measures_the_runs_best_weights(tmp_path: Path) -> None:

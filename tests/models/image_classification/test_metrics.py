@@ -179,9 +179,16 @@ def test_mistakes_are_found_wherever_their_samples_were_evaluated() -> None:
 
 def test_a_sample_that_was_not_evaluated_is_no_mistake() -> None:
     batch = {"label": torch.tensor([1, 1]), "index": torch.tensor([2, 0]), "valid": torch.tensor([True, False])}
-    sums = sums_of(torch.tensor([[3.0, 0.0], [3.0, 0.0]]), batch, 4)
+    sums = add_sums(None, sums_of(torch.tensor([[3.0, 0.0], [3.0, 0.0]]), batch, 4))
     assert [each.index for each in mistakes(sums, np.array([1, 1, 1, 1]))] == [2]
     assert sums["confusion"].tolist() == [[0, 0], [1, 0]], "rows are the true classes"
+
+
+def test_what_a_batch_sums_does_not_grow_with_the_split() -> None:
+    batch = {"label": torch.tensor([0, 1]), "index": torch.tensor([5, 1 << 40]), "valid": torch.tensor([True, True])}
+    found = sums_of(torch.tensor([[3.0, 0.0], [3.0, 0.0]]), batch, 1 << 41)["samples"]
+    assert found.shape == (1 << 41, 3)
+    assert found.is_sparse
 
 
 def test_each_metric_has_its_direction() -> None:

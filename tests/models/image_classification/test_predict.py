@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from tests.models.image_classification.image_tree import pixels_of, write_image
 from tests.models.image_classification.trained_run import CLASSES, small_task, write_images, write_run
 from trunkline.engine.data.loading import collate
 from trunkline.launchers.predict import main
+from trunkline.models.image_classification import predict as predict_module
 from trunkline.models.image_classification.augment import prepared
 from trunkline.models.image_classification.config import Augmentation, Crop
-from trunkline.models.image_classification.predict import find_images, predict
+from trunkline.models.image_classification.decode import Size
+from trunkline.models.image_classification.predict import Prediction, _Table, find_images, predict
 from trunkline.models.image_classification.trained import load_trained
 
 CPU = torch.device("cpu")
@@ -90,12 +93,52 @@ def test_the_command_writes_what_it_found_and_names_what_it_could_not_read(
     assert Image.open(out / "sheet.png").size[0] > 500
 
 
-def test_folders_are_searched_at_any_depth_and_files_taken_as_they_are(tmp_path: Path) -> None:
+def test_folders_are_searched_at_any_depth_and_files_taken_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("b/x.JPG", "b/c/y.png", "a.bmp", "notes.txt"):
         write_image(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("no")
     want = [tmp_path / "a.bmp", tmp_path / "b/c/y.png", tmp_path / "b/x.JPG"]
     assert find_images([tmp_path]) == want
+    for name in (".thumbnails/a.png", "__MACOSX/b/x.JPG", "b/._y.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "b/c/up").symlink_to(tmp_path)
+    assert find_images([tmp_path]) == want
+    said = capsys.readouterr().err
+    assert f"note: {tmp_path}: 3 hidden files and folders are passed over" in said
+    assert "links are passed over, which lead back to a folder that they lie in: " in said
+    monkeypatch.chdir(tmp_path)
+    assert find_images([Path(".")]) == [path.relative_to(tmp_path) for path in want]
     assert find_images([tmp_path / "notes.txt", tmp_path, tmp_path / "a.bmp"]) == [tmp_path / "notes.txt", *want]
+
+
+def test_what_was_predicted_is_written_when_the_program_ends_early(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = predict_module.read_image, tmp_path / "out"
+
+    def read(path: Path, size: Size) -> NDArray[np.uint8]:
+        if path.name == "test-newt-0.png":
+            raise KeyboardInterrupt
+        return real(path, size)
+
+    words = ["--run", str(root / "run"), "--images", str(root / "images/test"), "--out", str(out)]
+    assert main(words) == 0
+    whole = rows(out / "predictions.csv")
+    monkeypatch.setattr(predict_module, "read_image", read)
+    assert main([*words, "--batch-size", "2"]) == 130
+    assert rows(out / "predictions.csv") == whole[:4]
+
+
+def test_a_thousand_predictions_are_not_all_kept(tmp_path: Path) -> None:
+    with _Table(tmp_path / "predictions.csv", CLASSES, 1) as table:
+        for place in range(1001):
+            table.add(Prediction(Path(f"{place}.png"), np.array([0.25, 0.5, 0.25])))
+            assert len(table._shown) + len(table.first) < 220
+        places = [int(each.path.stem) for each in table.sample(48)]
+    assert (len(places), places[0]) == (48, 0)
+    assert max(np.diff([*places, 1001])) < 40
+    assert [row["path"] for row in rows(tmp_path / "predictions.csv")] == [f"{place}.png" for place in range(1001)]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +148,7 @@ def test_folders_are_searched_at_any_depth_and_files_taken_as_they_are(tmp_path:
         ("empty", [], "--images .*empty: holds no image"),
         ("text.png", [], "none of the 1 files can be read"),
         ("images", ["--top-k", "0"], "--top-k 0: use 1 or more"),
+        ("images", ["--out", __file__], "--out .*test_predict.py: is a file: name a folder"),
     ],
 )
 def test_mistakes_are_messages(

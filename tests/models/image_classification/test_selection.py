@@ -10,7 +10,7 @@ from trunkline.models.image_classification.selection import (
     check_unreadable,
     class_notes,
     crossing,
-    draw_note,
+    draw_names,
     drawn,
     unreadable_note,
 )
@@ -44,13 +44,13 @@ def test_a_draw_per_class_takes_as_many_of_each_that_has_them() -> None:
 
 
 def test_a_draw_is_said() -> None:
-    assert draw_note("train", 73, 73, None, False) == []
-    assert draw_note("train", 10, 73, 10, False) == [
-        "train: 10 of 73 images are used, drawn with seed 42 (train_size = 10)"
-    ]
-    assert draw_note("val", 73, 73, 100, True) == [
-        "val: all 73 images are used, since there are no more (val_size = 100 of each class)"
-    ]
+    names = {"train": NAMES, "val": NAMES, "test": NAMES}
+    used, said = draw_names(names, {"train": 10, "val": None}, False)
+    assert said == ["train: 10 of 73 images are used, drawn with seed 42 (train_size = 10)"]
+    assert {split: len(each) for split, each in used.items()} == {"train": 10, "val": 73, "test": 73}
+    assert set(used["train"]) == _drawn(NAMES, 10)
+    said = draw_names(names, {"val": 100}, True)[1]
+    assert said == ["val: all 73 images are used, since there are no more (val_size = 100 of each class)"]
 
 
 def test_classes_with_no_image_or_one_are_named() -> None:

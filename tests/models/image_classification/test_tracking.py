@@ -17,6 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import find_free_port
+from tests.engine.record.test_boards import keep_in_files
 from tests.models.image_classification.small_images import CLASSES, EDGE, asked, train, write_images
 from trunkline.engine.record.trackers import make_trackers
 from trunkline.models.image_classification.tracking import tracking
@@ -54,6 +55,16 @@ def test_every_metric_has_the_name_that_the_original_gives_it(tmp_path: Path) ->
     for tag, value in {"valid_loss": 0.5, "evaluation/macro_avg/recall": 0.3, "evaluation/weighted_avg/recall": 0.6,
                        "evaluation/cat/f1_score": 0.1, "best/accuracy": 0.75}.items():  # fmt: skip
         assert shown[tag] == {0: pytest.approx(value)}
+
+
+def test_a_class_with_the_name_of_a_summary_is_shown_beside_it() -> None:
+    names = tracking(["accuracy", "cat", "macro_avg", "weighted_avg"]).final
+    assert len(set(names.values())) == len(names)
+    assert names["macro/recall"] == "evaluation/macro_avg/recall"
+    assert names["class/macro_avg/recall"] == "evaluation/class/macro_avg/recall"
+    assert names["class/cat/recall"] == "evaluation/cat/recall"
+    # what holds values in a folder of files is no value itself
+    assert not {str(Path(name).parent) for name in names.values()} & set(names.values())
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +141,38 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def test_a_store_of_files_holds_every_class_under_a_name_of_its_own_and_the_artifacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny of the extra 'test' is not installed")
+    keep_in_files(tmp_path, monkeypatch)
+    classes = ["a&b", "a_b", "accuracy", "macro_avg"]
+    of_class = {f"class/{name}/recall": place / 8 for place, name in enumerate(classes)}
+    (tmp_path / "run/best").mkdir(parents=True)
+    for name in ("class_names.json", "best/model.safetensors", "best.pth"):
+        (tmp_path / "run" / name).write_text(name)
+    trackers = make_trackers(["mlflow"], tmp_path / "run", {}, tracking=tracking(classes), steps_per_epoch=4)
+    trackers.log(4, "val", SCORES | of_class)
+    trackers.best(4, SCORES | of_class)
+    trackers.finish(4)
+    trackers.close()
+    (run,) = mlflow.search_runs(experiment_names=["ai-classifier"], output_format="list")
+    ends = {name: value for name, value in run.data.metrics.items() if name.startswith("evaluation/")}
+    (marked,) = ends.keys() - {
+        "evaluation/a_b/recall", "evaluation/class/accuracy/recall", "evaluation/class/macro_avg/recall",
+        "evaluation/accuracy",
+        *(f"evaluation/{each}_avg/{score}" for each in ("macro", "weighted") for score in
+          ("precision", "recall", "f1_score")),
+    }  # fmt: skip
+    assert marked.startswith("evaluation/a_b-")
+    assert (ends[marked], ends["evaluation/a_b/recall"], ends["evaluation/macro_avg/recall"]) == (0, 1 / 8, 0.3)
+    assert ends["evaluation/class/macro_avg/recall"] == 3 / 8
+    (tmp_path / "held").mkdir()
+    held = Path(mlflow.MlflowClient().download_artifacts(run.info.run_id, "", str(tmp_path / "held")))
+    names = {path.relative_to(held).as_posix() for path in held.rglob("*") if path.is_file()}
+    assert names == {"class_names.json", "best/model.safetensors", "best.pth"}
 
 
 @pytest.mark.slow
