@@ -129,7 +129,7 @@ def test_a_head_that_is_untied_begins_with_the_same_logits_and_is_kept_apart(
 
 def test_a_head_of_its_own_is_not_tied(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", "flan")
-    with pytest.raises(ConfigError, match="tie_word_embeddings: the model of .* has a head of its own"):
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings: the model of .* has a head of its own"):
         head_of(model_of(path=str(folder), tie_word_embeddings=True))
 
 

@@ -83,7 +83,9 @@ def losses_of_seq2seq_trainer(config: RunConfig, folder: Path, frozen: bool) -> 
     return recorded
 
 
-@pytest.mark.parametrize(("family", "frozen"), [("t5", False), ("t5", True), pytest.param("flan", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "frozen"), [("t5", False), ("t5", True), pytest.param("flan", False, marks=pytest.mark.slow)]
+)
 def test_fifty_steps_have_the_losses_of_transformers_seq2seq_trainer(
     family: str, frozen: bool, pairs: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ SHAPE = {
     "vocab_size": VOCAB_SIZE, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
     "num_heads": 4, "feed_forward_proj": "relu",
 }  # fmt: skip
-_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def toy_store(folder: Path) -> Path:
