@@ -230,3 +230,33 @@ def test_a_bin_file_that_holds_more_than_tensors_is_not_run(tmp_path: Path) -> N
     torch.save({"shared.weight": torch.zeros(2), "path": Path("x")}, path)
     with pytest.raises(CheckpointError, match="holds more than tensors"):
         load_weights(network_of(model_of()), path, "tied")
+
+
+def test_a_bin_folder_with_every_name_of_the_embedding_is_written_with_every_name(pairs: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "t5", pairs / "tokenizer")
+    state = load_file(folder / "model.safetensors")
+    state |= dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", HEAD), state["shared.weight"])
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    task: Any = make_task(toy_config(tmp_path, pairs, model={"path": str(folder)}))
+    network = task.build_model().eval()
+    assert task.head == "tied"
+    written = task.file_tensors({task.tensor_name(name): x for name, x in network.state_dict().items()})
+    assert {name: x.shape for name, x in written.items()} == {name: x.shape for name, x in state.items()}
+    torch.testing.assert_close(our_logits(network), their_logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_in_bf16_learns_and_its_final_folder_is_whole(pairs: Path, tmp_path: Path) -> None:
+    config = toy_config(
+        tmp_path, pairs, model={"tie_word_embeddings": False, "dropout": 0.1},
+        training={"steps": 12, "eval_every": 12, "save_every": 12},
+        deepspeed={"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+    )  # fmt: skip
+    Trainer(make_task(config), config, start(), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
+    final = tmp_path / "run/final"
+    torch.testing.assert_close(
+        our_logits(network_of(model_of(path=str(final)))), their_logits(final), rtol=1e-4, atol=1e-4
+    )
