@@ -120,6 +120,21 @@ def seq2seq_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
 
 
+def seq2seq_memory(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py seq2seq_memory`."""
+    from trunkline.models.seq2seq.config import PRESETS
+
+    parser.add_argument("--preset", choices=PRESETS, default="base", help="the model (base)")
+    parser.add_argument("--layers", type=int, help="blocks of the encoder, and of the decoder (the preset's)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples (16)")
+    parser.add_argument("--source-length", type=int, default=512, help="tokens that the encoder reads (512)")
+    parser.add_argument("--target-length", type=int, default=512, help="tokens that the decoder writes (512)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of parameters and activations (fp32)"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="steps to time as well, after one that is not (0)")
+
+
 def fluid_step(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py fluid_step`."""
     parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))

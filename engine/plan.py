@@ -162,8 +162,10 @@ def render_summary(plan: dict[str, Any]) -> str:
     memory = plan["memory_bytes"]
     known = [value for value in memory.values() if value is not None]
     in_steps = plan["in_steps"]
+    frozen = plan["parameters"] - plan["trainable_parameters"]
     lines = [
-        f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained",
+        f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained"
+        + (f", {frozen:,} frozen" if frozen else ""),
         f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} "
         f"ranks x {plan['grad_accum_steps']} accumulation steps",
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "

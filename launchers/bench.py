@@ -22,6 +22,7 @@ BENCHMARKS = {
     "image_training": ("trunkline.benchmarks.image_training", "training of image classifiers against transformers"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "seq2seq_training": ("trunkline.benchmarks.seq2seq_training", "training of encoder-decoders against transformers"),
+    "seq2seq_memory": ("trunkline.benchmarks.seq2seq_memory", "what encoder-decoders keep for the backward pass"),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""

@@ -199,12 +199,16 @@ def planned_rules(model: nn.Module, config: RunConfig, lr: float) -> list[dict[s
     return list(rows.values())
 
 
-def tied_names(model: nn.Module, config: RunConfig) -> list[list[str]]:
+def tied_names(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """The names of each parameter that has more than one: what is done to one of them is done to all."""
-    return [list(one.names) for one in treatments(model, config) if len(one.names) > 1]
+    return [
+        {"names": list(one.names), "trained": one.parameter.requires_grad}
+        for one in treatments(model, config)
+        if len(one.names) > 1
+    ]
 
 
-def render_rules(rows: list[dict[str, Any]], tied: list[list[str]]) -> list[str]:
+def render_rules(rows: list[dict[str, Any]], tied: list[dict[str, Any]]) -> list[str]:
     """The lines of the plan that say how parameters are trained."""
     lines = []
     for row in rows:
@@ -212,4 +216,6 @@ def render_rules(rows: list[dict[str, Any]], tied: list[list[str]]) -> list[str]
         decay = "" if row["weight_decay"] is None else f"weight decay {row['weight_decay']:g}, "
         how = f"{decay}lr {row['learning_rate']:.3g}" if row["trained"] else "frozen"
         lines.append(f"parameters  {row['rule']}: {row['tensors']} {kind} of {row['elements']:,} elements, {how}")
-    return [*lines, *(f"tied        {' = '.join(names)}" for names in tied)]
+    for each in tied:
+        lines.append(f"tied        {' = '.join(each['names'])}{'' if each['trained'] else ', frozen'}")
+    return lines

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from trunkline.kernels.arguments import autocast_dtype, check_positive, check_tensors
 from trunkline.kernels.first_order import no_forward_mode, no_second_order
@@ -55,6 +56,8 @@ def relative_attention(
     """
     dtype = _check(query, key, value, query_document, key_document, bias, softmax_scale, dropout)
     no_forward_mode(_NAME, query, key, value, bias)
+    if isinstance(query, FakeTensor):  # which has no values to drop
+        dropout = 0.0
     seed = int(torch.randint(2**62, ())) if dropout else 0
     how = _How(bool(causal), softmax_scale, dropout, seed, dtype)
     return _Relative.apply(query, key, value, bias, query_document, key_document, how)[0]
@@ -156,9 +159,10 @@ def _tiles(query_document: Tensor, key_document: Tensor, heads: int, causal: boo
         seen &= place[:M] < place[n - 1 : T * n : n, None] + 1
     seen = F.pad(seen, (0, 0, 0, 0, 0, G * r - B)).view(G, r, T, M).any(1).to(torch.uint8)
     ranges = torch.stack([seen.argmax(2), M - seen.flip(2).argmax(2), seen.amax(2).long()], 2)
+    held = [[[0, M, 1]] * T] * G if isinstance(ranges, FakeTensor) else ranges.tolist()
     return [
         _Tile(slice(g * r, min(B, g * r + r)), slice(t * n, min(N, t * n + n)), slice(start, stop))
-        for g, row in enumerate(ranges.tolist())
+        for g, row in enumerate(held)
         for t, (start, stop, some) in enumerate(row)
         if some
     ]
@@ -207,7 +211,7 @@ def _rows_of_bias(bias: Tensor | None, tiles: list[_Tile], how: _How) -> Tensor 
     """The bias as often as a tile has queries, [H, n, W]."""
     if bias is None:
         return None
-    n = max((tile.queries.stop - tile.queries.start for tile in tiles), default=1)
+    n = max([1, *(tile.queries.stop - tile.queries.start for tile in tiles)])
     return bias.to(how.wide)[:, None].expand(-1, n, -1).clone(memory_format=torch.contiguous_format)
 
 

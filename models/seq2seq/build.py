@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.checkpoint.foreign import load_foreign
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.models.seq2seq.config import Seq2SeqModel, T5Shape
 from trunkline.models.seq2seq.network import Seq2Seq, scales_hidden
 from trunkline.models.text.file_format import FileFormat, shell_of
@@ -36,7 +36,6 @@ AUTO_CLASS = "AutoModelForSeq2SeqLM"
 
 FAMILIES = ("t5", "mt5")
 """model_type of the folders that are read: T5 1.0 and 1.1, Flan, byT5; and mT5."""
-
 
 HEAD = "lm_head.weight"
 _SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -116,6 +115,7 @@ def untie(lm: Any) -> None:
     scale = lm.config.d_model**-0.5 if scales_hidden(lm.config) else 1.0
     lm.lm_head.weight = nn.Parameter(lm.shared.weight.detach() * scale)
     lm.config.scale_decoder_outputs = False
+    lm.all_tied_weights_keys.pop(HEAD, None)  # transformers' list of what is tied
 
 
 def load_weights(network: Seq2Seq, path: Path, head: Head) -> str:
@@ -130,9 +130,15 @@ def load_weights(network: Seq2Seq, path: Path, head: Head) -> str:
         found[name] = tensor
         return tensor
 
-    line = load_foreign(
-        network, path, lambda name: f"lm.{name}", reshape=noted, fresh=[ours] if head == "untied" else []
-    )
+    try:
+        line = load_foreign(
+            network, path, lambda name: f"lm.{name}", reshape=noted, fresh=[ours] if head == "untied" else []
+        )
+    except CheckpointError as error:
+        twins = [found[name] for name in (ours, f"lm.{_SHARED[0]}") if name in found]
+        own = head == "tied" and len(twins) == 2 and not torch.equal(*twins)
+        remedy = "\n  Its head is not its embedding: set model.tie_word_embeddings to false" if own else ""
+        raise CheckpointError(f"model.weights: {error}{remedy}") from error
     shared = network.lm.shared.weight
     if head == "untied" and (ours not in found or torch.equal(found[ours].to(shared.dtype), shared)):
         with torch.no_grad():

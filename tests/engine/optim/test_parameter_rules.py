@@ -221,7 +221,8 @@ def test_the_plan_counts_each_rule_and_names_tied_parameters(tmp_path: Path) -> 
     summary = render_summary(make_plan(task, config, 1, freeze(Tied(), config)))
     assert "parameters  head.*: 1 weights of 12 elements, frozen" in summary
     assert "parameters  b*: 1 norms and biases of 3 elements, weight decay 0, lr 0.01" in summary
-    assert "tied        table.weight = head.weight" in summary
+    assert "24 parameters, 12 of them trained, 12 frozen\n" in summary
+    assert "tied        table.weight = head.weight, frozen" in summary
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trunkline.kernels.attention import relative
 from trunkline.kernels.attention.relative import relative_attention
@@ -251,3 +252,18 @@ def test_arguments_that_do_not_fit_are_value_errors() -> None:
     for change, message in bad:
         with pytest.raises(ValueError, match=message):
             relative_attention(**(good | change))
+
+
+@pytest.mark.usefixtures("tiles")
+def test_tensors_without_values_have_the_shapes_of_those_with_some() -> None:
+    with FakeTensorMode():
+        given = {
+            name: None if x is None else torch.empty(x.shape, requires_grad=True)
+            for name, x in inputs(2, 40, 50).items()
+        }
+        options = {"query_document": torch.zeros(2, 40).long(), "key_document": torch.zeros(2, 50).long()}
+        out, *gradients = value_and_gradients(
+            relative_attention, given, torch.empty(2, 40, 2, 8), **options, dropout=0.1
+        )
+    assert out.shape == (2, 40, 2, 8)
+    assert [x.shape for x in gradients] == [(2, 40, 2, 8), (2, 50, 2, 8), (2, 50, 2, 8), (2, 89)]
