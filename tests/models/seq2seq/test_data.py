@@ -216,8 +216,15 @@ def rows_of(folder: Path, split: str) -> list[float]:
     return [row["loss"] for row in rows if row["split"] == split]
 
 
-@pytest.mark.parametrize("kind", ["pairs", "text"])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        ("pairs", True),
+        ("text", False),
+        pytest.param("pairs", False, marks=pytest.mark.slow),
+        pytest.param("text", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns(pairs: Path, tmp_path: Path, kind: str, packing: bool) -> None:
     store = pairs if kind == "pairs" else toy_store(tmp_path, "text")
     settings = {"steps": 20, "eval_every": 20, "save_every": 20, "group_by_length": True, "num_workers": 2 * packing}
