@@ -5,7 +5,7 @@
     PackedPairs(pairs, room)                  a row of these a sample, as many as fit
     collate(rows, pad_id, room)               the batch
 
-A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, within the limits of `data`:
+A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, but no more than a row has room for:
 
     input_ids          [B, N] int64  what the encoder reads, PAD behind it
     input_document     [B, N] int64  the number of the sample within its row, -1 at padding
@@ -94,19 +94,19 @@ class PairSamples(Dataset[Pair]):
         left = source - self._first + 1, target + 1
         self.sides = np.stack([np.minimum(side, most) for side, most in zip(left, self._most, strict=True)], axis=1)
         self.lengths = self.sides.sum(axis=1)
-        keys, whats = ("max_source_length", "max_target_length"), ("prompts", "responses")
-        self.notes = [
-            f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off on "
-            f"the right; {np.maximum(side - most, 0).sum():,} tokens are lost"
-            for side, most, what, key in zip(left, self._most, whats, keys, strict=True)
-            if (side > most).any()
-        ]
+        self.notes = []
         if (shortened := self._first > 0).any():
-            self.notes.insert(
-                0,
+            self.notes.append(
                 f"{shortened.sum():,} of {len(source):,} talks are longer than data.max_source_length = "
-                f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost",
+                f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost"
             )
+        names = ("prompts", "max_source_length"), ("responses", "max_target_length")
+        for (what, key), side, most in zip(names, left, self._most, strict=True):
+            if (side > most).any():
+                self.notes.append(
+                    f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off "
+                    f"on the right; {np.maximum(side - most, 0).sum():,} tokens are lost"
+                )
 
     @property
     def arrays(self) -> list[Array]:
