@@ -298,6 +298,7 @@ def test_too_many_bad_records_show_before_anything_is_tokenized(tmp_path: Path) 
             "given as --source and as --test-source: leave it out of",
         ),
         (["--source", "{source}", "--fields", "a", "a"], "--fields a a: the prompt and the response need a field each"),
+        (["--source", "{source}", "--kind", "text", "--fields", "a", "b"], "--fields a b: goes with --kind pairs"),
         (["--source", "{source}", "--val-fraction", "0"], "--val-fraction 0: use a number between 0 and 1"),
         (
             ["--source", "{source}", "--val-fraction", "0.00001"],
