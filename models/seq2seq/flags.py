@@ -21,7 +21,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
         help="files (.parquet, .jsonl, .json, .csv, .tsv; of texts also .txt) or folders of them",
     )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, default="pairs", help="what the records are")
-    parser.add_argument("--fields", nargs=2, default=FIELDS, metavar=("PROMPT", "RESPONSE"), help="their names in pairs")
+    parser.add_argument("--fields", nargs=2, default=FIELDS, metavar=("PROMPT", "RESPONSE"), help="their names")
     parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="the folder to write")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
