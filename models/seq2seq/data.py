@@ -94,19 +94,18 @@ class PairSamples(Dataset[Pair]):
         left = source - self._first + 1, target + 1
         self.sides = np.stack([np.minimum(side, most) for side, most in zip(left, self._most, strict=True)], axis=1)
         self.lengths = self.sides.sum(axis=1)
-        self.notes = []
+        keys, whats = ("max_source_length", "max_target_length"), ("prompts", "responses")
+        self.notes = [
+            f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off on "
+            f"the right; {np.maximum(side - most, 0).sum():,} tokens are lost"
+            for side, most, what, key in zip(left, self._most, whats, keys, strict=True)
+            if (side > most).any()
+        ]
         if (shortened := self._first > 0).any():
             self.notes.append(
                 f"{shortened.sum():,} of {len(source):,} talks are longer than data.max_source_length = "
                 f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost"
             )
-        names = ("prompts", "max_source_length"), ("responses", "max_target_length")
-        for (what, key), side, most in zip(names, left, self._most, strict=True):
-            if (side > most).any():
-                self.notes.append(
-                    f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off "
-                    f"on the right; {np.maximum(side - most, 0).sum():,} tokens are lost"
-                )
 
     @property
     def arrays(self) -> list[Array]:

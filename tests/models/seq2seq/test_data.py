@@ -82,8 +82,8 @@ def test_a_talk_loses_its_oldest_turns_by_the_rule_of_turns(tmp_path: Path) -> N
         assert [samples[place].input.tolist() for place in range(4)] == expected
         assert samples.sides[:, 0].tolist() == [len(tokens) for tokens in expected]
     said = PairSamples(store, "train", limits(12, 8), EOS).notes
-    assert said[0].startswith("2 of 4 talks are longer than data.max_source_length = 12 and lose their oldest turns; ")
-    assert said[1].startswith("1 of 4 prompts are longer than data.max_source_length = 12 and cut off on the right; ")
+    assert said[1].startswith("2 of 4 talks are longer than data.max_source_length = 12 and lose their oldest turns; ")
+    assert said[0].startswith("1 of 4 prompts are longer than data.max_source_length = 12 and cut off on the right; ")
 
 
 def test_a_batch_says_what_is_read_and_written_of_which_pair(tmp_path: Path) -> None:
