@@ -25,7 +25,6 @@ from trunkline.engine.data.store import INDEX
 from trunkline.engine.data.store_writer import check_out, draft_of, finished
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
-from trunkline.models.seq2seq.byte_tokenizer import byte_tokenizer, is_byte_tokenizer
 from trunkline.models.seq2seq.conversion import Converter
 from trunkline.models.seq2seq.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 from trunkline.models.seq2seq.records import FIELDS, Kind, Record, content, pair_of, text_of
@@ -93,10 +92,9 @@ def prepare(
     check_out(out, *sources, *val_sources, *test_sources)
     if tokenizer is None:
         check_sizes(vocab_size, max_token_length)
-        given, is_bytes = None, False
+        given = None
     else:
-        is_bytes = is_byte_tokenizer(tokenizer)
-        given = byte_tokenizer(tokenizer) if is_bytes else load_tokenizer(tokenizer)
+        given = load_tokenizer(tokenizer)
         check_marks(given, tokenizer)
     made_from: dict[str, Any] = {
         "kind": kind,
@@ -118,7 +116,7 @@ def prepare(
         texts = (text for _, split, record in records.good() if split == "train" for text in _texts(record))
         used = train_tokenizer(texts, vocab_size, max_token_length=max_token_length) if given is None else given
         folder = draft / "tokenizer"
-        if tokenizer is None or is_bytes:
+        if tokenizer is None:
             used.save_pretrained(folder)
         else:
             copy_tokenizer(used, tokenizer, folder)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import pytest
 
 from tests.models.seq2seq.toy_data import write_lines
 from trunkline.engine.errors import ConfigError
-from trunkline.models.seq2seq.byte_tokenizer import byte_tokenizer, is_byte_tokenizer
 from trunkline.models.seq2seq.prepare import prepare
+from trunkline.models.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_every_text_has_the_tokens_that_transformers_gives(folder: Path) -> None
     from transformers import ByT5Tokenizer
 
     slow: Any = ByT5Tokenizer.from_pretrained(folder)
-    fast = byte_tokenizer(folder)
+    fast = load_tokenizer(folder)
     rng = np.random.default_rng(0)
     every = [chr(number) for number in range(1, 0x3000)]
     texts = ["", " a  b\n\tc ", "naïve 数字 🙂", *("".join(rng.choice(every, 40)) for _ in range(200))]
@@ -37,22 +38,25 @@ def test_every_text_has_the_tokens_that_transformers_gives(folder: Path) -> None
     assert fast.convert_tokens_to_ids("<extra_id_7>") == slow.convert_tokens_to_ids("<extra_id_7>")
 
 
-def test_a_store_keeps_it(folder: Path, tmp_path: Path) -> None:
-    assert is_byte_tokenizer(folder)
+def test_a_store_keeps_its_files(folder: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "t.jsonl", *({"prompt": f"é{number}", "response": "a"} for number in range(9)))
     val = write_lines(tmp_path / "v.jsonl", {"prompt": "x", "response": "y"})
     store, _ = prepare([source], tmp_path / "s", tokenizer=folder, val_sources=[val])
     assert store.vocab_size == 384
     assert store.inputs("train").tokens(3).tolist() == [byte + 3 for byte in "é3".encode()]
-    assert not is_byte_tokenizer(store.root / "tokenizer")
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in (store.root / "tokenizer").iterdir()) == names
+    assert all((store.root / "tokenizer" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert store.tokenizer().decode(store.inputs("train").tokens(3)) == "é3"
     assert not prepare([source], tmp_path / "s", tokenizer=folder, val_sources=[val])[1]
-    again, is_new = prepare([source], tmp_path / "s2", tokenizer=store.root / "tokenizer", val_sources=[val])
-    assert is_new
-    assert again.arrays == store.arrays
 
 
-def test_a_damaged_one_is_named(folder: Path) -> None:
-    (folder / "added_tokens.json").write_text("{")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": "x"}')
-    with pytest.raises(ConfigError, match="byt5: not a tokenizer that can be loaded"):
-        byte_tokenizer(folder)
+def test_one_with_other_marks_is_refused(folder: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(pad_token="<blank>").save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["0"]["content"] = "<other>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"byt5: not a tokenizer that can be loaded \(its first tokens are"):
+        load_tokenizer(folder)
