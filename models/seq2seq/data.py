@@ -5,7 +5,7 @@
     PackedPairs(pairs, room)                  a row of these a sample, as many as fit
     collate(rows, pad_id, room)               the batch
 
-A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, within the limits of `data`:
+A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, but no more than a row has room for:
 
     input_ids          [B, N] int64  what the encoder reads, PAD behind it
     input_document     [B, N] int64  the number of the sample within its row, -1 at padding
@@ -102,10 +102,9 @@ class PairSamples(Dataset[Pair]):
             if (side > most).any()
         ]
         if (shortened := self._first > 0).any():
-            self.notes.insert(
-                0,
+            self.notes.append(
                 f"{shortened.sum():,} of {len(source):,} talks are longer than data.max_source_length = "
-                f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost",
+                f"{self._most[0]} and lose their oldest turns; {self._first.sum():,} tokens are lost"
             )
 
     @property

@@ -86,7 +86,7 @@ def prepare(
     Raises ConfigError for settings that cannot be, and for an `out` that holds something else. Raises DataError for
     files that cannot be read, for more bad records than `max_bad_fraction` of all, and for a split left empty.
     """
-    _check_settings(sources, fields, val_fraction, max_bad_fraction)
+    _check_settings(sources, kind, fields, val_fraction, max_bad_fraction)
     files, val_files, test_files = (find_files(each, SUFFIXES[kind]) for each in (sources, val_sources, test_sources))
     _check_apart({"--source": files, "--val-source": val_files, "--test-source": test_files})
     check_out(out, *sources, *val_sources, *test_sources)
@@ -212,10 +212,12 @@ def _check_counts(counts: Counter[str], sources: Sequence[Path]) -> None:
 
 
 def _check_settings(
-    sources: Sequence[Path], fields: tuple[str, str], val_fraction: float, max_bad_fraction: float
+    sources: Sequence[Path], kind: Kind, fields: tuple[str, str], val_fraction: float, max_bad_fraction: float
 ) -> None:
     if not sources:
         raise ConfigError("--source: give the files to prepare, or folders of them")
+    if kind == "text" and fields != FIELDS:
+        raise ConfigError(f"--fields {' '.join(fields)}: goes with --kind pairs; a text is in the field 'text'")
     if fields[0] == fields[1]:
         raise ConfigError(f"--fields {fields[0]} {fields[1]}: the prompt and the response need a field each")
     if not 0 < val_fraction < 1:

@@ -88,8 +88,8 @@ def _random_ends(keys: Tensor, items: Tensor, parts: Tensor, width: int, most: i
 def corrupted(batch: dict[str, Tensor], pad_id: int, eos_id: int) -> dict[str, Tensor]:
     """`batch` with input_ids, decoder_input_ids and targets as trunkline.models.seq2seq.data has them.
 
-    It has `draw` and what trunkline.models.seq2seq.texts.collate gives, its documents among it, which say how long each
-    row is. So all shapes are known, and nothing waits for the device.
+    It has `draw` and what TextPieces.collate (trunkline.models.seq2seq.texts) gives, its documents among it, which say
+    how long each row is. So all shapes are known, and nothing waits for the device.
     """
     texts, length, spans, sentinels = (batch[name] for name in ("texts", "length", "spans", "sentinels"))
     mask = noise_mask(batch["draw"], length, batch["noise"], spans, texts.shape[1], sentinels.shape[1])

@@ -1,4 +1,4 @@
-"""Hugging Face's fast tokenizers from a folder.
+"""Hugging Face's fast tokenizers from a folder, and byT5's.
 
     load_tokenizer(folder)          checked; nothing is downloaded and no code of the folder runs
     vocabulary_size(tokenizer)      ids are 0 ... vocabulary_size - 1
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import check_regular
+from trunkline.models.text.byte_tokenizer import fast_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,7 +49,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The same, but it may lack an EOS token. Raises ConfigError."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, ByT5Tokenizer
 
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder: give a folder that holds a Hugging Face tokenizer")
@@ -59,6 +60,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         check_regular(folder)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if type(tokenizer) is ByT5Tokenizer:
+            tokenizer = fast_bytes(tokenizer)
     except Exception as error:  # transformers and tokenizers raise almost anything for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

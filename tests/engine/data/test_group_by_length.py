@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from tests.engine.tiny import Rows, TinyTask, tiny_config
 from trunkline.engine.checkpoint.resume import _meant
+from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.plan import planned_batches
@@ -101,6 +103,25 @@ class Measured(TinyTask):
         rows = super().dataset(split)
         rows.lengths = np.array([len(rows[place][0]) for place in range(len(rows))])  # type: ignore[attr-defined]
         return rows
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(tmp_path: Path, world: int) -> None:
+    config = tiny_config(tmp_path, training={"group_by_length": True})
+    task = Measured(config.data, config.model)
+
+    def draws(world: int, workers: int = 0) -> list[list[int]]:
+        """Of each step, in the order of the global batch."""
+        sizes = BatchSizes(8, 1, 8 // world, world)
+        batches, data = planned_batches(task, config, world, sizes), task.dataset("train")
+        spans = {"first_step": 2, "last_step": 9, "num_workers": workers, "pin_memory": False}
+        ranks = [list(training_loader(task, data, batches, sizes, rank, **spans)) for rank in range(world)]  # type: ignore[arg-type]
+        return [
+            [int(ranks[rank][step][micro]["draw"]) for micro in range(8 // world) for rank in range(world)]
+            for step in range(7)
+        ]
+
+    assert draws(world) == draws(1) == draws(1, workers=2)
 
 
 def run(config: RunConfig, folder: Path, resume: str = "none") -> list[Any]:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trunkline.engine.data.order import GlobalBatches
 from trunkline.models.seq2seq.packing import Room, choose_room, fill, pack
 
 
@@ -84,6 +85,21 @@ def test_the_room_is_in_the_proportion_of_the_data(swapped: bool) -> None:
     assert room.target / room.source == pytest.approx(lengths[:, 1].sum() / lengths[:, 0].sum(), rel=0.04)
     others = [Room(256, 256), Room(256, 1024), Room(1024, 256)]
     assert fill(lengths, room) > max(fill(lengths, other) for other in others)
+
+
+def test_real_tokens_by_each_way_of_making_batches() -> None:
+    """Of batches of 16, both sides padded to their longest: .43 random, .69 grouped by length; packed .92."""
+    lengths, share = chat_like(), {}
+    for name, by in (("random", None), ("grouped", lengths.sum(axis=1))):
+        batches = GlobalBatches(len(lengths), 16, 1, by)
+        sides = [lengths[batches.samples(step)].max(axis=0) for step in range(batches.per_epoch)]
+        share[name] = lengths.sum() / (16 * np.sum(sides))
+    share["packed"] = fill(lengths, choose_room(lengths))
+    assert {name: round(float(found), 2) for name, found in share.items()} == {
+        "random": 0.43,
+        "grouped": 0.69,
+        "packed": 0.92,
+    }
 
 
 def test_a_side_that_is_given_is_kept() -> None:

@@ -11,6 +11,7 @@ from trunkline.models.registry import make_task
 from trunkline.models.seq2seq.prepare import prepare
 from trunkline.models.seq2seq.store import Store
 from trunkline.models.seq2seq.texts import Texts
+from trunkline.models.text.linear_loss import IGNORE
 
 EOS = 1
 
@@ -81,6 +82,7 @@ def test_the_corruption_of_an_evaluation_is_one_and_of_training_another_each_epo
         )  # fmt: skip
         for step, (batch,) in enumerate(steps):
             whole = task.complete(batch)
+            assert task.weight(batch) == (whole["targets"][batch["valid"]] != IGNORE).sum()
             for row in np.flatnonzero(batch["valid"].numpy()):
                 length = int(batch["length"][row])
                 targets = whole["targets"][row]
