@@ -1,0 +1,139 @@
+"""--is_keep_training: everything is resumed, and a new length and rate hold from the present step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models.seq2seq.toy_pairs import toy_config
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.order import FILLER, GlobalBatches
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.launchers.train import main as launch
+from trunkline.models.registry import make_task
+
+AN_EPOCH, WARMUP = 9, 2
+
+
+def config_of(folder: Path, pairs: Path, **training: Any) -> RunConfig:
+    settings = {"steps": None, "epochs": 1, "eval_every": 3, "save_every": 9, **training}
+    params = {"lr": 0.003, "weight_decay": 0.0}
+    optimizer = {"optimizer": {"type": "AdamW", "params": params}, "train_micro_batch_size_per_gpu": 8}
+    return toy_config(folder, pairs, training=settings, deepspeed=optimizer)
+
+
+def train(folder: Path, *words: str) -> int:
+    return launch(["--config", str(folder / "config.json"), "--output_dir", str(folder / "run"), *words])
+
+
+def rows(folder: Path, split: str) -> list[dict[str, float]]:
+    lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["split"] == split]
+
+
+def rate(step: int, lr: float, total: int) -> float:
+    """WarmupCosine's, by its formula."""
+    progress = max(0, step - WARMUP) / (total - 1 - WARMUP)
+    return lr * min(1.0, (step + 1) / (WARMUP + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def by_hand(config: RunConfig, rates: list[float]) -> list[float]:
+    """The losses of a loop of torch alone, at these rates, over the samples of each step."""
+    task: Any = make_task(config)
+    seed_torch(config.training.seed, 0)
+    model, dataset = task.build_model(), task.dataset("train")
+    batches = GlobalBatches(len(dataset), 8, config.training.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
+    losses = []
+    for step, lr in enumerate(rates):
+        chosen = [dataset[place] for place in batches.samples(step) if place != FILLER]
+        batch = task.collate(chosen) | {"valid": torch.ones(len(chosen), dtype=torch.bool)}
+        loss = task.loss(model, batch)["loss"] / task.weight(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.fault("keep-training that starts over, or keeps the old rate and length")
+def test_a_new_length_and_rate_hold_from_the_present_step(
+    pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path, pairs)
+    assert train(tmp_path) == 0
+    capfd.readouterr()
+    more = ["--is_keep_training=True", "--epochs=2", "--learn_rate", "0.001"]
+    assert train(tmp_path, *more) == 0
+    said = capfd.readouterr().out
+    then, old = rate(9, 0.001, 18), rate(8, 0.003, 9)
+    assert old == 0.0
+    assert (
+        f"note: a new schedule holds from step 9 on, steps 9 -> 18, lr 0.003 -> 0.001: the rate there is {then:.3g}, "
+        "it would have been 0" in said
+    )
+    rates = [rate(step, 0.003, 9) for step in range(9)] + [rate(step, 0.001, 18) for step in range(9, 18)]
+    logged = rows(tmp_path, "train")
+    assert [row["step"] for row in logged] == list(range(1, 19))
+    assert [row["lr"] for row in logged] == pytest.approx(rates, rel=1e-12, abs=1e-18)
+    assert [row["loss"] for row in logged] == pytest.approx(by_hand(config, rates), rel=1e-5)
+
+    weights = load_file(tmp_path / "run/final/model.safetensors")
+    assert train(tmp_path, *more) == 0, "a second time: it is done, and stays as it is"
+    assert "a new schedule" not in capfd.readouterr().out
+    assert rows(tmp_path, "train") == logged
+    again = load_file(tmp_path / "run/final/model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+    assert train(tmp_path, *more, "--epochs=3") == 0, "and a third, for longer"
+    third = rows(tmp_path, "train")[18:]
+    assert [row["step"] for row in third] == list(range(19, 28))
+    assert [row["lr"] for row in third] == pytest.approx([rate(step, 0.001, 27) for step in range(18, 27)], abs=1e-18)
+    assert train(tmp_path, *more, "--epochs=1") == 2
+    assert "is at step 27, past this run's last step 9" in capfd.readouterr().err
+    assert train(tmp_path, "--is_keep_training=false", "--epochs=4") == 2
+    assert "of an earlier run; resume it with" in capfd.readouterr().err
+
+
+def test_the_best_and_the_patience_are_kept(pairs: Path, tmp_path: Path) -> None:
+    config_of(tmp_path, pairs, early_stopping={"patience": 2})
+    assert train(tmp_path, "--is_keep_training") == 0, "nothing is there yet: it starts at step 0"
+    best = min(rows(tmp_path, "val"), key=lambda row: row["loss"])
+    weights = load_file(tmp_path / "run/best/model.safetensors")
+    assert train(tmp_path, "--is_keep_training", "--epochs=3", "--learn_rate=1.0") == 0
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path, "val")}
+    assert min(losses, key=lambda step: losses[step]) == best["step"] == 9
+    kept = load_file(tmp_path / "run/best/model.safetensors")
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+    assert max(losses) == 15, "two evaluations without a gain"
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "InverseSqrt"])
+def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(
+    pairs: Path, tmp_path: Path, schedule: str
+) -> None:
+    from trunkline.engine.optim.schedules import learning_rates
+
+    params: dict[str, Any] = {"warmup": 4}
+    if schedule == "OneCycleLR":
+        params = {"max_lr": 0.005, "div_factor": 50, "cycle_momentum": False}
+    raw = json.loads((config_of(tmp_path, pairs), (tmp_path / "config.json").read_text())[1])
+    raw["deepspeed"] |= {"scheduler": {"type": schedule, "params": params}}
+    raw["deepspeed"]["optimizer"] = {"type": "AdamWScale", "params": {"lr": 1e-4}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert train(tmp_path, "--set=training.eval_every=9") == 0
+    assert train(tmp_path, "--set=training.eval_every=9", "--is_keep_training", "--epochs=2", "--learn_rate=5e-5") == 0
+    from trunkline.engine.config.deepspeed_section import Scheduler
+
+    found = [row["lr"] for row in rows(tmp_path, "train")][9:]
+    halved = {"max_lr": 0.0025, "total_steps": 18} if schedule == "OneCycleLR" else {}
+    section = Scheduler(type=schedule, params=params | halved)
+    assert found == pytest.approx(list(learning_rates(section, 5e-5, 18, list(range(9, 18))).values()), rel=1e-9)
