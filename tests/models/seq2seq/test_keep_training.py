@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.seq2seq.toy_pairs import toy_config
+from trunkline.engine.config.deepspeed_section import Scheduler
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.optim.schedules import learning_rates
 from trunkline.launchers.train import main as launch
 from trunkline.models.registry import make_task
 
@@ -104,35 +106,31 @@ def test_a_new_length_and_rate_hold_from_the_present_step(
 
 
 def test_the_best_and_the_patience_are_kept(pairs: Path, tmp_path: Path) -> None:
-    config_of(tmp_path, pairs, early_stopping={"patience": 2})
+    config_of(tmp_path, pairs, early_stopping={"patience": 5, "min_delta": 100})
     assert train(tmp_path, "--is_keep_training") == 0, "nothing is there yet: it starts at step 0"
-    best = min(rows(tmp_path, "val"), key=lambda row: row["loss"])
     weights = load_file(tmp_path / "run/best/model.safetensors")
-    assert train(tmp_path, "--is_keep_training", "--epochs=3", "--learn_rate=1.0") == 0
-    losses = {row["step"]: row["loss"] for row in rows(tmp_path, "val")}
-    assert min(losses, key=lambda step: losses[step]) == best["step"] == 9
+    assert train(tmp_path, "--is_keep_training", "--epochs=3", "--learn_rate=30") == 0
+    losses = {int(row["step"]): row["loss"] for row in rows(tmp_path, "val")}
+    assert list(losses) == [3, 6, 9, 12, 15, 18], "those of step 6 to 18 are five without a gain"
+    assert min(losses, key=lambda step: losses[step]) == 9, "which is of the run before"
     kept = load_file(tmp_path / "run/best/model.safetensors")
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
-    assert max(losses) == 15, "two evaluations without a gain"
 
 
 @pytest.mark.parametrize("schedule", ["OneCycleLR", "InverseSqrt"])
 def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(
     pairs: Path, tmp_path: Path, schedule: str
 ) -> None:
-    from trunkline.engine.optim.schedules import learning_rates
-
     params: dict[str, Any] = {"warmup": 4}
     if schedule == "OneCycleLR":
-        params = {"max_lr": 0.005, "div_factor": 50, "cycle_momentum": False}
-    raw = json.loads((config_of(tmp_path, pairs), (tmp_path / "config.json").read_text())[1])
-    raw["deepspeed"] |= {"scheduler": {"type": schedule, "params": params}}
+        params = {"max_lr": 0.005, "div_factor": 50, "cycle_momentum": False, "total_steps": "auto"}
+    config_of(tmp_path, pairs, eval_every=9)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["deepspeed"]["scheduler"] = {"type": schedule, "params": params}
     raw["deepspeed"]["optimizer"] = {"type": "AdamWScale", "params": {"lr": 1e-4}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert train(tmp_path, "--set=training.eval_every=9") == 0
-    assert train(tmp_path, "--set=training.eval_every=9", "--is_keep_training", "--epochs=2", "--learn_rate=5e-5") == 0
-    from trunkline.engine.config.deepspeed_section import Scheduler
-
+    assert train(tmp_path) == 0
+    assert train(tmp_path, "--is_keep_training", "--epochs=2", "--learn_rate=5e-5") == 0
     found = [row["lr"] for row in rows(tmp_path, "train")][9:]
     halved = {"max_lr": 0.0025, "total_steps": 18} if schedule == "OneCycleLR" else {}
     section = Scheduler(type=schedule, params=params | halved)
