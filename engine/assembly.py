@@ -106,9 +106,7 @@ class Assembly:
         progress = Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
         if "schedule" in self.found.state:
             now = followed(self.config, self.total_steps)
-            self.notes += note_of_change(
-                self.found.state["schedule"], now, progress.step, self.backend.learning_rate()
-            )
+            self.notes += note_of_change(self.found.state["schedule"], now, progress.step, self.backend.learning_rate())
         return progress
 
     def applied(self, progress: Progress) -> None:

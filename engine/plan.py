@@ -160,7 +160,8 @@ def render_summary(plan: dict[str, Any]) -> str:
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
         *(["in steps    " + ", ".join(f"{key} {steps}" for key, steps in in_steps.items())] if in_steps else []),
-        "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items())
+        "lr          "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items())
         + relative * ", each times the root mean square of the parameter",
         f"memory      {readable_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),

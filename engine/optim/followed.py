@@ -1,7 +1,7 @@
 """The schedule that a run follows, as its checkpoints keep it: what a resume says where it follows another one.
 
-    kept["schedule"] = followed(config, total_steps) | {"rate": backend.learning_rate()}
-    note_of_change(kept, followed(config, total_steps), step, rate)
+kept["schedule"] = followed(config, total_steps) | {"rate": backend.learning_rate()}
+note_of_change(kept, followed(config, total_steps), step, rate)
 """
 
 from __future__ import annotations

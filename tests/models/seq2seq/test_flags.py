@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.models.seq2seq.toy_data import toy_store as toy_texts
 from tests.models.seq2seq.toy_pairs import SHAPE, toy_config
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes
 from trunkline.engine.config.run_config import RunConfig, checked, load_config
@@ -203,7 +204,9 @@ def toy_words(pairs: Path, folder: Path, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_every_value_is_planned_with_its_origin(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_value_is_planned_with_its_origin(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--is_finetune=True", *FROM, "--learn_rate=1e-3", "--epochs", "2"]
     assert launch(toy_words(pairs, tmp_path, *words, "--plan")) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -277,3 +280,21 @@ def test_what_is_shipped_is_the_flags_meaning(name: str) -> None:
         assert schedule is not None
         assert (schedule.type, schedule.params) == ("InverseSqrt", {"warmup": 10_000})
         assert json.loads((ROOT / f"configs/seq2seq/{name}.json").read_text())["data"]["max_target_length"] == 114
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("chat", 187_692_288), ("chat-finetune", 94_396_032), ("t5-base-span-corruption", None)],
+)
+def test_what_is_shipped_is_planned(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, trained: int | None
+) -> None:
+    store = toy_texts(tmp_path, "text") if trained is None else pairs
+    words = ["--config", f"seq2seq/{name}", "--store", str(store), "--plan", "json"]
+    if name == "chat-finetune":
+        words += ["--set", "model.path=null", "--set", "model.preset=chat"]
+    assert launch(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trainable_parameters"] == (trained or plan["parameters"])
+    assert plan["origins"]["data.store"] == "--store"

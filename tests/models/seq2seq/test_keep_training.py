@@ -17,17 +17,19 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.optim.schedules import learning_rates
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.trainer import Trainer
 from trunkline.launchers.train import main as launch
 from trunkline.models.registry import make_task
 
 AN_EPOCH, WARMUP = 9, 2
 
 
-def config_of(folder: Path, pairs: Path, **training: Any) -> RunConfig:
+def config_of(folder: Path, pairs: Path, section: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     settings = {"steps": None, "epochs": 1, "eval_every": 3, "save_every": 9, **training}
-    params = {"lr": 0.003, "weight_decay": 0.0}
-    optimizer = {"optimizer": {"type": "AdamW", "params": params}, "train_micro_batch_size_per_gpu": 8}
-    return toy_config(folder, pairs, training=settings, deepspeed=optimizer)
+    plain = {"type": "AdamW", "params": {"lr": 0.003, "weight_decay": 0.0}}
+    section = {"optimizer": plain, "train_micro_batch_size_per_gpu": 8} | (section or {})
+    return toy_config(folder, pairs, training=settings, deepspeed=section)
 
 
 def train(folder: Path, *words: str) -> int:
@@ -105,11 +107,16 @@ def test_a_new_length_and_rate_hold_from_the_present_step(
     assert "of an earlier run; resume it with" in capfd.readouterr().err
 
 
+def run(config: RunConfig, folder: Path) -> None:
+    Trainer(make_task(config), config, start(), folder / "run", resume="auto").run()
+
+
 def test_the_best_and_the_patience_are_kept(pairs: Path, tmp_path: Path) -> None:
-    config_of(tmp_path, pairs, early_stopping={"patience": 5, "min_delta": 100})
-    assert train(tmp_path, "--is_keep_training") == 0, "nothing is there yet: it starts at step 0"
+    settings = {"early_stopping": {"patience": 5, "min_delta": 100}}
+    run(config_of(tmp_path, pairs, **settings), tmp_path)
     weights = load_file(tmp_path / "run/best/model.safetensors")
-    assert train(tmp_path, "--is_keep_training", "--epochs=3", "--learn_rate=30") == 0
+    too_fast = {"type": "AdamW", "params": {"lr": 30.0, "weight_decay": 0.0}}
+    run(config_of(tmp_path, pairs, {"optimizer": too_fast}, epochs=3, **settings), tmp_path)
     losses = {int(row["step"]): row["loss"] for row in rows(tmp_path, "val")}
     assert list(losses) == [3, 6, 9, 12, 15, 18], "those of step 6 to 18 are five without a gain"
     assert min(losses, key=lambda step: losses[step]) == 9, "which is of the run before"
@@ -117,21 +124,17 @@ def test_the_best_and_the_patience_are_kept(pairs: Path, tmp_path: Path) -> None
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("schedule", ["OneCycleLR", "InverseSqrt"])
-def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(
-    pairs: Path, tmp_path: Path, schedule: str
-) -> None:
-    params: dict[str, Any] = {"warmup": 4}
-    if schedule == "OneCycleLR":
-        params = {"max_lr": 0.005, "div_factor": 50, "cycle_momentum": False, "total_steps": "auto"}
-    config_of(tmp_path, pairs, eval_every=9)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    raw["deepspeed"]["scheduler"] = {"type": schedule, "params": params}
-    raw["deepspeed"]["optimizer"] = {"type": "AdamWScale", "params": {"lr": 1e-4}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert train(tmp_path) == 0
-    assert train(tmp_path, "--is_keep_training", "--epochs=2", "--learn_rate=5e-5") == 0
-    found = [row["lr"] for row in rows(tmp_path, "train")][9:]
-    halved = {"max_lr": 0.0025, "total_steps": 18} if schedule == "OneCycleLR" else {}
-    section = Scheduler(type=schedule, params=params | halved)
-    assert found == pytest.approx(list(learning_rates(section, 5e-5, 18, list(range(9, 18))).values()), rel=1e-9)
+@pytest.mark.parametrize("kind", ["OneCycleLR", "InverseSqrt"])
+def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(pairs: Path, tmp_path: Path, kind: str) -> None:
+    expected: list[float] = []
+    for epochs, lr in ((1, 1e-4), (2, 5e-5)):
+        params: dict[str, Any] = {"warmup": 4}
+        if kind == "OneCycleLR":
+            params = {"max_lr": 50 * lr, "div_factor": 50, "cycle_momentum": False, "total_steps": AN_EPOCH * epochs}
+        section = {
+            "optimizer": {"type": "AdamWScale", "params": {"lr": lr}}, "scheduler": {"type": kind, "params": params}
+        }  # fmt: skip
+        run(config_of(tmp_path, pairs, section, epochs=epochs, eval_every=9), tmp_path)
+        rates = learning_rates(Scheduler(**section["scheduler"]), lr, AN_EPOCH * epochs, list(range(AN_EPOCH * epochs)))
+        expected += list(rates.values())[len(expected) :]
+    assert [row["lr"] for row in rows(tmp_path, "train")] == pytest.approx(expected, rel=1e-9)
