@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 
 from tests.models.seq2seq.toy_pairs import toy_config
 from trunkline.engine.config.deepspeed_section import Scheduler
-from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
-from trunkline.launchers.train import main as launch
-from trunkline.models.registry import make_task
+from trunkline.launchers.command_line import parse
+from trunkline.models.registry import config_sections, make_task
 
 AN_EPOCH, WARMUP = 9, 2
 
@@ -32,8 +33,12 @@ def config_of(folder: Path, pairs: Path, section: dict[str, Any] | None = None, 
     return toy_config(folder, pairs, training=settings, deepspeed=section)
 
 
-def train(folder: Path, *words: str) -> int:
-    return launch(["--config", str(folder / "config.json"), "--output_dir", str(folder / "run"), *words])
+def train(folder: Path, *words: str) -> None:
+    """What the launcher does with these words, without its report."""
+    command = parse(["--config", str(folder / "config.json"), *words])
+    config = checked(command.draft(1), config_sections)
+    resume = command.arguments.resume or "none"
+    Trainer(make_task(config), config, start(), folder / "run", resume=resume).run()
 
 
 def rows(folder: Path, split: str) -> list[dict[str, float]]:
@@ -73,10 +78,10 @@ def test_a_new_length_and_rate_hold_from_the_present_step(
     pairs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path, pairs)
-    assert train(tmp_path) == 0
+    train(tmp_path)
     capfd.readouterr()
     more = ["--is_keep_training=True", "--epochs=2", "--learn_rate", "0.001"]
-    assert train(tmp_path, *more) == 0
+    train(tmp_path, *more)
     said = capfd.readouterr().out
     then, old = rate(9, 0.001, 18), rate(8, 0.003, 9)
     assert old == 0.0
@@ -91,20 +96,20 @@ def test_a_new_length_and_rate_hold_from_the_present_step(
     assert [row["loss"] for row in logged] == pytest.approx(by_hand(config, rates), rel=1e-5)
 
     weights = load_file(tmp_path / "run/final/model.safetensors")
-    assert train(tmp_path, *more) == 0, "a second time: it is done, and stays as it is"
+    train(tmp_path, *more)  # a second time: it is done, and stays as it is
     assert "a new schedule" not in capfd.readouterr().out
     assert rows(tmp_path, "train") == logged
     again = load_file(tmp_path / "run/final/model.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
-    assert train(tmp_path, *more, "--epochs=3") == 0, "and a third, for longer"
+    train(tmp_path, *more, "--epochs=3")  # and a third, for longer
     third = rows(tmp_path, "train")[18:]
     assert [row["step"] for row in third] == list(range(19, 28))
     assert [row["lr"] for row in third] == pytest.approx([rate(step, 0.001, 27) for step in range(18, 27)], abs=1e-18)
-    assert train(tmp_path, *more, "--epochs=1") == 2
-    assert "is at step 27, past this run's last step 9" in capfd.readouterr().err
-    assert train(tmp_path, "--is_keep_training=false", "--epochs=4") == 2
-    assert "of an earlier run; resume it with" in capfd.readouterr().err
+    with pytest.raises(CheckpointError, match="is at step 27, past this run's last step 9"):
+        train(tmp_path, *more, "--epochs=1")
+    with pytest.raises(ConfigError, match="of an earlier run; resume it with"):
+        train(tmp_path, "--is_keep_training=false", "--epochs=4")
 
 
 def run(config: RunConfig, folder: Path) -> None:
