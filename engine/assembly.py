@@ -22,7 +22,8 @@ import torch
 from trunkline.engine.backends import Backend, prepare_backend
 from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.backends.model_options import apply_options
-from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
+from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trunkline.engine.assembly import Assembly
 from trunkline.engine.checkpoint.assets import keep_assets
 from trunkline.engine.checkpoint.best import FINAL, BestWeights
-from trunkline.engine.checkpoint.checkpoints import Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.other_programs import NewBest, start_from
 from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
 from trunkline.engine.config.deepspeed_section import own_classes, parameter_dtype
@@ -25,7 +25,6 @@ from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.store import verify_together
-from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
@@ -49,12 +48,6 @@ from trunkline.engine.run import Run
 from trunkline.engine.step import Stepper, StepResult
 from trunkline.engine.task import Batch, Task, checked_task
 from trunkline.engine.validation import Validation
-
-
-class InterruptedRunError(TrunklineError):
-    """The run was asked to stop; what it had done is saved."""
-
-    heading, status = "stopped", stopping.EXIT_CODE
 
 
 class Trainer(Run):
@@ -123,7 +116,11 @@ class Trainer(Run):
         self.checkpoints.open_for_writing()
         found = find_checkpoint(resume, self.checkpoints, known, self.total_steps, accept_new_data, type(config.model))
         if settings.start_from is not None:
-            found = self._started_from(Path(settings.start_from), found, known)
+            self.begin(f"reading {settings.start_from}")
+            found, said = start_from(
+                settings.start_from, found, task, config, self.checkpoints, known, self.total_steps, self.batches
+            )
+            self.say("\n".join(said))
         elif resume == "auto" and found is None:
             self.say(f"{folder} holds no checkpoint yet: starting at step 0")
 
@@ -151,29 +148,10 @@ class Trainer(Run):
         self.room = Room(self)
         self.stepper, self.validation = Stepper(self, self.room), Validation(self, self.room)
 
-    def _started_from(self, other: Path, found: Checkpoint | None, known: dict[str, Any]) -> Checkpoint:
-        """What another program has saved, unless there is a checkpoint of the run's own."""
-        if found is not None:
-            if (before := found.state.get("started_from", str(other))) != str(other):
-                raise ConfigError(
-                    f"training.start_from: {other}: {found.path} was made from {before}: name that, or another "
-                    "--output-dir"
-                )
-            self.say(f"note: {found.path} is resumed from, so {other} is left out")
-            return found
-        self.begin(f"reading {other}")
-        taken, notes = start_from(
-            other, self.task, self.config, self.checkpoints, known, self.total_steps, self.batches.per_epoch
-        )  # fmt: skip
-        said = [f"the run begins with {other}, now {taken.path}", *(f"note: {other}: {note}" for note in notes)]
-        self.say("\n".join(said))
-        return taken
-
     def _open_trackers(self) -> None:
-        progress, config = self.progress, self.config
         self.trackers = make_trackers(
-            config.training.trackers, self.folder, config.as_dict(), progress.step, True, progress.evaluation_due,
-            self.task.tracking, self.batches.per_epoch,
+            self.config.training.trackers, self.folder, self.config.as_dict(), self.progress.step, True,
+            self.progress.evaluation_due, self.task.tracking, self.batches.per_epoch,
         )  # fmt: skip
 
     @contextmanager
@@ -219,7 +197,7 @@ class Trainer(Run):
             self.save()
         self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
-        raise InterruptedRunError(f"by {why} {where}; resume with --resume auto --output-dir {self.folder}")
+        raise stopping.InterruptedRunError(f"by {why} {where}; resume with --resume auto --output-dir {self.folder}")
 
     def _train(self) -> None:
         """The loop: read, step, log, evaluate, save."""
@@ -283,20 +261,22 @@ class Trainer(Run):
         self.checkpoints.wait()  # so that no two copies of the state are held at once
         self._saved_step = self.progress.step
         self.backend.prefetch()  # for the probe and the step after it, while the state is copied
-        then = self._new_best().hand_over if self.progress.is_best and self.progress.best_metrics else lambda path: None
+        then = best.hand_over if (best := self._new_best()) is not None else lambda path: None
         self.stepper.keep_means()
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
 
     def _hand_over_again(self) -> None:
         """The new best of the checkpoint that the run resumes from: it may have been killed before the task had it."""
-        progress = self.progress
-        if self._saved_step == progress.step and progress.is_best and progress.best_metrics:
-            path, best = self.checkpoints.folder / f"step-{progress.step:08d}", self._new_best()
+        if self._saved_step == self.progress.step and (best := self._new_best()) is not None:
+            path = self.checkpoints.folder / f"step-{self.progress.step:08d}"
             on_main(lambda: best.hand_over(path), self.ranks, f"{path}: cannot be handed over")
 
-    def _new_best(self) -> NewBest:
+    def _new_best(self) -> NewBest | None:
+        """What the task is told of this step, if its evaluation is the best so far."""
         progress = self.progress
+        if not (progress.is_best and progress.best_metrics):
+            return None
         return NewBest(
             self.task, self.folder, [name for name, _ in self.backend.module.named_parameters()],
             self.config.deepspeed, progress.best_metrics, progress.step, progress.step - progress.skipped_steps,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
@@ -64,3 +69,32 @@ def test_every_package_has_one_version_for_each_python(python: str) -> None:
 def test_every_package_is_pinned_for_every_python() -> None:
     first, *others = (_pins(python).keys() for python in PYTHONS)
     assert all(names == first for names in others)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py says."""
+    said: dict[str, Any] = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: said.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    return said
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_setup_py_asks_for_has_a_floor_that_the_pinned_version_reaches(asked: dict[str, Any], python: str) -> None:
+    pins = _pins(python)
+    extras = (line for lines in asked["extras_require"].values() for line in lines)
+    requirements = [Requirement(line) for line in (*asked["install_requires"], *extras)]
+    outside = [each for each in requirements if each.name != "trunkline"]
+    assert {"torch", "jinja2", "mypy", "wandb", "onnxscript"} <= {each.name for each in outside}
+    for requirement in outside:
+        assert [each.operator for each in requirement.specifier] == [">="], requirement
+        (pinned,) = pins[canonicalize_name(requirement.name)]
+        assert pinned in requirement.specifier, f"{requirement}, but {pinned} is pinned"
+
+
+def test_setup_py_admits_the_pythons_that_the_pins_are_for(asked: dict[str, Any]) -> None:
+    admitted = SpecifierSet(asked["python_requires"])
+    assert [version for version in ("3.9", *PYTHONS, "3.14") if version in admitted] == list(PYTHONS)
+    assert [each.rpartition(" ")[2] for each in asked["classifiers"]] == list(PYTHONS)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline.engine.backends import Stepped
+from trunkline.engine.backends.zero_layout import ZeroLayout
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
@@ -124,7 +125,7 @@ class DeepSpeedBackend:
         self.engine.eval = MethodType(nn.Module.eval, self.engine)
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
-        self._ranks = ranks
+        self._ranks, self._layout = ranks, ZeroLayout(self.engine, ranks)
         if hasattr(scaler := self._dynamic_scaler(), "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # the trainer ends the run, and not at the first such step
         self._micro_step = 0
@@ -145,7 +146,7 @@ class DeepSpeedBackend:
                 fragment.owner.view(-1)[part] = whole[fragment.start : fragment.start + fragment.length].to(
                     fragment.owner.device
                 )
-        if self._unsharded_masters():
+        if self._layout.unsharded_masters():
             self.optimizer.state.clear()
         self.restore_derived(0, {})
 
@@ -195,8 +196,7 @@ class DeepSpeedBackend:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer inside DeepSpeed's wrapper."""
-        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        return self._layout.optimizer
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.module)  # ZeRO 3 gathers what a module needs when it is called
@@ -230,39 +230,7 @@ class DeepSpeedBackend:
         """Nothing: ZeRO 0 to 2 keep parameters whole, ZeRO 3 prefetches by itself."""
 
     def fragments(self) -> list[Fragment]:
-        world = (self._ranks.world_size, self._ranks.rank)
-        masters = self._unsharded_masters()
-        found = []
-        for name, parameter in self.module.named_parameters():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if hasattr(parameter, "ds_id"):
-                found.append(self._zero3_fragment(name, shape, parameter))
-            elif hasattr(parameter, "_hp_mapping"):
-                found.append(self._zero12_fragment(name, shape, parameter))
-            else:
-                owner, offset = masters.get(parameter, (parameter, 0))
-                found.append(Fragment(name, shape, owner, offset, 0, parameter.numel(), *world))
-        return found
-
-    def _zero3_fragment(self, name: str, shape: tuple[int, ...], parameter: Any) -> Fragment:
-        """ZeRO 3 splits each parameter into equal parts, the last of them filled up."""
-        zero = self.engine.optimizer
-        part = parameter.partition_numel()
-        start = min(part * self._ranks.rank, parameter.ds_numel)
-        length = min(part, parameter.ds_numel - start)
-        if not parameter.requires_grad:
-            return Fragment(name, shape, parameter.ds_tensor, 0, start, length)
-        group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-        return Fragment(name, shape, zero.fp32_partitioned_groups_flat[group], offset, start, length)
-
-    def _zero12_fragment(self, name: str, shape: tuple[int, ...], parameter: Any) -> Fragment:
-        """ZeRO 1 and 2 lay the parameters of a group end to end and split the whole; a part may lie elsewhere."""
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return Fragment(name, shape, parameter, 0, 0, 0)
-        owner = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Fragment(name, shape, owner, here.start, there.start, here.numel)
+        return self._layout.fragments()
 
     def loss_scaler(self) -> dict[str, float]:
         scaler = self._dynamic_scaler()
@@ -271,16 +239,7 @@ class DeepSpeedBackend:
         return {ours: getattr(scaler, theirs) for ours, theirs in _SCALER.items() if hasattr(scaler, theirs)}
 
     def refresh(self) -> None:
-        wrapper = self.engine.optimizer
-        if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
-            for group in range(len(wrapper.fp32_partitioned_groups_flat)):
-                wrapper._reassign_or_swap_out_partitioned_parameters(group)
-            wrapper.checkpoint_event_epilogue()
-        elif hasattr(wrapper, "update_lp_params"):  # ZeRO 1 and 2
-            wrapper._hp_optimizer_states_linked = False
-            wrapper.update_lp_params()
-        for parameter, (master, offset) in self._unsharded_masters().items():
-            parameter.data.copy_(master.view(-1)[offset : offset + parameter.numel()].view(parameter.shape))
+        self._layout.refresh()
 
     def restore_derived(self, applied_steps: int, loss_scaler: dict[str, float]) -> None:
         self.refresh()
@@ -302,36 +261,9 @@ class DeepSpeedBackend:
         _forget_zero3_modules(set(self.module.modules()))
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        masters = self._unsharded_masters()
-        for name, parameter in self.module.named_parameters():
-            if parameter in masters:
-                owner, offset = masters[parameter]
-                whole = owner.view(-1)[offset : offset + parameter.numel()].view(parameter.shape)
-            else:
-                whole = safe_get_full_fp32_param(parameter)
-            with GatheredParameters([parameter], enabled=whole is None and hasattr(parameter, "ds_id")):  # frozen
-                yield name, (parameter if whole is None else whole).detach().to("cpu", copy=True)
+        yield from self._layout.whole_parameters()
         for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
-
-    def _unsharded_masters(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
-        """Where ZeRO 0 keeps the fp32 copy of a half-precision parameter: a tensor, and the offset in it."""
-        wrapper = self.engine.optimizer
-        if self.engine.zero_optimization() or not hasattr(wrapper, "fp16_groups"):
-            return {}
-        found = {}
-        for index, group in enumerate(wrapper.fp16_groups):
-            offset = 0
-            for place, parameter in enumerate(group):
-                if hasattr(wrapper, "fp32_groups_flat"):
-                    found[parameter] = wrapper.fp32_groups_flat[index], offset
-                    offset += parameter.numel()
-                else:
-                    found[parameter] = wrapper.fp32_groups[index][place], 0
-        return found
 
 
 def _forget_zero3_modules(modules: set[nn.Module]) -> None:

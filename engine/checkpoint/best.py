@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trunkline.engine.checkpoint.assets import copy_assets
-from trunkline.engine.checkpoint.checkpoints import Checkpoint, verify
 from trunkline.engine.checkpoint.digests import check_digests, recorded, replace_files
 from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.checkpoint.manifest import Checkpoint, verify
 from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
 from trunkline.engine.config.run_config import Best
 from trunkline.engine.errors import CheckpointError

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint
+from trunkline.engine.checkpoint.checkpoints import BACKEND
+from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.checkpoint.weights import INDEX, WEIGHTS, metadata_of
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import save_tensors, write_json

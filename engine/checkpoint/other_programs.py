@@ -2,7 +2,7 @@
 
     best = NewBest(...)
     best.hand_over(path)            when the checkpoint at `path` is whole: the task's write_best gets its state
-    start_from(path, ...)           what the task's read_state finds, as a checkpoint of the run's own
+    start_from(other, ...)          what the task's read_state finds, as a checkpoint of the run's own
 
 So weights, optimizer and step hold on any backend, stage and number of ranks.
 """
@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
+from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.run_config import RunConfig
-from trunkline.engine.errors import CheckpointError
+from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler
 from trunkline.engine.progress import Progress
@@ -70,17 +72,30 @@ class NewBest:
 
 
 def start_from(
-    path: Path, task: Task, config: RunConfig, checkpoints: Checkpoints, identity: dict[str, Any], total_steps: int,
-    steps_per_epoch: int,
+    other: str, found: Checkpoint | None, task: Task, config: RunConfig, checkpoints: Checkpoints,
+    identity: dict[str, Any], total_steps: int, batches: GlobalBatches,
 ) -> tuple[Checkpoint, list[str]]:  # fmt: skip
-    """Write what another program has saved at `path` as a checkpoint of the run. Called on all ranks.
+    """The checkpoint to begin with: what another program has saved at `other`, written as one of the run's own.
 
-    Returns it, and lines for whoever starts the run. Raises CheckpointError on all ranks.
+    What the run itself has saved before, `found`, comes first. Called on all ranks.
+
+    Returns it, and lines for whoever starts the run.
+
+    Raises:
+        ConfigError: `found` was made from what lies elsewhere.
+        CheckpointError: on all ranks, if `other` cannot be read.
     """
+    path = Path(other)
+    if found is not None:
+        if (before := found.state.get("started_from", str(path))) != str(path):
+            raise ConfigError(
+                f"training.start_from: {path}: {found.path} was made from {before}: name that, or another --output-dir"
+            )
+        return found, [f"note: {found.path} is resumed from, so {path} is left out"]
     notes: list[str] = []
 
     def write() -> Path:
-        state = task.read_state(path, steps_per_epoch)
+        state = task.read_state(path, batches.per_epoch)
         notes.extend(state.notes)
         if state.step > total_steps:
             raise CheckpointError(f"{path}: is at step {state.step}, past this run's last step {total_steps}")
@@ -104,7 +119,8 @@ def start_from(
     on_main(lambda: written.append(write()), checkpoints.ranks, f"{path}: cannot be read into a checkpoint")
     where = from_main(written[0] if written else None, checkpoints.ranks)
     assert where is not None
-    return checkpoints.load(where), notes
+    taken = checkpoints.load(where)
+    return taken, [f"the run begins with {path}, now {taken.path}", *(f"note: {path}: {note}" for note in notes)]
 
 
 def _kept_by(section: DeepSpeedSection) -> set[str]:

@@ -24,7 +24,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from trunkline.engine.backends import Backend
-from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoint, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
+from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.config.deepspeed_section import parameter_dtype
 from trunkline.engine.config.meaning import meaning_of
 from trunkline.engine.config.run_config import RunConfig

@@ -25,11 +25,11 @@ import hashlib
 import json
 import os
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -43,7 +43,6 @@ INDEX, VERIFIED = "store.json", ".verified.json"
 VERSION = 2
 MAX_INDEX_BYTES = 256 << 20
 MAX_OPEN_FILES, MAX_OPEN_MAPS = 256, 8
-_V = TypeVar("_V")
 _S = TypeVar("_S", bound="ArrayStore")
 
 
@@ -111,8 +110,8 @@ class ArrayStore:
         self.facts: dict[str, Any] = index["facts"]
         self.fingerprint: str = index["fingerprint"]
         self._verified: dict[str, list[Any]] = {}
-        self._open = _Recent(MAX_OPEN_FILES, self._verified_file)
-        self._map = _Recent(MAX_OPEN_MAPS, lambda name: self._open(name).map())
+        self._open = lru_cache(MAX_OPEN_FILES)(self._verified_file)
+        self._map = lru_cache(MAX_OPEN_MAPS)(lambda name: self._open(name).map())
 
     @classmethod
     def open(cls: type[_S], root: Path | str) -> _S:
@@ -274,21 +273,6 @@ def fingerprint(index: dict[str, Any]) -> str:
     """Names the content that an index describes: SHA-256, hexadecimal."""
     content = {name: index[name] for name in ("workload", "arrays", "files", "facts")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _Recent(Generic[_V]):
-    """A function of names, of which the values used last are kept, at most `size` of them."""
-
-    def __init__(self, size: int, make: Callable[[str], _V]) -> None:
-        self._size, self._make, self.values = size, make, OrderedDict[str, _V]()
-
-    def __call__(self, name: str) -> _V:
-        if name not in self.values:
-            self.values[name] = self._make(name)
-            while len(self.values) > self._size:
-                self.values.popitem(last=False)
-        self.values.move_to_end(name)
-        return self.values[name]
 
 
 def _inside(name: str) -> bool:

@@ -25,6 +25,8 @@ from typing import Any
 
 import psutil
 
+from trunkline.engine.errors import TrunklineError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_CODE = 75
 """Of a run that was stopped and is worth resuming: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -39,6 +41,12 @@ _LOOK_EVERY_S = 1.0
 _reasons: list[str] = []  # appended to by a handler and by a thread, which needs no lock
 _deferring = 0
 _listener: _Listener | None = None
+
+
+class InterruptedRunError(TrunklineError):
+    """The run was asked to stop; what it had done is saved."""
+
+    heading, status = "stopped", EXIT_CODE
 
 
 def requested() -> str | None:

@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline.engine.task import Batch, Sums
 from trunkline.models.causal_lm.config import DPO
+from trunkline.models.causal_lm.data import IGNORE
 from trunkline.models.causal_lm.network import CausalLM
+
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+"""As TRL names them."""
 
 
 class Preference(NamedTuple):
@@ -35,6 +40,26 @@ def dpo_loss(policy: Tensor, reference: Tensor, options: DPO) -> Preference:
     # log sigmoid(x) as torch computes it, -softplus(-x), is exact where sigmoid(x) is 0 in fp32
     loss = -(1 - smooth) * F.logsigmoid(margin) - smooth * F.logsigmoid(-margin)
     return Preference(loss, rewards[:, 0].detach(), rewards[:, 1].detach())
+
+
+def pair_sums(policy: Tensor, reference: Tensor, batch: Batch, options: DPO) -> Sums:
+    """Loss and rewards, and how often the chosen answer's tokens are the likelier ones on average, under both.
+
+    policy, reference: log-probabilities [B, 2] of (chosen, rejected)
+    """
+    tokens = (batch["targets"] != IGNORE).sum(2).clamp(min=1)
+    policy_mean, reference_mean = policy / tokens, reference / tokens
+    found = dpo_loss(*((policy_mean, reference_mean) if options.length_average else (policy, reference)), options)
+    margin = found.chosen_reward - found.rejected_reward
+    rewards = (found.chosen_reward, found.rejected_reward, margin, margin > 0)
+    each = {
+        "loss": found.loss,
+        **dict(zip(REWARDS, rewards, strict=True)),
+        "prefers_chosen": policy_mean[:, 0] > policy_mean[:, 1],
+        "reference_prefers_chosen": reference_mean[:, 0] > reference_mean[:, 1],
+    }
+    valid = batch["valid"]
+    return {key: (value * valid).sum() for key, value in each.items()} | {"pairs": valid.sum()}
 
 
 class PolicyAndReference(nn.Module):

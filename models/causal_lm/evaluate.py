@@ -29,7 +29,7 @@ from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
-from trunkline.models.causal_lm.dpo import PolicyAndReference
+from trunkline.models.causal_lm.dpo import PolicyAndReference, pair_sums
 from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.plots import plot_margins, plot_positions
 from trunkline.models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
@@ -130,7 +130,7 @@ def _compare_preferences(result: Comparison, held: Held, task: PreferenceTask, n
         policy, reference = task.log_probabilities(network, batch)
         raised = policy - reference
         margins.append((raised[:, 0] - raised[:, 1])[batch["valid"]].cpu().numpy())
-        sums = add_sums(sums, task.statistics(policy, reference, batch))
+        sums = add_sums(sums, pair_sums(policy, reference, batch, task.options))
     assert sums is not None, "a split without samples is refused when it is opened"
     result.metrics[TRAINED] = task.summarize(sums)
     result.metrics[START] = {"prefers_chosen": result.metrics[TRAINED].pop("reference_prefers_chosen")}

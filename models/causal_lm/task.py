@@ -22,7 +22,8 @@ from trunkline.kernels.attention.packed import packing_tables
 from trunkline.models.causal_lm.build import AUTO_CLASS, head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
 from trunkline.models.causal_lm.data import Packed, Padded, Pairs, collate, collate_pairs
-from trunkline.models.causal_lm.dpo import PolicyAndReference, dpo_loss
+from trunkline.models.causal_lm.dpo import REWARDS, PolicyAndReference, pair_sums
+from trunkline.models.causal_lm.fit import check_fit
 from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.tokenizer import stop_ids
@@ -31,7 +32,7 @@ from trunkline.models.text.file_format import FileFormat, shell_of
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import check_ids, pad_id, special_ids
+from trunkline.models.text.tokenizer import pad_id, special_ids
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -69,11 +70,8 @@ class LanguageModelTask(Task):
                 f"{self.store.kind}: prepare one with --kind {wanted}"
             )
         self.hf_config = hf_config_of(model, data.max_length)
-        self._check_vocabulary()
-        self._check_window()
         self.tokenizer = self.store.tokenizer()
-        if model.path:
-            check_ids(self.tokenizer, Path(model.path), data.store)
+        check_fit(self.store, self.tokenizer, data, model, self.hf_config)
         self.pad_id = pad_id(self.tokenizer)
         self._generation = read_generation(Path(model.path)) if model.path else {}
         self._own_stops = self._stops_of_config()
@@ -203,30 +201,12 @@ class LanguageModelTask(Task):
         attention = 4.0 * config.num_hidden_layers * heads * head_dim_of(config) * pairs
         return float((2.0 * matrices * tokens + attention) / max(1, len(self.dataset("train"))))
 
-    def _check_vocabulary(self) -> None:
-        known = self.hf_config.get_text_config().vocab_size
-        if self.store.vocab_size > known:
-            where = f"the model of {self.model.path}" if self.model.path else "the model's shape"
-            raise ConfigError(
-                f"data.store: {self.data.store}: its tokenizer has {self.store.vocab_size} tokens, but {where} has "
-                f"{known}: prepare the data with the model's own tokenizer (--tokenizer), or choose a larger vocabulary"
-            )
-
     def _stops_of_config(self) -> list[int]:
         """The eos_token_id of config.json, but for what is no mark: the default of a family is 2, whatever 2 is."""
         config: Any = self.hf_config
         own = getattr(config, "eos_token_id", None) or getattr(config.get_text_config(), "eos_token_id", None)
         special = special_ids(self.tokenizer)
         return [token for token in token_ids(own, f"{self.model.path}/config.json: eos_token_id") if token in special]
-
-    def _check_window(self) -> None:
-        window = getattr(self.hf_config.get_text_config(), "sliding_window", None)
-        if self.data.packing and window is not None and window < self.data.max_length:
-            raise ConfigError(
-                f"data.packing: the attention of {self.model.path} slides a window of {window} tokens, which packed "
-                f"rows of data.max_length = {self.data.max_length} tokens would not: set packing to false, or "
-                f"max_length to {window} or less"
-            )
 
 
 class PreferenceTask(LanguageModelTask):
@@ -261,33 +241,15 @@ class PreferenceTask(LanguageModelTask):
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """The loss and, by TRL's names, the rewards, their margins, and how often the chosen one's is higher."""
         sums = self.evaluate(model, batch)
-        return {key: sums[key] for key in ("loss", *_REWARDS)}
+        return {key: sums[key] for key in ("loss", *REWARDS)}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """See `statistics`."""
-        return self.statistics(*self.log_probabilities(model, batch), batch)
+        """See trunkline.models.causal_lm.dpo.pair_sums."""
+        return pair_sums(*self.log_probabilities(model, batch), batch, self.options)
 
     def log_probabilities(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """[B, 2] fp32 of (chosen, rejected) under policy and reference, summed over a response's tokens."""
         return model(batch["input_ids"], batch["targets"])
-
-    def statistics(self, policy: Tensor, reference: Tensor, batch: Batch) -> Sums:
-        """Loss and rewards, and how often the chosen answer's tokens are the likelier ones on average, under both."""
-        tokens = (batch["targets"] != IGNORE).sum(2).clamp(min=1)
-        policy_mean, reference_mean = policy / tokens, reference / tokens
-        compared = (policy_mean, reference_mean) if self.options.length_average else (policy, reference)
-        found = dpo_loss(*compared, self.options)
-        margin = found.chosen_reward - found.rejected_reward
-        each = {
-            "loss": found.loss,
-            "rewards/chosen": found.chosen_reward,
-            "rewards/rejected": found.rejected_reward,
-            "rewards/margins": margin,
-            "rewards/accuracies": margin > 0,
-            "prefers_chosen": policy_mean[:, 0] > policy_mean[:, 1],
-            "reference_prefers_chosen": reference_mean[:, 0] > reference_mean[:, 1],
-        }
-        return {key: (value * batch["valid"]).sum() for key, value in each.items()} | {"pairs": self.weight(batch)}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Means over pairs."""
@@ -304,9 +266,6 @@ class PreferenceTask(LanguageModelTask):
     def tensor_name(self, name: str) -> str | None:
         """The policy's names in the Hugging Face model; the reference is left out."""
         return name.removeprefix("policy.lm.") if name.startswith("policy.") else None
-
-
-_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 def _targets(batch: Batch) -> Tensor:

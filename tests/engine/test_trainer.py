@@ -28,12 +28,13 @@ from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
 from trunkline.engine.machine import stopping
+from trunkline.engine.machine.stopping import InterruptedRunError
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks import lookout
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.state.sharded_state import Snapshot
 from trunkline.engine.task import Batch, Sums
-from trunkline.engine.trainer import InterruptedRunError, Trainer
+from trunkline.engine.trainer import Trainer
 
 
 def train(folder: Path, config: RunConfig, resume: str = "none") -> Trainer:

@@ -181,8 +181,9 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 def main() -> int:
     from trunkline.engine.errors import TrunklineError
+    from trunkline.engine.machine.stopping import InterruptedRunError
     from trunkline.engine.ranks.distributed import start, stop
-    from trunkline.engine.trainer import InterruptedRunError, Trainer
+    from trunkline.engine.trainer import Trainer
 
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trunkline.engine.errors import ConfigError, TrunklineError
-from trunkline.engine.trainer import InterruptedRunError
+from trunkline.engine.machine.stopping import InterruptedRunError
 from trunkline.launchers.entry import status_of
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tests.distributed import run_distributed_test
 from tests.engine.checkpoint.test_resume import SAVED, Layout, save_all
 from tests.engine.state.test_sharded_state import ALONE, Alone
-from trunkline.engine.checkpoint.checkpoints import Checkpoints, verify
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.checkpoint.manifest import verify
 from trunkline.engine.state.sharded_state import capture
 from trunkline.launchers.export import main
 from trunkline.models.fluid.trained import load_trained

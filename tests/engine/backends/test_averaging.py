@@ -16,8 +16,8 @@ from tests.distributed import run_distributed_test
 from tests.engine.optim.test_parameter_rules import EMA, assert_as_a_plain_loop, configuration, stop_at, train
 from tests.engine.test_trainer import interrupted_then_resumed
 from tests.engine.tiny import TinyTask, tiny_config
-from trunkline.engine.checkpoint.checkpoints import verify
 from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.checkpoint.manifest import verify
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.plan import make_plan
 from trunkline.engine.ranks.distributed import start

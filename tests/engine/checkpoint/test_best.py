@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.checkpoint.best import BestWeights, outcome
-from trunkline.engine.checkpoint.checkpoints import verify
 from trunkline.engine.checkpoint.digests import check_digests
 from trunkline.engine.checkpoint.export import export_weights
+from trunkline.engine.checkpoint.manifest import verify
 from trunkline.engine.checkpoint.weights import find_weights, saved_facts
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError

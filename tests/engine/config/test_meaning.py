@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from tests.engine.tiny import TinyData, TinyModel, TinyTask, tiny_config
-from trunkline.engine.checkpoint.checkpoints import TRAINER, Checkpoints
+from trunkline.engine.checkpoint.checkpoints import Checkpoints
+from trunkline.engine.checkpoint.manifest import TRAINER
 from trunkline.engine.checkpoint.resume import _check_identity
 from trunkline.engine.config.meaning import HOW, FolderPath, meaning_of
 from trunkline.engine.config.run_config import RunConfig, load_config

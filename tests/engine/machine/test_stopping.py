@@ -21,11 +21,12 @@ from torch import nn
 from tests.distributed import find_free_port, run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.machine import stopping
+from trunkline.engine.machine.stopping import InterruptedRunError
 from trunkline.engine.ranks import lookout
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.task import Batch, Sums
-from trunkline.engine.trainer import InterruptedRunError, Trainer
+from trunkline.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent

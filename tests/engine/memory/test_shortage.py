@@ -26,13 +26,14 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.stopping import InterruptedRunError
 from trunkline.engine.memory.micro_batch import MicroBatches
 from trunkline.engine.memory.shortage import Attempts, OutOfMemory, Shortage, is_out_of_memory
 from trunkline.engine.plan import make_plan
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, start
 from trunkline.engine.task import Batch, Sums
-from trunkline.engine.trainer import InterruptedRunError, Trainer
+from trunkline.engine.trainer import Trainer
 
 
 class _RefuseBackward(torch.autograd.Function):

@@ -31,7 +31,7 @@ def test_nested_values_are_named_by_dotted_keys() -> None:
 
 def test_code_is_told_by_file_also_that_of_somebody_else_s_task() -> None:
     code = code_version()
-    assert code["version of torch"] == torch.__version__
+    assert code["version of torch"] in (torch.__version__, torch.__version__.partition("+")[0])  # as its wheel says
     assert code["code of engine/trainer.py"] == digest(Path("engine/trainer.py").read_bytes())
     assert any(key.startswith("code of models/fluid/") for key in code)
     task = class_version(type(TinyTask(TinyData(), TinyModel())))

@@ -34,15 +34,17 @@ def tokenizer() -> Any:
 
 def test_texts_are_those_of_transformers(tokenizer: Any) -> None:
     tools = [{"name": "f"}]
+    # a key without a value is left out here whatever the version, and by transformers itself from 5.23 at the latest
+    told = [{key: value for key, value in message.items() if value is not None} for message in MESSAGES]
     asked = [Asked(), Asked(2, True), Asked(others=MESSAGES[1:]), Asked(None, True, tools=False), Asked(0)]
     *texts, empty = render(tokenizer, MESSAGES, asked, tools)
     assert texts == [
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, tools=given)
         for messages, prompt, given in [
-            (MESSAGES, False, tools),
-            (MESSAGES[:2], True, tools),
-            (MESSAGES[1:], False, tools),
-            (MESSAGES, True, None),
+            (told, False, tools),
+            (told[:2], True, tools),
+            (told[1:], False, tools),
+            (told, True, None),
         ]
     ]
     assert isinstance(empty, str)

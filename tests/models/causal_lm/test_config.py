@@ -56,9 +56,10 @@ def test_a_mistake_in_the_model_section_is_named(keys: dict[str, Any], message: 
 
 
 def test_every_metric_of_the_model_s_own_has_a_direction() -> None:
-    from trunkline.models.causal_lm.task import _REWARDS, DIRECTIONS
+    from trunkline.models.causal_lm.dpo import REWARDS
+    from trunkline.models.causal_lm.task import DIRECTIONS
 
-    assert {"loss", "perplexity", "prefers_chosen", *_REWARDS} == set(DIRECTIONS)
+    assert {"loss", "perplexity", "prefers_chosen", *REWARDS} == set(DIRECTIONS)
     assert [name for name, direction in DIRECTIONS.items() if direction == "max"] == [
         "rewards/chosen", "rewards/margins", "rewards/accuracies", "prefers_chosen",
     ]  # fmt: skip

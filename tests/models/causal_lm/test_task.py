@@ -192,7 +192,8 @@ def test_a_document_has_the_same_loss_packed_and_padded(
         for row in range(len(loss)):
             for document in range(int(number[row].max()) + 1):
                 here = predicted[row] & (number[row] == document)
-                tokens = tuple(batch["targets"][row, here].tolist())
+                # with what is read: documents of one token to predict may differ only in the one before it
+                tokens = (*batch["input_ids"][row, here].tolist(), *batch["targets"][row, here].tolist())
                 documents[tokens] = float(loss[row, here].detach().sum())
         found.append(documents)
     padded, packed = found

@@ -59,18 +59,25 @@ def test_the_number_of_workers_changes_nothing(source: Path, tmp_path: Path) -> 
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
+def state_of_files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Inode and time of change: a file system may give a new file the inode of the one that it replaces."""
+    states = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
+
+
 def test_a_second_run_does_nothing_until_the_source_changes(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source", train=3), tmp_path / "store"
     prepare(source, out, workers=1)
-    before = {path: path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    before = state_of_files(out)
     first = Store.open(out).fingerprint
     prepare(source, out, workers=1)
-    assert {path: path.stat().st_ino for path in out.rglob("*") if path.is_file()} == before
+    assert state_of_files(out) == before
     assert Store.open(out).fingerprint == first
 
     write_case(source / "train/case_0002", 9)
     prepare(source, out, workers=1)
-    changed = {p.parent.name for p, inode in before.items() if p.name == "state.npy" and p.stat().st_ino != inode}
+    now = state_of_files(out)
+    changed = {path.parent.name for path in before if path.name == "state.npy" and now[path] != before[path]}
     assert changed == {"case_0002"}
     store = Store.open(out)
     assert store.fingerprint != first
