@@ -125,6 +125,19 @@ def test_what_is_frozen_stays_and_the_rest_moves(pairs: Path, whole: dict[bool, 
         assert torch.equal(tensor, before[name]) is is_frozen, name
 
 
+def test_each_index_is_a_sample_of_its_own(pairs: Path, tmp_path: Path) -> None:
+    """The original's loader ignored it."""
+    task: Any = make_task(config_of(tmp_path, pairs))
+    records = [json.loads(line) for line in (pairs.parent / "pairs.jsonl").read_text().splitlines()]
+    left = {(record["prompt"], record["response"]) for record in records}
+    found = []
+    for split in ("val", "train"):
+        dataset = task.dataset(split)
+        found += [tuple(task.tokenizer.decode(side[:-1]) for side in dataset[i]) for i in range(len(dataset))[::-1]]
+    assert set(found) == left
+    assert len(found) == len(records)
+
+
 @pytest.mark.slow
 @pytest.mark.fault("kill -9 of a fine-tuning with a frozen encoder, and of one without")
 @pytest.mark.parametrize("frozen", [False, True])
