@@ -29,6 +29,7 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.machine.hardware import reset_peak_memory
+from trunkline.engine.optim.followed import followed, note_of_change
 from trunkline.engine.optim.parameter_rules import freeze, notes_of_earlier_version, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
@@ -103,7 +104,11 @@ class Assembly:
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
         # what a checkpoint of an earlier version lacks is as it is at the beginning
-        return Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
+        progress = Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
+        if "schedule" in self.found.state:
+            now = followed(self.config, self.total_steps)
+            self.notes += note_of_change(self.found.state["schedule"], now, progress.step, self.backend.learning_rate())
+        return progress
 
     def applied(self, progress: Progress) -> None:
         """After a step that was applied: statistics of its data, and the weights' average."""
@@ -112,7 +117,10 @@ class Assembly:
 
     def state(self, progress: Progress) -> tuple[Snapshot, dict[str, Any]]:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
-        trainers = asdict(progress) | self.identity | {"loss_scaler": self.backend.loss_scaler()}
+        schedule = followed(self.config, self.total_steps) | {"rate": self.backend.learning_rate()}
+        trainers = asdict(progress) | self.identity | {
+            "loss_scaler": self.backend.loss_scaler(), "schedule": schedule
+        }  # fmt: skip
         return capture(self.backend, self.average.of), trainers
 
     def rebuild(self, sizes: BatchSizes, progress: Progress, checkpoints: Checkpoints) -> None:

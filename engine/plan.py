@@ -21,6 +21,7 @@ from trunkline.engine.config.deepspeed_section import (
 )
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.config.typed_params import ADAMW_SCALE
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
@@ -163,6 +164,7 @@ def render_summary(plan: dict[str, Any]) -> str:
     known = [value for value in memory.values() if value is not None]
     in_steps = plan["in_steps"]
     frozen = plan["parameters"] - plan["trainable_parameters"]
+    relative = plan["config"]["deepspeed"]["optimizer"]["type"].lower() == ADAMW_SCALE.lower()
     lines = [
         f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained"
         + (f", {frozen:,} frozen" if frozen else ""),
@@ -171,7 +173,9 @@ def render_summary(plan: dict[str, Any]) -> str:
         f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
         f"({plan['train_samples']:,} samples)",
         *(["in steps    " + ", ".join(f"{key} {steps}" for key, steps in in_steps.items())] if in_steps else []),
-        "lr          " + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items()),
+        "lr          "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items())
+        + relative * ", each times the root mean square of the parameter",
         f"memory      {readable_size(sum(known))} a rank: "
         + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
         f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",

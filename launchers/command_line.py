@@ -25,11 +25,13 @@ _USAGE = "%(prog)s --config FILE [flags]\n       %(prog)s WORKLOAD [flags]"
 
 @dataclass
 class Command:
-    """arguments: the launcher's own, by name, and those of `flags`, by option; file: the run's, or the defaults."""
+    """arguments: the launcher's own, by name, and those of `flags`, by option; file: the run's, or the defaults; name:
+    the last part of the run's folder, where no other is given."""
 
     arguments: argparse.Namespace
     file: Draft
     flags: Sequence[Flag]
+    name: str
 
     def draft(self, world_size: int) -> Draft:
         """The configuration that is asked for, on `world_size` ranks, unchecked. Called once. Raises ConfigError.
@@ -58,6 +60,8 @@ class Command:
         for flag in self.flags:
             if flag.is_missing(self.file.values):
                 raise ConfigError(f"{flag.option}: is needed: {flag.help}")
+            if flag.check is not None and given[flag.option] is not None:
+                self.file.notes += flag.check(self.file.values, given[flag.option])
         return self.file
 
     def _was_given(self, key: str) -> bool:
@@ -73,9 +77,9 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
     files.add_argument("--config", type=Path, metavar="FILE", help="the run's JSON file, or a shipped one: fluid/demo")
     files.add_argument("--deepspeed", type=Path, metavar="FILE", help="a DeepSpeed file in place of the section")
     given = files.parse_known_args(words)[0]
-    path = given.config
+    path, name = given.config, (given.config or Path("default")).stem
     if path is None and workload is not None:
-        path = flags_of(workload)[1]
+        path, name = _defaults(workload, words)
     if path is None:
         _parser(files, description, workload, LENGTH).parse_args(words)  # --help ends here
         other = f": {workload} has no defaults" if workload else f", or one of the workloads {', '.join(workloads())}"
@@ -89,7 +93,17 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
     except ConfigError as error:
         raise ConfigError(f"{file.where('workload')}: {error}") from error
     flags = (*own, *(flag for flag in LENGTH if flag.name not in {each.name for each in own}))
-    return Command(_parser(files, description, held, flags).parse_args(words), file, flags)
+    return Command(_parser(files, description, held, flags).parse_args(words), file, flags, name)
+
+
+def _defaults(workload: str, words: Sequence[str]) -> tuple[Path | None, str]:
+    """The file that stands for one where none is given, and what its runs are called."""
+    flags, path = flags_of(workload)
+    asked, own = Parser(add_help=False), {flag.option: flag.defaults for flag in flags if flag.defaults is not None}
+    for flag in flags:
+        flag.add_to(asked)
+    given = vars(asked.parse_known_args(words)[0]) if own else {}
+    return next(((file, file.stem) for option, file in own.items() if given[option]), (path, "default"))
 
 
 def _workload_of(words: Sequence[str]) -> tuple[str | None, list[str]]:

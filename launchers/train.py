@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int | None:
         if (world_size := arguments.world_size) < 1:
             raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
     config = checked(command.draft(world_size), config_sections)
-    folder = arguments.output_dir or Path("runs") / config.workload / (arguments.config or Path("default")).stem
+    folder = arguments.output_dir or Path("runs") / config.workload / command.name
     if arguments.instead and not arguments.plan:
         launcher, *flags = arguments.instead
         return int(import_module(f"trunkline.launchers.{launcher}").main(["--run", str(folder), *flags]))
@@ -120,7 +120,7 @@ def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> 
     config = config.in_steps(batches.per_epoch)
     config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
     plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
-    print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
+    print(json.dumps(plan, indent=2) if arguments.plan == "json" else "\n".join([render_plan(plan), *config.notes]))
 
 
 def _leave() -> None:

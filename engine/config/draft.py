@@ -24,11 +24,13 @@ COMMAND_LINE = "command line"
 
 
 class Draft:
-    """values: sections as they are in a file; source: the file; origins: dotted key -> where its value is from."""
+    """values: sections as they are in a file; source: the file; origins: dotted key -> where its value is from; notes:
+    what to say of them when the run starts."""
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
         self.values, self.source = values, source
         self.origins = dict.fromkeys(leaves(values), "file")
+        self.notes: list[str] = []
 
     @classmethod
     def read(cls, path: str | Path, deepspeed: str | Path | None = None) -> Draft:

@@ -23,6 +23,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trunkline.engine.config.draft import value_at
@@ -48,6 +49,8 @@ class Flag:
     default: what is taken where a run starts without a configuration file; None: nothing
     required: dotted keys of which one has to be set in the end, by this flag or otherwise
     alone: what stands for a value where the flag is given without one; None: it needs one
+    defaults: the file in place of the workload's, where the flag is true and there is no configuration file
+    check: of the finished configuration and the value, what to say at the start; raises ConfigError
     """
 
     name: str
@@ -58,6 +61,8 @@ class Flag:
     choices: tuple[Any, ...] | None = None
     required: tuple[str, ...] = ()
     alone: Any = None
+    defaults: Path | None = None
+    check: Callable[[dict[str, Any], Any], list[str]] | None = None
 
     @property
     def option(self) -> str:

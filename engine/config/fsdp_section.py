@@ -160,7 +160,8 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
     if section.optimizer.is_deepspeed_only:
         yield "optimizer.type", f"only DeepSpeed builds {optimizer}: use AdamW, or --backend deepspeed"
     elif optimizer in _NOT_ON_SHARDS or optimizer.startswith("apex."):
-        yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): use AdamW, or --backend deepspeed"
+        ways = "use AdamWScale" if optimizer == "Adafactor" else "use AdamW, or --backend deepspeed"
+        yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): {ways}"
     zero = section.zero_optimization
     together = zero.zero_hpz_partition_size or 1
     if together < 1 or world_size % together:

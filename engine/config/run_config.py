@@ -134,6 +134,8 @@ class RunConfig:
     origins: dict[str, str]
     in_epochs: dict[str, Any] = field(default_factory=dict)
     """What was asked for in epochs, by dotted key. The sections hold steps in its place after `in_steps`."""
+    notes: tuple[str, ...] = ()
+    """What flags of the command line have to say when the run starts."""
 
     def in_steps(self, steps_per_epoch: int) -> RunConfig:
         """The same run with steps in place of epochs. `as_dict` keeps the epochs."""
@@ -231,6 +233,7 @@ def checked(draft: Draft, sections: Sections) -> RunConfig:
         training=validated(Training, raw["training"], "training", draft.where),
         deepspeed=validated(DeepSpeedSection, raw["deepspeed"], "deepspeed", draft.where),
         origins=draft.origins,
+        notes=tuple(draft.notes),
     )
     values, origins = config.as_dict(), config.origins
     origins |= {key: "auto" for key in origins if value_at(raw, key) == "auto" != value_at(values, key)}

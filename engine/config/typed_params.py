@@ -187,6 +187,7 @@ OWN_SCHEDULES: dict[str, dict[str, Any]] = {
     "WarmupCosine": {"warmup": 0.1, "min_ratio": 0.0},
     "WarmupLinear": {"warmup": 0.1, "min_ratio": 0.0},
     "Constant": {"warmup": 0.0},
+    "InverseSqrt": {"warmup": 10_000},
     "WarmupShape": {
         "shape": "cosine", "warmup": 0.1, "start_ratio": 0.1, "min_ratio": 0.0, "min_lr": 0.0, "every": 1,
         "start_momentum": None,

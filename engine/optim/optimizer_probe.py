@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection, Optimizer
 from trunkline.engine.config.own_class import is_own
 from trunkline.engine.config.strict import show
+from trunkline.engine.config.typed_params import ADAMW_SCALE
 from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.optim.optimizers import build_optimizer, tell_fragments
 from trunkline.engine.optim.schedules import learning_rates
@@ -67,8 +68,14 @@ _WHOLE = "it changes an element by what others of its parameter are, and {where}
 def _refused(optimizer: Optimizer, why: str) -> ConfigError:
     return ConfigError(
         f"deepspeed.optimizer: {optimizer.type} with {show(optimizer.params)} is not supported here: "
-        f"{why.removesuffix('; use AdamW')}; use AdamW with its defaults"
+        f"{why.removesuffix('; use AdamW')}; use {_instead(optimizer.type)}"
     )
+
+
+def _instead(kind: str) -> str:
+    if kind == "Adafactor":
+        return f"{ADAMW_SCALE}, whose steps are relative to the parameter as Adafactor's are"
+    return "AdamW with its defaults"
 
 
 def _step_shard(section: Optimizer, device: torch.device) -> None:

@@ -3,6 +3,7 @@
     WarmupCosine  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then a half cosine to min_ratio x lr
     WarmupLinear  {"warmup": 0.1, "min_ratio": 0.0}   linear rise, then linear to min_ratio x lr
     Constant      {"warmup": 0.0}                      linear rise, then lr
+    InverseSqrt   {"warmup": 10000}                    lr for `warmup` steps, then lr x sqrt(warmup / step), as T5's
     WarmupShape   see engine/optim/warmup_shape.py     a rise, then one of six shapes, by steps or by epochs
 
 `warmup` below 1 is a share of all steps, from 1 on a number of steps. Every schedule counts optimizer steps that were
@@ -220,7 +221,13 @@ def _linear(step: int, warmup: int, total: int, min_ratio: float) -> float:
     return _constant(step, warmup) * (1 - (1 - min_ratio) * progress)
 
 
-_FACTORS: dict[str, Callable[..., float]] = {"WarmupCosine": _cosine, "WarmupLinear": _linear, "Constant": _constant}
+def _inverse_sqrt(step: int, warmup: int) -> float:
+    return math.sqrt(max(1, warmup) / max(1, warmup, step))
+
+
+_FACTORS: dict[str, Callable[..., float]] = {
+    "WarmupCosine": _cosine, "WarmupLinear": _linear, "Constant": _constant, "InverseSqrt": _inverse_sqrt,
+}  # fmt: skip
 
 
 def _warmup_steps(warmup: float, total_steps: int) -> int:

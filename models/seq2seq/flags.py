@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trunkline.engine.config.flags import Flag
+from trunkline.models.seq2seq.chat_flags import DEFAULTS, FLAGS
 from trunkline.models.seq2seq.records import FIELDS, KINDS
 
-FLAGS = (Flag("store", "folder that launchers/prepare.py wrote", str, "data.store", required=("data.store",)),)
-DEFAULTS = Path(__file__).with_name("default.json")
+__all__ = ["DEFAULTS", "FLAGS", "evaluate", "predict", "prepare"]
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
 

@@ -79,8 +79,8 @@ OWN = {each.__name__: each for each in (Counting, Grouping, Listing, Normalized)
 @pytest.mark.parametrize(
     ("kind", "stage", "params", "message"),
     [
-        ("Adafactor", 0, {}, r"keeps row_var of shape \[4, 1\] .*use AdamW"),
-        ("Adafactor", 2, {}, "Adafactor .*use AdamW"),
+        ("Adafactor", 0, {}, r"keeps row_var of shape \[4, 1\] .*use AdamWScale"),
+        ("Adafactor", 2, {}, "Adafactor .*use AdamWScale"),
         ("SparseAdam", 0, {}, "does not support dense gradients.*use AdamW"),
         ("LBFGS", 1, {}, "closure.*use AdamW"),
         ("AdamW", 0, {"differentiable": True}, 'AdamW with {"lr": 0.01, "differentiable": true} is not supported here'),

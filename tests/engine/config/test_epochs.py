@@ -95,7 +95,8 @@ def test_a_rate_falls_once_in_an_epoch_as_torch_s_own_does(tmp_path: Path) -> No
 
 
 LENGTHS = {
-    "WarmupCosine": "warmup", "WarmupLinear": "warmup", "Constant": "warmup", "WarmupShape": "warmup every",
+    "WarmupCosine": "warmup", "WarmupLinear": "warmup", "Constant": "warmup", "InverseSqrt": "warmup",
+    "WarmupShape": "warmup every",
     "WarmupLR": "warmup_num_steps",
     "WarmupDecayLR": "warmup_num_steps total_num_steps", "WarmupCosineLR": "warmup_num_steps total_num_steps",
     "OneCycle": "cycle_first_step_size cycle_second_step_size decay_step_size",

@@ -28,6 +28,14 @@ def test_warmup_cosine_rises_linearly_and_falls_to_the_last_step() -> None:
     assert got[-1] == pytest.approx(0.1)
 
 
+def test_inverse_sqrt_is_t5_s_with_lr_at_its_peak() -> None:
+    t5 = [1 / math.sqrt(max(step, 4)) for step in range(20)]  # mesh_tensorflow's learning_rate_schedule_noam, no rise
+    assert rates("InverseSqrt", warmup=4) == pytest.approx([2 * rate for rate in t5], rel=1e-12)
+    assert rates("InverseSqrt", total=500, warmup=4)[:20] == rates("InverseSqrt", warmup=4), "of any length"
+    assert rates("InverseSqrt") == [1.0] * 20
+    assert rates("InverseSqrt", warmup=0)[:3] == [1.0, 1.0, pytest.approx(2**-0.5)]
+
+
 def test_a_warmup_below_one_is_a_share_of_all_steps() -> None:
     assert rates("WarmupLinear", warmup=0.2) == rates("WarmupLinear", warmup=4)
     assert warmup_steps(Scheduler(type="WarmupLinear", params={"warmup": 0.2}), 20) == 4
