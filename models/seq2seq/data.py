@@ -1,7 +1,7 @@
 """Samples for training, and how they become batches.
 
     PairRows(store, data, pad_id, eos_id)     .dataset(split), one of the next two, and .collate(samples)
-    PairSamples(store, split, data, eos_id, generated)   a prompt and a response a sample, each cut by token, its EOS kept
+    PairSamples(store, split, data, eos_id)   a prompt and a response a sample, each cut by token, its EOS kept
     PackedPairs(pairs, room)                  a row of these a sample, as many as fit
     collate(rows, pad_id, room)               the batch
 
@@ -127,7 +127,8 @@ class PairSamples(Dataset[Pair]):
             raise IndexError(f"sample {index} of {len(self)}")
         first, (source, target) = int(self._first[index]), self._most
         parts = self._inputs.tokens(index, first, first + source - 1), self._targets.tokens(index, 0, target - 1)
-        return Pair(*(np.append(part, self._eos) for part in parts), number=int(self._numbers[index]))
+        prompt, response = (np.append(part, self._eos) for part in parts)
+        return Pair(prompt, response, int(self._numbers[index]))
 
 
 class PackedPairs(Dataset[list[Pair]]):
@@ -163,7 +164,7 @@ class PackedPairs(Dataset[list[Pair]]):
 
 def collate(rows: Sequence[Sequence[Pair]], pad_id: int, room: Room) -> dict[str, Tensor]:
     """The batch of these rows, each of one pair or several. See the top of this file."""
-    sides = [[[pair[side] for pair in row] for row in rows] for side in (0, 1)]
+    sides = [[pair.input for pair in row] for row in rows], [[pair.target for pair in row] for row in rows]
     (inputs, input_document), (targets, target_document) = (
         _padded(side, most) for side, most in zip(sides, room, strict=True)
     )

@@ -1,12 +1,11 @@
 """Texts that an evaluation has generated: what is summed of them, and what a person sees of them.
 
-    GeneratedTexts(tokenizer, data, metrics)    .sums(texts), .show(sums, folder)
-    marked(expected, made)                      both, with what differs between ⟦ and ⟧
+GeneratedTexts(tokenizer, data, metrics)    .sums(texts), .show(sums, folder)
+marked(expected, made)                      both, with what differs between ⟦ and ⟧
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +50,10 @@ class GeneratedTexts:
         made, expected = ([self.decoded(getattr(text, side)) for text in texts] for side in ("made", "expected"))
         return self._metrics.statistics(made, expected) | shown
 
+    def is_exact(self, text: Generated) -> bool:
+        """Whether it is the text that was expected."""
+        return self.decoded(text.made) == self.decoded(text.expected)
+
     def decoded(self, tokens: Sequence[int], marks: bool = False) -> str:
         """The text of tokens; with `marks` also what stands for no text, such as EOS between two turns."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=not marks)
@@ -70,9 +73,9 @@ class GeneratedTexts:
         ]
         rows = [["", "prompt", "expected", "generated"]]
         for prompt, *sides in zip(*(sums[f"shown_{side}"].tolist() for side in self._widths), strict=True):
-            if any(prompt):  # a prompt has EOS at least
+            if any(prompt):
                 expected, made = (self.decoded([token - 1 for token in side if token]) for side in sides)
-                said = self.decoded([token - 1 for token in prompt if token][:-1], marks=True)
+                said = self.decoded([token - 1 for token in prompt if token], marks=True)
                 rows.append(["=" if expected == made else "", *map(_on_one_line, (said, *marked(expected, made)))])
         (folder / "generated.md").write_text("\n".join([*lines, markdown(rows)]) + "\n", encoding="utf-8")
 
@@ -81,13 +84,15 @@ def marked(expected: str, made: str) -> tuple[str, str]:
     """Both, what is between their common beginning and end in brackets: ("1 ⟦2⟧ 3", "1 ⟦4⟧ 3")."""
     if expected == made:
         return expected, made
-    first = len(os.path.commonprefix([expected, made]))
-    rest = [expected[first:][::-1], made[first:][::-1]]
-    last = len(os.path.commonprefix(rest))
-    a, b = (
-        f"{text[:first]}⟦{text[first : len(text) - last]}⟧{text[len(text) - last :]}" for text in (expected, made)
-    )
+    first = _common(expected, made)
+    last = _common(expected[first:][::-1], made[first:][::-1])
+    a, b = (f"{text[:first]}⟦{text[first : len(text) - last]}⟧{text[len(text) - last :]}" for text in (expected, made))
     return a, b
+
+
+def _common(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _on_one_line(text: str) -> str:

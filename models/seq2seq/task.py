@@ -106,17 +106,18 @@ class Seq2SeqTask(Task):
         return {"loss": model(**_read(batch), targets=_targets(batch))}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """The same sum, how many targets are the likeliest token, and the number of targets.
-
-        Where texts are generated, also what GeneratedTexts sums of them.
-        """
-        batch = self.complete(batch)
-        loss, correct = model(**_read(batch), targets=_targets(batch), reduction="measured")
-        sums = {"loss": loss, "correct": correct, "tokens": self.weight(batch)}
+        """What `likelihood` gives and, where texts are generated, what GeneratedTexts sums of them."""
+        sums = self.likelihood(model, batch)
         if self.generates:
             made = self.texts.sums(self.generated(model, batch))
-            sums |= {name: value.to(loss.device) for name, value in made.items()}
+            sums |= {name: value.to(sums["loss"].device) for name, value in made.items()}
         return sums
+
+    def likelihood(self, model: nn.Module, batch: Batch) -> Sums:
+        """ "loss" as `loss` sums it; "correct", how many targets are the likeliest token; "tokens", of all targets."""
+        batch = self.complete(batch)
+        loss, correct = model(**_read(batch), targets=_targets(batch), reduction="measured")
+        return {"loss": loss, "correct": correct, "tokens": self.weight(batch)}
 
     def generated(self, model: nn.Module, batch: Batch) -> list[Generated]:
         """The likeliest text, token by token, for each numbered sample of the batch. `model` has whole weights."""
@@ -130,7 +131,7 @@ class Seq2SeqTask(Task):
             max_new_tokens=self._max_new_tokens,
         )  # fmt: skip
         return [
-            Generated(int(number), prompt[there].tolist(), target[target != IGNORE][:-1].tolist(), text)
+            Generated(int(number), prompt[there][:-1].tolist(), target[target != IGNORE][:-1].tolist(), text)
             for number, prompt, there, target, text in zip(
                 batch["number"][some], inputs, seen, targets, made, strict=True
             )
@@ -147,6 +148,11 @@ class Seq2SeqTask(Task):
             "token_accuracy": float(sums["correct"] / sums["tokens"]),
         }  # fmt: skip
         return found | (self._metrics.scores(sums) if self.generates else {})
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """By metric, how sacrebleu computes it; empty where no texts are generated."""
+        return self._metrics.signatures if self.generates else {}
 
     def show(self, sums: Sums, folder: Path) -> None:
         """Write generated.md: see GeneratedTexts."""
