@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     with _answers(arguments.out) as out:
         answers = in_batches(trained, talks, arguments.batch_size or 16, **options)
-        bar = tqdm(talks, desc="answer", unit="prompt", disable=len(talks) == 1)
+        bar = tqdm(talks, desc="answer", unit="prompt", disable=arguments.out is None)
         for talk, answer in zip(bar, answers, strict=True):  # line by line: an interruption costs one batch
             row = {"history": talk[:-1]} if len(talk) > 1 else {}
             print(json.dumps(row | {"prompt": talk[-1], "answer": answer}, ensure_ascii=False), file=out, flush=True)
