@@ -64,6 +64,7 @@ class GeneratedTexts:
         scores = self._metrics.scores(sums)
         if not scores["generated"]:
             return
+        shown = [sums[f"shown_{side}"].long().tolist() for side in self._widths]  # sums over ranks are fp64
         lines = [
             f"{int(sums['exact']):,} of {int(scores['generated']):,} generated texts are what was expected. What "
             "differs stands between ⟦ and ⟧.",
@@ -72,7 +73,7 @@ class GeneratedTexts:
             "",
         ]
         rows = [["", "prompt", "expected", "generated"]]
-        for prompt, *sides in zip(*(sums[f"shown_{side}"].tolist() for side in self._widths), strict=True):
+        for prompt, *sides in zip(*shown, strict=True):
             if any(prompt):
                 expected, made = (self.decoded([token - 1 for token in side if token]) for side in sides)
                 said = self.decoded([token - 1 for token in prompt if token], marks=True)

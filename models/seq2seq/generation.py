@@ -32,9 +32,10 @@ def write(lm: Any, inputs: Tensor, seen: Tensor, stops: Sequence[int], pad: int,
 
     inputs: int64 [B, N]; seen: bool [B, N], False at padding. `lm` is transformers' model with whole weights.
     """
+    # synced_gpus: transformers would let ranks wait for each other, and some have no text to make
     out = lm.generate(
         inputs, attention_mask=seen.long(), eos_token_id=list(stops), pad_token_id=pad, decoder_start_token_id=pad,
-        **{"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS} | options,
+        synced_gpus=False, **{"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS} | options,
     )  # fmt: skip
     return [_until_stop(row, {*stops}) for row in out[:, 1:].tolist()]
 

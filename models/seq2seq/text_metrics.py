@@ -39,6 +39,7 @@ class TextMetrics:
 
     def scores(self, sums: Sums) -> dict[str, float]:
         """ "generated", the number of texts, and where there is any text NAMES."""
+        sums = {name: sums[name].long() for name in ("generated", "exact", *self._metrics)}  # fp64 where over ranks
         count = int(sums["generated"])
         if not count:
             return {"generated": 0.0}

@@ -130,7 +130,7 @@ def evaluate_run(folder: Path, store: Path, model: Path, layout: tuple[str, int,
         folder / f"of {start().rank}", store, model={"path": str(model), "generation": {"samples": samples}},
         training={"steps": 1, "eval_every": 1},
         deepspeed={
-            "train_batch_size": 6, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
+            "train_batch_size": 12, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
             "optimizer": {"params": {"lr": 1e-12, "weight_decay": 0.0}}, "scheduler": {"params": {"warmup": 1}},
         },
     )  # fmt: skip
