@@ -80,7 +80,6 @@ def test_packed_training_data_are_evaluated_pair_by_pair(trained_run: Path, tmp_
         (["--batch-size", "0"], "--batch-size 0: use 1 or more"),
         (["--max-samples", "0"], "--max-samples 0: use 1 or more"),
         (["--generate", "-1"], "--generate -1: use 0 or more"),
-        (["--generate", "2", "--max-samples", "2"], "not allowed with argument"),
         (["--split", "test"], "no split 'test'"),
     ],
 )

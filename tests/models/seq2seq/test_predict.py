@@ -162,7 +162,6 @@ def test_a_kill_keeps_what_is_answered(trained_run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "one of the arguments --prompt --prompts --chat is required"),
         (["--prompt", "a", "--system", "x"], "--system: unknown flag"),
         (["--prompt", " "], "--prompt is empty: give a text to answer"),
         (["--prompt", "a\udce9"], "--prompt: not UTF-8 text: set a UTF-8 locale, or use --prompts FILE"),
