@@ -66,7 +66,7 @@ def test_one_answer_is_printed_greedy_searched_or_sampled_as_asked(
         assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_an_answer_has_320_tokens_at_most(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_has_320_tokens_at_most() -> None:
     from trunkline.engine.config.flags import Parser
     from trunkline.models.seq2seq.flags import predict as add_flags
 
