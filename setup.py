@@ -28,6 +28,7 @@ setup(
         "psutil>=5.9",
         "transformers>=5.20",
         "tokenizers>=0.23.1",
+        "sacrebleu>=2.6",  # BLEU and chrF, from its own statistics of each text
         "jinja2>=3.1.6",  # which transformers renders a conversation with, and refuses below
     ],
     extras_require={

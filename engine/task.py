@@ -67,7 +67,8 @@ class Task(ABC):
     generates: bool = False
     """Whether `evaluate` calls the model, or a part of it, as often as it likes: to decode texts, to sample. It is then
     given the bare model with whole weights, gathered on each rank once an evaluation, with all its methods, such as
-    transformers' `generate`. Ranks may go different ways. Each rank's device must hold the model beside its shard.
+    transformers' `generate`, with synced_gpus=False: else under FSDP it waits for ranks that generate less often. Ranks
+    may go different ways. Each rank's device must hold the model beside its shard.
     """
 
     micro_batch_multiple: int = 1

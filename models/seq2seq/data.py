@@ -12,6 +12,7 @@ A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8
     decoder_input_ids  [B, M] int64  PAD (the start), then the targets but for the last
     targets            [B, M] int64  what the decoder writes; IGNORE at padding
     target_document    [B, M] int64  as input_document
+    number             [B] int64     of a sample that a text is generated for, counted from 0, or -1
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ LENGTH_MULTIPLE = 8  # few different shapes of batches
 
 
 class Pair(NamedTuple):
-    """int64 [n] and [m], both with EOS at their end."""
+    """int64 [n] and [m], both with EOS at their end; and its number among those that texts are generated for, or -1."""
 
     input: np.ndarray
     target: np.ndarray
+    number: int = -1
 
 
 class PairRows:
@@ -49,8 +51,8 @@ class PairRows:
     cut: the same in words; notes: for a person to read
     """
 
-    def __init__(self, store: Store, data: Seq2SeqData, pad_id: int, eos_id: int) -> None:
-        self._store, self._data, self._pad, self._eos = store, data, pad_id, eos_id
+    def __init__(self, store: Store, data: Seq2SeqData, pad_id: int, eos_id: int, generated: int = 0) -> None:
+        self._store, self._data, self._pad, self._eos, self._generated = store, data, pad_id, eos_id, generated
         self.room, self.notes = Room(data.max_source_length, data.max_target_length), list[str]()
         self.cut = f"{self.room.source} and {self.room.target}"
         if data.packing:
@@ -65,7 +67,7 @@ class PairRows:
 
     def dataset(self, split: str) -> PairSamples | PackedPairs:
         """A pair a sample, or of packed "train" a row of several: elsewhere a text is generated for each pair."""
-        pairs = PairSamples(self._store, split, self._data, self._eos)
+        pairs = PairSamples(self._store, split, self._data, self._eos, self._generated)
         return PackedPairs(pairs, self.room) if self._data.packing and split == "train" else pairs
 
     def collate(self, samples: Sequence[Pair] | Sequence[list[Pair]]) -> dict[str, Tensor]:
@@ -79,10 +81,11 @@ class PairSamples(Dataset[Pair]):
 
     lengths: int64 [P], tokens of input and target together, as they are cut
     sides: int64 [P, 2], of each
+    generated: how many evenly spaced ones are numbered, to generate texts for
     notes: what was cut, for a person to read
     """
 
-    def __init__(self, store: Store, split: str, data: Seq2SeqData, eos_id: int) -> None:
+    def __init__(self, store: Store, split: str, data: Seq2SeqData, eos_id: int, generated: int = 0) -> None:
         self._inputs, self._targets, self._eos = store.inputs(split), store.targets(split), eos_id
         self._most = data.max_source_length, data.max_target_length
         if not len(self._inputs):
@@ -94,6 +97,9 @@ class PairSamples(Dataset[Pair]):
         left = source - self._first + 1, target + 1
         self.sides = np.stack([np.minimum(side, most) for side, most in zip(left, self._most, strict=True)], axis=1)
         self.lengths = self.sides.sum(axis=1)
+        count = min(generated, len(source))
+        self._numbers = np.full(len(source), -1)
+        self._numbers[np.arange(count) * len(source) // max(count, 1)] = np.arange(count)
         keys, whats = ("max_source_length", "max_target_length"), ("prompts", "responses")
         self.notes = [
             f"{(side > most).sum():,} of {len(side):,} {what} are longer than data.{key} = {most} and cut off on "
@@ -120,7 +126,8 @@ class PairSamples(Dataset[Pair]):
             raise IndexError(f"sample {index} of {len(self)}")
         first, (source, target) = int(self._first[index]), self._most
         parts = self._inputs.tokens(index, first, first + source - 1), self._targets.tokens(index, 0, target - 1)
-        return Pair(*(np.append(part, self._eos) for part in parts))
+        prompt, response = (np.append(part, self._eos) for part in parts)
+        return Pair(prompt, response, int(self._numbers[index]))
 
 
 class PackedPairs(Dataset[list[Pair]]):
@@ -156,7 +163,7 @@ class PackedPairs(Dataset[list[Pair]]):
 
 def collate(rows: Sequence[Sequence[Pair]], pad_id: int, room: Room) -> dict[str, Tensor]:
     """The batch of these rows, each of one pair or several. See the top of this file."""
-    sides = [[[pair[side] for pair in row] for row in rows] for side in (0, 1)]
+    sides = [[pair.input for pair in row] for row in rows], [[pair.target for pair in row] for row in rows]
     (inputs, input_document), (targets, target_document) = (
         _padded(side, most) for side, most in zip(sides, room, strict=True)
     )
@@ -168,6 +175,7 @@ def collate(rows: Sequence[Sequence[Pair]], pad_id: int, room: Room) -> dict[str
         "decoder_input_ids": np.where(target_document < 0, pad_id, before),
         "targets": np.where(target_document < 0, IGNORE, targets),
         "target_document": target_document,
+        "number": np.array([row[0].number for row in rows]),
     }
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from trunkline.models.seq2seq.attention import use_relative_attention
 from trunkline.models.text.linear_loss import LinearLoss
-
-_ROWS_AT_ONCE = 1024
 
 
 class Seq2Seq(nn.Module):
@@ -24,6 +23,7 @@ class Seq2Seq(nn.Module):
     def __init__(self, lm: Any, attention: str = "trunkline") -> None:
         super().__init__()
         self.lm = lm
+        lm.generation_config = GenerationConfig()  # whoever generates says how: a folder may ask for samples
         self._no_split_modules = sorted(lm._no_split_modules or ())
         self._relative = attention == "trunkline" and use_relative_attention(lm)
         lm.lm_head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
@@ -36,6 +36,8 @@ class Seq2Seq(nn.Module):
         targets: Tensor, reduction: str = "sum",
     ) -> Tensor:  # fmt: skip
         """-log p(targets), summed (a scalar) or for each position ([B, M], reduction "none"), fp32.
+
+        "measured" is [2]: the sum, and how many targets are the likeliest token.
 
         Args:
             input_ids: int64 [B, N], what the encoder reads, padded on the right.
@@ -67,12 +69,6 @@ class Seq2Seq(nn.Module):
             use_cache=False, **documents,
         ).last_hidden_state  # fmt: skip
         return hidden * lm.model_dim**-0.5 if scales_hidden(lm.config) else hidden
-
-    def correct(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """bool [B, M]: whether the likeliest token is the target. No more than some rows of logits are held."""
-        rows = hidden.flatten(0, 1).split(_ROWS_AT_ONCE)
-        likeliest = torch.cat([self.lm.lm_head(part).argmax(-1) for part in rows])
-        return likeliest.view_as(targets) == targets
 
 
 def scales_hidden(hf_config: Any) -> bool:

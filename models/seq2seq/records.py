@@ -1,6 +1,7 @@
 """Records: what a line, an item or a row stands for.
 
     pair_of(value, fields)   {"prompt": ..., "response": ...}, or under other names
+    prompt_of(value)         {"prompt": ...}, or a string: the turns that an answer is wanted to
     text_of(value)           {"text": ...}, or a string
     content(record)          the same for equal records
 
@@ -50,6 +51,14 @@ def pair_of(value: Any, fields: tuple[str, str] = FIELDS) -> Record:
     prompt, response = (checked_text(held[name], repr(name)) for name in fields)
     history = _history(held.get(HISTORY)) if HISTORY not in fields else ()
     return Record(prompt, response, history, held.notes())
+
+
+def prompt_of(value: Any) -> tuple[str, ...]:
+    """The turns of a talk whose next is wanted: `history`, then "prompt". Raises BadRecord."""
+    if isinstance(value, str):
+        return (checked_text(value, "the prompt"),)
+    held = Fields(value)
+    return *_history(held.get(HISTORY)), checked_text(held[FIELDS[0]], repr(FIELDS[0]))
 
 
 def text_of(value: Any) -> Record:

@@ -15,11 +15,15 @@ from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
 from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
 from trunkline.models.seq2seq.data import PackedPairs, PairRows, PairSamples
+from trunkline.models.seq2seq.generated import Generated, GeneratedTexts
+from trunkline.models.seq2seq.generation import write
 from trunkline.models.seq2seq.network import Seq2Seq
 from trunkline.models.seq2seq.span_corruption import corrupted
 from trunkline.models.seq2seq.store import Store
+from trunkline.models.seq2seq.text_metrics import NAMES, TextMetrics
 from trunkline.models.seq2seq.texts import TextPieces, Texts
 from trunkline.models.seq2seq.tokenizer import check_marks, sentinels
+from trunkline.models.seq2seq.trained import stop_ids
 from trunkline.models.text.assets import write_assets
 from trunkline.models.text.file_format import FileFormat
 from trunkline.models.text.folder import read_generation, token_ids
@@ -58,6 +62,7 @@ class Seq2SeqTask(Task):
                 f"{self.hf_config.vocab_size}: set model.vocab_size, or prepare the data with the model's own tokenizer"
             )
         self.head = head_of(model)
+        self.generates = model.objective.type == "pairs" and model.generation.samples > 0
         self.tokenizer = self.store.tokenizer()
         check_marks(self.tokenizer, self.store.root)
         self._generation: dict[str, Any] = {}
@@ -101,17 +106,62 @@ class Seq2SeqTask(Task):
         return {"loss": model(**_read(batch), targets=_targets(batch))}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """The same sum, and the number of tokens."""
-        return self.loss(model, batch) | {"tokens": self.weight(batch)}
+        """What `likelihood` gives and, where texts are generated, what GeneratedTexts sums of them."""
+        sums = self.likelihood(model, batch)
+        if self.generates:
+            made = self.texts.sums(self.generated(model, batch))
+            sums |= {name: value.to(sums["loss"].device) for name, value in made.items()}
+        return sums
+
+    def likelihood(self, model: nn.Module, batch: Batch) -> Sums:
+        """ "loss" as `loss` sums it; "correct", how many targets are the likeliest token; "tokens", of all targets."""
+        batch = self.complete(batch)
+        loss, correct = model(**_read(batch), targets=_targets(batch), reduction="measured")
+        return {"loss": loss, "correct": correct, "tokens": self.weight(batch)}
+
+    def generated(self, model: nn.Module, batch: Batch) -> list[Generated]:
+        """The likeliest text, token by token, for each numbered sample of the batch. `model` has whole weights."""
+        some = (batch["number"] >= 0) & batch["valid"]
+        if not some.any():
+            return []
+        seen = batch["input_document"][some] >= 0
+        inputs, targets = batch["input_ids"][some], batch["targets"][some]
+        made = write(
+            cast(Seq2Seq, model).lm, inputs, seen, stop_ids(self._eos, self._generation), self._pad,
+            max_new_tokens=self._max_new_tokens,
+        )  # fmt: skip
+        return [
+            Generated(int(number), prompt[there][:-1].tolist(), target[target != IGNORE][:-1].tolist(), text)
+            for number, prompt, there, target, text in zip(
+                batch["number"][some], inputs, seen, targets, made, strict=True
+            )
+        ]
 
     def summarize(self, sums: Sums) -> dict[str, float]:
-        """ "loss": nats a token over all targets; "perplexity": its exponential."""
+        """ "loss", nats a token over all targets; "perplexity", its exponential; "token_accuracy".
+
+        Of generated texts those of TextMetrics.scores.
+        """
         loss = float(sums["loss"] / sums["tokens"])
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        found = {
+            "loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": float(sums["correct"] / sums["tokens"]),
+        }  # fmt: skip
+        return found | (self._metrics.scores(sums) if self.generates else {})
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """By metric, how sacrebleu computes it; empty where no texts are generated."""
+        return self._metrics.signatures if self.generates else {}
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """Write generated.md: see GeneratedTexts."""
+        if self.generates:
+            self.texts.show(sums, folder)
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
-        return "min" if metric == "perplexity" else None
+        return "min" if metric == "perplexity" else "max" if metric in ("token_accuracy", *NAMES) else None
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how samples are cut from it."""
@@ -158,9 +208,22 @@ class Seq2SeqTask(Task):
         pad: int = self.tokenizer.pad_token_id
         return pad
 
+    @cached_property
+    def _metrics(self) -> TextMetrics:
+        return TextMetrics(self.model.generation.bleu_tokenizer)
+
+    @cached_property
+    def texts(self) -> GeneratedTexts:
+        """What is summed and shown of generated texts."""
+        return GeneratedTexts(self.tokenizer, self.data, self._max_new_tokens, self._metrics)
+
+    @property
+    def _max_new_tokens(self) -> int:
+        return self.model.generation.max_new_tokens or self.data.max_target_length
+
     def _samples_of(self, objective: Pairs | SpanCorruption) -> PairRows | TextPieces:
         if isinstance(objective, Pairs):
-            return PairRows(self.store, self.data, self._pad, self._eos)
+            return PairRows(self.store, self.data, self._pad, self._eos, self.model.generation.samples)
         found = sentinels(self.tokenizer, self.hf_config.vocab_size)
         return TextPieces(self.store, self.data, objective, self._pad, self._eos, found)
 
