@@ -111,6 +111,20 @@ def causal_lm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
+def numbers(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py numbers`."""
+    parser.add_argument(
+        "--example", type=Path, default=Path("data/seq2seq-demo/numbers"), metavar="FOLDER",
+        help="what launchers/prepare.py seq2seq --example numbers wrote (data/seq2seq-demo/numbers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/seq2seq-demo"), metavar="FOLDER",
+        help="with the runs pretrained, sv, sv-frozen and sv-scratch (runs/seq2seq-demo)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the tables (default: RUNS/numbers)")
+    parser.add_argument("--device", default="cpu", help="where the networks answer (cpu)")
+
+
 def fluid_step(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py fluid_step`."""
     parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))

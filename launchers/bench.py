@@ -21,6 +21,7 @@ BENCHMARKS = {
     "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),
     "image_training": ("trunkline.benchmarks.image_training", "training of image classifiers against transformers"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
+    "numbers": ("trunkline.benchmarks.numbers", "the demo of seq2seq beside tables, rules and neighbours"),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from trunkline.engine.data.npy import NpyWriter, Spec
 from trunkline.engine.data.store import INDEX
 from trunkline.engine.data.store_writer import check_out, draft_of, finished, publish, write_index
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
+from trunkline.models.seq2seq.example import write_numbers
 from trunkline.models.seq2seq.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 from trunkline.models.seq2seq.records import FIELDS, Kind, Record, pair_of, text_of
 from trunkline.models.seq2seq.store import SplitEntry, Store, token_dtype
@@ -37,13 +38,21 @@ from trunkline.models.text.tokenizer import load_tokenizer, tokenizer_digest, vo
 from trunkline.models.text.tokenizer_files import copy_tokenizer
 
 SUFFIXES = {"pairs": (".parquet", ".jsonl", ".json", ".csv", ".tsv"), "text": (".parquet", ".jsonl", ".json", ".txt")}
+_OF_A_SOURCE = (
+    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
+)  # fmt: skip
 _AT_ONCE = 1024  # records; the tokenizer works on them in parallel
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError and DataError."""
+    if arguments.example:
+        _write_example(arguments)
+        return
+    if arguments.tokenizer is None and not arguments.train_tokenizer:
+        raise ConfigError("--source: needs --tokenizer FOLDER or --train-tokenizer")
     store, is_new = prepare(
-        arguments.source or [], arguments.out, kind=arguments.kind, fields=tuple(arguments.fields),
+        arguments.source, arguments.out, kind=arguments.kind, fields=tuple(arguments.fields),
         tokenizer=arguments.tokenizer, vocab_size=arguments.vocab_size or DEFAULT_VOCAB_SIZE,
         max_token_length=arguments.max_token_length, val_sources=arguments.val_source or [],
         test_sources=arguments.test_source or [],
@@ -57,6 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {split}: {counted.samples:,} records, {counted.input_tokens:,} + {counted.target_tokens:,} tokens")
     for line in remarks(store.index):
         print(f"  {line}")
+
+
+def _write_example(arguments: argparse.Namespace) -> None:
+    given = [name for name in _OF_A_SOURCE if getattr(arguments, name)]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
+    for name, count in write_numbers(arguments.out).items():
+        print(f"{arguments.out / name}: {count:,} records")
 
 
 def prepare(
