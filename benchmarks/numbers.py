@@ -25,7 +25,7 @@ from trunkline.engine.machine.files import write_json
 from trunkline.engine.record.pictures import BLUE, RED, picture
 from trunkline.engine.record.tables import markdown
 from trunkline.models.image_classification.metrics import interval
-from trunkline.models.seq2seq.example import LANGUAGES, NEW_LANGUAGE, Record, spelled
+from trunkline.models.seq2seq.example import LANGUAGES, NEW_FIRST, NEW_TRAIN, Record, spelled
 from trunkline.models.text.tokenizer import load_tokenizer
 
 ASKED = {"clean": "clean", "one error": "prompt"}
@@ -33,6 +33,7 @@ ASKED = {"clean": "clean", "one error": "prompt"}
 NETWORK, RULES = "network", "text2num, told the language"
 TUNED = {"whole": "sv", "frozen": "sv-frozen", "from scratch": "sv-scratch"}
 """How the new language was learnt, and the run's folder."""
+NEW_PAIRS = NEW_FIRST + NEW_TRAIN
 _AT_ONCE = 250
 _COMPARED = 24_000  # records that the nearest is sought among
 _SHOWN = 10  # wrong answers
@@ -65,17 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
             by_method(eight, test),
             f"The same by language, in %: {' and '.join(ASKED)}; at the right clean, after fine-tuning on Swedish:",
             by_language(eight, kept, test),
-            f"{len(new_test):,} numbers in Swedish, learnt from {len(new_train):,} records:",
+            f"{len(new_test):,} numbers in Swedish, learnt from {NEW_PAIRS} pairs:",
             by_method(new, new_test),
             *wrong(eight[NETWORK]["one error"], test),
         ]
     )
     out: Path = arguments.out or runs / "numbers"
     out.mkdir(parents=True, exist_ok=True)
-    plot({"eight languages": (eight, test), f"Swedish, {len(new_train)} records": (new, new_test)}, out / "numbers.png")
+    plot({"eight languages": (eight, test), f"Swedish, {NEW_PAIRS} pairs": (new, new_test)}, out / "numbers.png")
     (out / "numbers.md").write_text(f"# Spelled-out numbers\n\n{text}\n\n![](numbers.png)\n", encoding="utf-8")
-    asked = {"eight languages": (eight, test), "Swedish": (new, new_test), "eight languages after Swedish": (kept, test)}
-    write_json(out / "numbers.json", {part: counts(given, records) for part, (given, records) in asked.items()})
+    parts = {"eight languages": counts(eight, test), "Swedish": counts(new, new_test), "afterwards": counts(kept, test)}
+    write_json(out / "numbers.json", parts)
     print(f"{text}\n\nwrote {out}/numbers.md, numbers.json and numbers.png")
     return 0
 
@@ -239,8 +240,8 @@ def wrong(given: Sequence[str], records: Sequence[Record]) -> list[str]:
     for answer, record in faults[:: -(-len(faults) // _SHOWN)]:
         rows.append([f"{record['prompt']} ({record['language']})", record["response"], answer])
     return [
-        f"Of {len(faults)} wrong answers of the network, {one_digit} are wrong in one digit alone. {meant} are what was "
-        "typed, letter by letter: the error made another number. Nothing in an answer tells that it is wrong:",
+        f"Of {len(faults)} wrong answers of the network, {one_digit} are wrong in one digit alone. {meant} are the "
+        "number that was typed: the error made it another one. Nothing in an answer tells that it is wrong:",
         markdown(rows, align="right"),
     ]
 

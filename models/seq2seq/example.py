@@ -8,7 +8,7 @@ and test have an error. "clean" is the same without. The words are those of the 
 and without commas. What language they are of, the prompt does not say.
 
 One number in ten above 100 is held out, in all languages at once: half of these for val, half for test. Swedish is a
-language to fine-tune on: its 300 training records are 0 ... 99 and 200 more.
+language to fine-tune on. Its 300 training pairs are 0 ... 99 and 200 more. Each stands 16 times, with other errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trunkline.engine.errors import ConfigError
 LANGUAGES = ("en", "es", "fr", "it", "de", "nl", "pt", "da")
 NEW_LANGUAGE = "sv"
 TRAIN, VAL, TEST = 24_000, 100, 250  # records of each language
-_NEW_TRAIN = 200  # and the numbers below 100
+NEW_TRAIN, NEW_FIRST, NEW_COPIES = 200, 100, 16
 _DIGITS = (1, 2, 3, 4, 5, 6, 6)  # how many a number has, drawn evenly
 _SEED = 42
 
@@ -56,21 +56,23 @@ def _files() -> dict[str, Iterator[Record]]:
         "train.jsonl": (record for language in LANGUAGES for record in train_records(language, TRAIN)),
         "val.jsonl": (record for language in LANGUAGES for record in held_out_records(language, "val", VAL)),
         "test.jsonl": (record for language in LANGUAGES for record in held_out_records(language, "test", TEST)),
-        "sv-train.jsonl": train_records(NEW_LANGUAGE, _NEW_TRAIN, first=100),
+        "sv-train.jsonl": train_records(NEW_LANGUAGE, NEW_TRAIN, first=NEW_FIRST, copies=NEW_COPIES),
         "sv-val.jsonl": held_out_records(NEW_LANGUAGE, "val", VAL),
         "sv-test.jsonl": held_out_records(NEW_LANGUAGE, "test", TEST),
     }
 
 
-def train_records(language: str, count: int, first: int = 0) -> Iterator[Record]:
-    """The numbers below `first`, then `count` draws, which may repeat a number."""
+def train_records(language: str, count: int, *, first: int = 0, copies: int = 1) -> Iterator[Record]:
+    """The numbers below `first`, then `count` draws, which may repeat a number; all of it `copies` times, each time
+    with other typing errors."""
     draw = random.Random(f"{_SEED} {language} train")
+    pairs = []
     for place in range(first + count):
         number = place if place < first else _drawn(draw, "train")
-        clean = spelled(number, language)
-        kind = draw.randrange(16)
-        typed = with_typo(clean, draw) if kind < 3 else without_accents(clean) if kind == 3 else clean
-        yield _record(number, language, clean, typed)
+        pairs.append((number, spelled(number, language)))
+        yield _record(*pairs[-1], language, _as_typed(pairs[-1][1], draw))
+    for number, clean in pairs * (copies - 1):
+        yield _record(number, clean, language, _as_typed(clean, draw))
 
 
 def held_out_records(language: str, split: str, count: int) -> Iterator[Record]:
@@ -81,7 +83,7 @@ def held_out_records(language: str, split: str, count: int) -> Iterator[Record]:
         if (number := _drawn(draw, split)) not in seen:
             seen.add(number)
             clean = spelled(number, language)
-            yield _record(number, language, clean, with_typo(clean, draw))
+            yield _record(number, clean, language, with_typo(clean, draw))
 
 
 def split_of(number: int) -> str:
@@ -106,10 +108,8 @@ def with_typo(text: str, draw: random.Random) -> str:
     typed = text
     while typed == text:
         place, letter = draw.randrange(len(text)), draw.choice(string.ascii_lowercase)
-        before, here, after = text[:place], text[place], text[place + 1 :]
-        typed = draw.choice(
-            (before + after, before + letter + here + after, before + letter + after, before + after[:1] + here + after[1:])
-        )
+        here, after = text[place:], text[place + 1 :]
+        typed = text[:place] + draw.choice((after, letter + here, letter + after, after[:1] + here[:1] + after[1:]))
     return typed
 
 
@@ -127,5 +127,10 @@ def _drawn(draw: random.Random, split: str) -> int:
             return number
 
 
-def _record(number: int, language: str, clean: str, typed: str) -> Record:
+def _as_typed(clean: str, draw: random.Random) -> str:
+    kind = draw.randrange(16)
+    return with_typo(clean, draw) if kind < 3 else without_accents(clean) if kind == 3 else clean
+
+
+def _record(number: int, clean: str, language: str, typed: str) -> Record:
     return {"prompt": typed, "response": str(number), "clean": clean, "language": language}

@@ -14,7 +14,13 @@ from trunkline.engine.errors import ConfigError
 from trunkline.launchers.prepare import main
 from trunkline.models.seq2seq import example
 from trunkline.models.seq2seq.example import (
-    LANGUAGES, held_out_records, split_of, train_records, with_typo, without_accents, write_numbers,
+    LANGUAGES,
+    held_out_records,
+    split_of,
+    train_records,
+    with_typo,
+    without_accents,
+    write_numbers,
 )  # fmt: skip
 
 spells = pytest.mark.skipif(importlib.util.find_spec("num2words") is None, reason="num2words is not installed")
@@ -93,14 +99,14 @@ def test_words_are_lower_case_and_without_commas() -> None:
 def test_the_files_are_the_same_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, count in (("TRAIN", 20), ("VAL", 4), ("TEST", 5), ("_NEW_TRAIN", 6)):
+    for name, count in (("TRAIN", 20), ("VAL", 4), ("TEST", 5), ("NEW_TRAIN", 6), ("NEW_COPIES", 2)):
         monkeypatch.setattr(example, name, count)
     out = tmp_path / "numbers"
     assert main(["seq2seq", "--example", "numbers", "--out", str(out)]) == 0
     assert f"{out / 'train.jsonl'}: 160 records" in capsys.readouterr().out
     counts = write_numbers(tmp_path / "again")
     assert counts == {
-        "train.jsonl": 160, "val.jsonl": 32, "test.jsonl": 40, "sv-train.jsonl": 106, "sv-val.jsonl": 4,
+        "train.jsonl": 160, "val.jsonl": 32, "test.jsonl": 40, "sv-train.jsonl": 212, "sv-val.jsonl": 4,
         "sv-test.jsonl": 5,
     }  # fmt: skip
     for name, count in counts.items():
