@@ -87,14 +87,13 @@ def test_the_demo_from_its_records_to_its_table(
     for name, count in (("TRAIN", 40), ("VAL", 2), ("TEST", 3), ("NEW_TRAIN", 6), ("NEW_COPIES", 2)):
         monkeypatch.setattr(example, name, count)
     monkeypatch.chdir(tmp_path)
-    prepare_, data = ["seq2seq", "--source"], "data/seq2seq-demo"
+    data = "data/seq2seq-demo"
     assert prepare.main(["seq2seq", "--example", "numbers", "--out", f"{data}/numbers"]) == 0
-    numbers = f"{data}/numbers"
-    files = [f"{numbers}/train.jsonl", "--val-source", f"{numbers}/val.jsonl", "--test-source", f"{numbers}/test.jsonl"]
-    trained = ["--train-tokenizer", "--vocab-size", "512", "--max-token-length", "12", "--out", f"{data}/pairs"]
-    assert prepare.main([*prepare_, *files, *trained]) == 0
-    files = [name.replace("/numbers/", "/numbers/sv-") for name in files]
-    assert prepare.main([*prepare_, *files, "--tokenizer", f"{data}/pairs/tokenizer", "--out", f"{data}/sv"]) == 0
+    trained = ["--train-tokenizer", "--vocab-size", "512", "--max-token-length", "12"]
+    for store, mark, tokenizer in (("pairs", "", trained), ("sv", "sv-", ["--tokenizer", f"{data}/pairs/tokenizer"])):
+        train_, val, test = (f"{data}/numbers/{mark}{split}.jsonl" for split in ("train", "val", "test"))
+        files = ["--source", train_, "--val-source", val, "--test-source", test]
+        assert prepare.main(["seq2seq", *files, *tokenizer, "--out", f"{data}/{store}"]) == 0
     short = ["training.steps=2", "training.eval_every=1", "deepspeed.scheduler.params.warmup=1"]
     short = [word for setting in short for word in ("--set", setting)]
     for name, run in (("demo", "pretrained"), ("demo-sv", "sv")):
