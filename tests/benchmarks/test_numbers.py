@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trunkline.benchmarks.numbers import baselines, by_language, by_method, counts, nearest, right, rules, wrong
+from trunkline.benchmarks.numbers import TUNED, baselines, by_language, by_method, counts, nearest, right, rules, wrong
 from trunkline.launchers import bench, prepare, train
 from trunkline.models.seq2seq import example
 from trunkline.models.seq2seq.example import LANGUAGES, Record
@@ -94,16 +94,18 @@ def test_the_demo_from_its_records_to_its_table(
         train_, val, test = (f"{data}/numbers/{mark}{split}.jsonl" for split in ("train", "val", "test"))
         files = ["--source", train_, "--val-source", val, "--test-source", test]
         assert prepare.main(["seq2seq", *files, *tokenizer, "--out", f"{data}/{store}"]) == 0
-    short = ["training.steps=2", "training.eval_every=1", "deepspeed.scheduler.params.warmup=1"]
-    short = [word for setting in short for word in ("--set", setting)]
-    for name, run in (("demo", "pretrained"), ("demo-sv", "sv")):
-        config = str(ROOT / f"configs/seq2seq/{name}.json")
-        assert train.main(["--config", config, "--output-dir", f"runs/seq2seq-demo/{run}", *short]) == 0
-    for other in ("sv-frozen", "sv-scratch"):
-        shutil.copytree("runs/seq2seq-demo/sv", f"runs/seq2seq-demo/{other}")
+    runs = Path("runs/seq2seq-demo")
+    short = ["--set", "training.steps=1", "--set", "deepspeed.scheduler.params.warmup=0"]
+    config = str(ROOT / "configs/seq2seq/demo.json")
+    assert train.main(["--config", config, "--output-dir", str(runs / "pretrained"), *short]) == 0
+    frozen = 'training.parameters=[{"names": ["lm.shared.*", "lm.encoder.*"], "frozen": true}]'
     capsys.readouterr()
+    assert train.main(["--config", str(ROOT / "configs/seq2seq/demo-sv.json"), "--set", frozen, "--plan"]) == 0
+    assert "1,017,856 parameters, 459,776 of them trained" in capsys.readouterr().out
+    for tuned in TUNED.values():
+        shutil.copytree(runs / "pretrained", runs / tuned)
     assert bench.main(["numbers"]) == 0
-    out = Path("runs/seq2seq-demo/numbers")
+    out = runs / "numbers"
     table = capsys.readouterr().out
     assert "24 numbers in eight languages, none of which stands in the 320 training records" in table
     assert "3 numbers in Swedish, learnt from 300 pairs" in table
