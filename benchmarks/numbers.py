@@ -260,9 +260,10 @@ def plot(parts: Mapping[str, tuple[Mapping[str, Given], Sequence[Record]]], path
         for axes, (title, (given, records)) in zip(figure.subplots(1, len(parts)), parts.items(), strict=True):
             places = np.arange(len(given))[::-1]
             for how, color, shift in zip(ASKED, (BLUE, RED), (0.2, -0.2), strict=True):
-                shares = [100 * np.divide(*right(each[how], records)) for each in given.values()]
+                found = [right(each[how], records) for each in given.values()]
+                shares = [100 * count / of for count, of in found]
                 bars = axes.barh(places + shift, shares, 0.4, color=color, label=how)
-                axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+                axes.bar_label(bars, [_percent(each) for each in found], padding=2, fontsize=7)
             axes.set_yticks(places, list(given))
             axes.set_xlim(0, 112)
             axes.grid(axis="y", visible=False)

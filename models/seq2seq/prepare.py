@@ -38,9 +38,6 @@ from trunkline.models.text.tokenizer import load_tokenizer, tokenizer_digest, vo
 from trunkline.models.text.tokenizer_files import copy_tokenizer
 
 SUFFIXES = {"pairs": (".parquet", ".jsonl", ".json", ".csv", ".tsv"), "text": (".parquet", ".jsonl", ".json", ".txt")}
-_OF_A_SOURCE = (
-    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
-)  # fmt: skip
 _AT_ONCE = 1024  # records; the tokenizer works on them in parallel
 
 
@@ -68,9 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {line}")
 
 
+_OF_A_SOURCE = (
+    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
+)  # fmt: skip
+
+
 def _write_example(arguments: argparse.Namespace) -> None:
-    given = [name for name in _OF_A_SOURCE if getattr(arguments, name)]
-    if given:
+    if given := [name for name in _OF_A_SOURCE if getattr(arguments, name)]:
         flag = f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
     for name, count in write_numbers(arguments.out).items():
