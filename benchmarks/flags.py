@@ -55,6 +55,20 @@ def save(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
 
 
+def numbers(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py numbers`."""
+    parser.add_argument(
+        "--example", type=Path, default=Path("data/seq2seq-demo/numbers"), metavar="FOLDER",
+        help="what launchers/prepare.py seq2seq --example numbers wrote (data/seq2seq-demo/numbers)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/seq2seq-demo"), metavar="FOLDER",
+        help="with the runs pretrained, sv, sv-frozen and sv-scratch (runs/seq2seq-demo)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the tables (default: RUNS/numbers)")
+    parser.add_argument("--device", default="cpu", help="where the networks answer (cpu)")
+
+
 def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py prepare`."""
     parser.add_argument("--case", type=Path, metavar="FOLDER", help="a case's CSV files (default: random, V = 6,712)")

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
     "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
     "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
+    "numbers": ("trunkline.benchmarks.numbers", "the demo of seq2seq beside tables, rules and neighbours"),
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
     "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),

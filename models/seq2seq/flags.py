@@ -15,14 +15,16 @@ DEFAULT_VAL_FRACTION = 0.05
 
 def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py seq2seq`."""
-    parser.add_argument(
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--example", choices=["numbers"], help="write an example's files of records; needs num2words")
+    work.add_argument(
         "--source", type=Path, nargs="+", metavar="PATH",
         help="files (.parquet, .jsonl, .json, .csv, .tsv; of texts also .txt) or folders of them",
     )  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, default="pairs", help="what the records are")
     parser.add_argument("--fields", nargs=2, default=FIELDS, metavar=("PROMPT", "RESPONSE"), help="their names")
-    parser.add_argument("--out", type=Path, required=True, metavar="STORE", help="the folder to write")
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer, or STORE/tokenizer of another store"
     )

@@ -26,6 +26,7 @@ from trunkline.engine.data.store_writer import check_out, draft_of, finished
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import entry
 from trunkline.models.seq2seq.conversion import Converter
+from trunkline.models.seq2seq.example import write_numbers
 from trunkline.models.seq2seq.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 from trunkline.models.seq2seq.records import FIELDS, Kind, Record, content, pair_of, text_of
 from trunkline.models.seq2seq.store import Store
@@ -45,12 +46,17 @@ _TRIED, _TRIED_CHARACTERS = 64, 10_000  # records, and of each text in them, by 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError and DataError."""
+    if arguments.example:
+        _write_example(arguments)
+        return
+    if arguments.tokenizer is None and not arguments.train_tokenizer:
+        raise ConfigError("--source: needs --tokenizer FOLDER or --train-tokenizer")
     for flag, value in (("--vocab-size", arguments.vocab_size), ("--max-token-length", arguments.max_token_length)):
         if value is not None and not arguments.train_tokenizer:
             raise ConfigError(f"{flag}: goes with --train-tokenizer; a tokenizer that is given has its own")
     try:
         store, is_new = prepare(
-            arguments.source or [], arguments.out, kind=arguments.kind, fields=tuple(arguments.fields),
+            arguments.source, arguments.out, kind=arguments.kind, fields=tuple(arguments.fields),
             tokenizer=arguments.tokenizer,
             vocab_size=DEFAULT_VOCAB_SIZE if arguments.vocab_size is None else arguments.vocab_size,
             max_token_length=arguments.max_token_length, val_sources=arguments.val_source or [],
@@ -67,6 +73,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {split}: {counted.samples:,} records, {counted.input_tokens:,} + {counted.target_tokens:,} tokens")
     for line in remarks(store.index):
         print(f"  {line}")
+
+
+_OF_A_SOURCE = (
+    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
+)  # fmt: skip
+
+
+def _write_example(arguments: argparse.Namespace) -> None:
+    if given := [name for name in _OF_A_SOURCE if getattr(arguments, name)]:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
+    for name, count in write_numbers(arguments.out).items():
+        print(f"{arguments.out / name}: {count:,} records")
 
 
 def prepare(
