@@ -87,9 +87,10 @@ def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> No
     limit_s = config.training.hang_timeout_s
     ranks = start(limit_s)
     agree({"--find-micro-batch": arguments.find_micro_batch})
+    resume = str(folder) if arguments.resume is True else arguments.resume or "none"
     trainer = Trainer(
         make_task(config), config, ranks, folder,
-        backend=backend, resume=arguments.resume or "none", accept_new_data=arguments.accept_new_data,
+        backend=backend, resume=resume, accept_new_data=arguments.accept_new_data,
     )  # fmt: skip
     if arguments.find_micro_batch:
         with trainer.starting():

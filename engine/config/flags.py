@@ -34,6 +34,7 @@ Change = Callable[[dict[str, Any], Any, int], dict[str, Any]]
 """(configuration so far, the flag's value, number of ranks) -> {dotted key: value}; raises ConfigError.
 
 A key "--output-dir", "--resume" or "--onnx" stands for that flag of launchers/train.py, which a user's own wins over.
+"--resume" may be True: from the run's own folder, which must hold a checkpoint then.
 "--instead" names a launcher that works on the run's folder in place of training, and its flags: ["evaluate", "--split",
 "val"].
 """

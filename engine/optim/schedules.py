@@ -198,7 +198,7 @@ def warmup_steps(section: Scheduler | None, total_steps: int) -> int:
     if section is None:
         return 0
     params = decided(section, total_steps, 0.0).params
-    if section.type in OWN_SCHEDULES:
+    if section.type in OWN_SCHEDULES and section.type != "InverseSqrt":  # which begins with the full rate
         return _warmup_steps(params.get("warmup", OWN_SCHEDULES[section.type]["warmup"]), total_steps)
     if section.type in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
         return int(params.get("warmup_num_steps", 1000))

@@ -6,7 +6,8 @@
 Plain PyTorch, a tile of queries of some rows at a time. Scores are held for one tile, and nothing of the size N x M is
 kept for the backward pass, which computes the probabilities again: 4 N M D FLOPs a head forward, 10 backward. A tile
 reads the keys from the first to the last whose document one of its queries may be of. So where documents stand in
-ascending order, a row of several costs little more than its documents, and padding costs nothing.
+ascending order, a row of several costs little more than its documents. Padding costs nothing where there is more than
+one tile.
 
 The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows alike, element (i, j) lies at
 i W + j - i. Its gradient is added through the same view, and summed over the rows: no atomics, so the same bits in

@@ -29,10 +29,25 @@ Config = dict[str, Any]
 
 
 def learn_rate(config: Config, value: float, world_size: int) -> Config:
-    """The optimizer's. What rates a schedule names keep their ratio to it: the highest of OneCycleLR stays 50 x lr."""
+    """The optimizer's; of OneCycleLR, which ignores that, the start's. What rates a schedule names keep their ratio."""
     before, params = value_at(config, RATE), value_at(config, SCHEDULE) or {}
-    named = {key: rate for key, rate in params.items() if key.endswith("_lr") and isinstance(rate, float | int)}
-    return {RATE: value} | {f"{SCHEDULE}.{key}": rate * (value / before) for key, rate in named.items() if before}
+    named = [key for key in params if key.endswith("_lr") or key == "eta_min"]
+    if others := [key for key in named if not isinstance(params[key], float | int)]:
+        raise ConfigError(f"--learn_rate {value:g}: {SCHEDULE}.{others[0]} is no number to change with it: use --set")
+    if (start := _start(config)) is not None:
+        before = start
+    if named and not before:
+        raise ConfigError(f"--learn_rate {value:g}: {RATE} is not set, so {named[0]} has no ratio to it: set both")
+    return {RATE: value} | {f"{SCHEDULE}.{key}": params[key] * (value / before) for key in named}
+
+
+def _start(config: Config) -> float | None:
+    """The rate that OneCycleLR starts at; None for other schedules."""
+    params = value_at(config, SCHEDULE) or {}
+    highest, ratio = params.get("max_lr"), params.get("div_factor", 25)
+    one_cycle = value_at(config, "deepspeed.scheduler.type") == "OneCycleLR"
+    numbers = isinstance(highest, float | int) and isinstance(ratio, float | int) and ratio > 0
+    return highest / ratio if one_cycle and numbers else None
 
 
 def finetune_from(config: Config, value: str, world_size: int) -> Config:
@@ -65,12 +80,13 @@ def check_finetune(config: Config, value: bool) -> list[str]:
         )
     frozen = "note: --is_finetune: the shared embedding and the encoder are frozen"
     if value_at(config, "model.tie_word_embeddings") is not False:
-        frozen += ", and with the embedding a head that is tied to it: --untie_head trains one of its own"
-    rate, highest = value_at(config, RATE), value_at(config, f"{SCHEDULE}.max_lr")
-    if not isinstance(rate, float | int) or rate <= _ADVISED:
+        frozen += ", and with the embedding a head if it is tied to it: --untie_head trains one of its own"
+    start, highest = _start(config), value_at(config, f"{SCHEDULE}.max_lr")
+    rate = value_at(config, RATE) if start is None else start
+    if not isinstance(rate, float | int) or rate <= _ADVISED * (1 + 1e-9):
         return [frozen]
     high = f"note: --is_finetune: the learning rate is {rate:g}"
-    high += f", which rises to {highest:g}" if isinstance(highest, float | int) else ""
+    high += "" if start is None else f", which rises to {highest:g}"
     high += f"; at most {_ADVISED:g} is advised, for 3 to 5 epochs"
     if str(value_at(config, f"{OPTIMIZER}.type")).lower() == "adamwscale":
         high += " (of AdamW: that of AdamWScale is relative to each parameter's root mean square)"
@@ -78,7 +94,7 @@ def check_finetune(config: Config, value: bool) -> list[str]:
 
 
 def is_keep_training(config: Config, value: bool, world_size: int) -> Config:
-    return {"--resume": "auto" if value else "none"}
+    return {"--resume": True if value else "none"}
 
 
 def bf16(config: Config, value: bool | str, world_size: int) -> Config:

@@ -116,7 +116,7 @@ class Seq2SeqModel(Strict):
     attention: Annotated[Literal["trunkline", "sdpa", "eager"], HOW] = Field(
         "trunkline", description="trunkline keeps no scores for the backward pass; the others are transformers'"
     )
-    generation: Generation = Generation()
+    generation: Annotated[Generation, HOW] = Generation()
 
     @property
     def shape(self) -> T5Shape:

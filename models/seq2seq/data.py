@@ -181,7 +181,7 @@ def collate(rows: Sequence[Sequence[Pair]], pad_id: int, room: Room) -> dict[str
 
 
 def padded_length(longest: int, most: int) -> int:
-    """How long the rows of a batch are whose longest has so many tokens, `most` at most."""
+    """How long the rows of a batch are whose longest has `longest` tokens, `most` at most."""
     return max(longest, min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most))
 
 

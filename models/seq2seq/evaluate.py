@@ -59,9 +59,12 @@ def compare(
     folder, data, model = load_sections(run)
     if progress:
         print(described(folder))
-    unpacked = {"packing": False, "packed_source_length": "auto", "packed_target_length": "auto"}
-    data = data.model_copy(update=unpacked if store is None else unpacked | {"store": str(store)})
-    generation = model.generation.model_copy(update={"samples": _EVERY if generate is None else generate})
+    changed: dict[str, Any] = {} if store is None else {"store": str(store)}
+    if model.objective.type == "pairs":  # of texts it says how they are cut
+        changed |= {"packing": False, "packed_source_length": "auto", "packed_target_length": "auto"}
+    data = data.model_copy(update=changed)
+    texts = (max_samples or _EVERY) if generate is None else generate
+    generation = model.generation.model_copy(update={"samples": texts})
     model = model.model_copy(update={"generation": generation})
     task = make_task(data, at(folder, model))
     dataset: Any = task.dataset(split)

@@ -17,6 +17,7 @@ from trunkline.engine.record.tables import markdown
 from trunkline.engine.task import Sums
 from trunkline.models.seq2seq.config import Seq2SeqData
 from trunkline.models.seq2seq.text_metrics import TextMetrics
+from trunkline.models.text.tokenizer import special_ids
 
 SHOWN = 20
 
@@ -35,6 +36,7 @@ class GeneratedTexts:
 
     def __init__(self, tokenizer: Any, data: Seq2SeqData, max_new_tokens: int, metrics: TextMetrics) -> None:
         self._tokenizer, self._metrics = tokenizer, metrics
+        self._marks = set(special_ids(tokenizer)) - {tokenizer.unk_token_id}  # what is unknown stands for some text
         self._widths = {"prompt": data.max_source_length, "expected": data.max_target_length, "made": max_new_tokens}
 
     def sums(self, texts: Sequence[Generated]) -> Sums:
@@ -56,7 +58,8 @@ class GeneratedTexts:
 
     def decoded(self, tokens: Sequence[int], marks: bool = False) -> str:
         """The text of tokens; with `marks` also what stands for no text, such as EOS between two turns."""
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=not marks)
+        kept = tokens if marks else [token for token in tokens if token not in self._marks]
+        text: str = self._tokenizer.decode(kept)
         return text
 
     def show(self, sums: Sums, folder: Path) -> None:

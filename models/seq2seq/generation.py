@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trunkline.engine.errors import ConfigError
 from trunkline.models.seq2seq.turns import joined
 
 if TYPE_CHECKING:
@@ -67,9 +68,14 @@ def reply(trained: Trained, turns: Sequence[str], *, stream: bool = False, **opt
 
 
 def tokens_of(trained: Trained, turns: Sequence[str]) -> list[list[int]]:
-    """The tokens of each turn, without EOS, as `prepare` makes them."""
-    backend = trained.tokenizer.backend_tokenizer
-    return [found.ids for found in backend.encode_batch_fast(list(turns), add_special_tokens=False)]
+    """The tokens of each turn, without EOS, as `prepare` makes them. Raises ConfigError for a text that holds EOS."""
+    tokenizer = trained.tokenizer
+    found = [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(list(turns), add_special_tokens=False)]
+    for turn, ids in zip(turns, found, strict=True):
+        if held := {tokenizer.eos_token_id, tokenizer.pad_token_id}.intersection(ids):
+            mark = tokenizer.convert_ids_to_tokens(min(held))
+            raise ConfigError(f"{turn[:60]!r}: holds {mark}, which the model would take for the real one: remove it")
+    return found
 
 
 def _answers(trained: Trained, talks: Sequence[Sequence[Sequence[int]]], options: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@
 
 A pair is taken for how much of the room left it fills on both sides: the dot product of the two, each side in parts of
 its room (Panigrahy et al., "Heuristics for vector bin packing", 2011). Lengths are told apart in 64 steps a side, so
-that a bit for each finds the best in 64 looks: N steps for N pairs. No row overflows: what is left is counted exactly.
+that at most 64 x 64 looks find the best, whatever the number of pairs. No row overflows, since what is left is counted
+exactly.
 """
 
 from __future__ import annotations
@@ -74,9 +75,8 @@ def _rounded(room: np.ndarray) -> np.ndarray:
 def _rows(lengths: np.ndarray, source: int, target: int) -> np.ndarray:
     """The row of each pair, int64 [N]."""
     one = np.uint64(1)
-    there = np.zeros(
-        _STEPS + 1, np.uint64
-    )  # by steps of the source: a bit for each of the target's, if there is such a pair
+    # by steps of the source: a bit for each of the target's, if there is such a pair
+    there = np.zeros(_STEPS + 1, np.uint64)
     first = np.full((_STEPS + 1, _STEPS + 1), -1, np.int64)  # of these pairs, and which comes after each
     after = np.empty(len(lengths), np.int64)
     for pair in range(len(lengths) - 1, -1, -1):

@@ -1,7 +1,7 @@
 """T5's pre-training: spans of a text are taken out, a sentinel stands in their place, and the decoder writes them.
 
-    counts(length, objective)             tokens and spans that are taken out of so long a text
-    longest_text(data, objective)         of how long a text encoder and decoder can hold what becomes of it
+    counts(length, objective)             tokens and spans that are taken out of a text of `length` tokens
+    longest_text(data, objective)         the most tokens of a text whose input and target fit
     corrupted(batch, pad_id, eos_id)      a batch of texts (trunkline.models.seq2seq.texts) as one of pairs
 
 Of a text of L tokens n = round(density L) are noise, between 1 and L - 1, in s = max(1, round(n / mean span)) spans.

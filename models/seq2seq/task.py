@@ -195,7 +195,8 @@ class Seq2SeqTask(Task):
         config: dict[str, Any] = self.hf_config.to_dict() | ids
         if self.head == "untied":
             config["scale_decoder_outputs"] = False
-        config["tie_word_embeddings"] = config.get("scale_decoder_outputs", True)  # by which transformers scales
+        # by which transformers scales a T5's hidden states; other programs tie by it
+        config["tie_word_embeddings"] = config.get("scale_decoder_outputs", self.head == "tied")
         return write_assets(folder, self.tokenizer, self.store.root, config, generation)
 
     @cached_property

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAD, EOS = "<pad>", "</s>"
 NUM_SENTINELS = 100
+_BYTES_END, _BYTES_UNUSED = 3 + 256, 11  # of byT5: behind the last byte; 0xf5 to 0xff
 MIN_VOCAB_SIZE = 2 + 256
 """PAD, EOS and every byte; what is above are merges and sentinels."""
 
@@ -88,10 +89,13 @@ def check_marks(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def sentinels(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
     """What stands for spans 0, 1, ... that are taken out of a text, in this order.
 
-    The ids of <extra_id_0>, <extra_id_1>, ..., which mT5 spells with a mark of space before it. Where the tokenizer has
-    none, the last of the model's `vocab_size` ids, descending, as far as no token of the tokenizer has them.
+    The ids of <extra_id_0>, <extra_id_1>, ..., which mT5 spells with a mark of space before it. byT5 was pre-trained
+    with the bytes from 0xff on, descending: as far as UTF-8 has none. Where the tokenizer has no such tokens, the last
+    of the model's `vocab_size` ids, descending, as far as no token of the tokenizer has them.
     """
     known = tokenizer.get_vocab()
+    if [known.get(f"<extra_id_{number}>") for number in range(2)] == [_BYTES_END, _BYTES_END + 1]:
+        return list(range(_BYTES_END - 1, _BYTES_END - 1 - _BYTES_UNUSED, -1))
     for spelling in ("<extra_id_{}>", "▁<extra_id_{}>"):
         found: list[int] = []
         while (number := known.get(spelling.format(len(found)))) is not None:

@@ -1,6 +1,6 @@
 """byT5's tokenizer, which transformers has in Python alone, as a fast one.
 
-    fast_bytes(slow)     gives the same tokens
+    fast_bytes(slow)     gives the same tokens; bytes that are no text become U+FFFD, which `slow` leaves out
 
 PAD, EOS and the unknown token come first, then each byte, then <extra_id_0>, ...
 """

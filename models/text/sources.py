@@ -172,10 +172,14 @@ def _text_file(path: Path) -> Iterator[tuple[Place, Any]]:
 
 
 def _table_rows(path: Path) -> Iterator[tuple[Place, Any]]:
-    number = 0
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    rows: Any = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            if path.suffix.lower() == ".tsv":  # whose quotes are text
+                rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                rows = csv.reader(file, strict=True)
             names = next(rows, None)
             if names is None:
                 yield Place(path), _empty_file
@@ -183,13 +187,12 @@ def _table_rows(path: Path) -> Iterator[tuple[Place, Any]]:
             if len(set(names)) < len(names):
                 raise DataError(f"{path}: line 1: two columns have one name: mend the line of names")
             for row in rows:
-                number = rows.line_num
                 if row:  # an empty line holds no record
-                    yield Place(path, number), _columns if len(row) != len(names) else dict(zip(names, row))
+                    yield Place(path, rows.line_num), _columns if len(row) != len(names) else dict(zip(names, row))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{path}: line {number + 1}: not a table ({error}): mend it there") from error
+        raise DataError(f"{path}: line {rows.line_num}: not a table ({error}): mend it there") from error
 
 
 _READERS = {

@@ -32,16 +32,30 @@ except SystemExit as end:
         (
             "train",
             [],
-            ["--config FILE", "WORKLOAD --help", "--epochs", "The workloads: causal_lm, fluid, image_classification."],
+            [
+                "--config FILE",
+                "WORKLOAD --help",
+                "--epochs",
+                "The workloads: causal_lm, fluid, image_classification, seq2seq.",
+            ],
         ),
         ("train", ["causal_lm"], ["flags of causal_lm:", "--model-path"]),
         ("train", ["--config", "configs/fluid/demo.json"], ["flags of fluid:", "--store"]),
         (
             "evaluate",
             [],
-            ["--run DIR --help", "--out", "--device", "The workloads: causal_lm, fluid, image_classification."],
+            [
+                "--run DIR --help",
+                "--out",
+                "--device",
+                "The workloads: causal_lm, fluid, image_classification, seq2seq.",
+            ],
         ),
-        ("predict", [], ["--run DIR --help", "--device", "The workloads: causal_lm, fluid, image_classification."]),
+        (
+            "predict",
+            [],
+            ["--run DIR --help", "--device", "The workloads: causal_lm, fluid, image_classification, seq2seq."],
+        ),
         ("prepare", [], ["causal_lm|fluid"]),
         ("export", [], ["--max-shard-gib"]),
         ("bench", [], ["masked_mse"]),

@@ -159,13 +159,36 @@ def test_learn_rate_takes_the_rates_of_the_schedule_along(tmp_path: Path) -> Non
     assert config.deepspeed.scheduler.params == {"warmup": 2}
 
 
+def test_learn_rate_acts_on_onecycle_without_a_rate_of_the_optimizer_and_on_a_lowest_rate(tmp_path: Path) -> None:
+    raw = json.loads(Path(file_of(tmp_path)).read_text())
+    section = raw["deepspeed"]
+    path = tmp_path / "other.json"
+
+    def rates(kind: str, params: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+        section["scheduler"], section["optimizer"]["params"] = {"type": kind, "params": params}, optimizer
+        path.write_text(json.dumps(raw))
+        draft = parse(["--config", str(path), "--learn_rate", "1e-5"]).draft(1)
+        return draft.values["deepspeed"]["scheduler"]["params"]
+
+    one_cycle = {"max_lr": 0.005, "total_steps": 20, "div_factor": 50}
+    assert rates("OneCycleLR", one_cycle, {})["max_lr"] == pytest.approx(5e-4)
+    assert rates("OneCycleLR", one_cycle, {"lr": 3.0})["max_lr"] == pytest.approx(5e-4)
+    lowest = {"T_max": 20, "eta_min": 5e-5}
+    assert rates("CosineAnnealingLR", lowest, {"lr": 1e-4})["eta_min"] == pytest.approx(5e-6)
+    with pytest.raises(ConfigError, match="eta_min has no ratio to it: set both"):
+        rates("CosineAnnealingLR", lowest, {})
+    with pytest.raises(ConfigError, match="max_lr is no number to change with it"):
+        rates("OneCycleLR", one_cycle | {"max_lr": [0.1, 0.2]}, {})
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--learn_rate=1e-5"], None),
         ([], "rate is 5e-05, which rises to 0.00125; at most 1e-05 is advised"),
         (["--learn_rate=1e-3"], "rate is 0.001, which rises to 0.025; "),
-        (["--learn_rate=1e-3", "--set", "deepspeed.optimizer.params.lr=1e-6"], None),
+        (["--learn_rate=1e-3", "--set", "deepspeed.optimizer.params.lr=1e-6"], "rate is 0.001, which rises to 0.025; "),
+        (["--set", "deepspeed.scheduler.params.max_lr=0.0001"], None),
         (["--set", "deepspeed.optimizer.type=AdamWScale"], "of AdamWScale is relative to each parameter"),
     ],
 )
@@ -177,7 +200,7 @@ def test_a_rate_above_the_advised_is_noted(words: list[str], said: str | None) -
 
 def test_a_tied_head_is_said_to_be_frozen_and_can_be_untied() -> None:
     tied, untied = (configured("--is_finetune", *FROM, *words) for words in ([], ["--untie_head", "true"]))
-    assert "with the embedding a head that is tied to it: --untie_head" in tied.notes[0]
+    assert "with the embedding a head if it is tied to it: --untie_head" in tied.notes[0]
     assert "--untie_head" not in untied.notes[0]
     assert (tied.model.tie_word_embeddings, untied.model.tie_word_embeddings) == (None, False)
 
@@ -197,7 +220,12 @@ def test_of_the_chat_preset_half_is_trained(untie: bool, trained: int) -> None:
 
 def toy_words(pairs: Path, folder: Path, *words: str) -> list[str]:
     shape = [f"--set=model.{key}={value}" for key, value in SHAPE.items()]
-    small = ["deepspeed.train_batch_size=16", "deepspeed.train_micro_batch_size_per_gpu=8", "training.trackers=[]"]
+    small = [
+        "deepspeed.train_batch_size=16",
+        "deepspeed.train_micro_batch_size_per_gpu=8",
+        "training.trackers=[]",
+        "training.num_workers=0",
+    ]
     return [
         *("seq2seq", "--store", str(pairs), "--output_dir", str(folder), *shape, "--set=model.preset=null"),
         *(f"--set={setting}" for setting in small), *words,

@@ -19,7 +19,9 @@ from trunkline.engine.ranks.distributed import start
 from trunkline.engine.task import Batch, Sums
 from trunkline.engine.trainer import Trainer
 from trunkline.models.registry import make_task
-from trunkline.models.seq2seq.generated import marked
+from trunkline.models.seq2seq.config import Seq2SeqData
+from trunkline.models.seq2seq.generated import Generated, GeneratedTexts, marked
+from trunkline.models.seq2seq.text_metrics import TextMetrics
 
 LAYOUTS = [("fsdp", 3, 7), ("deepspeed", 3, 7)]
 OTHERS = [
@@ -115,6 +117,22 @@ def test_a_folder_that_asks_for_samples_is_validated_greedily_and_its_stops_coun
     stopped = sums_of(task_of(tmp_path / "stopped", pairs, other), places)["shown_made"]
     assert not (stopped == stop + 1).any()
     assert stopped[0, 0] == sums["shown_made"][0, 0]
+
+
+def test_what_the_tokenizer_does_not_know_counts_as_text() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )  # fmt: skip
+    data = Seq2SeqData(store="x", max_source_length=8, max_target_length=8)
+    texts = GeneratedTexts(tokenizer, data, 8, TextMetrics("13a"))
+    assert not texts.is_exact(Generated(0, [3], [3, 2], [3]))
+    assert not texts.is_exact(Generated(0, [3], [2, 2], [2]))
+    assert texts.is_exact(Generated(0, [3], [3, 2], [3, 2]))
 
 
 @pytest.mark.parametrize(

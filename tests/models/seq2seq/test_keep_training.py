@@ -21,6 +21,7 @@ from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.command_line import parse
+from trunkline.launchers.train import main as launch
 from trunkline.models.registry import config_sections, make_task
 
 AN_EPOCH, WARMUP = 9, 2
@@ -37,7 +38,7 @@ def train(folder: Path, *words: str) -> None:
     """What the launcher does with these words, without its report."""
     command = parse(["--config", str(folder / "config.json"), *words])
     config = checked(command.draft(1), config_sections)
-    resume = command.arguments.resume or "none"
+    resume = str(folder / "run") if command.arguments.resume is True else command.arguments.resume or "none"
     Trainer(make_task(config), config, start(), folder / "run", resume=resume).run()
 
 
@@ -143,3 +144,21 @@ def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(pairs: Pat
         rates = learning_rates(Scheduler(**section["scheduler"]), lr, AN_EPOCH * epochs, list(range(AN_EPOCH * epochs)))
         expected += list(rates.values())[len(expected) :]
     assert [row["lr"] for row in rows(tmp_path, "train")] == pytest.approx(expected, rel=1e-9)
+
+
+def test_where_nothing_is_to_be_kept_none_is_begun(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_of(tmp_path, pairs)
+    words = ["--config", str(tmp_path / "config.json"), "--output-dir", str(tmp_path / "run"), "--is_keep_training"]
+    assert launch(words) == 2
+    assert "run: there is no checkpoint in it" in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_how_texts_are_generated_may_change(pairs: Path, tmp_path: Path) -> None:
+    config_of(tmp_path, pairs)
+    train(tmp_path)
+    changed = ["--set", "model.generation.samples=3", "--set", "model.generation.bleu_tokenizer=zh"]
+    train(tmp_path, "--is_keep_training", "--epochs=2", *changed)
+    assert rows(tmp_path, "val")[-1]["generated"] == 3

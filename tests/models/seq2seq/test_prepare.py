@@ -14,6 +14,7 @@ from trunkline.launchers import prepare as launcher
 from trunkline.models.seq2seq.config import Seq2SeqData
 from trunkline.models.seq2seq.data import PairSamples
 from trunkline.models.seq2seq.prepare import prepare
+from trunkline.models.seq2seq.records import pair_of
 from trunkline.models.seq2seq.store import Store
 from trunkline.models.text import sources
 from trunkline.models.text.tokenizer import load_tokenizer
@@ -49,6 +50,16 @@ def t5_tokenizer(folder: Path, **changes: Any) -> Path:
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | changes
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def test_quotes_of_tsv_are_text_and_long_cells_are_read(tmp_path: Path) -> None:
+    rows = [('"unbalanced one', "a"), ("two", "b"), ('"Hi" he said', "x" * 200_000)]
+    for suffix, mark in ((".tsv", "\t"), (".csv", ",")):
+        path = tmp_path / f"t{suffix}"
+        quoted = [[f'"{cell.replace(chr(34), chr(34) * 2)}"' if mark == "," else cell for cell in row] for row in rows]
+        path.write_text("\n".join(mark.join(row) for row in [["prompt", "response"], *quoted]) + "\n")
+        found = [item[1] for item in sources.read_records([path], pair_of) if isinstance(item, tuple)]
+        assert [(record.turns[-1], record.response) for record in found] == rows
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv", ".tsv"])
@@ -288,7 +299,6 @@ def test_too_many_bad_records_show_before_anything_is_tokenized(tmp_path: Path) 
     [
         (["--source", "{folder}/nowhere.jsonl"], "nowhere.jsonl: no such file or folder: check the path"),
         (["--source", "{folder}/empty"], "empty: no file to read: an empty folder; put files there that end in"),
-        ([], "--source: give the files to prepare, or folders of them"),
         (
             ["--source", "{source}", "--val-source", "{source}"],
             "given as --source and as --val-source: leave it out of one",

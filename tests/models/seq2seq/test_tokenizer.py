@@ -6,6 +6,7 @@ import pytest
 
 from trunkline.engine.errors import ConfigError
 from trunkline.models.seq2seq.tokenizer import check_sizes, sentinels, train_tokenizer
+from trunkline.models.text.byte_tokenizer import fast_bytes
 
 
 def t5(pieces: list[str], extra_ids: int) -> Any:
@@ -45,3 +46,13 @@ def test_sizes_without_room_are_refused() -> None:
         check_sizes(357)
     with pytest.raises(ConfigError, match="--max-token-length 0"):
         check_sizes(400, 0)
+
+
+def test_spans_of_byt5_are_bytes_that_no_text_has() -> None:
+    from transformers import ByT5Tokenizer
+
+    found = sentinels(fast_bytes(ByT5Tokenizer()), 384)
+    assert found == list(range(258, 247, -1))
+    assert not {number - 3 for number in found} & set(
+        "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000)))).encode()
+    )
