@@ -67,7 +67,7 @@ class Command:
     def _was_given(self, key: str) -> bool:
         """Whether a flag that a user has given, or a DeepSpeed file, has set the key or something in it."""
         origins = [origin for name, origin in self.file.origins.items() if name == key or name.startswith(f"{key}.")]
-        return any(origin != "file" and not origin.endswith(" by default") for origin in origins)
+        return any(origin not in ("file", "default") and not origin.endswith(" by default") for origin in origins)
 
 
 def parse(words: Sequence[str], description: str | None = None) -> Command:
@@ -85,6 +85,8 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
         other = f": {workload} has no defaults" if workload else f", or one of the workloads {', '.join(workloads())}"
         raise ConfigError(f"give --config FILE{other}")
     file = Draft.read(path, given.deepspeed)
+    if given.config is None:  # the workload's own, which no user has written
+        file.origins = {key: "default" if origin == "file" else origin for key, origin in file.origins.items()}
     held = file.values.get("workload")
     if workload not in (None, held):
         raise ConfigError(f"{path}: workload: is {held!r}, but {workload!r} stands on the command line: leave that out")

@@ -117,6 +117,11 @@ def find_checkpoint(
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()
         elif is_folder:
             found = checkpoints.load(path)
+        if found is None and inside:
+            raise CheckpointError(
+                f"{resume:.200}: there is no checkpoint in it to resume from: train without that first, or give "
+                "another --output-dir"
+            )
         if found is None:
             raise CheckpointError(
                 f"--resume {resume:.200}: there is no checkpoint in it; give a run's folder or a checkpoint's"

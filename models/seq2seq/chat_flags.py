@@ -30,6 +30,8 @@ Config = dict[str, Any]
 
 def learn_rate(config: Config, value: float, world_size: int) -> Config:
     """The optimizer's; of OneCycleLR, which ignores that, the start's. What rates a schedule names keep their ratio."""
+    if not value > 0:
+        raise ConfigError(f"--learn_rate {value:g}: trains nothing: give a rate above 0")
     before, params = value_at(config, RATE), value_at(config, SCHEDULE) or {}
     named = [key for key in params if key.endswith("_lr") or key == "eta_min"]
     if others := [key for key in named if not isinstance(params[key], float | int)]:
@@ -54,6 +56,15 @@ def finetune_from(config: Config, value: str, world_size: int) -> Config:
     """A folder is a whole model; a file holds the weights of the one that is configured."""
     if Path(value).suffix in (".bin", ".pt", ".pth", ".safetensors") and not Path(value).is_dir():
         return {"model.weights": value, "model.path": None}
+    if (Path(value) / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--finetune_from {value}: a run's folder: give its best weights, {value}/best, or {value}/final"
+        )
+    if Path(value).is_dir() and not (Path(value) / "config.json").is_file():
+        raise ConfigError(
+            f"--finetune_from {value}: holds no config.json: give the folder of a Hugging Face model, such as "
+            "RUN/final; launchers/export.py makes one of a checkpoint"
+        )
     given = [key for key in (*_WIDTHS, "weights") if value_at(config, f"model.{key}") is not None]
     return {f"model.{key}": None for key in given} | {"model.path": value}
 

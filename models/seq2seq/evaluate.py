@@ -71,6 +71,8 @@ def compare(
     task.store.verify(array.name for array in dataset.arrays)
     size = len(dataset)
     result = Comparison(task, split, size if max_samples is None else min(size, max_samples))
+    if progress and (begun := model.path or model.weights):
+        print(f"{START}: {begun}, as it is now")
     networks = {TRAINED: task} | ({START: make_task(data, model)} if model.path or model.weights else {})
     for name, source in networks.items():
         network = source.build_model()

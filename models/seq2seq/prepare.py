@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_new:
         print(f"{arguments.out}: already prepared from the same files; nothing to do")
     print(f"{store.root}: {store.kind}, {store.vocab_size:,} tokens in the vocabulary")
+    if arguments.train_tokenizer and store.vocab_size < (asked := arguments.vocab_size or DEFAULT_VOCAB_SIZE):
+        print(f"  --vocab-size {asked:,}: the records give no more than {store.vocab_size:,}")
     for split, counted in store.entries.items():
         print(f"  {split}: {counted.samples:,} records, {counted.input_tokens:,} + {counted.target_tokens:,} tokens")
     for line in remarks(store.index):

@@ -23,6 +23,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 FIELDS = ("prompt", "response")
 HISTORY = "history"
 
+_ROLES = ("user", "assistant", "system", "developer", "tool")
+
 
 class Record(NamedTuple):
     """What the encoder reads, and what the decoder is to write: nothing of a text for span corruption.
@@ -83,6 +85,8 @@ def _history(value: Any) -> tuple[str, ...]:
     if not value:
         return ()
     if isinstance(value, list) and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value):
+        if unknown := [turn["role"] for turn in value if turn["role"] not in _ROLES]:
+            raise BadRecord(f"{HISTORY!r} has a turn of the role {unknown[0][:40]!r}: use {', '.join(_ROLES)}")
         turns = [turn.get("content") for turn in value]
     elif isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         turns = [side for pair in value for side in pair]

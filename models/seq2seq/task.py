@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
 from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
@@ -50,11 +50,14 @@ class Seq2SeqTask(Task):
         self.data, self.model = data, model
         self.store = Store.open(data.store)
         if self.store.kind != (wanted := KIND_OF[model.objective.type]):
+            other = next(objective for objective, kind in KIND_OF.items() if kind == self.store.kind)
             raise ConfigError(
                 f"model.objective: {model.objective.type} learns from {wanted}, but data.store {data.store} holds "
-                f"{self.store.kind}: prepare one with --kind {wanted}"
+                f"{self.store.kind}: prepare one with --kind {wanted}, or set model.objective.type to {other}"
             )
         self.hf_config: Any = hf_config_of(model)
+        if model.weights and not Path(model.weights).is_file():
+            raise CheckpointError(f"model.weights: {model.weights}: no such file: check the path")
         if self.store.vocab_size > self.hf_config.vocab_size:
             where = f"the model of {model.path}" if model.path else "the model's shape"
             raise ConfigError(
@@ -171,6 +174,11 @@ class Seq2SeqTask(Task):
         """What was left out of the data, how it is cut, and which weights training starts from."""
         said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)] + self._samples.notes
         said += [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        if self.model.path is None and 2 * self.store.vocab_size < (rows := self.hf_config.vocab_size):
+            said.append(
+                f"the network has {rows:,} rows of embeddings, and the tokenizer of {self.data.store} "
+                f"{self.store.vocab_size:,} tokens: the others are never used; set model.vocab_size"
+            )
         return said + self._model_notes
 
     def tensor_name(self, name: str) -> str | None:

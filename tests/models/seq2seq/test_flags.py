@@ -140,6 +140,7 @@ def test_is_finetune_needs_a_model_to_begin_with(tmp_path: Path) -> None:
     assert configured("--is_finetune", "--set", "model.weights=w.bin").model.weights.endswith("/w.bin")
     folder = tmp_path / "named.bin"
     folder.mkdir()
+    (folder / "config.json").touch()
     for given in (folder, tmp_path / "folder"):
         model = configured("--is_finetune", "--finetune_from", str(given)).model
         assert (model.path, model.weights, model.preset) == (str(given), None, None)
@@ -235,7 +236,8 @@ def toy_words(pairs: Path, folder: Path, *words: str) -> list[str]:
 def test_every_value_is_planned_with_its_origin(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--is_finetune=True", *FROM, "--learn_rate=1e-3", "--epochs", "2"]
+    (tmp_path / "base.bin").touch()
+    words = ["--is_finetune=True", "--finetune_from", str(tmp_path / "base.bin"), "--learn_rate=1e-3", "--epochs", "2"]
     assert launch(toy_words(pairs, tmp_path, *words, "--plan")) == 0
     lines = capsys.readouterr().out.splitlines()
     shown = {line.split()[0]: line.rpartition("(")[2].rstrip(")") for line in lines if line.endswith(")")}
@@ -243,13 +245,13 @@ def test_every_value_is_planned_with_its_origin(
     assert shown["deepspeed.optimizer.params.lr"] == "--learn_rate"
     assert shown["training.parameters"] == "--is_finetune"
     assert shown["model.weights"] == "--finetune_from"
-    assert shown["training.seed"] == "file"
+    assert shown["training.seed"] == "default"
     assert shown["training.ema"] == "default"
     assert shown["model.d_model"] == "command line"
     assert lines[-1].startswith("note: --is_finetune: the learning rate is 0.001")
     assert any("elements, frozen" in line for line in lines)
     assert next(line for line in lines if line.startswith("tied")).split("=")[-1].strip().startswith("lm.lm_head")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["base.bin"]
     assert launch(toy_words(pairs, tmp_path, "--plan")) == 0
     (lr,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("lr "))
     assert lr.endswith(", each times the root mean square of the parameter"), "AdamWScale's"
@@ -327,3 +329,13 @@ def test_what_is_shipped_is_planned(
     plan = json.loads(capsys.readouterr().out)
     assert plan["trainable_parameters"] == (trained or plan["parameters"])
     assert plan["origins"]["data.store"] == "--store"
+
+
+def test_what_cannot_be_fine_tuned_from_is_said_with_what_can(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name, said in (("run", "a run's folder: give its best weights"), ("empty", "holds no config.json: give")):
+        with pytest.raises(ConfigError, match=said):
+            configured("--is_finetune", "--finetune_from", str(tmp_path / name))
+    with pytest.raises(ConfigError, match="trains nothing: give a rate above 0"):
+        configured("--learn_rate", "0")
