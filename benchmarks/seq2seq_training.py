@@ -38,7 +38,7 @@ from trunkline.models.text.linear_loss import IGNORE
 
 THEIRS, PADDED, PACKED = "Seq2SeqTrainer", "Trunkline, padded", "Trunkline, packed"
 LONGEST = 256
-VOCABULARY, WORDS = 1000, 300
+VOCABULARY, WORDS = 2000, 300  # so that each word is a token
 
 
 def run(arguments: argparse.Namespace) -> int:
