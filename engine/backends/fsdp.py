@@ -182,7 +182,7 @@ class FSDPBackend:
             root.set_reshard_after_backward(True)
             for unit in self._units:
                 unit.set_reshard_after_forward(self._stage == 3 and unit is not root, recurse=False)
-                for group in unit._get_fsdp_state()._fsdp_param_groups:
+                for group in getattr(unit._get_fsdp_state(), "_fsdp_param_groups", ()):  # before 2.13 one rank trains
                     group._post_forward_indices.clear()
             # by which backward prefetches: ranks that went different ways would gather in different orders
             root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
