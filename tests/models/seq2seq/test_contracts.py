@@ -109,6 +109,8 @@ def test_two_ranks_train_as_one_and_resume_another_layout(
     for (backend, stage, frozen), (_, run, _, _), (_, after, _, _) in zip(layouts, first, second, strict=True):
         same(run, whole[frozen])
         same(after, whole[frozen], resumed=True)
+        if layouts is SOME and backend == "deepspeed":  # one rank takes FSDP's; all of them where there is time
+            continue
         alone = tmp_path / f"alone-{backend}-{stage}-{frozen}"
         begun = str(run / "checkpoints/step-00000003")
         train(0, 1, [(config_of(alone, pairs, frozen), alone / "run", "deepspeed", begun)])

@@ -23,8 +23,9 @@ from trunkline.models.seq2seq.config import Seq2SeqData
 from trunkline.models.seq2seq.generated import Generated, GeneratedTexts, marked
 from trunkline.models.seq2seq.text_metrics import TextMetrics
 
-LAYOUTS = [("fsdp", 3, 7), ("deepspeed", 3, 7)]
+LAYOUTS = [("fsdp", 3, 7)]
 OTHERS = [
+    ("deepspeed", 3, 7),
     ("deepspeed", 3, 0),
     ("fsdp", 3, 256),
     ("deepspeed", 0, 7),

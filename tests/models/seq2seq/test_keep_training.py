@@ -130,7 +130,7 @@ def test_the_best_and_the_patience_are_kept(pairs: Path, tmp_path: Path) -> None
     assert all(torch.equal(kept[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("kind", ["OneCycleLR", "InverseSqrt"])
+@pytest.mark.parametrize("kind", ["OneCycleLR", pytest.param("InverseSqrt", marks=pytest.mark.slow)])
 def test_schedules_of_torch_and_of_no_length_are_continued_for_longer(pairs: Path, tmp_path: Path, kind: str) -> None:
     expected: list[float] = []
     for epochs, lr in ((1, 1e-4), (2, 5e-5)):
