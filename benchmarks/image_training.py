@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
-from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.pairs import now, ratio_of
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.task import Batch
@@ -95,13 +94,6 @@ def _write_pictures(root: Path, count: int, size: int) -> None:
             Image.fromarray(pixels).save(place / f"{number}.png")
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 class _Ours:
     """The engine's own loop over its own batches."""
 
@@ -112,9 +104,9 @@ class _Ours:
     def take_turn(self) -> None:
         for step in range(self.steps + 1):
             if step == 1:
-                begin = _now()
+                begin = now()
             assert self.trainer.stepper.make(next(self._batches)) is not None
-        self.seconds.append(_now() - begin)
+        self.seconds.append(now() - begin)
 
 
 class _Pictures(Dataset[dict[str, Any]]):
@@ -162,9 +154,9 @@ class _Theirs:
         class Clock(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    self.begin = _now()
+                    self.begin = now()
                 elif state.global_step == steps + 1:
-                    side.seconds.append(_now() - self.begin)
+                    side.seconds.append(now() - self.begin)
 
         self._clock = Clock()
 

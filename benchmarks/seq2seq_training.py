@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
-from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.pairs import now, ratio_of
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.task import Batch
@@ -113,13 +112,6 @@ def _config(folder: Path, preset: str, packing: bool, micro_batch_size: int, ste
     return load_config(path, sections=config_sections)
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 class _Ours:
     """The engine's own loop over its own batches."""
 
@@ -131,11 +123,11 @@ class _Ours:
         tokens = 0
         for step in range(self.steps + 1):
             if step == 1:
-                tokens, begin = 0, _now()
+                tokens, begin = 0, now()
             batches = next(self._batches)
             tokens += sum(_real(batch) for batch in batches)
             assert self.trainer.stepper.make(batches) is not None
-        self.speeds.append(tokens / (_now() - begin))
+        self.speeds.append(tokens / (now() - begin))
 
 
 def _real(batch: Batch) -> int:
@@ -191,9 +183,9 @@ class _Theirs:
         class Clock(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    side._tokens, self.begin = 0, _now()
+                    side._tokens, self.begin = 0, now()
                 elif state.global_step == steps + 1:
-                    side.speeds.append(side._tokens / (_now() - self.begin))
+                    side.speeds.append(side._tokens / (now() - self.begin))
 
         self._clock = Clock()
 

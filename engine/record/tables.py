@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Table = Sequence[Sequence[str]]
@@ -15,3 +15,12 @@ def markdown(table: Table, align: Literal["left", "right"] = "left") -> str:
     rule = ["---", *("---:" if align == "right" else "---" for _ in header[1:])]
     cells = ([cell.replace("|", "\\|") for cell in line] for line in (header, rule, *rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def metrics_table(of: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics as a table in Markdown, a line for each model, whose name they stand under. `of`: what was measured."""
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [[of, *names]]
+    for model, values in metrics.items():
+        rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
+    return markdown(rows, align="right")

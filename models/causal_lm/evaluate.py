@@ -25,7 +25,7 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import made_folder, write_json
-from trunkline.engine.record.tables import markdown
+from trunkline.engine.record.tables import metrics_table
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.causal_lm.build import make_network
 from trunkline.models.causal_lm.config import CausalLMModel
@@ -174,8 +174,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
-    names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
-    for model, values in result.metrics.items():
-        rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return markdown(rows, align="right")
+    return metrics_table(f"{result.samples:,} samples of {result.split}", result.metrics)

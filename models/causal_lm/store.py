@@ -1,4 +1,4 @@
-"""The prepared data set of a language model: a trunkline.engine.data.store.ArrayStore of these arrays and files.
+"""The prepared data set of a language model: a TokenStore (trunkline.models.text) of these arrays and files.
 
     {train,val}/tokens    ragged: uint16, or uint32 where the vocabulary needs it
     {train,val}/learned   ragged: bool, the tokens that carry loss; absent for texts, all of which is learned
@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trunkline.engine.data.npy import Spec
-from trunkline.engine.data.store import INDEX, ArrayStore
+from trunkline.engine.data.store import INDEX
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import KINDS, Kind
-from trunkline.models.text.splits import SPLITS
+from trunkline.models.text.token_store import TokenStore, token_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 _COUNTED_AT_ONCE = 1 << 24
 
@@ -96,41 +96,23 @@ class Sequences:
         return total
 
 
-class Store(ArrayStore):
-    """A whole, checked data set.
-
-    Its facts: "kind" ("text", "conversations" or "preferences"); "vocab_size", the tokenizer's, which ids are below;
-    "splits", of each its SplitEntry.
-    """
+class Store(TokenStore):
+    """A whole, checked data set, of kind "text", "conversations" or "preferences"."""
 
     workload = "causal_lm"
     prepare = "python launchers/prepare.py causal_lm --out"
-
-    def __init__(self, root: Path, index: dict[str, Any]) -> None:
-        super().__init__(root, index)
-        self.kind: Kind = self.facts["kind"]
-        self.vocab_size: int = self.facts["vocab_size"]
-        self.entries = {name: SplitEntry(**entry) for name, entry in self.facts["splits"].items()}
-        counts = [self.vocab_size, *(n for entry in self.entries.values() for n in vars(entry).values())]
-        if any(type(count) is not int or not 0 <= count < 1 << 53 for count in counts):
-            raise ValueError("a count that is none")
-        if self.kind not in KINDS or set(self.entries) != set(SPLITS):
-            raise ValueError("not a known kind, or not the splits train and val")
-        held = {name: replace(spec, digest="") for name, spec in self.arrays.items()}
-        if held != specs(self.kind, self.vocab_size, self.entries, {}):
-            raise ValueError("not the arrays of its kind")
+    kinds, entry = KINDS, SplitEntry
+    kind: Kind
+    entries: dict[str, SplitEntry]
 
     def split(self, name: str) -> Sequences:
         """The sequences of "train" or "val"; "val" may have none. Raises DataError for any other name."""
-        if name not in self.entries:
-            raise DataError(f"no split {name!r}: use one of {', '.join(SPLITS)}")
+        self.check_split(name)
         return Sequences(self, name)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that made the tokens."""
-        from trunkline.models.text.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.root / "tokenizer")
+    def expected(self) -> dict[str, Spec]:
+        """See TokenStore."""
+        return specs(self.kind, self.vocab_size, self.entries, {})
 
     @classmethod
     def from_version_1(cls, root: Path, index: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +132,7 @@ class Store(ArrayStore):
 
 def layout(kind: Kind, vocab_size: int) -> dict[str, str]:
     """dtype of each array of a split."""
-    arrays = {"tokens": "<u2" if vocab_size <= 1 << 16 else "<u4", "offsets": "<i8"}
+    arrays = {"tokens": token_dtype(vocab_size), "offsets": "<i8"}
     return arrays if kind == "text" else arrays | {"learned": "|b1", "first": "<i8"}
 
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trunkline.engine.data.npy import NpyWriter, Spec
-from trunkline.engine.data.store_writer import publish, write_index
-from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
 from trunkline.models.causal_lm.store import SplitEntry, Store, layout
 from trunkline.models.text.splits import SPLITS, Split
+from trunkline.models.text.token_store import check_tokens, publish_tokens
 
 
 class StoreWriter:
@@ -51,16 +49,11 @@ class StoreWriter:
         `notes` go into store.json as they are. Raises DataError if `out` is there and not an empty folder.
         """
         arrays: dict[str, Spec] = {}
-        splits: dict[str, Any] = {}
+        entries: dict[str, SplitEntry] = {}
         for name, writer in self._splits.items():
-            specs, entry = writer.finish(f"{name}/offsets")
+            specs, entries[name] = writer.finish(f"{name}/offsets")
             arrays |= {f"{name}/{array}": spec for array, spec in specs.items()}
-            splits[name] = asdict(entry)
-        tokenizer = [f"tokenizer/{path.name}" for path in (self._draft / "tokenizer").iterdir() if path.is_file()]
-        facts = {"kind": self._kind, "vocab_size": self._vocab_size, "splits": splits}
-        write_index(self._draft, Store.workload, arrays, tokenizer, facts, notes)
-        publish(self._draft, out)
-        return Store.open(out)
+        return publish_tokens(self._draft, out, Store, self._kind, self._vocab_size, arrays, entries, notes)
 
 
 class _SplitWriter:
@@ -75,12 +68,7 @@ class _SplitWriter:
 
     def add(self, sequence: Rendered) -> None:
         ids, learned = sequence
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise DataError(
-                f"the tokenizer gives token {wrong}, outside its vocabulary of {self._vocab_size}: it is damaged, "
-                "or its files do not belong together; use another one"
-            )
+        check_tokens(ids, self._vocab_size)
         self._arrays["tokens"].add(ids)
         if "learned" in self._arrays:
             self._arrays["learned"].add(learned)

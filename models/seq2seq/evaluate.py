@@ -23,7 +23,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.record.pictures import BLUE, RED, picture
-from trunkline.engine.record.tables import markdown
+from trunkline.engine.record.tables import metrics_table
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.seq2seq.task import Seq2SeqTask, make_task
 from trunkline.models.seq2seq.trained import at, load_sections
@@ -128,11 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def render(result: Comparison) -> str:
     """The metrics as a table in Markdown, a line for each model."""
-    names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
-    rows = [[f"{result.samples:,} samples of {result.split}", *names]]
-    for model, values in result.metrics.items():
-        rows.append([model, *(f"{values[name]:.4g}" if name in values else "" for name in names)])
-    return markdown(rows, align="right")
+    return metrics_table(f"{result.samples:,} samples of {result.split}", result.metrics)
 
 
 def plot_exact(exact: dict[str, np.ndarray], path: Path, bins: int = 8) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from trunkline.engine.data.npy import NpyWriter, Spec
-from trunkline.engine.data.store_writer import publish, write_index
-from trunkline.engine.errors import DataError
 from trunkline.models.seq2seq.records import Kind
-from trunkline.models.seq2seq.store import SplitEntry, Store, token_dtype
+from trunkline.models.seq2seq.store import SplitEntry, Store
+from trunkline.models.text.token_store import check_tokens, publish_tokens, token_dtype
 
 
 class StoreWriter:
@@ -38,12 +37,8 @@ class StoreWriter:
 
     def add(self, split: str, source: Sequence[int], target: Sequence[int] = ()) -> None:
         """One record's tokens, without the EOS of either side. Raises DataError for one outside the vocabulary."""
-        for ids in (source, target):
-            if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocab_size:
-                raise DataError(
-                    f"the tokenizer gives a token outside its vocabulary of {self._vocab_size}: it is damaged, or its "
-                    "files do not belong together; use another one"
-                )
+        check_tokens(source, self._vocab_size)
+        check_tokens(target, self._vocab_size)
         self._splits[split].add(source, target)
 
     def finish(self, out: Path, **notes: Any) -> Store:
@@ -56,14 +51,7 @@ class StoreWriter:
         for split, writer in self._splits.items():
             specs, entries[split] = writer.finish(split)
             arrays |= specs
-        tokenizer = [
-            str(path.relative_to(self._draft)) for path in (self._draft / "tokenizer").rglob("*") if path.is_file()
-        ]
-        splits = {split: vars(entry) for split, entry in entries.items()}
-        facts = {"kind": self._kind, "vocab_size": self._vocab_size, "splits": splits}
-        write_index(self._draft, Store.workload, arrays, tokenizer, facts, notes)
-        publish(self._draft, out)
-        return Store.open(out)
+        return publish_tokens(self._draft, out, Store, self._kind, self._vocab_size, arrays, entries, notes)
 
 
 class _SplitWriter:
