@@ -1,0 +1,82 @@
+"""What noisy codes of tokens still tell of them, if a token is known by its frequency alone.
+
+A token v has a code e_v of numbers, such as its bits as -1 and 1. Noise leaves z = sqrt(g) e_v + eps, g the
+signal-to-noise ratio. By Bayes, of frequencies p:
+
+    log P(v | z) = log p_v + sqrt(g) z.e_v - g |e_v|^2 / 2 + constant
+
+and the error of the best guess of e, mse(g) = E |e - E[e | z]|^2, says how many nats z tells (Guo, Shamai and Verdu,
+2005): I(g) = 1/2 integral of mse from 0 to g. All of the token is I(infinity), its entropy. So a denoiser that errs
+less than this one by d(g) bounds the negative log-likelihood of a token, in nats, by its entropy - 1/2 integral of d.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trunkline.engine.data.randomness import normal, uniform
+
+POINTS = 160
+LEAST, MOST = 1e-3, 1e3
+_MOST_WORK = 1 << 22  # draws times tokens at a ratio
+
+
+def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
+    """log P(v | z), fp32 [..., V], of z [..., C] at snr, broadcastable to [...].
+
+    codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
+    """
+    root = snr.sqrt()[..., None]
+    scores = log_frequencies + root * (z @ codes.T) - snr[..., None] * codes.square().sum(-1) / 2
+    return scores.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """By signal-to-noise ratio: snr [P], rising; mse [P], of a guess by frequencies; share [P], of all information."""
+
+    snr: Tensor
+    mse: Tensor
+    share: Tensor
+    entropy: float
+
+    def snr_at(self, share: Tensor) -> Tensor:
+        """The ratio below which this share of the information lies, by interpolation of its logarithm."""
+        right = torch.searchsorted(self.share, share.contiguous()).clamp(1, len(self.share) - 1)
+        low, high = self.share[right - 1], self.share[right]
+        part = ((share - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        logs = self.snr.log()
+        return (logs[right - 1] + part * (logs[right] - logs[right - 1])).exp()
+
+
+def curve_of(codes: Tensor, frequencies: Tensor) -> Curve:
+    """The curve of tokens with these codes [V, C] and frequencies [V], which sum to 1, by a fixed Monte Carlo draw.
+
+    Each ratio has the same tokens and noise, so that the curve is smooth. `share` is 0 at the first point and 1 at the
+    last.
+    """
+    logs = frequencies.log()
+    draws = min(max(_MOST_WORK // len(codes), 1 << 10), 1 << 16)
+    keys = torch.arange(draws)
+    places = (torch.arange(draws) + uniform(keys, ())) / draws  # one draw in each of as many equal parts
+    tokens = torch.searchsorted(frequencies.double().cumsum(0).float(), places).clamp(max=len(codes) - 1)
+    clean, noise = codes[tokens], normal(keys, (codes.shape[1],), stream=1)
+    snr = torch.logspace(math.log10(LEAST), math.log10(MOST), POINTS)
+    errors = []
+    for ratio in snr:
+        guess = log_posterior(ratio.sqrt() * clean + noise, ratio, codes, logs).exp() @ codes
+        errors.append((clean - guess).square().sum(-1).mean())
+    mse = torch.stack(errors)
+    told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])
+    entropy = float(-(frequencies * logs.where(frequencies > 0, 0.0)).sum())
+    return Curve(snr, mse, told / told[-1], entropy)
+
+
+def bound(curve: Curve, better: Tensor) -> float:
+    """The bound of a token's negative log-likelihood, nats, of a denoiser that errs less by `better` [P] at each
+    ratio."""
+    return curve.entropy - float(torch.trapezoid(better.double(), curve.snr.double())) / 2

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.information import Curve, bound, curve_of, log_posterior
+
+
+def codes_of(vocab_size: int) -> torch.Tensor:
+    return Encoding("bits", vocab_size).encode(torch.arange(vocab_size))
+
+
+def unigram(vocab_size: int) -> torch.Tensor:
+    frequencies = 1 / torch.arange(1, vocab_size + 1).double()
+    return (frequencies / frequencies.sum()).float()
+
+
+def test_the_posterior_is_bayes() -> None:
+    codes, frequencies, snr = codes_of(5), unigram(5), torch.tensor(0.7)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    densities = torch.stack(
+        [(-(z - math.sqrt(0.7) * code).square().sum(-1) / 2).exp() * p for code, p in zip(codes, frequencies)], -1
+    )
+    wanted = densities / densities.sum(-1, keepdim=True)
+    assert torch.allclose(log_posterior(z, snr, codes, frequencies.log()).exp(), wanted, atol=1e-6)
+
+
+def test_one_bit_errs_as_is_known_in_closed_form() -> None:
+    """mse = 1 - E[tanh(g + sqrt(g) n)] of equal -1 and 1."""
+    curve = curve_of(codes_of(2), torch.tensor([0.5, 0.5]))
+    nodes = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    weights = torch.exp(-nodes.square() / 2) / math.sqrt(2 * math.pi)
+    for place in (40, 70, 80, 90):
+        g = float(curve.snr[place])
+        wanted = 1 - float(torch.trapezoid(weights * torch.tanh(g + math.sqrt(g) * nodes), nodes))
+        assert float(curve.mse[place]) == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 106, 1000])
+def test_the_information_of_all_noise_levels_is_the_entropy(vocab_size: int) -> None:
+    curve = curve_of(codes_of(vocab_size), unigram(vocab_size))
+    told = float(torch.trapezoid(curve.mse.double(), curve.snr.double())) / 2
+    below = float(curve.mse[0]) * float(curve.snr[0]) / 2
+    assert told + below == pytest.approx(curve.entropy, rel=0.02)
+
+
+def test_a_guess_by_frequencies_is_bounded_by_the_entropy_and_a_perfect_one_by_nothing() -> None:
+    curve = curve_of(codes_of(106), unigram(106))
+    assert bound(curve, torch.zeros_like(curve.mse)) == curve.entropy
+    assert bound(curve, curve.mse) == pytest.approx(0, abs=0.02 * curve.entropy)
+
+
+def test_shares_of_the_information_are_found_again() -> None:
+    curve = curve_of(codes_of(106), unigram(106))
+    assert (curve.share.diff() >= 0).all()
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    ratios = curve.snr_at(shares)
+    assert (ratios.diff() > 0).all()
+    for share, ratio in zip(shares, ratios):
+        near = torch.argmin((curve.snr - ratio).abs())
+        assert float(curve.share[near]) == pytest.approx(float(share), abs=0.05)
+    assert isinstance(curve, Curve)
