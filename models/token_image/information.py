@@ -22,7 +22,7 @@ from trunkline.engine.data.randomness import normal, uniform
 
 POINTS = 160
 LEAST, MOST = 1e-3, 1e3
-_MOST_WORK = 1 << 22  # draws times tokens at a ratio
+_MOST_WORK = 1 << 20  # draws times tokens at a ratio
 
 
 def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
