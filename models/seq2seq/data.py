@@ -86,7 +86,7 @@ class PairSamples(Dataset[Pair]):
     """
 
     def __init__(self, store: Store, split: str, data: Seq2SeqData, eos_id: int, generated: int = 0) -> None:
-        self._inputs, self._targets, self._eos = store.inputs(split), store.targets(split), eos_id
+        self._inputs, self._targets, self._eos = store.column(split, "input"), store.column(split, "target"), eos_id
         self._most = data.max_source_length, data.max_target_length
         if not len(self._inputs):
             raise DataError(f"{store.root}: the split {split} is empty: prepare other data")

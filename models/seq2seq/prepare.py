@@ -30,8 +30,8 @@ from trunkline.models.seq2seq.example import write_numbers
 from trunkline.models.seq2seq.flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 from trunkline.models.seq2seq.records import FIELDS, Kind, Record, content, pair_of, text_of
 from trunkline.models.seq2seq.store import Store
-from trunkline.models.seq2seq.store_writer import StoreWriter
 from trunkline.models.seq2seq.tokenizer import check_marks, check_sizes, train_tokenizer
+from trunkline.models.text.column_store import ColumnWriter
 from trunkline.models.text.held_out import HeldOut
 from trunkline.models.text.skipped import Skipped, Tally, remarks
 from trunkline.models.text.sources import Place, Problem, find_files, read_records
@@ -146,7 +146,7 @@ def prepare(
         overrides = overridden(used, tokenizer or folder, tried)
         convert, total = Converter(used, kind), skipped.count + counts.total()
         with (
-            StoreWriter(draft, kind, vocabulary_size(used), list(counts)) as writer,
+            ColumnWriter(draft, Store, kind, vocabulary_size(used), list(counts)) as writer,
             tqdm(total=counts.total(), unit=" records", desc="tokenize", disable=not progress) as bar,
         ):
             for some in _batches(records.good()):

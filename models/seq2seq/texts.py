@@ -112,7 +112,7 @@ class Texts(Dataset[np.ndarray]):
     """
 
     def __init__(self, store: Store, split: str, length: int, eos_id: int, joined: bool) -> None:
-        self._texts, self._eos, self._joined = store.inputs(split), eos_id, joined
+        self._texts, self._eos, self._joined = store.column(split, "input"), eos_id, joined
         texts = self._texts.lengths
         self._ends = np.cumsum(texts + 1)  # of each text and its EOS, where all are joined
         whole = np.array([texts.sum() + max(len(texts) - 1, 0)]) if joined else texts

@@ -43,11 +43,11 @@ def test_a_store_keeps_its_files(folder: Path, tmp_path: Path) -> None:
     val = write_lines(tmp_path / "v.jsonl", {"prompt": "x", "response": "y"})
     store, _ = prepare([source], tmp_path / "s", tokenizer=folder, val_sources=[val])
     assert store.vocab_size == 384
-    assert store.inputs("train").tokens(3).tolist() == [byte + 3 for byte in "é3".encode()]
+    assert store.column("train", "input").tokens(3).tolist() == [byte + 3 for byte in "é3".encode()]
     names = sorted(path.name for path in folder.iterdir())
     assert sorted(path.name for path in (store.root / "tokenizer").iterdir()) == names
     assert all((store.root / "tokenizer" / name).read_bytes() == (folder / name).read_bytes() for name in names)
-    assert store.tokenizer().decode(store.inputs("train").tokens(3)) == "é3"
+    assert store.tokenizer().decode(store.column("train", "input").tokens(3)) == "é3"
     assert not prepare([source], tmp_path / "s", tokenizer=folder, val_sources=[val])[1]
 
 

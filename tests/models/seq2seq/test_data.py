@@ -49,7 +49,7 @@ def test_a_long_answer_is_cut_by_token_and_not_by_character(tmp_path: Path) -> N
         vocab_size=448,
         val_sources=[write_lines(tmp_path / "v.jsonl", {"prompt": "q", "response": "a"})],
     )
-    samples, tokens = PairSamples(store, "train", limits(256, 256), EOS), store.targets("train").tokens(0)
+    samples, tokens = PairSamples(store, "train", limits(256, 256), EOS), store.column("train", "target").tokens(0)
     assert len(answer) > 251 > len(tokens)
     assert samples[0].target.tolist() == [*tokens.tolist(), EOS]
     assert store.tokenizer().decode(samples[0].target[:-1]) == answer
@@ -168,7 +168,7 @@ def test_the_weight_is_that_of_the_pairs_whether_packed_or_not(pairs: Path, tmp_
     assert (
         totals[0]
         == totals[1]
-        == int(Store.open(pairs).targets("train").lengths.sum())
+        == int(Store.open(pairs).column("train", "target").lengths.sum())
         + len(make_task(toy_run(tmp_path / "c", pairs)).dataset("train"))
     )
 

@@ -26,7 +26,7 @@ RECORDS = [{"prompt": f"what is {number}?", "response": f"a number, {number}"} f
 
 
 def texts_of(store: Store, split: str) -> list[tuple[str, str]]:
-    tokenizer, sides = store.tokenizer(), (store.inputs(split), store.targets(split))
+    tokenizer, sides = store.tokenizer(), (store.column(split, "input"), store.column(split, "target"))
     return [tuple(tokenizer.decode(side.tokens(i)) for side in sides) for i in range(len(sides[0]))]  # type: ignore[misc]
 
 
@@ -130,7 +130,7 @@ def test_what_stands_on_both_sides_is_named_and_counted(tmp_path: Path) -> None:
         "train holds it, and val too": {"count": 1, "first": [f"{train}: line 6"]},
         "val holds it, and test too": {"count": 1, "first": [f"{val}: line 2"]},
     }
-    assert [len(store.inputs(split)) for split in ("train", "val", "test")] == [7, 2, 2], "they are kept"
+    assert [len(store.column(split, "input")) for split in ("train", "val", "test")] == [7, 2, 2], "they are kept"
 
 
 def test_equal_records_lie_on_one_side_of_a_fraction(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_trained_tokenizer_is_t5_s_in_its_marks(tmp_path: Path, longest: int
     assert merged
     assert max(map(len, merged)) <= 4 if longest else max(map(len, merged)) > 4
     assert not [token for token in merged if any(character.isdigit() for character in token)]
-    assert len(store.inputs("train").tokens(0)) == 9 * (4 + 1 + 4 + 1), "each digit by itself"
+    assert len(store.column("train", "input").tokens(0)) == 9 * (4 + 1 + 4 + 1), "each digit by itself"
 
 
 def test_a_given_tokenizer_is_kept_byte_for_byte_and_its_own_eos_is_not_doubled(source: Path, tmp_path: Path) -> None:
@@ -364,4 +364,4 @@ def test_a_sentinel_in_a_text_is_refused_and_in_a_pair_is_not(tmp_path: Path) ->
     pair = write_lines(tmp_path / "p.jsonl", *RECORDS[:9], {"prompt": "<extra_id_0> x", "response": "<extra_id_0> y"})
     val = write_lines(tmp_path / "v.jsonl", GOOD)
     asked, _ = prepare([pair], tmp_path / "p", vocab_size=SMALL, val_sources=[val])
-    assert len(asked.inputs("train")) == 10
+    assert len(asked.column("train", "input")) == 10

@@ -13,7 +13,8 @@ import pytest
 from tests.models.seq2seq.toy_data import toy_store
 from trunkline.engine.data.store import INDEX, fingerprint
 from trunkline.engine.errors import DataError
-from trunkline.models.seq2seq.store import Store, token_dtype
+from trunkline.models.seq2seq.store import Store
+from trunkline.models.text.token_store import token_dtype
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def root(whole: Path, tmp_path: Path) -> Path:
 
 def test_sequences_lie_end_to_end(whole: Path) -> None:
     store = Store.open(whole)
-    for part in (store.inputs("train"), store.targets("val")):
+    for part in (store.column("train", "input"), store.column("val", "target")):
         each = [part.tokens(number) for number in range(len(part))]
         stream = np.concatenate(each)
         assert part.lengths.tolist() == [len(tokens) for tokens in each]
@@ -39,7 +40,7 @@ def test_sequences_lie_end_to_end(whole: Path) -> None:
 
 
 def test_a_pickled_copy_reads_the_same(whole: Path) -> None:
-    part = Store.open(whole).inputs("train")
+    part = Store.open(whole).column("train", "input")
     assert pickle.loads(pickle.dumps(part)).tokens(3).tolist() == part.tokens(3).tolist()
 
 

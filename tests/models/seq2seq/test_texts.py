@@ -23,7 +23,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.mark.parametrize("length", [2, 3, 7, 30, 1000])
 def test_texts_are_cut_into_pieces(store: Store, length: int) -> None:
-    held, found = store.inputs("train"), Texts(store, "train", length, EOS, joined=False)
+    held, found = store.column("train", "input"), Texts(store, "train", length, EOS, joined=False)
     whole = [held.tokens(number) for number in range(len(held))]
     expected = [text[at : at + length] for text in whole for at in range(0, len(text), length)]
     alone = [piece for piece in expected if len(piece) == 1]
@@ -41,7 +41,7 @@ def test_texts_are_cut_into_pieces(store: Store, length: int) -> None:
 
 @pytest.mark.parametrize("length", [2, 3, 7, 30, 100_000])
 def test_joined_texts_are_one_stream_with_eos_between_them(store: Store, length: int) -> None:
-    held, found = store.inputs("train"), Texts(store, "train", length, EOS, joined=True)
+    held, found = store.column("train", "input"), Texts(store, "train", length, EOS, joined=True)
     stream: list[int] = []
     for number in range(len(held)):
         stream += [EOS] * (number > 0) + held.tokens(number).tolist()
