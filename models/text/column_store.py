@@ -139,7 +139,8 @@ class _SplitWriter:
             self._offsets[name].append(self._offsets[name][-1] + len(ids))
 
     def finish(self, split: str) -> tuple[dict[str, Spec], dict[str, int]]:
-        specs, counts = {}, {}
+        specs: dict[str, Spec] = {}
+        counts: dict[str, int] = {}
         for name, offsets in self._offsets.items():
             self._where[name].add(np.frombuffer(offsets, np.int64))
             specs[f"{split}/{name}_offsets"] = self._where[name].finish()

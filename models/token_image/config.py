@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from trunkline.models.token_image.encodings import Kind
 from trunkline.models.token_image.network import PRESETS, JiTShape
 from trunkline.models.token_image.noise import Schedule
 
+Edge = Annotated[int, Field(ge=1)]
+
 
 class TokenImageData(Strict):
     """Where the prepared data set is and how texts become images."""
@@ -19,13 +21,17 @@ class TokenImageData(Strict):
     store: FolderPath = Field(description="folder that launchers/prepare.py wrote")
     img_size: int = Field(64, ge=4, le=256, description="edge of an image in pixels, a token each")
     max_tokens: int | None = Field(
-        None, ge=2, description="tokens of a text at most, EOS included; all pixels unless given"
+        None, ge=2, description="tokens of an image at most, EOS included; all pixels unless given"
     )
+    stride: int | None = Field(
+        None, ge=1,
+        description="where a text is longer, images start at every such token; unless given its first image is all",
+    )  # fmt: skip
     encoding: Kind = Field("rgb", description="rgb: the id in base 256; bits: the bits of the id as -1 and 1")
 
     @property
     def capacity(self) -> int:
-        """Tokens of a text at most, EOS included."""
+        """Tokens of an image at most, EOS included."""
         return self.img_size**2 if self.max_tokens is None else self.max_tokens
 
     @model_validator(mode="after")
@@ -34,6 +40,8 @@ class TokenImageData(Strict):
             raise ValueError(
                 f"max_tokens {self.max_tokens}: an image of img_size {self.img_size} has {self.img_size**2}"
             )
+        if self.stride is not None and self.stride > self.capacity:
+            raise ValueError(f"stride {self.stride}: tokens would be lost between images of {self.capacity}")
         return self
 
 
@@ -41,17 +49,36 @@ class TokenImageModel(Strict):
     """The network and what it is trained for."""
 
     preset: Literal["B/4", "B/16", "B/32", "L/16", "L/32", "H/16", "H/32"] | None = None
-    patch: int | None = Field(None, ge=1)
+    patch: Edge | tuple[Edge, Edge] | None = Field(
+        None, description="pixels of a patch's edge, or its rows and columns; [1, n] keeps the order of the text"
+    )
     d_model: int | None = Field(None, ge=16)
     num_layers: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
-    schedule: Schedule = Field("linear", description="how the share of the image falls with the time")
-    loss: Literal["x", "v"] = Field("x", description="squared error of the clean image, or of the velocity")
+    block: Literal["shared_norm", "official"] = Field(
+        "shared_norm", description="shared_norm: one adaptive norm a block; official: JiT's own, with adaLN-Zero"
+    )
+    stem: int = Field(
+        0, ge=0, description="neighbours in the text, an odd number, that each patch of [1, n] is mixed with at first"
+    )
+    condition: bool = Field(default=True, description="places for a condition's patches before the image's")
+    noise: Schedule = Field(
+        "linear",
+        description="how noise grows with the time; information: so that equal times hide equal information",
+    )
+    prior: Literal["none", "unigram"] = Field(
+        "none", description="unigram: the network corrects what the tokens' frequencies say of a noisy pixel"
+    )
+    loss: Literal["x", "v", "cross_entropy"] = Field(
+        "x", description="squared error of the clean image or of the velocity, or the token's -log p"
+    )
 
     @property
     def shape(self) -> JiTShape:
         """The widths, from the preset or as given. Widths given beside a preset win."""
         given = {name: value for name in JiTShape._fields if (value := getattr(self, name)) is not None}
+        if isinstance(self.patch, int):
+            given["patch"] = (self.patch, self.patch)
         return PRESETS[self.preset]._replace(**given) if self.preset else JiTShape(**given)
 
     def in_full(self) -> TokenImageModel:
@@ -62,9 +89,14 @@ class TokenImageModel(Strict):
     def _whole(self) -> TokenImageModel:
         if self.preset is None and (missing := [name for name in JiTShape._fields if getattr(self, name) is None]):
             raise ValueError(f"give a preset ({', '.join(PRESETS)}), or all widths; {', '.join(missing)} is missing")
-        d, heads = self.shape.d_model, self.shape.num_heads
-        if d % (2 * heads):
-            raise ValueError(f"d_model must be an even multiple of num_heads; got {d} with {heads} heads")
+        (rows, _), d, _, heads = self.shape
+        if d % (2 * heads) or (self.block == "official" and d // heads % 4):
+            multiple = "num_heads" if self.block == "shared_norm" else "four times num_heads"
+            raise ValueError(f"d_model must be an even multiple of {multiple}; got {d} with {heads} heads")
+        if self.stem and (self.stem % 2 == 0 or rows > 1):
+            raise ValueError(f"stem {self.stem}: use an odd number, and a patch of one row, [1, n]")
+        if self.prior == "unigram" and self.loss != "cross_entropy":
+            raise ValueError("prior 'unigram' speaks of tokens: set loss to 'cross_entropy'")
         return self
 
 

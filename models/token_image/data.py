@@ -1,7 +1,12 @@
 """Texts as samples, and how they become batches.
 
-    Texts(store, split, data)     a text a sample, cut by token, EOS at its end
-    collate(samples, ...)         the batch: tokens [B, S S] int64, row by row, and length [B] int64
+    Texts(store, split, data)     an image a sample, its text cut by token, EOS at its end
+    collate(samples, ...)         the batch
+
+    tokens             [B, S S] int64  row by row; 0 behind the text
+    length             [B] int64       how many of them are the text's, EOS included
+    condition          [B, S S] int64  of kind "dialogues", as tokens
+    condition_length   [B] int64
 
 What lies behind a text's tokens is padding; its pixels are black, and no loss is of them.
 """
@@ -9,6 +14,7 @@ What lies behind a text's tokens is padding; its pixels are black, and no loss i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,40 +27,78 @@ from trunkline.models.token_image.config import TokenImageData
 from trunkline.models.token_image.store import Store
 
 
-class Texts(Dataset[np.ndarray]):
-    """The tokens of a text a sample, int64 [n]. Raises DataError for a split that is not there or empty.
+class Sample(NamedTuple):
+    """int64 [n] and [m]."""
+
+    text: np.ndarray
+    condition: np.ndarray | None = None
+
+
+class Texts(Dataset[Sample]):
+    """The tokens of an image a sample. Raises DataError for a split that is not there or empty.
+
+    Where `data.stride` is given, a text gives an image at every such token as long as it has more than the image
+    before it held; elsewhere, and in splits that are not trained on, images do not overlap.
 
     notes: what was cut, for a person to read
     """
 
     def __init__(self, store: Store, split: str, data: TokenImageData, eos_id: int) -> None:
-        self._tokens, self._most, self._eos = store.tokens(split, "texts"), data.capacity, eos_id
+        self._tokens, self._most, self._eos = store.column(split, "text"), data.capacity, eos_id
+        self._conditions = store.column(split, "condition") if store.kind == "dialogues" else None
         if not len(self._tokens):
             raise DataError(f"{store.root}: the split {split} is empty: prepare other data")
-        lengths = self._tokens.lengths + 1
-        lost = np.maximum(lengths - self._most, 0)
-        self.notes = [
-            f"{(lost > 0).sum():,} of {len(lengths):,} texts are longer than {self._most:,} tokens with EOS and cut "
-            f"off; {lost.sum():,} tokens are lost"
-        ] * bool(lost.any())
+        self._lengths = self._tokens.lengths
+        lengths = self._lengths + 1
+        self.notes = []
+        if data.stride is None:
+            images = np.ones(len(lengths), np.int64)
+            lost = np.maximum(lengths - self._most, 0)
+            if lost.any():
+                self.notes.append(
+                    f"{(lost > 0).sum():,} of {len(lengths):,} texts are longer than {self._most:,} tokens with EOS "
+                    f"and cut off; {lost.sum():,} tokens are lost: data.stride makes further images of them"
+                )
+        self._stride = self._most if data.stride is None or split != "train" else data.stride
+        if data.stride is not None:
+            images = 1 + np.maximum(-(-(lengths - self._most) // self._stride), 0)
+        self._first = np.concatenate([[0], np.cumsum(images)])
 
     @property
     def arrays(self) -> list[Array]:
         """What is read of the store."""
-        return self._tokens.arrays
+        return [*self._tokens.arrays, *(self._conditions.arrays if self._conditions else [])]
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return int(self._first[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return np.append(self._tokens(index, 0, self._most - 1), self._eos)
+        text = int(np.searchsorted(self._first, index, side="right")) - 1
+        start, total = (index - int(self._first[text])) * self._stride, int(self._lengths[text])
+        is_last = index + 1 == self._first[text + 1]
+        tokens = self._tokens.tokens(text, start, min(start + self._most - is_last, total))
+        if is_last:
+            tokens = np.append(tokens, self._eos)
+        if self._conditions is None:
+            return Sample(tokens)
+        return Sample(tokens, np.append(self._conditions.tokens(text, 0, self._most - 1), self._eos))
 
 
-def collate(samples: Sequence[np.ndarray], pixels: int) -> dict[str, Tensor]:
+def collate(samples: Sequence[Sample], pixels: int) -> dict[str, Tensor]:
     """See the top of this file."""
-    tokens = np.zeros((len(samples), pixels), np.int64)
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample)] = sample
-    return {"tokens": torch.from_numpy(tokens), "length": torch.tensor([len(sample) for sample in samples])}
+    tokens, length = _padded([sample.text for sample in samples], pixels)
+    batch = {"tokens": tokens, "length": length}
+    if any(sample.condition is not None for sample in samples):
+        empty = np.zeros(0, np.int64)
+        conditions = [empty if sample.condition is None else sample.condition for sample in samples]
+        batch["condition"], batch["condition_length"] = _padded(conditions, pixels)
+    return batch
+
+
+def _padded(rows: Sequence[np.ndarray], pixels: int) -> tuple[Tensor, Tensor]:
+    found = np.zeros((len(rows), pixels), np.int64)
+    for place, row in zip(found, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(found), torch.tensor([len(row) for row in rows])

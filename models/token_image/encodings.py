@@ -34,6 +34,11 @@ class Encoding:
         """Numbers of a pixel."""
         return 3 if self.kind == "rgb" else max(1, (self.vocab_size - 1).bit_length())
 
+    @property
+    def apart(self) -> float:
+        """The least distance of two tokens' channels."""
+        return 1 / 255 if self.kind == "rgb" else 2.0
+
     def encode(self, ids: Tensor) -> Tensor:
         """fp32 [..., channels] of int64 ids [...]."""
         if self.kind == "rgb":

@@ -22,6 +22,7 @@ from trunkline.engine.data.randomness import normal, uniform
 
 POINTS = 160
 LEAST, MOST = 1e-3, 1e3
+"""The ratios of a curve, of codes that are 2 apart at least."""
 _MOST_WORK = 1 << 20  # draws times tokens at a ratio
 
 
@@ -30,14 +31,18 @@ def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor
 
     codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
     """
-    root = snr.sqrt()[..., None]
-    scores = log_frequencies + root * (z @ codes.T) - snr[..., None] * codes.square().sum(-1) / 2
-    return scores.log_softmax(-1)
+    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64
+    z, snr, wide = z.double(), snr.double(), codes.double()
+    scores = snr.sqrt()[..., None] * (z @ wide.T) - snr[..., None] * wide.square().sum(-1) / 2
+    return (scores + log_frequencies).log_softmax(-1).float()
 
 
 @dataclass(frozen=True)
 class Curve:
-    """By signal-to-noise ratio: snr [P], rising; mse [P], of a guess by frequencies; share [P], of all information."""
+    """By signal-to-noise ratio: snr [P], rising; mse [P], of a guess by frequencies; share [P], of all information.
+
+    entropy: all information, nats
+    """
 
     snr: Tensor
     mse: Tensor
@@ -46,15 +51,29 @@ class Curve:
 
     def snr_at(self, share: Tensor) -> Tensor:
         """The ratio below which this share of the information lies, by interpolation of its logarithm."""
-        right = torch.searchsorted(self.share, share.contiguous()).clamp(1, len(self.share) - 1)
-        low, high = self.share[right - 1], self.share[right]
-        part = ((share - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        logs = self.snr.log()
-        return (logs[right - 1] + part * (logs[right] - logs[right - 1])).exp()
+        return _interpolated(share, self.share, self.snr.log()).exp()
+
+    def share_at(self, snr: Tensor) -> Tensor:
+        """The share of the information below this ratio."""
+        return _interpolated(snr.clamp(min=LEAST / 2).log(), self.snr.log(), self.share)
+
+    def mse_at(self, snr: Tensor) -> Tensor:
+        """The error of a guess by frequencies."""
+        return _interpolated(snr.log(), self.snr.log(), self.mse)
 
 
-def curve_of(codes: Tensor, frequencies: Tensor) -> Curve:
+def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """ys at x between rising xs; beyond them the first or the last."""
+    right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    low, high = xs[right - 1], xs[right]
+    part = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return ys[right - 1] + part * (ys[right] - ys[right - 1])
+
+
+def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
     """The curve of tokens with these codes [V, C] and frequencies [V], which sum to 1, by a fixed Monte Carlo draw.
+
+    apart: the least distance of two codes
 
     Each ratio has the same tokens and noise, so that the curve is smooth. `share` is 0 at the first point and 1 at the
     last.
@@ -65,7 +84,7 @@ def curve_of(codes: Tensor, frequencies: Tensor) -> Curve:
     places = (torch.arange(draws) + uniform(keys, ())) / draws  # one draw in each of as many equal parts
     tokens = torch.searchsorted(frequencies.double().cumsum(0).float(), places).clamp(max=len(codes) - 1)
     clean, noise = codes[tokens], normal(keys, (codes.shape[1],), stream=1)
-    snr = torch.logspace(math.log10(LEAST), math.log10(MOST), POINTS)
+    snr = torch.logspace(math.log10(LEAST), math.log10(MOST * (2 / apart) ** 2), POINTS)
     errors = []
     for ratio in snr:
         guess = log_posterior(ratio.sqrt() * clean + noise, ratio, codes, logs).exp() @ codes

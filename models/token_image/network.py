@@ -1,22 +1,24 @@
 """JiT: a plain vision Transformer that predicts the clean image from a noisy one.
 
-    x [B, S, S, C] -> one token a patch of p x p pixels, behind the patches of a condition -> blocks -> [B, S, S, C]
+    x [B, S, S, C] -> one token a patch of p x q pixels, behind the patches of a condition -> blocks -> [B, S, S, D]
 
-A block has one adaptive norm, which its two halves share:
+A block of kind "shared_norm" has one adaptive norm, which its two halves share:
 
     n(x) = RMSNorm(x) clamp(1 + W_s silu(c), .1, 10) + W_b silu(c)
     x = x + attention(n(x))        x = x + W_2 (silu(a) b), (a, b) = W_1 n(x)
 
 c is the sine and cosine of the time. W_s and W_b start at 0, so that the time acts only as far as it is learned.
-The condition, an image of its own, has a patch embedding and positions of its own. Its slots are always there: they are
-zero and seen by nobody where there is no condition. A patch is seen if any of its pixels is valid.
-Li and He, "Back to Basics: Let Denoising Generative Models Denoise" (2025), for the idea.
+A block of kind "official" is that of Li and He: adaLN-Zero, a scale, a shift and a gate for each half, RMSNorm of
+queries and keys, rotary positions, a SwiGLU of two thirds of the width.
+The condition, an image of its own, has a patch embedding and positions of its own. Its places are always there: they
+are zero and seen by nobody where there is no condition. A patch is seen if any of its pixels is valid.
+Li and He, "Back to Basics: Let Denoising Generative Models Denoise" (2025).
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +28,13 @@ from trunkline.kernels.attention import flash_attention
 
 CONDITION_GRID = 16
 """Patches along an edge of the condition."""
+Block = Literal["shared_norm", "official"]
 
 
 class JiTShape(NamedTuple):
-    """Widths: patch in pixels, model, blocks, attention heads."""
+    """Widths: patch in pixels (rows and columns), model, blocks, attention heads."""
 
-    patch: int
+    patch: tuple[int, int]
     d_model: int
     num_layers: int
     num_heads: int
@@ -39,69 +42,91 @@ class JiTShape(NamedTuple):
 
 _WIDTHS = {"B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 PRESETS = {
-    f"{name}/{patch}": JiTShape(patch, *widths)
+    f"{name}/{patch}": JiTShape((patch, patch), *widths)
     for name, widths in _WIDTHS.items() for patch in (4, 16, 32) if (name, patch) not in (("L", 4), ("H", 4))
 }  # fmt: skip
 """Under the names that are in use, such as "B/4"."""
 
 
 class JiT(nn.Module):
-    """Predicts the clean image. Of images of `size` x `size` pixels and `channels` channels."""
+    """Of images of `size` x `size` pixels with `channels` numbers, predicts `values` numbers for each pixel.
 
-    _no_split_modules: ClassVar[list[str]] = ["JiTBlock"]
+    block: see the top of this file
+    stem: neighbours of a patch in the order of the text that it is mixed with before the blocks, odd; 0 for none
+    condition: whether there are places for one
+    """
 
-    def __init__(self, shape: JiTShape, size: int, channels: int) -> None:
+    _no_split_modules: ClassVar[list[str]] = ["SharedNormBlock", "OfficialBlock"]
+
+    def __init__(
+        self, shape: JiTShape, size: int, channels: int, values: int | None = None, *, block: Block = "shared_norm",
+        stem: int = 0, condition: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.shape, self.grid, self.channels = shape, size // shape.patch, channels
-        d, values = shape.d_model, shape.patch**2 * channels
-        self.patches, self.condition_patches = (nn.Linear(values, d, bias=False) for _ in range(2))
-        self.rows, self.columns = (nn.Parameter(torch.empty(self.grid, d)) for _ in range(2))
-        self.condition_rows, self.condition_columns = (nn.Parameter(torch.empty(CONDITION_GRID, d)) for _ in range(2))
-        self.blocks = nn.ModuleList(JiTBlock(d, shape.num_heads) for _ in range(shape.num_layers))
-        self.output = nn.Linear(d, values)
+        d, self.patch = shape.d_model, shape.patch
+        self.grid, pixels = (size // self.patch[0], size // self.patch[1]), math.prod(self.patch)
+        values = channels if values is None else values
+        self.d_model, self.values, self.slots = d, values, CONDITION_GRID**2 if condition else 0
+        self.patches = nn.Linear(pixels * channels, d, bias=False)
+        self.rows, self.columns = (nn.Parameter(torch.empty(edge, d)) for edge in self.grid)
+        positions = [self.rows, self.columns]
+        if condition:
+            self.condition_patches = nn.Linear(pixels * channels, d, bias=False)
+            self.condition_rows, self.condition_columns = (
+                nn.Parameter(torch.empty(CONDITION_GRID, d)) for _ in range(2)
+            )
+            positions += [self.condition_rows, self.condition_columns]
+        self.stem = nn.Conv1d(d, d, stem, padding=stem // 2) if stem else None
+        if block == "official":
+            places = _places(self.grid, self.patch[0] == 1, self.slots)
+            self.blocks = nn.ModuleList(OfficialBlock(d, shape.num_heads, places) for _ in range(shape.num_layers))
+        else:
+            self.blocks = nn.ModuleList(SharedNormBlock(d, shape.num_heads) for _ in range(shape.num_layers))
+        self.output = nn.Linear(d, pixels * values)
         self.apply(_initialize)
-        for position in (self.rows, self.columns, self.condition_rows, self.condition_columns):
+        for position in positions:
             nn.init.normal_(position, std=0.02)
         for module in self.modules():
-            if isinstance(module, AdaptiveNorm):
-                nn.init.zeros_(module.modulation.weight)
+            if isinstance(module, AdaptiveNorm | Modulation):
+                module.start()
 
     def forward(
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
         condition_valid: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The clean image, [B, S, S, C] of x's dtype.
+        """[B, S, S, values] of x's dtype.
 
         x: [B, S, S, C], noisy. t: [B], the time. valid: bool [B, S, S], pixels that hold a token.
         condition, condition_valid: as x and valid, of an image that is no longer noisy; None for no condition.
         """
-        batch = len(x)
         targets = self.patches(self._split(x)) + _positions(self.rows, self.columns)
-        slots = CONDITION_GRID**2
-        before = targets.new_zeros(batch, slots, self.shape.d_model)
-        seen = torch.zeros(batch, slots, dtype=torch.bool, device=x.device)
-        if condition is not None and condition_valid is not None:
-            seen = self._split(condition_valid[..., None]).any(-1)
-            embedded = self.condition_patches(self._split(condition))
-            before = (embedded + _positions(self.condition_rows, self.condition_columns)) * seen[..., None]
-        tokens = torch.cat([before, targets], 1)
-        seen = torch.cat([seen, self._split(valid[..., None]).any(-1)], 1)
-        time = time_features(t, self.shape.d_model)
+        seen = self._split(valid[..., None]).any(-1)
+        if self.stem is not None:
+            targets = targets + self.stem((targets * seen[..., None]).transpose(1, 2)).transpose(1, 2)
+        if self.slots:
+            before = targets.new_zeros(len(x), self.slots, self.d_model)
+            shown = torch.zeros(len(x), self.slots, dtype=torch.bool, device=x.device)
+            if condition is not None and condition_valid is not None:
+                shown = self._split(condition_valid[..., None]).any(-1)
+                embedded = self.condition_patches(self._split(condition))
+                before = (embedded + _positions(self.condition_rows, self.condition_columns)) * shown[..., None]
+            targets, seen = torch.cat([before, targets], 1), torch.cat([shown, seen], 1)
+        time = time_features(t, self.d_model)
         for block in self.blocks:
-            tokens = block(tokens, time, seen)
-        return self._join(self.output(tokens[:, slots:]))
+            targets = block(targets, time, seen)
+        return self._join(self.output(targets[:, self.slots :]))
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, S, S, C] -> [B, patches, p p C], row by row."""
-        p = self.shape.patch
-        return x.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
+        """[B, S, S, C] -> [B, patches, p q C], row by row."""
+        p, q = self.patch
+        return x.unflatten(2, (-1, q)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
 
     def _join(self, tokens: Tensor) -> Tensor:
-        p = self.shape.patch
-        return tokens.view(-1, self.grid, self.grid, p, p, self.channels).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        there = tokens.view(-1, *self.grid, *self.patch, self.values)
+        return there.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-class JiTBlock(nn.Module):
+class SharedNormBlock(nn.Module):
     """Attention and SwiGLU, each after the same adaptive norm."""
 
     def __init__(self, d: int, num_heads: int) -> None:
@@ -119,12 +144,57 @@ class JiTBlock(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+class OfficialBlock(nn.Module):
+    """Attention and SwiGLU, each after a norm that the time modulates, and behind a gate.
+
+    places: fp32 [N, A], where each token lies along A axes, for rotary positions
+    """
+
+    def __init__(self, d: int, num_heads: int, places: Tensor) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.modulation = Modulation(d)
+        self.norm1, self.norm2 = (nn.RMSNorm(d, eps=1e-6) for _ in range(2))
+        self.qkv, self.projection = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.q_norm, self.k_norm = (nn.RMSNorm(d // num_heads, eps=1e-6) for _ in range(2))
+        hidden = int(d * 8 / 3)
+        self.up, self.down = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
+        self.angles: Tensor
+        self.register_buffer("angles", _angles(places, d // num_heads), persistent=False)
+
+    def forward(self, x: Tensor, time: Tensor, seen: Tensor) -> Tensor:
+        """[B, N, d]; time [B, d]; seen bool [B, N], the tokens that others attend to."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time, x.dtype)
+        q, k, v = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = (_rotated(norm(each), self.angles) for norm, each in ((self.q_norm, q), (self.k_norm, k)))
+        x = x + gate1 * self.projection(flash_attention(q, k, v, key_mask=seen).flatten(2))
+        gate, up = self.up(self.norm2(x) * (1 + scale2) + shift2).chunk(2, -1)
+        return x + gate2 * self.down(F.silu(gate) * up)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of two halves, [B, 1, d] each, from the time; all start at 0."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, 6 * d)
+
+    def start(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, time: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(time)).to(dtype)[:, None].chunk(6, -1)
+
+
 class AdaptiveNorm(nn.Module):
     """RMSNorm whose result is scaled and shifted by the time; it starts as plain RMSNorm."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
         self.norm, self.modulation = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, 2 * d)
+
+    def start(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, N, d] of x [B, N, d] and time [B, d]."""
@@ -142,6 +212,29 @@ def time_features(t: Tensor, d: int) -> Tensor:
 
 def _positions(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, None] + columns).flatten(0, 1)
+
+
+def _places(grid: tuple[int, int], in_text: bool, slots: int) -> Tensor:
+    """Where patches lie, fp32: [N, 1] along the text, or [N, 2] on the grid. The condition's lie before them."""
+    if in_text:
+        return torch.arange(-slots, math.prod(grid), dtype=torch.float32)[:, None]
+    rows, columns = (torch.arange(edge, dtype=torch.float32) for edge in grid)
+    edge = torch.arange(CONDITION_GRID if slots else 0, dtype=torch.float32)
+    return torch.cat([torch.cartesian_prod(edge - CONDITION_GRID, edge), torch.cartesian_prod(rows, columns)])
+
+
+def _angles(places: Tensor, head_dim: int) -> Tensor:
+    """fp32 [N, head_dim / 2]: the angle of each pair of numbers, an equal part of them for each axis."""
+    each = head_dim // 2 // places.shape[1]
+    frequencies = 10000.0 ** (-torch.arange(each, dtype=torch.float32) / each)
+    return (places[..., None] * frequencies).flatten(1)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """[B, N, H, D] with its pairs (x_i, x_(i + D/2)) turned by angles [N, D/2]."""
+    cosine, sine = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], -1)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
     x_t = alpha x + (1 - alpha) eps      alpha = 1 - t/1000 ("linear"), or (1 + cos(pi t/1000))/2 ("cosine")
 
-The signal-to-noise ratio is (alpha / (1 - alpha))^2.
+The signal-to-noise ratio is (alpha / (1 - alpha))^2. With "information", 1 - t/1000 is the share of the information
+that the tokens' frequencies leave open and the noisy pixel then tells (trunkline.models.token_image.information).
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.data.randomness import normal, uniform
+from trunkline.models.token_image.information import Curve
 
-Schedule = Literal["linear", "cosine"]
+Schedule = Literal["linear", "cosine", "information"]
 LAST = 1000
 """The time of pure noise. Training draws from 0 to LAST - 1."""
 
 
-def alpha_of(t: Tensor, schedule: Schedule) -> Tensor:
-    """fp32 of the shape of t: the share of the image."""
-    share = t.float() / LAST
-    return 1 - share if schedule == "linear" else (1 + torch.cos(math.pi * share)) / 2
+def alpha_of(t: Tensor, schedule: Schedule, curve: Curve | None = None) -> Tensor:
+    """fp32 of the shape of t: the share of the image. `curve` goes with "information"."""
+    share = 1 - t.float() / LAST
+    if schedule == "information":
+        assert curve is not None
+        root = curve.snr_at(share).sqrt()
+        return root / (1 + root)
+    return share if schedule == "linear" else (1 + torch.cos(math.pi * (1 - share))) / 2
 
 
-def time_of(alpha: Tensor, schedule: Schedule) -> Tensor:
+def time_of(alpha: Tensor, schedule: Schedule, curve: Curve | None = None) -> Tensor:
     """The time, fp32, at which the share of the image is alpha."""
+    if schedule == "information":
+        assert curve is not None
+        return LAST * (1 - curve.share_at((alpha / (1 - alpha)).square()))
     return LAST * (1 - alpha if schedule == "linear" else torch.arccos(2 * alpha - 1) / math.pi)
 
 

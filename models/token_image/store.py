@@ -1,13 +1,37 @@
-"""The prepared data set: texts as tokens, and of dialogues also what stands before them."""
+"""The prepared data set: a ColumnStore (trunkline.models.text) of these arrays and files.
+
+    {split}/texts, {split}/text_offsets              ragged tokens, without EOS
+    {split}/conditions, {split}/condition_offsets    of kind "dialogues": what stands before a text
+    tokenizer/                                       the Hugging Face tokenizer that made the tokens
+
+Splits are "train", "val" and, where there is one, "test".
+"""
 
 from __future__ import annotations
 
-from trunkline.models.text.token_store import TokenStore
+from dataclasses import dataclass
+from typing import Literal
+
+from trunkline.models.text.column_store import ColumnStore
+
+Kind = Literal["texts", "dialogues"]
 
 
-class Store(TokenStore):
-    """Texts without EOS. Of kind "dialogues" the prompt is a condition, with a column of its own."""
+@dataclass(frozen=True)
+class SplitEntry:
+    """Counts of a split: samples, tokens of texts and of conditions."""
+
+    samples: int
+    text_tokens: int
+    condition_tokens: int = 0
+
+
+class Store(ColumnStore):
+    """A whole, checked data set."""
 
     workload = "token_image"
     prepare = "python launchers/prepare.py token_image --out"
-    columns = {"text": ("texts",), "dialogues": ("texts", "conditions")}  # noqa: RUF012 - a constant of the class
+    columns = {"texts": ("text",), "dialogues": ("text", "condition")}  # noqa: RUF012 - a constant of the class
+    entry, further = SplitEntry, frozenset({"test"})
+    kind: Kind
+    entries: dict[str, SplitEntry]

@@ -8,17 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.masked_mse import masked_mse
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
-from trunkline.models.token_image.data import Texts, collate
+from trunkline.models.token_image.data import Sample, Texts, collate
+from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.encodings import Encoding
-from trunkline.models.token_image.network import CONDITION_GRID, JiT
+from trunkline.models.token_image.information import Curve, curve_of
+from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import alpha_of, drawn_times, noised
 from trunkline.models.token_image.store import Store
 
@@ -40,9 +42,10 @@ class TokenImageTask(Task):
 
     def __init__(self, data: TokenImageData, model: TokenImageModel) -> None:
         self.data, self.model = data, model
-        if data.img_size % model.shape.patch:
+        rows, columns = model.shape.patch
+        if data.img_size % rows or data.img_size % columns:
             raise ConfigError(
-                f"data.img_size {data.img_size} is no multiple of model.patch {model.shape.patch}: change either"
+                f"data.img_size {data.img_size} is no multiple of model.patch {[rows, columns]}: change either"
             )
         self.store = Store.open(data.store)
         self.tokenizer = self.store.tokenizer()
@@ -50,15 +53,15 @@ class TokenImageTask(Task):
         for split in ("train", "val"):  # what is wrong with either should be named now
             self.dataset(split)
 
-    def build_model(self) -> JiT:
+    def build_model(self) -> Denoiser:
         """A new network for images of the data's size and encoding."""
-        return JiT(self.model.shape, self.data.img_size, self.encoding.channels)
+        return Denoiser(self.model, self.data.img_size, self.encoding, self.frequencies, self.curve)
 
     def dataset(self, split: str) -> Texts:
         """The texts of "train", "val" or "test"."""
         return Texts(self.store, split, self.data, self._eos)
 
-    def collate(self, samples: Sequence[np.ndarray]) -> Batch:
+    def collate(self, samples: Sequence[Sample]) -> Batch:
         """See trunkline.models.token_image.data."""
         return collate(samples, self.data.img_size**2)
 
@@ -67,8 +70,39 @@ class TokenImageTask(Task):
         return batch["length"].where(batch["valid"], 0).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
-        """Squared error at a drawn time, summed over channels and over the pixels that hold a token."""
-        return {"loss": self._error(model, batch, drawn_times(batch["draw"]))}
+        """At a drawn time, summed over the pixels that hold a token: the squared error over channels, or -log p."""
+        clean, held = self.images(batch)
+        t = drawn_times(batch["draw"])
+        alpha = self.alpha(t)
+        output = model(noised(clean, alpha, batch["draw"]), t, held)
+        counted = held & batch["valid"][:, None, None]
+        if self.model.loss == "cross_entropy":
+            tokens = batch["tokens"].view(held.shape).masked_fill(~counted, -100)
+            return {"loss": F.cross_entropy(output.float().flatten(0, 2), tokens.flatten(), reduction="sum")}
+        weights = counted[..., None]
+        if self.model.loss == "v":
+            weights = weights * (1 - alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
+        return {"loss": masked_mse(output, clean, weights)[0]}
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """fp32, the share of the image at times t."""
+        return alpha_of(t, self.model.noise, self.curve)
+
+    @cached_property
+    def frequencies(self) -> Tensor:
+        """fp32 [V], of the training texts' tokens and EOS; what is never there counts as if it were once."""
+        texts = self.store.column("train", "text")
+        counts = texts.counts(self.store.vocab_size) + 1
+        counts[self._eos] += len(texts)
+        return torch.from_numpy(counts / counts.sum()).float()
+
+    @cached_property
+    def curve(self) -> Curve | None:
+        """What noise leaves of tokens by their frequencies, with the schedule "information"."""
+        if self.model.noise != "information":
+            return None
+        codes = self.encoding.encode(torch.arange(self.store.vocab_size))
+        return curve_of(codes, self.frequencies, self.encoding.apart)
 
     def images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The clean images, fp32 [B, S, S, C], black at padding; and which pixels hold a token, bool [B, S, S]."""
@@ -77,24 +111,15 @@ class TokenImageTask(Task):
         pixels = self.encoding.encode(batch["tokens"]) * held[..., None]
         return pixels.unflatten(1, (size, size)), held.view(-1, size, size)
 
-    def _error(self, model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
-        clean, held = self.images(batch)
-        alpha = alpha_of(t, self.model.schedule)
-        predicted = model(noised(clean, alpha, batch["draw"]), t, held)
-        weights = (held & batch["valid"][:, None, None])[..., None]
-        if self.model.loss == "v":
-            weights = weights * (1 - alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
-        return masked_mse(predicted, clean, weights)[0]
-
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
         return None
 
     def flops_per_sample(self) -> float:
         """Matrix products and attention pairs of an image, forward and backward (3 x forward)."""
-        patch, d, layers, _ = self.model.shape
-        patches = (self.data.img_size // patch) ** 2
-        tokens, values = CONDITION_GRID**2 + patches, patch**2 * self.encoding.channels
+        (rows, columns), d, layers, _ = self.model.shape
+        patches = self.data.img_size**2 // (rows * columns)
+        tokens, values = CONDITION_GRID**2 + patches, rows * columns * self.encoding.channels
         block = 2 * tokens * 16 * d**2 + 4 * d**2 + 4 * d * tokens**2
         return 3.0 * (layers * block + 2 * 2 * patches * values * d)
 

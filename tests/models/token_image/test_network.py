@@ -5,7 +5,7 @@ import torch
 
 from trunkline.models.token_image.network import PRESETS, JiT, JiTShape, time_features
 
-SMALL = JiTShape(4, 64, 2, 2)
+SMALL = JiTShape((4, 4), 64, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""The network with what it knows of tokens: their codes, their frequencies, and how much information noise leaves.
+
+denoiser(x, t, valid)        what training compares: the clean image, or logits of tokens
+denoiser.clean(output)       the clean image in either case
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trunkline.models.token_image.config import TokenImageModel
+from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.information import POINTS, Curve, log_posterior
+from trunkline.models.token_image.network import JiT
+from trunkline.models.token_image.noise import LAST, alpha_of
+
+
+class Denoiser(nn.Module):
+    """Of images of `size` x `size` tokens.
+
+    frequencies: [V], of the training data's tokens, which sum to 1; curve: what noise leaves of them, with the schedule
+        "information"; without these, they come with the weights
+    """
+
+    codes: Tensor
+    log_frequencies: Tensor
+    curve: Tensor
+    entropy: Tensor
+    _no_split_modules: ClassVar[list[str]] = JiT._no_split_modules
+
+    def __init__(
+        self, model: TokenImageModel, size: int, encoding: Encoding, frequencies: Tensor | None = None,
+        curve: Curve | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.schedule, self.encoding = model.noise, encoding
+        self.prior, self.gives_logits = model.prior == "unigram", model.loss == "cross_entropy"
+        vocab_size = encoding.vocab_size
+        codes = encoding.encode(torch.arange(vocab_size))
+        self.register_buffer("codes", codes, persistent=False)
+        logs = torch.zeros(vocab_size) if frequencies is None else frequencies.log()
+        self.register_buffer("log_frequencies", logs)
+        self.register_buffer("curve", torch.zeros(3, POINTS))
+        self.register_buffer("entropy", torch.zeros(()))
+        if curve is not None:
+            self.curve.copy_(torch.stack([curve.snr, curve.mse, curve.share]))
+            self.entropy.fill_(curve.entropy)
+        self.jit = JiT(
+            model.shape, size, encoding.channels + vocab_size * self.prior,
+            vocab_size if self.gives_logits else encoding.channels,
+            block=model.block, stem=model.stem, condition=model.condition,
+        )  # fmt: skip
+        if self.prior:
+            nn.init.zeros_(self.jit.output.weight)  # training begins with what frequencies say
+
+    @property
+    def information(self) -> Curve:
+        """What noise leaves of tokens by their frequencies; with "information" alone."""
+        snr, mse, share = self.curve
+        return Curve(snr, mse, share, float(self.entropy))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """fp32, the share of the image at times t."""
+        return alpha_of(t, self.schedule, self.information if self.schedule == "information" else None)
+
+    def forward(
+        self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
+        condition_valid: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The clean image [B, S, S, C], or where the loss is the cross entropy logits [B, S, S, V]. See JiT.forward."""
+        if not self.prior:
+            return self._jit(x, t, valid, condition, condition_valid)
+        alpha = self.alpha(t).clamp(max=1 - 1 / (2 * LAST))[:, None, None]
+        log_prior = self.log_prior(x, alpha)
+        scaled = x / (alpha.square() + (1 - alpha).square()).sqrt()[..., None]
+        seen = torch.cat([scaled, log_prior.exp()], -1)
+        if condition is not None:
+            assert condition_valid is not None
+            condition = torch.cat([condition, self.one_hot(condition)], -1)
+        return log_prior + self._jit(seen, t, valid, condition, condition_valid)
+
+    def _jit(self, *given: Tensor | None) -> Tensor:
+        found: Tensor = self.jit(*given)
+        return found
+
+    def log_prior(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """log P(token | its noisy pixel alone), fp32 [B, S, S, V], of x [B, S, S, C] and alpha, broadcastable."""
+        snr = (alpha / (1 - alpha)).square()
+        return log_posterior(x / (1 - alpha)[..., None], snr, self.codes, self.log_frequencies)
+
+    def one_hot(self, x: Tensor) -> Tensor:
+        """Of clean pixels."""
+        return nn.functional.one_hot(self.encoding.decode(x), self.encoding.vocab_size).to(x.dtype)
+
+    def clean(self, output: Tensor) -> Tensor:
+        """The clean image, [B, S, S, C], that an output of `forward` stands for."""
+        return output.softmax(-1) @ self.codes if self.gives_logits else output
