@@ -1,8 +1,8 @@
 """Python's own documentation of its language (pydoc_data.topics): English text that comes with every Python.
 
-    topics()           text by name
-    distinct(texts)    without those that stand mostly in others
-    parted(texts)      which are for training, for choices and for the test
+topics()           text by name
+distinct(texts)    without those that stand mostly in others
+parted(texts)      which are for training, for choices and for the test
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class TokenImageModel(Strict):
     """The network and what it is trained for."""
 
     preset: Literal["B/4", "B/16", "B/32", "L/16", "L/32", "H/16", "H/32"] | None = None
-    patch: Edge | tuple[Edge, Edge] | None = Field(
+    patch: Edge | Annotated[list[Edge], Field(min_length=2, max_length=2)] | None = Field(
         None, description="pixels of a patch's edge, or its rows and columns; [1, n] keeps the order of the text"
     )
     d_model: int | None = Field(None, ge=16)
@@ -77,13 +77,14 @@ class TokenImageModel(Strict):
     def shape(self) -> JiTShape:
         """The widths, from the preset or as given. Widths given beside a preset win."""
         given = {name: value for name in JiTShape._fields if (value := getattr(self, name)) is not None}
-        if isinstance(self.patch, int):
-            given["patch"] = (self.patch, self.patch)
+        if self.patch is not None:
+            rows, columns = [self.patch] * 2 if isinstance(self.patch, int) else self.patch
+            given["patch"] = (rows, columns)
         return PRESETS[self.preset]._replace(**given) if self.preset else JiTShape(**given)
 
     def in_full(self) -> TokenImageModel:
         """The same with its widths in place of the preset."""
-        return self.model_copy(update={"preset": None} | self.shape._asdict())
+        return self.model_copy(update={"preset": None} | self.shape._asdict() | {"patch": list(self.shape.patch)})
 
     @model_validator(mode="after")
     def _whole(self) -> TokenImageModel:

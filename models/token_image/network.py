@@ -53,7 +53,7 @@ class JiT(nn.Module):
 
     block: see the top of this file
     stem: neighbours of a patch in the order of the text that it is mixed with before the blocks, odd; 0 for none
-    condition: whether there are places for one
+    condition: whether there are places for one, of 16 x 16 patches at most
     """
 
     _no_split_modules: ClassVar[list[str]] = ["SharedNormBlock", "OfficialBlock"]
@@ -104,12 +104,13 @@ class JiT(nn.Module):
         if self.stem is not None:
             targets = targets + self.stem((targets * seen[..., None]).transpose(1, 2)).transpose(1, 2)
         if self.slots:
-            before = targets.new_zeros(len(x), self.slots, self.d_model)
-            shown = torch.zeros(len(x), self.slots, dtype=torch.bool, device=x.device)
+            before, shown = targets[:, :0], seen[:, :0]
             if condition is not None and condition_valid is not None:
+                rows, columns = self.condition_rows[: self.grid[0]], self.condition_columns[: self.grid[1]]
                 shown = self._split(condition_valid[..., None]).any(-1)
-                embedded = self.condition_patches(self._split(condition))
-                before = (embedded + _positions(self.condition_rows, self.condition_columns)) * shown[..., None]
+                before = (self.condition_patches(self._split(condition)) + _positions(rows, columns)) * shown[..., None]
+            free = self.slots - before.shape[1]
+            before, shown = F.pad(before, (0, 0, 0, free)), F.pad(shown, (0, free))
             targets, seen = torch.cat([before, targets], 1), torch.cat([shown, seen], 1)
         time = time_features(t, self.d_model)
         for block in self.blocks:

@@ -48,6 +48,17 @@ class TokenImageTask(Task):
                 f"data.img_size {data.img_size} is no multiple of model.patch {[rows, columns]}: change either"
             )
         self.store = Store.open(data.store)
+        if self.store.kind == "dialogues" and not model.condition:
+            raise ConfigError(
+                f"model.condition: false, but data.store {data.store} holds dialogues, whose prompt is a condition: "
+                "set it to true, or prepare the data with --kind texts"
+            )
+        grid = data.img_size // rows, data.img_size // columns
+        if self.store.kind == "dialogues" and max(grid) > CONDITION_GRID:
+            raise ConfigError(
+                f"model.patch: {[rows, columns]} cuts img_size {data.img_size} into {grid[0]} x {grid[1]} patches, and "
+                f"a condition has {CONDITION_GRID} x {CONDITION_GRID} at most: use larger patches"
+            )
         self.tokenizer = self.store.tokenizer()
         self.encoding = Encoding(data.encoding, self.store.vocab_size)
         for split in ("train", "val"):  # what is wrong with either should be named now
@@ -74,7 +85,7 @@ class TokenImageTask(Task):
         clean, held = self.images(batch)
         t = drawn_times(batch["draw"])
         alpha = self.alpha(t)
-        output = model(noised(clean, alpha, batch["draw"]), t, held)
+        output = model(noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch))
         counted = held & batch["valid"][:, None, None]
         if self.model.loss == "cross_entropy":
             tokens = batch["tokens"].view(held.shape).masked_fill(~counted, -100)
@@ -106,9 +117,16 @@ class TokenImageTask(Task):
 
     def images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The clean images, fp32 [B, S, S, C], black at padding; and which pixels hold a token, bool [B, S, S]."""
+        return self._images(batch["tokens"], batch["length"])
+
+    def condition(self, batch: Batch) -> tuple[Tensor, Tensor] | tuple[()]:
+        """The condition's image and its pixels with tokens, as `images` gives them; nothing where there is none."""
+        return self._images(batch["condition"], batch["condition_length"]) if "condition" in batch else ()
+
+    def _images(self, tokens: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         size = self.data.img_size
-        held = torch.arange(size**2, device=batch["tokens"].device) < batch["length"][:, None]
-        pixels = self.encoding.encode(batch["tokens"]) * held[..., None]
+        held = torch.arange(size**2, device=tokens.device) < length[:, None]
+        pixels = self.encoding.encode(tokens) * held[..., None]
         return pixels.unflatten(1, (size, size)), held.view(-1, size, size)
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trunkline.engine.errors import ConfigError
+from trunkline.models.token_image.config import TokenImageData, TokenImageModel
+from trunkline.models.token_image.task import TokenImageTask
+
+SMALL = {"patch": 4, "d_model": 32, "num_layers": 2, "num_heads": 2}
+LEARNABLE = SMALL | {
+    "patch": [1, 4], "block": "official", "stem": 3, "condition": False, "noise": "information", "prior": "unigram",
+    "loss": "cross_entropy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "model"), [("texts", SMALL), ("dialogues", SMALL), ("texts", LEARNABLE)])
+def test_every_parameter_that_is_used_gets_a_gradient(kind: str, model: dict, request: pytest.FixtureRequest) -> None:
+    store = request.getfixturevalue(kind)
+    data = TokenImageData(store=str(store), img_size=16, stride=64, encoding="bits")
+    task = TokenImageTask(data, TokenImageModel(**model))
+    torch.manual_seed(0)
+    network = task.build_model()
+    samples = task.dataset("train")
+    batch = task.collate([samples[index] for index in range(4)])
+    batch |= {"valid": torch.tensor([True, True, True, False]), "draw": torch.arange(4)}
+    for name, value in task.loss(network, batch).items():
+        assert torch.isfinite(value), name
+        value.backward()
+    without = [name for name, value in network.named_parameters() if value.grad is None]
+    assert all("condition" in name for name in without)
+    assert kind == "texts" or not without
+
+
+def test_dialogues_need_places_for_their_condition(dialogues: Path) -> None:
+    model = TokenImageModel(**SMALL | {"condition": False})
+    with pytest.raises(ConfigError, match=r"model\.condition"):
+        TokenImageTask(TokenImageData(store=str(dialogues), img_size=16), model)
