@@ -7,8 +7,8 @@
 #                  or in /usr/local/cuda/bin
 #
 #   PYTHON=python3.12   the interpreter that .venv is made with: 3.10 to 3.13
-#   WORKLOAD=fluid      what `make train` trains: fluid, causal_lm, image_classification or seq2seq; its
-#                       configuration is configs/$(WORKLOAD)/demo.json
+#   WORKLOAD=fluid      what `make train` trains: fluid, causal_lm, image_classification, seq2seq or token_image;
+#                       its configuration is configs/$(WORKLOAD)/demo.json
 #
 # After the first call nothing is downloaded and no finished data set is made again.
 
@@ -125,6 +125,25 @@ $(spelled)/pairs: | $(spelled)/numbers
 
 $(spelled)/sv: | $(spelled)/pairs
 	$(call prepare_numbers,sv-) --tokenizer $(spelled)/pairs/tokenizer
+
+# token_image: the documentation of Python as images of 16 x 16 bytes, from noise
+pages := data/token_image-demo
+
+.PHONY: train-token_image
+train-token_image: $(pages)/store
+	$(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --config configs/token_image/demo.json \
+		--output-dir $(run) --resume auto
+	$(python) launchers/evaluate.py --run $(run) --split test
+	$(python) launchers/predict.py --run $(run) --samples 4 --out $(run)/samples
+	@echo; echo "Training: $(run)/report/summary.md   evaluation: $(run)/evaluation/   samples: $(run)/samples"
+	@ls $(run)/evaluation/*.png
+
+$(pages)/topics: | $(VENV)/.installed
+	$(python) launchers/prepare.py token_image --example topics --out $@
+
+$(pages)/store: | $(pages)/topics
+	$(python) launchers/prepare.py token_image --source $(pages)/topics/train.jsonl --byte-tokenizer \
+		--val-source $(pages)/topics/val.jsonl --test-source $(pages)/topics/test.jsonl --out $@
 
 # worksteal: each worker begins with half of the files, so that what the tests of a file share is made once
 test: lint

@@ -6,6 +6,7 @@ denoiser.clean(output)       the clean image in either case
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -54,7 +55,18 @@ class Denoiser(nn.Module):
             block=model.block, stem=model.stem, condition=model.condition,
         )  # fmt: skip
         if self.prior:
-            nn.init.zeros_(self.jit.output.weight)  # training begins with what frequencies say
+            self._start_with_frequencies()
+
+    def _start_with_frequencies(self) -> None:
+        """At first the logits are those of the frequencies. What a patch says is of unit size for each of its parts."""
+        nn.init.zeros_(self.jit.output.weight)
+        channels, pixels = self.encoding.channels, math.prod(self.jit.patch)
+        with torch.no_grad():
+            pixel, token = self.jit.patches.weight.unflatten(1, (pixels, -1)).split(
+                [channels, self.encoding.vocab_size], -1
+            )
+            pixel.normal_(std=(pixels * channels) ** -0.5)
+            token.normal_(std=pixels**-0.5)
 
     @property
     def information(self) -> Curve:

@@ -83,7 +83,9 @@ class JiT(nn.Module):
         else:
             self.blocks = nn.ModuleList(SharedNormBlock(d, shape.num_heads) for _ in range(shape.num_layers))
         self.output = nn.Linear(d, pixels * values)
-        self.apply(_initialize)
+        self.apply(_initialize_officially if block == "official" else _initialize)
+        if block == "official":
+            nn.init.zeros_(self.output.weight)
         for position in positions:
             nn.init.normal_(position, std=0.02)
         for module in self.modules():
@@ -241,5 +243,12 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _initialize_officially(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv1d):
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -83,7 +83,7 @@ class TokenImageTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """At a drawn time, summed over the pixels that hold a token: the squared error over channels, or -log p."""
         clean, held = self.images(batch)
-        t = drawn_times(batch["draw"])
+        t = drawn_times(batch["draw"], self.model.noise)
         alpha = self.alpha(t)
         output = model(noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch))
         counted = held & batch["valid"][:, None, None]

@@ -18,10 +18,10 @@ def test_the_image_fades_from_whole_to_nothing(schedule: Schedule) -> None:
 
 
 def test_times_are_uniform_and_named_by_their_keys() -> None:
-    times = drawn_times(torch.arange(100_000))
+    times = drawn_times(torch.arange(100_000), "linear")
     assert (int(times.min()), int(times.max())) == (0, LAST - 1)
     assert float(times.double().mean()) == pytest.approx(499.5, abs=3)
-    assert torch.equal(drawn_times(torch.tensor([77])), times[77:78])
+    assert torch.equal(drawn_times(torch.tensor([77]), "linear"), times[77:78])
 
 
 def test_noise_has_unit_variance_and_is_independent_of_the_time() -> None:
@@ -31,4 +31,4 @@ def test_noise_has_unit_variance_and_is_independent_of_the_time() -> None:
     assert float(found.mean()) == pytest.approx(0, abs=0.01)
     assert float(found.std()) == pytest.approx(1, abs=0.01)
     means = found.mean((1, 2, 3))
-    assert abs(float(torch.corrcoef(torch.stack([means, drawn_times(draw).float()]))[0, 1])) < 0.1
+    assert abs(float(torch.corrcoef(torch.stack([means, drawn_times(draw, "linear").float()]))[0, 1])) < 0.1
