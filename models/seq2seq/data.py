@@ -70,6 +70,10 @@ class PairRows:
         pairs = PairSamples(self._store, split, self._data, self._eos, self._generated)
         return PackedPairs(pairs, self.room) if self._data.packing and split == "train" else pairs
 
+    def sides(self, split: str) -> np.ndarray:
+        """int64 [P, 2], tokens of encoder and decoder of each pair, packed or not."""
+        return PairSamples(self._store, split, self._data, self._eos).sides
+
     def collate(self, samples: Sequence[Pair] | Sequence[list[Pair]]) -> dict[str, Tensor]:
         """The batch of these samples. See the top of this file."""
         rows = [[sample] if isinstance(sample, Pair) else sample for sample in samples]

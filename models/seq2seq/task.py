@@ -15,6 +15,7 @@ from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
 from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
 from trunkline.models.seq2seq.data import PackedPairs, PairRows, PairSamples
+from trunkline.models.seq2seq.flops import forward_flops
 from trunkline.models.seq2seq.generated import Generated, GeneratedTexts
 from trunkline.models.seq2seq.generation import write
 from trunkline.models.seq2seq.network import Seq2Seq
@@ -165,6 +166,14 @@ class Seq2SeqTask(Task):
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
         return "min" if metric == "perplexity" else "max" if metric in ("token_accuracy", *NAMES) else None
+
+    def flops_per_sample(self) -> float:
+        """Matrix products and visible attention pairs of an average sample, forward and backward (3 x forward).
+
+        A frozen encoder needs less.
+        """
+        sides = self._samples.sides("train")
+        return 3.0 * forward_flops(shell(self.hf_config, self.head), sides) / len(self.dataset("train"))
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how samples are cut from it."""

@@ -80,6 +80,12 @@ class TextPieces:
         """The pieces of a split."""
         return Texts(self._store, split, self.length, self._eos, self._data.packing)
 
+    def sides(self, split: str) -> np.ndarray:
+        """int64 [P, 2], tokens of encoder and decoder of each piece."""
+        sizes, where = np.unique(self.dataset(split).lengths, return_inverse=True)
+        found = [counts(int(size), self._objective) for size in sizes]
+        return np.array([(of.input, of.target) for of in found])[where]
+
     def collate(self, pieces: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """The batch of these pieces. See the top of this file."""
         found = [counts(len(piece), self._objective) for piece in pieces]
