@@ -42,7 +42,7 @@ def test_a_run_counts_the_tokens_of_its_samples(pairs: Path, tmp_path: Path) -> 
 
 
 def test_texts_have_the_sides_of_their_batches(tmp_path: Path) -> None:
-    task: Any = make_task(toy_run(tmp_path, toy_store(tmp_path / "texts", "text")))
+    task: Any = make_task(toy_run(tmp_path, toy_store(tmp_path, "text")))
     dataset = task.dataset("train")
     batch = task.collate([dataset[index] for index in range(len(dataset))])
     held = [(batch[f"{side}_document"] >= 0).sum(1).tolist() for side in ("input", "target")]
