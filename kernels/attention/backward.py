@@ -8,8 +8,7 @@ One pass by default: a program holds a key tile with its dK and dV in registers,
 it, and adds its share of dQ into an fp32 accumulator by atomics: 5 products of tiles and one exponential a pair, in an
 order of additions that varies from run to run. With `torch.use_deterministic_algorithms(True)` a second kernel, which
 holds a query tile and walks over keys as the forward pass does, makes dQ instead: the same bits in every run for 7
-products and 2 exponentials. dK and dV are summed over the query heads that share a key head within one program either
-way.
+products and 2 exponentials. One program sums dK and dV over the query heads that share a key head.
 
 S and P are held transposed, [keys, queries], so that dV and dK take their left operand from registers. Dtype: as in the
 forward pass; P and dS are rounded to the input dtype, sums stay fp32.

@@ -19,7 +19,7 @@ in m: the Jacobian stays regular also where compressors stand in parallel or val
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +28,12 @@ from scipy.sparse import csc_matrix, csr_matrix
 from scipy.sparse.linalg import splu
 
 from trunkline.models.fluid.simulator.gas import Array
+from trunkline.models.fluid.simulator.stations import DROOP, FLOW_SCALE, OPEN_DROP, compressor, regulator
 from trunkline.models.fluid.simulator.topology import Index, Network
 
 DENSE_LIMIT = 100  # up to this number of unknowns LAPACK is faster than any sparse factorisation
 FLOW_EPS = 0.05  # m3/s, |m| is sqrt(m^2 + FLOW_EPS^2)
 SMOOTHING = 1e-4  # MPa, of min and max
-DROOP = 2e-5  # MPa per m3/s, of the set pressures
-OPEN_DROP = 1e-4  # MPa per m3/s, of a compressor's by-pass
-FLOW_SCALE = 0.02  # MPa per m3/s, makes a flow and a pressure comparable in the complementarity and in norms
 SQUARE_SCALE = 0.1  # MPa per MPa2, the same for squares of pressures, exact at 5 MPa
 TOLERANCE = 2e-9  # MPa, the largest scaled residual: 1e-7 m3/s in a node's balance
 
@@ -223,10 +221,10 @@ class Hydraulics:
 
         stations = zip(p1[lines:].tolist(), p2[lines:].tolist(), m[lines:].tolist())
         rows = [
-            _compressor(*next(stations), on, setpoint, rise, max_flow, smoothing)
+            compressor(*next(stations), on, setpoint, rise, max_flow, smoothing)
             for on, setpoint, rise, max_flow in self._compressors
         ]
-        rows += [_regulator(*next(stations), on, setpoint, loss, smoothing) for on, setpoint, loss in self._regulators]
+        rows += [regulator(*next(stations), on, setpoint, loss, smoothing) for on, setpoint, loss in self._regulators]
         f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = zip(*rows)
         return f
 
@@ -259,45 +257,3 @@ class Hydraulics:
                 raise NotConvergedError("singular Jacobian") from error
 
         return solution
-
-
-Row = Sequence[float]  # an edge's residual and its derivatives by p1, p2 and m
-
-# Stations are few and their equations branch: plain floats are faster here than arrays.
-
-
-def _compressor(
-    p1: float, p2: float, m: float, on: bool, setpoint: float, rise: float, max_flow: float, smoothing: float
-) -> Row:
-    target, by_p1, by_m = p1 - OPEN_DROP * m, 1.0, -OPEN_DROP
-    if on:
-        load = m / max_flow
-        curve = 1.0 + rise * (1.0 - load * load)
-        low, share = _smooth_min(setpoint - DROOP * m, p1 * curve, smoothing)
-        low_by_p1 = (1.0 - share) * curve
-        low_by_m = -share * DROOP - (1.0 - share) * p1 * rise * 2.0 * load / max_flow
-        negative, share = _smooth_min(-target, -low, smoothing)
-        target = -negative
-        by_p1 = share + (1.0 - share) * low_by_p1
-        by_m = share * by_m + (1.0 - share) * low_by_m
-    return _check_valve(p2, m, target, by_p1, by_m, smoothing)
-
-
-def _regulator(p1: float, p2: float, m: float, on: bool, setpoint: float, loss: float, smoothing: float) -> Row:
-    if not on:
-        return FLOW_SCALE * m, 0.0, 0.0, FLOW_SCALE
-    target, share = _smooth_min(setpoint - DROOP * m, p1 - loss * m, smoothing)
-    return _check_valve(p2, m, target, 1.0 - share, -share * DROOP - (1.0 - share) * loss, smoothing)
-
-
-def _check_valve(p2: float, m: float, target: float, by_p1: float, by_m: float, smoothing: float) -> Row:
-    """min(scale m, p2 - target), given the target's derivatives."""
-    value, share = _smooth_min(FLOW_SCALE * m, p2 - target, smoothing)
-    return value, -(1.0 - share) * by_p1, 1.0 - share, share * FLOW_SCALE - (1.0 - share) * by_m
-
-
-def _smooth_min(a: float, b: float, smoothing: float) -> tuple[float, float]:
-    """min(a, b) rounded off within `smoothing`, and its derivative by a (that by b is the rest to 1)."""
-    gap = a - b
-    root = math.sqrt(gap * gap + smoothing * smoothing)
-    return 0.5 * (a + b - root), 0.5 * (1.0 - gap / root)

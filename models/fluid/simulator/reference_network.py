@@ -11,12 +11,13 @@ generator with a fixed seed, and diameters follow from the flows that the plan's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from trunkline.models.fluid.simulator.edge_rows import EdgeRows, stations_of
 from trunkline.models.fluid.simulator.gas import Gas, darcy_friction
-from trunkline.models.fluid.simulator.topology import ROUGHNESS_M, Lines, Network, Stations
+from trunkline.models.fluid.simulator.topology import ROUGHNESS_M, Network
 
 DIAMETERS = np.array([0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4])
 BRANCHES = ((5, 7, True), (11, 6, False), (16, 6, True), (22, 6, False))  # junction of the trunk, length, flows inwards
@@ -46,25 +47,12 @@ class _Section:
     flow: float = 0.0
 
 
-@dataclass
-class _Rows:
-    """Edges as they are added."""
-
-    lines: dict[str, list[tuple[int, int, float, float]]] = field(default_factory=lambda: {k: [] for k in "PHB"})
-    valve_open: list[float] = field(default_factory=list)
-    valve_events: list[float] = field(default_factory=list)
-    valve_unit: list[int] = field(default_factory=list)
-    valve_by_pass: list[int] = field(default_factory=list)
-    compressors: list[tuple[int, int, float, int]] = field(default_factory=list)  # from, to, max flow, station
-    regulators: list[tuple[int, int, float, int]] = field(default_factory=list)
-
-
 class _Plan:
     def __init__(self) -> None:
         self.rng = np.random.default_rng(572)
         self.gas = Gas()
         self.xy: list[tuple[float, float]] = []
-        self.rows = _Rows()
+        self.rows = EdgeRows()
         self.deliveries: list[tuple[int, float]] = []
         self.sources: list[tuple[int, float]] = []
         self.junctions = self._junctions()
@@ -186,20 +174,12 @@ class _Plan:
         x, y = self.xy[node]
         return self._node(x + self.rng.uniform(-1.5, 1.5), y + self.rng.uniform(-1.5, 1.5))
 
-    def _valve(self, a: int, b: int, diameter: float, events: float = 0.0, unit: int = -1, by_pass: int = -1) -> None:
-        rows = self.rows
-        rows.lines["B"].append((a, b, 40.0, diameter))
-        rows.valve_open.append(0.0 if by_pass >= 0 else 1.0)
-        rows.valve_events.append(events)
-        rows.valve_unit.append(unit)
-        rows.valve_by_pass.append(by_pass)
-
     def _source(self, junction: int, flow: float) -> None:
         diameter = self._diameter(flow, 1.0, 6.0, 0.02)
         gate = self._near(self.junctions[junction])
         plant = self._near(gate)
         self.rows.lines["H"].append((plant, gate, 400.0, diameter))
-        self._valve(gate, self.junctions[junction], diameter)
+        self.rows.add_valve(gate, self.junctions[junction], diameter)
         self.sources.append((plant, flow))
 
     def _compressors(self, section: _Section, station: int) -> int:
@@ -212,17 +192,17 @@ class _Plan:
         for _ in range(section.units):
             unit = len(self.rows.compressors)
             a, b = self._near(inlet), self._near(outlet)
-            self._valve(inlet, a, diameter, unit=unit)
-            self._valve(b, outlet, diameter, unit=unit)
+            self.rows.add_valve(inlet, a, diameter, unit=unit)
+            self.rows.add_valve(b, outlet, diameter, unit=unit)
             self.rows.compressors.append((a, b, round(1.5 * (flow + 80.0) / (section.units - 1), 1), station))
-        self._valve(inlet, outlet, diameter, by_pass=station)
+        self.rows.add_valve(inlet, outlet, diameter, by_pass=station)
         return outlet
 
     def _single_line(self, section: _Section, start: int, valve: bool) -> None:
         diameter = self._diameter(abs(section.flow) + 20.0, section.length_km, 6.0, 0.008 * section.length_km)
         if valve:
             gate = self._near(start)
-            self._valve(start, gate, diameter)
+            self.rows.add_valve(start, gate, diameter)
             start = gate
         self.rows.lines["P"].append((start, self.junctions[section.end], section.length_km * 1e3, diameter))
 
@@ -233,8 +213,8 @@ class _Plan:
         tap = None
         for line in (0, 1):
             a, b = self._near(start), self._near(end)
-            self._valve(start, a, diameter, events=0.12 * line)
-            self._valve(b, end, diameter, events=0.06 * line)
+            self.rows.add_valve(start, a, diameter, events=0.12 * line)
+            self.rows.add_valve(b, end, diameter, events=0.06 * line)
             if tapped and line == 0:
                 share = self.rng.uniform(0.35, 0.65)
                 (x1, y1), (x2, y2) = self.xy[a], self.xy[b]
@@ -260,7 +240,7 @@ class _Plan:
         gate = self._near(node)
         x, y = self.xy[gate]
         place = self._node(x + length * np.cos(angle), y + length * np.sin(angle))
-        self._valve(node, gate, diameter)
+        self.rows.add_valve(node, gate, diameter)
         self.rows.lines["P"].append((gate, place, length * 1e3, diameter))
         if metered:
             meter = place
@@ -269,20 +249,7 @@ class _Plan:
         self.deliveries.append((place, flow))
 
     def _assemble(self) -> Network:
-        rows, count = self.rows, len(self.xy)
-
-        def lines(kind: str) -> Lines:
-            start, end, length, diameter = (np.array(column) for column in zip(*rows.lines[kind]))
-            return Lines(start, end, np.round(length), diameter)
-
-        def stations(
-            edges: list[tuple[int, int, float, int]], low: float, high: float, ratio: float, events: float
-        ) -> Stations:
-            start, end, max_flow, station = (np.array(column) for column in zip(*edges))
-            setpoint = np.tile([low, high], (len(edges), 1))
-            full = np.full(len(edges), 1.0)
-            return Stations(start, end, setpoint, ratio * full, max_flow, events * full, station)
-
+        rows = self.rows
         source_node, source_flow = (np.array(column) for column in zip(*self.sources))
         delivery_node, delivery_flow = (np.array(column) for column in zip(*self.deliveries))
         x, y = np.array(self.xy).T
@@ -291,16 +258,16 @@ class _Plan:
             gas=self.gas,
             x_km=np.round(x, 3),
             y_km=np.round(y, 3),
-            station_volume=np.full(count, 20.0),
-            pipes=lines("P"),
-            shorts=lines("H"),
-            valves=lines("B"),
+            station_volume=np.full(len(self.xy), 20.0),
+            pipes=rows.lines_of("P"),
+            shorts=rows.lines_of("H"),
+            valves=rows.lines_of("B"),
             valve_open=np.array(rows.valve_open),
             valve_events=np.array(rows.valve_events),
             valve_unit=np.array(rows.valve_unit),
             valve_by_pass=np.array(rows.valve_by_pass),
-            compressors=stations(rows.compressors, 7.0, 7.5, 1.7, 0.4),
-            regulators=stations(rows.regulators, 3.4, 3.9, 1.0, 0.6),
+            compressors=stations_of(rows.compressors, 7.0, 7.5, 1.7, 0.4),
+            regulators=stations_of(rows.regulators, 3.4, 3.9, 1.0, 0.6),
             source_node=source_node,
             source_flow=source_flow,
             source_temperature=np.round(self.rng.uniform(10, 25, len(source_node)), 1),
