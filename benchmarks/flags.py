@@ -149,6 +149,15 @@ def seq2seq_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps to time as well, after one that is not (0)")
 
 
+def token_information(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py token_information`."""
+    parser.add_argument("--store", type=Path, required=True, help="a store of token_image")
+    parser.add_argument(
+        "--times", type=integers, default=[1, 4, 12, 100, 300, 500, 700], metavar="T,...", help="of 1,000 (1 to 700)"
+    )
+    parser.add_argument("--draws", type=int, default=8192, help="tokens and noise drawn at each time (8192)")
+
+
 def fluid_step(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py fluid_step`."""
     parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))
