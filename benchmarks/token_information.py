@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     for kind in KINDS:
         encoding = Encoding(kind, store.vocab_size)
         told = [entropy - bits_left(encoding, frequencies.float(), float(alpha), arguments.draws) for alpha in alphas]
-        print(f"{kind:4}, {encoding.channels:2} ch " + "".join(f"{bits:8.2f}" for bits in told), flush=True)
+        print(f"{kind:4} {encoding.channels:3} ch " + "".join(f"{bits:8.2f}" for bits in told), flush=True)
     return 0
 
 

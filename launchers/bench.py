@@ -26,7 +26,7 @@ BENCHMARKS = {
     "seq2seq_memory": ("trunkline.benchmarks.seq2seq_memory", "what encoder-decoders keep for the backward pass"),
     "token_information": (
         "trunkline.benchmarks.token_information",
-        "how much noisy pixels tell of tokens, by encoding",
+        "what noisy pixels tell of tokens, by encoding",
     ),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }

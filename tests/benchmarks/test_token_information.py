@@ -23,7 +23,7 @@ def test_a_line_for_each_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[
     store = make_store(tmp_path).root
     assert main(["token_information", "--store", str(store), "--times", "1,999", "--draws", "64"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines[2:]] == ["rgb,", "bits,"]
+    assert [line[0] for line in lines[2:]] == ["rgb", "bits"]
     early, late = (float(value) for value in lines[3][-2:])
     assert early == pytest.approx(float(lines[0][3]), abs=0.01), "all of a token is there at time 1"
     assert late < 0.5
