@@ -48,6 +48,8 @@ class Converter:
         if self._drops_nul and any("\0" in text for text in texts):
             return "holds a NUL character, which the tokenizer drops: remove it"
         notes = (*record.notes, *self._encode.notes(tokens))
+        if self._kind == "dialogues" and record.prompt is None:
+            notes += ("has no prompt, so that its condition is empty",)
         if not self._is_rendered(record):
             return self._encode.refusal(texts, tokens) or Converted(tokens, notes)
         (ids,) = tokens
@@ -60,7 +62,7 @@ class Converter:
     def _worded(self, records: Sequence[Record]) -> list[list[str] | BadRecord]:
         """The texts that become tokens, one for each column."""
         if self._kind == "dialogues":
-            return [[record.text, str(record.prompt)] for record in records]
+            return [[record.text, record.prompt or ""] for record in records]
         rendered = iter(self._rendered([record for record in records if self._is_rendered(record)]))
         return [next(rendered) if self._is_rendered(record) else ["\n".join(texts(record))] for record in records]
 

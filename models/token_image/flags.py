@@ -10,7 +10,7 @@ from trunkline.models.token_image.records import KINDS
 
 def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py token_image`."""
-    formats = ".json, .jsonl, .parquet, .csv, .tsv; of texts also .txt, a text a line"
+    formats = ".json, .jsonl, .parquet, .csv, .tsv, .txt with a text a line"
     add_source(parser, "topics", "write Python's own documentation as files of records", formats, KINDS)
     tokenizer = add_tokenizer(parser)
     tokenizer.add_argument("--byte-tokenizer", action="store_true", help="256 tokens: a byte is a token")

@@ -27,7 +27,7 @@ from trunkline.models.token_image.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -86,8 +86,8 @@ def prepare(
     if use_chat_template and not isinstance(tokenizer, Path):
         raise ConfigError("--use-chat-template: goes with --tokenizer FOLDER, whose chat template it is")
     inputs = find_inputs(
-        sources, (*SUFFIXES, ".txt") if kind == "texts" else SUFFIXES, out, val_sources=val_sources,
-        test_sources=test_sources, val_fraction=val_fraction, max_bad_fraction=max_bad_fraction,
+        sources, SUFFIXES, out, val_sources=val_sources, test_sources=test_sources, val_fraction=val_fraction,
+        max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     if tokenizer is None:
         check_size(vocab_size)
@@ -98,7 +98,7 @@ def prepare(
         used = from_folder(Path(tokenizer), _check_template if use_chat_template else None)
     converter = partial(Converter, kind=kind, template=f"{tokenizer}: the chat template" if use_chat_template else None)
     recipe = Recipe(
-        Store, kind, partial(record_of, kind=kind), content, texts, converter, {"chat template": use_chat_template},
+        Store, kind, record_of, content, texts, converter, {"chat template": use_chat_template},
         text_lines=True,
     )  # fmt: skip
     return prepare_store(inputs, recipe, used, out, progress=progress)
