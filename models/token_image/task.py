@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.masked_mse import masked_mse
+from trunkline.models.token_image import validation
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
@@ -23,6 +24,7 @@ from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import alpha_of, drawn_times, noised
 from trunkline.models.token_image.store import Store
+from trunkline.models.token_image.validation import Noisy
 
 LEAST_NOISE = 0.05
 """The velocity's error is weighted as if there were at least so much noise. JiT's own choice."""
@@ -82,22 +84,48 @@ class TokenImageTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """At a drawn time, summed over the pixels that hold a token: the squared error over channels, or -log p."""
+        return {"loss": self._error(self._noisy(model, batch), batch)}
+
+    def _noisy(self, model: nn.Module, batch: Batch) -> Noisy:
         clean, held = self.images(batch)
         t = drawn_times(batch["draw"])
         alpha = self.alpha(t)
-        output = model(noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch))
-        counted = held & batch["valid"][:, None, None]
+        x = noised(clean, alpha, batch["draw"])
+        output = model(x, t, held, *self.condition(batch))
+        return Noisy(clean, x, t, alpha, held & batch["valid"][:, None, None], output)
+
+    def _error(self, seen: Noisy, batch: Batch) -> Tensor:
         if self.model.loss == "cross_entropy":
-            tokens = batch["tokens"].view(held.shape).masked_fill(~counted, -100)
-            return {"loss": F.cross_entropy(output.float().flatten(0, 2), tokens.flatten(), reduction="sum")}
-        weights = counted[..., None]
+            tokens = batch["tokens"].view(seen.counted.shape).masked_fill(~seen.counted, -100)
+            return F.cross_entropy(seen.output.float().flatten(0, 2), tokens.flatten(), reduction="sum")
+        weights = seen.counted[..., None]
         if self.model.loss == "v":
-            weights = weights * (1 - alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
-        return {"loss": masked_mse(output, clean, weights)[0]}
+            weights = weights * (1 - seen.alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
+        return masked_mse(seen.output, seen.clean, weights)[0]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        """The sums of `loss`, and what trunkline.models.token_image.validation tells of the same forward."""
+        seen = self._noisy(model, batch)
+        bound = (self.frequencies, self.curve) if self.curve else None
+        further = validation.sums(seen, batch["tokens"], self.encoding, self.gives_logits, bound)
+        return {"loss": self._error(seen, batch), "weight": self.weight(batch)} | further
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """loss, token_accuracy; with the noise "information" also bits_per_token."""
+        return {"loss": float(sums["loss"] / sums["weight"])} | validation.metrics(sums)
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """accuracy.png: of tokens, by time."""
+        validation.plot(sums, folder / "accuracy.png")
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the network gives logits of tokens, or else the clean image."""
+        return self.model.loss == "cross_entropy"
 
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""
-        return alpha_of(t, self.model.noise, self.curve)
+        return alpha_of(t, self.model.noise, self.curve and self.curve.to(t.device))
 
     @cached_property
     def frequencies(self) -> Tensor:
@@ -131,7 +159,7 @@ class TokenImageTask(Task):
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
-        return None
+        return {"token_accuracy": "max", "bits_per_token": "min"}.get(metric)  # type: ignore[return-value]
 
     def flops_per_sample(self) -> float:
         """Matrix products and attention pairs of an image, forward and backward (3 x forward)."""
