@@ -124,4 +124,3 @@ def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
     told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])
     entropy = float(-(frequencies * logs.where(frequencies > 0, 0.0)).sum())
     return Curve(snr, mse, told / told[-1], entropy)
-

@@ -55,7 +55,9 @@ class NGrams:
         for n in range(2, order + 1):
             ends = np.flatnonzero(place >= n - 1)
             before = numbers[ends - 1]
-            keys, inverse, counts = np.unique(before * vocab_size + stream[ends], return_inverse=True, return_counts=True)
+            keys, inverse, counts = np.unique(
+                before * vocab_size + stream[ends], return_inverse=True, return_counts=True
+            )
             seen = np.bincount(before, minlength=contexts).astype(np.float64)
             kinds = np.bincount(keys // vocab_size, minlength=contexts).astype(np.float64)
             orders.append(_Grams(keys, counts.astype(np.float64), seen, kinds))

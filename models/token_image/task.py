@@ -72,7 +72,7 @@ class TokenImageTask(Task):
 
     def dataset(self, split: str) -> Texts:
         """The texts of "train", "val" or "test"."""
-        return Texts(self.store, split, self.data, self._eos)
+        return Texts(self.store, split, self.data, self.eos)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """See trunkline.models.token_image.data."""
@@ -132,7 +132,7 @@ class TokenImageTask(Task):
         """fp32 [V], of the training texts' tokens and EOS; what is never there counts as if it were once."""
         texts = self.store.column("train", "text")
         counts = texts.counts(self.store.vocab_size) + 1
-        counts[self._eos] += len(texts)
+        counts[self.eos] += len(texts)
         return torch.from_numpy(counts / counts.sum()).float()
 
     @cached_property
@@ -183,7 +183,7 @@ class TokenImageTask(Task):
         return {}
 
     @cached_property
-    def _eos(self) -> int:
+    def eos(self) -> int:
         eos: int = self.tokenizer.eos_token_id
         return eos
 
