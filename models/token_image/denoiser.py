@@ -20,7 +20,7 @@ from trunkline.models.token_image.config import TokenImageModel
 from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.information import POINTS, Curve, log_posterior
 from trunkline.models.token_image.network import JiT
-from trunkline.models.token_image.noise import LAST, alpha_of
+from trunkline.models.token_image.noise import LAST, alpha_of, time_of
 
 
 class Denoiser(nn.Module):
@@ -85,6 +85,10 @@ class Denoiser(nn.Module):
             return alpha_of(t, self.schedule)
         # not self.information: to read its entropy is to wait for a GPU, and a time needs none
         return alpha_of(t, self.schedule, Curve(*self.curve, entropy=math.nan))
+
+    def time(self, alpha: Tensor) -> Tensor:
+        """The time, fp32, at which the share of the image is alpha."""
+        return time_of(alpha, self.schedule, self.information if self.schedule == "information" else None)
 
     def forward(
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,

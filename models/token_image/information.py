@@ -7,7 +7,9 @@ signal-to-noise ratio. By Bayes, of frequencies p:
 
 and the error of the best guess of e, mse(g) = E |e - E[e | z]|^2, says how many nats z tells (Guo, Shamai and Verdu,
 2005): I(g) = 1/2 integral of mse from 0 to g. All of the token is I(infinity), its entropy. So a denoiser that errs
-less than this one by d(g) bounds the negative log-likelihood of a token, in nats, by its entropy - 1/2 integral of d.
+less than this one by d(g) bounds the negative log-likelihood of a token, in nats, by what the frequencies alone give,
+-log p_v, less 1/2 integral of d. Over u, the share of the information below g, that integral is a mean: of
+information x d / mse at evenly spread u.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ POINTS = 160
 LEAST, MOST = 1e-3, 1e3
 """The ratios of a curve, of codes that are 2 apart at least."""
 _MOST_WORK = 1 << 20  # draws times tokens at a ratio
+_MOST_SCORES = 1 << 23
+_LEAST_ERROR = 1e-4  # of all there is; beyond it a curve by Monte Carlo says little
 
 
 def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
@@ -31,10 +35,24 @@ def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor
 
     codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
     """
-    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64
+    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64, until the largest is 0
     z, snr, wide = z.double(), snr.double(), codes.double()
-    scores = snr.sqrt()[..., None] * (z @ wide.T) - snr[..., None] * wide.square().sum(-1) / 2
-    return (scores + log_frequencies).log_softmax(-1).float()
+    scores = (snr.sqrt()[..., None] * z) @ wide.T
+    scores.sub_(snr[..., None] * (wide.square().sum(-1) / 2)).add_(log_frequencies)
+    return scores.sub_(scores.amax(-1, keepdim=True)).float().log_softmax(-1)
+
+
+def by_frequencies(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens [...] and the best guess of the codes [..., C], of z as `log_posterior` takes it."""
+    flat, ratios = z.flatten(0, -2), snr.expand(z.shape[:-1]).flatten()
+    pieces = max(1, _MOST_SCORES // len(codes))
+    posteriors = (
+        log_posterior(some, ratio, codes, log_frequencies)
+        for some, ratio in zip(flat.split(pieces), ratios.split(pieces), strict=True)
+    )
+    found = [(each.argmax(-1), each.exp() @ codes) for each in posteriors]
+    tokens, guesses = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return tokens.view(z.shape[:-1]), guesses.view(z.shape)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,19 @@ class Curve:
     def mse_at(self, snr: Tensor) -> Tensor:
         """The error of a guess by frequencies."""
         return _interpolated(snr.log(), self.snr.log(), self.mse)
+
+    def to(self, device: torch.device) -> Curve:
+        """The same there."""
+        return Curve(self.snr.to(device), self.mse.to(device), self.share.to(device), self.entropy)
+
+    def nats(self, error: Tensor, snr: Tensor) -> Tensor:
+        """1/2 integral of the error over the ratio is the mean of these, if the shares of the ratios are spread evenly.
+
+        So of errors themselves they make up what such a denoiser needs to name a token, and of how much less one errs
+        than a guess by frequencies, what it saves.
+        """
+        told = torch.trapezoid(self.mse.double(), self.snr.double()).float() / 2
+        return told * error / self.mse_at(snr).clamp(min=_LEAST_ERROR * self.mse[0])
 
 
 def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -93,9 +124,3 @@ def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
     told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])
     entropy = float(-(frequencies * logs.where(frequencies > 0, 0.0)).sum())
     return Curve(snr, mse, told / told[-1], entropy)
-
-
-def bound(curve: Curve, better: Tensor) -> float:
-    """The bound of a token's negative log-likelihood, nats, of a denoiser that errs less by `better` [P] at each
-    ratio."""
-    return curve.entropy - float(torch.trapezoid(better.double(), curve.snr.double())) / 2

@@ -52,6 +52,11 @@ def drawn_times(draw: Tensor, schedule: Schedule) -> Tensor:
     return (share * LAST).long().clamp(max=LAST - 1)
 
 
+def even_times(draw: Tensor, schedule: Schedule) -> Tensor:
+    """The times [B] of an evaluation: as those of training, but evenly spread with "information" too."""
+    return LAST * (1 - uniform(draw, (), stream=0)) if schedule == "information" else drawn_times(draw, schedule)
+
+
 def drawn_coins(draw: Tensor) -> Tensor:
     """bool [B], true for half of the keys `draw` [B]."""
     return uniform(draw, (), stream=1) < 0.5

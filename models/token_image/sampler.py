@@ -1,8 +1,9 @@
 """Images from pure noise, by a denoiser that predicts the clean image.
 
-    sample(denoise, shape, ...)     Euler or Heun along dx/dalpha = (x' - x)/(1 - alpha), or ancestral
+    sample(denoise, noise, alphas, ...)     Euler or Heun along dx/dalpha = (x' - x)/(1 - alpha), or ancestral
+    evenly(steps)                           alphas from 0, pure noise, to 1, the clean image
 
-x' is the prediction at x and alpha, which runs from 0 to 1. Ancestral sampling draws x_s of its distribution given x_t
+x' is the prediction at x and alpha. Ancestral sampling draws x_s of its distribution given x_t
 and x', Gaussian with the scale r = (1 - alpha)/alpha of the noise on z = x/alpha:
 
     z_s = x' + (r_s/r_t)^2 (z_t - x') + r_s sqrt(1 - (r_s/r_t)^2) eps
@@ -25,33 +26,37 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], alpha, a scalar) -> the clean image."""
 
 
+def evenly(steps: int) -> Tensor:
+    """fp32 [steps + 1]. Raises ValueError for no step."""
+    if steps < 1:
+        raise ValueError(f"{steps} steps: use 1 or more")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64).float()
+
+
 def sample(
-    denoise: Denoise, noise: Tensor, *, steps: int, method: Method = "heun", generator: torch.Generator | None = None,
-    given: Tensor | None = None, is_given: Tensor | None = None,
+    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun",
+    generator: torch.Generator | None = None, given: Tensor | None = None, is_given: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The images that the noise [B, ...] becomes, in `steps` steps of the same size in alpha; see `trajectory`."""
-    *_, last = trajectory(
-        denoise, noise, steps=steps, method=method, generator=generator, given=given, is_given=is_given
-    )
+    """The images that the noise [B, ...] becomes; see `trajectory`."""
+    *_, last = trajectory(denoise, noise, alphas, method=method, generator=generator, given=given, is_given=is_given)
     return last
 
 
 @torch.no_grad()
 def trajectory(
-    denoise: Denoise, noise: Tensor, *, steps: int, method: Method = "heun", generator: torch.Generator | None = None,
-    given: Tensor | None = None, is_given: Tensor | None = None,
+    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun",
+    generator: torch.Generator | None = None, given: Tensor | None = None, is_given: Tensor | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The images after each step.
 
     Heun calls the denoiser twice a step, but for the last; the others once.
 
     Args:
+        alphas: rising from 0 to 1, [steps + 1]
         generator: of ancestral sampling's noise
         given, is_given: the clean values of pixels that are known, as `noise`, and which are, bool, broadcastable
     """
-    if steps < 1:
-        raise ValueError(f"{steps} steps: use 1 or more")
-    alphas = torch.linspace(0, 1, steps + 1, dtype=torch.float64).to(noise.device, torch.float32)
+    assert alphas[[0, -1]].tolist() == [0, 1], "from pure noise to the clean image"
 
     def held(x: Tensor, alpha: Tensor) -> Tensor:
         if given is None or is_given is None:

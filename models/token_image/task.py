@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.masked_mse import masked_mse
+from trunkline.models.token_image import validation
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
@@ -22,8 +23,9 @@ from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.flops import training_flops
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
-from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
+from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, even_times, noised
 from trunkline.models.token_image.store import Store
+from trunkline.models.token_image.validation import Noisy
 
 LEAST_NOISE = 0.05
 """The velocity's error is weighted as if there were at least so much noise. JiT's own choice."""
@@ -71,7 +73,7 @@ class TokenImageTask(Task):
 
     def dataset(self, split: str) -> Texts:
         """The texts of "train", "val" or "test"."""
-        return Texts(self.store, split, self.data, self._eos)
+        return Texts(self.store, split, self.data, self.eos)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """See trunkline.models.token_image.data."""
@@ -83,19 +85,44 @@ class TokenImageTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """At a drawn time, summed over the pixels that hold a token: the squared error over channels, or -log p."""
+        return {"loss": self._error(self._noisy(model, batch, drawn_times(batch["draw"], self.model.noise)), batch)}
+
+    def _noisy(self, model: nn.Module, batch: Batch, t: Tensor) -> Noisy:
         clean, held = self.images(batch)
-        t = drawn_times(batch["draw"], self.model.noise)
         alpha = self.alpha(t)
-        given = noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch)
+        x = noised(clean, alpha, batch["draw"])
+        given = x, t, held, *self.condition(batch)
         output = model(*given, previous=self._estimate(model, given, batch["draw"]))
-        counted = held & batch["valid"][:, None, None]
+        return Noisy(clean, x, t, alpha, held & batch["valid"][:, None, None], output)
+
+    def _error(self, seen: Noisy, batch: Batch) -> Tensor:
         if self.model.loss == "cross_entropy":
-            tokens = batch["tokens"].view(held.shape).masked_fill(~counted, -100)
-            return {"loss": F.cross_entropy(output.float().flatten(0, 2), tokens.flatten(), reduction="sum")}
-        weights = counted[..., None]
+            tokens = batch["tokens"].view(seen.counted.shape).masked_fill(~seen.counted, -100)
+            return F.cross_entropy(seen.output.float().flatten(0, 2), tokens.flatten(), reduction="sum")
+        weights = seen.counted[..., None]
         if self.model.loss == "v":
-            weights = weights * (1 - alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
-        return {"loss": masked_mse(output, clean, weights)[0]}
+            weights = weights * (1 - seen.alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
+        return masked_mse(seen.output, seen.clean, weights)[0]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
+        """The sums of `loss` at even times, and what trunkline.models.token_image.validation tells of them."""
+        seen = self._noisy(model, batch, even_times(batch["draw"], self.model.noise))
+        bound = (self.frequencies, self.curve) if self.curve else None
+        further = validation.sums(seen, batch["tokens"], self.encoding, self.gives_logits, bound)
+        return {"loss": self._error(seen, batch), "weight": self.weight(batch)} | further
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        """loss, token_accuracy; with the noise "information" also bits_per_token."""
+        return {"loss": float(sums["loss"] / sums["weight"])} | validation.metrics(sums)
+
+    def show(self, sums: Sums, folder: Path) -> None:
+        """accuracy.png: of tokens, by time."""
+        validation.plot(sums, folder / "accuracy.png")
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the network gives logits of tokens, or else the clean image."""
+        return self.model.loss == "cross_entropy"
 
     def _estimate(self, model: nn.Module, given: Sequence[Tensor], draw: Tensor) -> Tensor | None:
         """What half of the samples see with self-conditioning; black for the rest.
@@ -110,14 +137,14 @@ class TokenImageTask(Task):
 
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""
-        return alpha_of(t, self.model.noise, self.curve)
+        return alpha_of(t, self.model.noise, self.curve and self.curve.to(t.device))
 
     @cached_property
     def frequencies(self) -> Tensor:
         """fp32 [V], of the training texts' tokens and EOS; what is never there counts as if it were once."""
         texts = self.store.column("train", "text")
         counts = texts.counts(self.store.vocab_size) + 1
-        counts[self._eos] += len(texts)
+        counts[self.eos] += len(texts)
         return torch.from_numpy(counts / counts.sum()).float()
 
     @cached_property
@@ -144,7 +171,7 @@ class TokenImageTask(Task):
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
-        return None
+        return {"token_accuracy": "max", "bits_per_token": "min"}.get(metric)  # type: ignore[return-value]
 
     def flops_per_sample(self) -> float:
         """Products of matrices of an image, forward and backward."""
@@ -165,7 +192,7 @@ class TokenImageTask(Task):
         return {}
 
     @cached_property
-    def _eos(self) -> int:
+    def eos(self) -> int:
         eos: int = self.tokenizer.eos_token_id
         return eos
 

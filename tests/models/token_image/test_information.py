@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trunkline.models.token_image.encodings import Encoding
-from trunkline.models.token_image.information import Curve, bound, curve_of, log_posterior
+from trunkline.models.token_image.information import Curve, by_frequencies, curve_of, log_posterior
 
 
 def codes_of(vocab_size: int) -> torch.Tensor:
@@ -47,10 +47,28 @@ def test_the_information_of_all_noise_levels_is_the_entropy(vocab_size: int) -> 
     assert told + below == pytest.approx(curve.entropy, rel=0.02)
 
 
-def test_a_guess_by_frequencies_is_bounded_by_the_entropy_and_a_perfect_one_by_nothing() -> None:
-    curve = curve_of(codes_of(106), unigram(106))
-    assert bound(curve, torch.zeros_like(curve.mse)) == curve.entropy
-    assert bound(curve, curve.mse) == pytest.approx(0, abs=0.02 * curve.entropy)
+def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy() -> None:
+    """At ratios with evenly spread shares, drawn anew: no draw of the curve is used again."""
+    codes, frequencies, count = codes_of(106), unigram(106), 20_000
+    curve = curve_of(codes, frequencies)
+    snr = curve.snr_at((torch.arange(count) + 0.5) / count)
+    tokens = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(1))
+    z = snr.sqrt()[:, None] * codes[tokens] + torch.randn(count, 7, generator=torch.Generator().manual_seed(2))
+    _, guess = by_frequencies(z, snr, codes, frequencies.log())
+    nats = curve.nats((guess - codes[tokens]).square().sum(-1), snr)
+    assert float(nats.mean()) == pytest.approx(curve.entropy, abs=3 * float(nats.std()) / math.sqrt(count))
+    assert 3 * float(nats.std()) / math.sqrt(count) < 0.05 * curve.entropy
+
+
+def test_a_guess_in_pieces_is_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, frequencies = codes_of(5), unigram(5)
+    z = torch.randn(2, 3, 4, 3, generator=torch.Generator().manual_seed(0))
+    snr = torch.tensor([0.5, 2.0])[:, None, None]
+    posterior = log_posterior(z, snr, codes, frequencies.log()).exp()
+    monkeypatch.setattr("trunkline.models.token_image.information._MOST_SCORES", 35)
+    tokens, guess = by_frequencies(z, snr, codes, frequencies.log())
+    assert torch.equal(tokens, posterior.argmax(-1))
+    assert torch.allclose(guess, posterior @ codes, atol=1e-6)
 
 
 def test_shares_of_the_information_are_found_again() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trunkline.models.token_image.sampler import Method, sample, trajectory
+from trunkline.models.token_image.sampler import Method, evenly, sample, trajectory
 
 METHODS: list[Method] = ["euler", "heun", "ancestral"]
 MEAN, SD = 0.7, 0.5
@@ -21,7 +21,7 @@ def gaussian(x: Tensor, alpha: Tensor) -> Tensor:
 
 def spread(method: Method, steps: int) -> float:
     """By how much the sampler turns N(0, 1) into another width than SD. It is linear, so two points tell."""
-    ends = sample(gaussian, torch.tensor([0.0, 1.0], dtype=torch.float64), steps=steps, method=method)
+    ends = sample(gaussian, torch.tensor([0.0, 1.0], dtype=torch.float64), evenly(steps), method=method)
     return abs(float(ends[1] - ends[0]) / SD - 1)
 
 
@@ -34,7 +34,7 @@ def test_the_error_falls_with_the_order_of_the_method(method: Method, order: int
 @pytest.mark.parametrize("method", METHODS)
 def test_noise_becomes_the_distribution_of_the_data(method: Method) -> None:
     noise = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
-    found = sample(gaussian, noise, steps=200, method=method, generator=torch.Generator().manual_seed(1))
+    found = sample(gaussian, noise, evenly(200), method=method, generator=torch.Generator().manual_seed(1))
     assert float(found.mean()) == pytest.approx(MEAN, abs=0.01)
     assert float(found.std()) == pytest.approx(SD, rel=0.02)
 
@@ -49,7 +49,7 @@ def test_an_oracle_sees_noise_of_unit_variance_at_every_call(method: Method) -> 
         calls.append(float(((x - alpha * clean) / (1 - alpha)).var()))
         return clean
 
-    found = sample(oracle, noise, steps=20, method=method, generator=torch.Generator().manual_seed(2))
+    found = sample(oracle, noise, evenly(20), method=method, generator=torch.Generator().manual_seed(2))
     assert torch.equal(found, clean)
     assert len(calls) == (39 if method == "heun" else 20)
     assert calls == pytest.approx([1.0] * len(calls), abs=0.04)
@@ -66,13 +66,13 @@ def test_given_values_stay_and_the_others_follow_them(method: Method) -> None:
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     given, is_given = torch.tensor([1.5, 0.0]), torch.tensor([True, False])
     options: Any = {"given": given, "is_given": is_given, "generator": torch.Generator().manual_seed(1)}
-    found = sample(equal, noise, steps=100, method=method, **options)
+    found = sample(equal, noise, evenly(100), method=method, **options)
     assert torch.equal(found[:, 0], torch.full((1000,), 1.5))
     assert float(found[:, 1].mean()) > 0.9  # it is drawn to what is given, as far as this approximation goes
 
 
 def test_every_step_is_shown() -> None:
-    frames = list(trajectory(gaussian, torch.zeros(3), steps=7))
+    frames = list(trajectory(gaussian, torch.zeros(3), evenly(7)))
     assert len(frames) == 7
     with pytest.raises(ValueError, match="0 steps"):
-        sample(gaussian, torch.zeros(3), steps=0)
+        sample(gaussian, torch.zeros(3), evenly(0))

@@ -1,0 +1,73 @@
+"""Texts from a network: images sampled from pure noise, and decoded.
+
+    frames(network, length, ...)       the noisy images on the way, the last one clean
+    until_end(tokens, length, eos)     the tokens up to EOS
+
+Steps are even in the network's own time: with the noise "information", each tells as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trunkline.engine.data.randomness import mix, normal
+from trunkline.models.token_image.denoiser import Denoiser
+from trunkline.models.token_image.noise import LAST
+from trunkline.models.token_image.sampler import Method, evenly, trajectory
+
+Condition = tuple[Tensor, Tensor] | tuple[()]
+"""A condition's clean image and its pixels that hold a token, as the network takes them; nothing for none."""
+
+
+@torch.no_grad()
+def frames(
+    network: Denoiser, size: int, length: Tensor, *, steps: int, method: Method, seed: int = 0, first: int = 0,
+    condition: Condition = (), given: tuple[Tensor, Tensor] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """[B, S, S, C], pure noise, and what each step makes of it.
+
+    Sample i has noise of its own, by the seed and first + i, whatever else is in the batch.
+
+    Args:
+        length: [B], pixels that hold a token; the others are padding, which nothing attends to
+        given: tokens that are known, int64 [B, S S], and which are, bool [B, S S]
+    """
+    device = length.device
+    keys = torch.tensor([mix(seed, first + place) for place in range(len(length))], device=device)
+    noise = normal(keys, (size, size, network.encoding.channels), stream=1)
+    held = (torch.arange(size**2, device=device) < length[:, None]).view(-1, size, size)
+    previous: dict[str, Tensor] = {}
+
+    def denoise(x: Tensor, alpha: Tensor) -> Tensor:
+        t = network.time(alpha).expand(len(x))
+        clean = network.clean(network(x, t, held, *condition, **previous))
+        if getattr(network, "self_conditioning", False):
+            previous["previous"] = clean
+        return clean
+
+    known = {}
+    if given is not None:
+        pixels = network.encoding.encode(given[0]).view(noise.shape)
+        known = {"given": pixels, "is_given": given[1].view(-1, size, size, 1)}
+    generator = torch.Generator(device).manual_seed(mix(seed, first))
+    yield noise
+    yield from trajectory(denoise, noise, alphas_of(network, steps), method=method, generator=generator, **known)
+
+
+def alphas_of(network: Denoiser, steps: int) -> Tensor:
+    """fp32 [steps + 1], from 0 to 1, even in the network's time. Raises ValueError for no step."""
+    alphas = network.alpha(LAST * (1 - evenly(steps).to(network.codes.device)))
+    alphas[0], alphas[-1] = 0, 1  # a curve of information ends before
+    return alphas
+
+
+def until_end(tokens: Tensor, length: Tensor, eos: int) -> list[list[int]]:
+    """Of each image its tokens, int64 [B, S S] -> up to the first EOS, which is the last token kept, or all `length`."""
+    found = []
+    for row, count in zip(tokens.flatten(1).tolist(), length.tolist(), strict=True):
+        row = row[:count]
+        found.append(row[: row.index(eos) + 1] if eos in row else row)
+    return found

@@ -1,0 +1,99 @@
+"""What a person sees of an evaluation: curves, a page, a text at several levels of noise, a sample as it comes to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trunkline.engine.data.randomness import normal
+from trunkline.engine.task import Batch
+from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.generation import alphas_of
+from trunkline.models.token_image.levels import NETWORK, UNIGRAM, read
+from trunkline.models.token_image.plots import Row, colors, plot_accuracy, plot_errors, plot_page, plot_rows
+
+if TYPE_CHECKING:
+    from trunkline.models.token_image.evaluate import Evaluation
+
+_ROWS = 5
+_PAGE = 0.6  # of tokens that frequencies read right, about
+
+
+def show(result: Evaluation, out: Path) -> list[Path]:
+    """Draw accuracy, errors, page, strip and, where there are samples, frames, all .png. Returns the paths."""
+    names = ["accuracy.png", "errors.png", "page.png", "strip.png"]
+    plot_accuracy(result.levels, out / names[0])
+    plot_errors(result.levels, out / names[1])
+    batch = _one(result)
+    _page(result, batch, out / names[2])
+    _strip(result, batch, out / names[3])
+    if result.path is not None:
+        names.append("frames.png")
+        _frames(result, result.path, out / names[4])
+    return [out / name for name in names]
+
+
+def _one(result: Evaluation) -> Batch:
+    """The longest of the images that were read, the first of those."""
+    first = max(result.batches, key=lambda batch: int(batch["length"].max()))
+    place = int(first["length"].argmax())
+    return {name: values[place : place + 1] for name, values in first.items()}
+
+
+def _noisy(result: Evaluation, batch: Batch, level: int) -> tuple[Tensor, Tensor]:
+    """The image with the noise that it was read with, and its alpha."""
+    clean = result.task.images(batch)[0]
+    root = torch.tensor(result.levels.snr[level], device=clean.device).float().sqrt()
+    alpha = root / (1 + root)
+    return alpha * clean + (1 - alpha) * normal(batch["draw"], clean.shape[1:], stream=1 + level), alpha
+
+
+def _page(result: Evaluation, batch: Batch, path: Path) -> None:
+    level = int(np.abs(result.levels.accuracy(UNIGRAM) - _PAGE).argmin())
+    names, length, size = result.trained.names(), int(batch["length"]), result.task.data.img_size
+    found = read(result.task, result.trained.network, batch, *_noisy(result, batch, level), result.bigram)
+    pages = {reader: _spelled(tokens, length, names) for reader, (tokens, _) in found.items()}
+    order = sorted(pages, key=lambda reader: result.levels.accuracy(reader)[level])
+    title = f"A text of {result.split}, {100 * result.levels.shares[level]:.0f} % of the information left by the noise"
+    plot_page({each: pages[each] for each in order}, _spelled(batch["tokens"], length, names), size, path, title)
+
+
+def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
+    names, length, encoding = result.trained.names(), int(batch["length"]), result.task.encoding
+    count, wanted, rows = len(result.levels.shares), batch["tokens"].flatten()[:length], []
+    for level in np.unique(np.linspace(0, count - 1, _ROWS + 2).round().astype(int))[1:-1]:
+        x, alpha = _noisy(result, batch, level)
+        tokens, guess = read(result.task, result.trained.network, batch, x, alpha, None)[NETWORK]
+        wrong = (tokens.flatten()[:length] != wanted).cpu().numpy()
+        label = (
+            f"{100 * result.levels.shares[level]:.0f} % of the\ninformation\n"
+            f"t = {result.levels.times[level]:.0f}\n{100 * (1 - wrong.mean()):.0f} % right"
+        )
+        rows.append(Row(label, [_image(x / alpha, encoding), _image(guess, encoding)],
+                        _spelled(tokens, length, names), wrong.tolist()))  # fmt: skip
+    heads = ["noisy", "denoised", "its text (wrong tokens red)"]
+    plot_rows(rows, heads, path, f"A text of {result.split} at {len(rows)} levels of noise, in one step of denoising")
+
+
+def _frames(result: Evaluation, way: Tensor, path: Path) -> None:
+    names, encoding, steps = result.trained.names(), result.task.encoding, len(way) - 1
+    alphas, rows = alphas_of(result.trained.network, steps).cpu(), []
+    for step in np.unique(np.linspace(0, steps, _ROWS + 1).round().astype(int)):
+        x = way[step] / alphas[step].clamp(min=1e-3)
+        tokens = encoding.decode(x).flatten()[: len(result.made[0])]
+        text = _spelled(tokens, len(tokens), names)
+        label = f"step {step}\nof {steps}"
+        rows.append(Row(label, [_image(way[step], encoding)], text, [False] * len(text)))
+    plot_rows(rows, ["image", "nearest tokens"], path, "A text from pure noise")
+
+
+def _image(x: Tensor, encoding: Encoding) -> np.ndarray:
+    return colors(x, encoding).reshape(*x.shape[-3:-1], 3).cpu().numpy()
+
+
+def _spelled(tokens: Tensor, length: int, names: list[str]) -> list[str]:
+    return [names[token] for token in tokens.flatten()[:length].tolist()]
