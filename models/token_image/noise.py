@@ -52,9 +52,9 @@ def drawn_times(draw: Tensor, schedule: Schedule) -> Tensor:
     return (share * LAST).long().clamp(max=LAST - 1)
 
 
-def even_times(draw: Tensor, schedule: Schedule) -> Tensor:
-    """The times [B] of an evaluation: as those of training, but evenly spread with "information" too."""
-    return LAST * (1 - uniform(draw, (), stream=0)) if schedule == "information" else drawn_times(draw, schedule)
+def evenly(t: Tensor) -> Tensor:
+    """fp32 [B], what weighs times [B] that were drawn with the schedule "information" as if they were drawn evenly."""
+    return 0.5 / (1 - t / LAST).clamp(min=1e-3)
 
 
 def drawn_coins(draw: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.flops import training_flops
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
-from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, even_times, noised
+from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
 from trunkline.models.token_image.store import Store
 from trunkline.models.token_image.validation import Noisy
 
@@ -85,10 +85,11 @@ class TokenImageTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """At a drawn time, summed over the pixels that hold a token: the squared error over channels, or -log p."""
-        return {"loss": self._error(self._noisy(model, batch, drawn_times(batch["draw"], self.model.noise)), batch)}
+        return {"loss": self._error(self._noisy(model, batch), batch)}
 
-    def _noisy(self, model: nn.Module, batch: Batch, t: Tensor) -> Noisy:
+    def _noisy(self, model: nn.Module, batch: Batch) -> Noisy:
         clean, held = self.images(batch)
+        t = drawn_times(batch["draw"], self.model.noise)
         alpha = self.alpha(t)
         x = noised(clean, alpha, batch["draw"])
         given = x, t, held, *self.condition(batch)
@@ -105,8 +106,8 @@ class TokenImageTask(Task):
         return masked_mse(seen.output, seen.clean, weights)[0]
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """The sums of `loss` at even times, and what trunkline.models.token_image.validation tells of them."""
-        seen = self._noisy(model, batch, even_times(batch["draw"], self.model.noise))
+        """The sums of `loss`, and what trunkline.models.token_image.validation tells of the same forward."""
+        seen = self._noisy(model, batch)
         bound = (self.frequencies, self.curve) if self.curve else None
         further = validation.sums(seen, batch["tokens"], self.encoding, self.gives_logits, bound)
         return {"loss": self._error(seen, batch), "weight": self.weight(batch)} | further

@@ -21,7 +21,7 @@ from trunkline.engine.record.pictures import BLUE, GREY, picture
 from trunkline.engine.task import Sums
 from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.information import Curve, by_frequencies
-from trunkline.models.token_image.noise import LAST
+from trunkline.models.token_image.noise import LAST, evenly
 
 BINS = 20
 
@@ -55,7 +55,7 @@ def sums(
     wanted, alpha = tokens.view(seen.counted.shape), seen.alpha[:, None, None]
     guessed, clean = decoded(seen.output, encoding, gives_logits)
     naive = encoding.decode(seen.x / alpha[..., None])
-    bins = F.one_hot((seen.t * BINS // LAST).long(), BINS)
+    bins = F.one_hot((seen.t * BINS // LAST).long().clamp(max=BINS - 1), BINS)
 
     def by_time(counts: Tensor) -> Tensor:
         return (counts & seen.counted).sum((1, 2)) @ bins
@@ -75,7 +75,7 @@ def sums(
     return found | {
         "right_by_frequencies": by_time(by_frequency == wanted),
         "nats": -(log_frequencies[wanted] * seen.counted).sum(),
-        "nats_saved": (curve.nats(less, snr) * seen.counted).sum(),
+        "nats_saved": (curve.nats(less, snr) * seen.counted * evenly(seen.t)[:, None, None]).sum(),
     }
 
 

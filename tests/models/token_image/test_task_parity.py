@@ -43,9 +43,9 @@ def texts_of_all_lengths() -> list[tuple[bytes, bytes]]:
     return [tuple(bytes(chosen.randrange(1, 256) for _ in range(n)) for n in pair) for pair in lengths]  # type: ignore[misc]
 
 
-def picture(text: bytes) -> tuple[Tensor, Tensor]:
+def picture(text: bytes | None) -> tuple[Tensor, Tensor]:
     """[S, S, 3] and [S, S]: a token a pixel, id in base 256 over 255, EOS after it or in place of the last."""
-    ids = [*text, EOS] if len(text) < SIZE**2 else [*text[: SIZE**2 - 1], EOS]
+    ids = [] if text is None else [*text, EOS] if len(text) < SIZE**2 else [*text[: SIZE**2 - 1], EOS]
     image, mask = torch.zeros(SIZE, SIZE, 3), torch.zeros(SIZE, SIZE)
     for place, token in enumerate(ids):
         digits = [token % 256, token // 256 % 256, token // 65536]
@@ -74,7 +74,7 @@ def predicted(
     target = embedded(noisy, w["patches.weight"], w["rows"], w["columns"])
     before = embedded(prompt, w["condition_patches.weight"], w["condition_rows"], w["condition_columns"])
     before = before * shown(prompt_mask)[..., None]
-    (batch, patches, d), free = target.shape, SLOTS - before.shape[1]
+    (batch, _, d), free = target.shape, SLOTS - before.shape[1]
     x = torch.cat([before, torch.zeros(batch, free, d), target], 1)
     visible = torch.cat([shown(prompt_mask), torch.zeros(batch, free), shown(mask)], 1) > 0
     rates = torch.tensor([10000 ** (-i / (d / 2 - 1)) for i in range(d // 2)])
@@ -101,7 +101,7 @@ def predicted(
 
 def plain_loop(weights: dict[str, Tensor], texts: list[tuple[bytes, bytes]], size: int, seed: int) -> list[float]:
     """Trains the weights in place. Returns the losses."""
-    pictures = [(picture(text), picture(prompt)) for text, prompt in texts]
+    pictures = [(picture(text), picture(prompt or None)) for text, prompt in texts]
     order, recorded = GlobalBatches(len(texts), size, seed), []
     optimizer = torch.optim.AdamW(list(weights.values()), lr=RATE, betas=(0.9, 0.999), weight_decay=0.01)
     for step in range(STEPS):
