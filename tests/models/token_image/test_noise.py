@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trunkline.models.token_image.noise import LAST, Schedule, alpha_of, drawn_times, noised, time_of
+from trunkline.models.token_image.noise import LAST, Schedule, alpha_of, drawn_times, evenly, noised, time_of
 
 SCHEDULES: list[Schedule] = ["linear", "cosine"]
 
@@ -32,3 +32,13 @@ def test_noise_has_unit_variance_and_is_independent_of_the_time() -> None:
     assert float(found.std()) == pytest.approx(1, abs=0.01)
     means = found.mean((1, 2, 3))
     assert abs(float(torch.corrcoef(torch.stack([means, drawn_times(draw, "linear").float()]))[0, 1])) < 0.1
+
+
+def test_times_by_information_weigh_as_even_ones() -> None:
+    t = drawn_times(torch.arange(200_000), "information")
+    assert 0 <= float(t.min())
+    assert float(t.max()) <= LAST
+    share, weight = 1 - t / LAST, evenly(t)
+    for power in (0, 1, 2):  # the mean of u^n over even times is 1 / (n + 1)
+        assert float((weight * share**power).mean()) == pytest.approx(1 / (power + 1), rel=0.01)
+    assert float(share.mean()) == pytest.approx(11 / 18, abs=0.01), "later ones are drawn more often"
