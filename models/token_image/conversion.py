@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError
-from trunkline.models.text.chat_template import Asked, render
+from trunkline.models.text.chat_template import Asked, TemplateLimit, render
 from trunkline.models.text.conversion import TAKEN, Converted, Encoder
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import special_ids, special_tokens
@@ -75,8 +75,8 @@ class Converter:
         ]
         try:
             found = render(self._tokenizer, [], [Asked(others=talk) for talk in talks]) if talks else []
-        except BadRecord as stopped:  # by one of these records or by all, it is no template for texts
-            raise ConfigError(f"{self._template} {stopped}: mend it, or leave out --use-chat-template") from stopped
+        except TemplateLimit as limit:
+            raise ConfigError(f"{self._template} {limit}: mend it, or leave out --use-chat-template") from limit
         marks = [self._mark.search("\n".join(texts(pair))) for pair in pairs]
         return [
             BadRecord(f"holds {mark[0]}, {TAKEN}") if mark else text if isinstance(text, BadRecord) else [text]
