@@ -105,7 +105,10 @@ def prepare(
 
 
 def _check_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    if not tokenizer.chat_template:
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
         raise ConfigError(
-            f"{folder}: the tokenizer has no chat template: add a chat_template.jinja, or leave out --use-chat-template"
-        )
+            f"{folder}: the tokenizer has no chat template, or several and no default: add a chat_template.jinja, or "
+            "leave out --use-chat-template"
+        ) from error

@@ -14,9 +14,10 @@ from tests.models.token_image.conftest import TEXTS
 from trunkline.engine.errors import DataError
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
-from trunkline.models.token_image.config import TokenImageData
+from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.store import Store
+from trunkline.models.token_image.task import TokenImageTask
 
 EOS = 20_000
 """No token of the texts here: token n of a text is n + 1."""
@@ -137,6 +138,29 @@ def test_a_batch_may_mix_samples_with_and_without_a_condition() -> None:
     assert batch["condition"].tolist() == [[0] * 4, [4, 5, 0, 0]]
     assert batch["condition_length"].tolist() == [0, 2]
     assert "condition" not in collate(mixed[:1], 4)
+
+
+def test_a_mixed_batch_costs_what_its_samples_cost_alone(dialogues: Path) -> None:
+    """Also where a sample alone has no condition, and one among others has none."""
+    model = TokenImageModel(patch=4, d_model=32, num_layers=2, num_heads=2)
+    task = TokenImageTask(TokenImageData(store=str(dialogues), img_size=16), model)
+    torch.manual_seed(0)
+    network = task.build_model()
+    for value in network.parameters():  # some begin at zero
+        torch.nn.init.normal_(value, std=0.1)
+    conditioned = task.dataset("train")
+    mixed = [Sample(conditioned[0].text), conditioned[1], Sample(conditioned[2].text), conditioned[3]]
+
+    def loss(samples: Sequence[Sample], draws: Sequence[int]) -> float:
+        batch = task.collate(samples)
+        batch |= {"valid": torch.ones(len(samples), dtype=torch.bool), "draw": torch.tensor(draws)}
+        with torch.no_grad():
+            return float(task.loss(network, batch)["loss"])
+
+    alone = [loss([sample], [draw]) for draw, sample in enumerate(mixed)]
+    assert loss(mixed, range(4)) == pytest.approx(sum(alone), rel=1e-5)
+    unconditioned = loss([Sample(conditioned[1].text)], [1])
+    assert abs(unconditioned - alone[1]) > 1e-3 * alone[1], "a condition is seen"
 
 
 def test_every_id_of_a_batch_is_one_of_the_vocabulary(dialogues: Path) -> None:
