@@ -51,7 +51,7 @@ def alphas(batch: Batch) -> Tensor:
 
 
 def test_texts_of_every_length_train_by_their_own_pixels_and_no_others(tmp_path: Path) -> None:
-    """The original counted a patch only where more than half of its pixels held a token: the first two trained nothing."""
+    """The original counted patches of which more than half held tokens: the first two trained nothing."""
     texts = [(b"x" * (length - 1), b"") for length in LENGTHS]
     task, batch = made(write_store(tmp_path, "texts", texts).root, size=64)
     clean, held = task.images(batch)
@@ -82,7 +82,7 @@ def test_texts_of_every_length_train_by_their_own_pixels_and_no_others(tmp_path:
 
 def test_every_pixel_of_a_text_is_read(store: Path) -> None:
     """Also where it is the only one of its patch."""
-    task, batch = made(store, count=1)
+    task, _ = made(store, count=1)
     torch.manual_seed(0)
     network = task.build_model()
     for length in (1, 17, 18, 256):

@@ -24,7 +24,7 @@ def block_of(places: Tensor) -> OfficialBlock:
 
 
 def as_theirs(w: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights, or gradients, by their names. Rotary pairs are neighbours there: numbers 0, D/2, 1, D/2 + 1, ... of each head here."""
+    """Weights, or gradients, by their names. Rotary pairs are neighbours there; here they are i and i + D/2."""
     each = D // HEADS
     order = torch.arange(each).view(2, -1).T.flatten()
     rows = (torch.arange(HEADS)[:, None] * each + order).flatten()
