@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.config.draft import value_at
-from trunkline.engine.config.flags import LENGTH, Flag, one_of
+from trunkline.engine.config.flags import BY_DEVICE, LENGTH, Flag, mixed_precision, one_of
 from trunkline.engine.errors import ConfigError
 from trunkline.models.image_classification.architectures import ARCHITECTURES, architectures
 from trunkline.models.image_classification.per_gpu import MICRO, accumulation, images_per_gpu
@@ -29,7 +29,7 @@ OPTIMIZER, SCHEDULER = "deepspeed.optimizer", "deepspeed.scheduler"
 RATE, DECAY = f"{OPTIMIZER}.params.lr", f"{OPTIMIZER}.params.weight_decay"
 RULES = "training.parameters"
 SHAPE, START_MOMENTUM = "WarmupShape", f"{SCHEDULER}.params.start_momentum"
-BY_DEVICE, WHERE_INSTALLED, HUNDREDTH = "by device", "where installed", "0.01 lr0"
+WHERE_INSTALLED, HUNDREDTH = "where installed", "0.01 lr0"
 """Defaults that a user cannot type; what they come to is decided below, and shown by --plan."""
 
 Config = dict[str, Any]
@@ -105,19 +105,6 @@ def pretrained(config: Config, value: str, world_size: int) -> Config:
             "--pretrained FILE"
         )
     return {"model.pretrained": value}
-
-
-def precision(config: Config, value: bool | str, world_size: int) -> Config:
-    """Mixed precision: bf16, or fp16 on a GPU that is too old for it; on a CPU by default none."""
-    kind = "bf16" if value else ""
-    if value == BY_DEVICE or value:
-        import torch  # which is there by now
-
-        if torch.cuda.is_available():
-            kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif value == BY_DEVICE:
-            kind = ""
-    return {f"deepspeed.{name}.enabled": name == kind for name in ("bf16", "fp16")}
 
 
 def shape(config: Config, value: str, world_size: int) -> Config:
@@ -257,7 +244,7 @@ FLAGS = (
     Flag("batch_size", "images per GPU", int, images_per_gpu, default=256),
     Flag("grad_acc", "micro-batches a step: -1 for one, 0 for about 256 images", int, accumulation, default=0),
     replace(LENGTH[0], default=100),
-    Flag("amp", "mixed precision, which is on by default on a GPU", bool, precision, default=BY_DEVICE),
+    Flag("amp", "mixed precision, which is on by default on a GPU", bool, mixed_precision, default=BY_DEVICE),
     Flag("scheduler_type", f"one of {', '.join(SHAPES)}", one_of(SHAPES), shape, default="cosine"),
     Flag("optimizer", f"one of {', '.join(OPTIMIZERS)}", one_of(OPTIMIZERS), optimizer, default="Adam"),
     Flag("lr0", "the rate after the warm-up", float, RATE, default=0.01),

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
+from trunkline.engine.whole_state import WholeState
 from trunkline.kernels.masked_mse import masked_mse
+from trunkline.models.token_image import checkpoint_pth
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
@@ -148,6 +150,10 @@ class TokenImageTask(Task):
     def notes(self) -> list[str]:
         """What of the data was cut."""
         return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+
+    def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
+        """A checkpoint_epoch_N.pth or best_model.pth of plain torch."""
+        return checkpoint_pth.read(path, self.build_model(), steps_per_epoch)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer."""
