@@ -1,9 +1,9 @@
 """What a training loop of plain torch saves beside the weights: its optimizer's state, its epoch, its loss.
 
-    kept_by_optimizer(saved, parameters, key)   what optimizer.state_dict() has of each parameter
-    finished_epochs(epoch, kept, steps)         how many epochs it had finished
-    state_of(model, step, ...)                  a WholeState of the model's own weights
-    number(value)                               a finite number, or None
+kept_by_optimizer(saved, parameters, key)   what optimizer.state_dict() has of each parameter
+finished_epochs(epoch, kept, steps)         how many epochs it had finished
+state_of(model, step, ...)                  a WholeState of the model's own weights
+number(value)                               a finite number, or None
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def finished_epochs(epoch: float | None, kept: Kept, steps_per_epoch: int) -> tu
     counted = {float(each["step"]) for each in kept.values() if "step" in each}
     if counted == {(finished + 1) * steps_per_epoch}:
         finished += 1
-        return finished, (f"its optimizer has counted the steps of {finished} epochs, so as many are taken as finished",)
+        return finished, (
+            f"its optimizer has counted the steps of {finished} epochs, so as many are taken as finished",
+        )
     return finished, ()
 
 

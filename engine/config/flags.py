@@ -106,31 +106,6 @@ LENGTH = (
 )  # fmt: skip
 """The flags that every workload has."""
 
-BY_DEVICE = "by device"
-"""A default that a user cannot type; --plan shows what it comes to."""
-
-
-def mixed_precision(config: dict[str, Any], value: bool | str, world_size: int) -> dict[str, Any]:
-    """bf16, or fp16 on a GPU that is too old for it; on a CPU none, unless it is asked for."""
-    kind = "bf16" if value else ""
-    if value == BY_DEVICE or value:
-        import torch  # which is there by now
-
-        if torch.cuda.is_available():
-            kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif value == BY_DEVICE:
-            kind = ""
-    return {f"deepspeed.{name}.enabled": name == kind for name in ("bf16", "fp16")}
-
-
-def note_of_precision(config: dict[str, Any], value: bool) -> list[str]:
-    """What to say where mixed precision is asked for without a GPU."""
-    import torch  # which is there by now
-
-    if not value or torch.cuda.is_available():
-        return []
-    return ["note: mixed precision was asked for, and there is no GPU: bf16 on the CPU, which is slow on most"]
-
 
 def boolean(text: str) -> bool:
     """True or False, from what people write. Raises argparse.ArgumentTypeError."""

@@ -130,7 +130,9 @@ def read(
     load_foreign(model, path, called)
     epoch, loss = (number(held.get(key)) for key in ("epoch", "loss"))
     ours = {name for name, _ in model.named_parameters()}
-    kept, notes = kept_by_optimizer(held.get("opt"), [str(called(name)) for name in names if called(name) in ours], "opt")
+    kept, notes = kept_by_optimizer(
+        held.get("opt"), [str(called(name)) for name in names if called(name) in ours], "opt"
+    )
     finished, said = finished_epochs(epoch, kept, steps_per_epoch)
     notes = (*notes, *said)
     metrics = {} if loss is None else {"loss": loss}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.config.draft import value_at
-from trunkline.engine.config.flags import BY_DEVICE, LENGTH, Flag, mixed_precision, note_of_precision, one_of
+from trunkline.engine.config.flag_meanings import BY_DEVICE, decay_of_all, mixed_precision, note_of_precision
+from trunkline.engine.config.flags import LENGTH, Flag, one_of
 from trunkline.engine.errors import ConfigError
 
 MODELS = ("JiT-B/4", "JiT-B/16", "JiT-B/32", "JiT-L/16", "JiT-L/32", "JiT-H/16", "JiT-H/32")
@@ -25,7 +26,7 @@ MICRO, STEPS, GLOBAL = (
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 )
 OPTIMIZER, SCHEDULE = "deepspeed.optimizer.params", "deepspeed.scheduler.params"
-RULES, TRACKERS = "training.parameters", "training.trackers"
+TRACKERS = "training.trackers"
 
 Config = dict[str, Any]
 
@@ -84,15 +85,8 @@ def _accumulation(config: Config, world_size: int) -> int:
 
 
 def _sizes(micro: int, steps: int, world_size: int) -> Config:
-    return {MICRO: micro, STEPS: steps, GLOBAL: micro * steps * world_size}
-
-
-def decay(config: Config, value: float, world_size: int) -> Config:
-    """Of all parameters, as torch's AdamW has it, unless the file has rules of its own."""
-    rules = value_at(config, RULES) or []
-    ours = len(rules) == 1 and rules[0].keys() == {"names", "weight_decay"} and rules[0]["names"] == ["*"]
-    every = {RULES: [{"names": ["*"], "weight_decay": value}]} if ours or not rules else {}
-    return {f"{OPTIMIZER}.weight_decay": value} | every
+    """The global batch, of which other numbers of ranks derive their accumulation."""
+    return {MICRO: micro, STEPS: "auto", GLOBAL: micro * steps * world_size}
 
 
 def warmup(config: Config, value: float, world_size: int) -> Config:
@@ -128,7 +122,7 @@ FLAGS = (
     Flag("use_amp", "mixed precision, which is on by default on a GPU", bool, mixed_precision, default=BY_DEVICE,
          check=note_of_precision),
     Flag("lr", "the rate after the warm-up", float, f"{OPTIMIZER}.lr", default=1e-4),
-    Flag("weight_decay", "weight decay, of norms and biases too", float, decay, default=0.01),
+    Flag("weight_decay", "weight decay, of norms and biases too", float, decay_of_all, default=0.01),
     Flag("warmup_epochs", "epochs in which the rate rises from 0", float, warmup, default=5),
     Flag("max_grad_norm", "gradients are clipped at this norm; 0: never", float, "deepspeed.gradient_clipping",
          default=1.0),

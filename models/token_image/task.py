@@ -24,6 +24,7 @@ from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import alpha_of, drawn_times, noised
+from trunkline.models.token_image.prepared import check_prepared
 from trunkline.models.token_image.store import Store
 
 LEAST_NOISE = 0.05
@@ -50,6 +51,7 @@ class TokenImageTask(Task):
                 f"data.img_size {data.img_size} is no multiple of model.patch {[rows, columns]}: change either"
             )
         self.store = Store.open(data.store)
+        check_prepared(self.store, data)
         if self.store.kind == "dialogues" and not model.condition:
             raise ConfigError(
                 f"model.condition: false, but data.store {data.store} holds dialogues, whose prompt is a condition: "
