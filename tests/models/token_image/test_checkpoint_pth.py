@@ -68,13 +68,10 @@ class Plain:
 
     def train(self, first: int, last: int) -> None:
         """The epochs from `first` to before `last`."""
-        data, sizes, per_epoch = (
-            self.task.dataset("train"),
-            batch_sizes(self.config.deepspeed, 1),
-            self.batches.per_epoch,
-        )
+        data, per_epoch = self.task.dataset("train"), self.batches.per_epoch
         for (batch,) in training_loader(
-            self.task, data, self.batches, batch_sizes(self.config.deepspeed, 1), 0, first_step=first * per_epoch, last_step=last * per_epoch,
+            self.task, data, self.batches, batch_sizes(self.config.deepspeed, 1), 0,
+            first_step=first * per_epoch, last_step=last * per_epoch,
             num_workers=0, pin_memory=False,
         ):  # fmt: skip
             loss = self.task.loss(self.model, batch)["loss"] / self.task.weight(batch)
@@ -211,7 +208,7 @@ def _without(held: dict[str, Any], *names: str, **more: Any) -> dict[str, Any]:
         (lambda held: held["model_state_dict"], "holds no 'model_state_dict' as checkpoint_epoch_N.pth does"),
         (lambda held: [1, 2], "holds no 'model_state_dict'"),
         (lambda held: _without(held, "rows", pos_embed=torch.zeros(2)),
-         r"(?s)1 tensors of the model that are missing there: jit.rows\n.*not have: jit.pos_embed\n.*architecture"),
+         r"1 tensors of the model that are missing there: jit.rows\n.*not have: jit.pos_embed\n.*architecture"),
         (lambda held: _without(held, rows=torch.zeros(16, 32)), r"jit.rows is \[16, 32\], but \[4, 32\] in the model"),
     ],
 )  # fmt: skip
@@ -222,7 +219,7 @@ def test_a_file_that_does_not_fit_is_named_with_the_tensors_and_nothing_in_it_is
     monkeypatch.chdir(tmp_path)
     torch.save(change(theirs), "best_model.pth")
     config, resume = configured(texts, "--resume", "best_model.pth")
-    with pytest.raises(CheckpointError, match=rf"best_model\.pth: .*{message}|{message}"):
+    with pytest.raises(CheckpointError, match=rf"(?s)best_model\.pth: .*{message}"):
         Trainer(TokenImageTask(config.data, config.model), config, start(), tmp_path / "run", resume=resume)
     assert not (tmp_path / "hostile").exists()
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
