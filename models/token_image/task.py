@@ -21,9 +21,10 @@ from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.flops import training_flops
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
-from trunkline.models.token_image.noise import alpha_of, drawn_times, noised
+from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
 from trunkline.models.token_image.prepared import check_prepared
 from trunkline.models.token_image.store import Store
 
@@ -89,7 +90,8 @@ class TokenImageTask(Task):
         clean, held = self.images(batch)
         t = drawn_times(batch["draw"])
         alpha = self.alpha(t)
-        output = model(noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch))
+        given = noised(clean, alpha, batch["draw"]), t, held, *self.condition(batch)
+        output = model(*given, previous=self._estimate(model, given, batch["draw"]))
         counted = held & batch["valid"][:, None, None]
         if self.model.loss == "cross_entropy":
             tokens = batch["tokens"].view(held.shape).masked_fill(~counted, -100)
@@ -98,6 +100,17 @@ class TokenImageTask(Task):
         if self.model.loss == "v":
             weights = weights * (1 - alpha).clamp(min=LEAST_NOISE).pow(-2)[:, None, None, None]
         return {"loss": masked_mse(output, clean, weights)[0]}
+
+    def _estimate(self, model: nn.Module, given: Sequence[Tensor], draw: Tensor) -> Tensor | None:
+        """What half of the samples see with self-conditioning; black for the rest.
+
+        It is made for all of them, so that each rank calls the network as often.
+        """
+        if not self.model.self_conditioning:
+            return None
+        with torch.no_grad():
+            estimate: Tensor = model.clean(model(*given))  # type: ignore[operator]
+        return estimate * drawn_coins(draw)[:, None, None, None]
 
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""
@@ -138,12 +151,9 @@ class TokenImageTask(Task):
         return None
 
     def flops_per_sample(self) -> float:
-        """Matrix products and attention pairs of an image, forward and backward (3 x forward)."""
-        (rows, columns), d, layers, _ = self.model.shape
-        patches = self.data.img_size**2 // (rows * columns)
-        tokens, values = CONDITION_GRID**2 + patches, rows * columns * self.encoding.channels
-        block = 2 * tokens * 16 * d**2 + 4 * d**2 + 4 * d * tokens**2
-        return 3.0 * (layers * block + 2 * 2 * patches * values * d)
+        """Products of matrices of an image, forward and backward."""
+        conditioned = self.store.kind == "dialogues"
+        return training_flops(self.model, self.data.img_size, self.encoding, conditioned=conditioned)
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how images are made of it."""

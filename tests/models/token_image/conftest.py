@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,17 @@ TEXTS = [
 
 def make_store(folder: Path, kind: Kind = "texts") -> Store:
     """TEXTS as the splits "train" and "val"; of dialogues each has the one before it as its condition."""
+    return write_store(folder, kind, [(text.encode(), before.encode()) for text, before in zip(TEXTS, ["", *TEXTS])])
+
+
+def write_store(folder: Path, kind: Kind, records: Sequence[tuple[bytes, bytes]]) -> Store:
+    """Texts and their conditions as the splits "train" and "val"."""
     (draft := folder / "draft").mkdir(parents=True)
     plain_bytes().save_pretrained(draft / "tokenizer")
     with ColumnWriter(draft, Store, kind, 256, ["train", "val"]) as writer:
         for split in ("train", "val"):
-            for text, before in zip(TEXTS, ["", *TEXTS], strict=False):
-                writer.add(split, list(text.encode()), *([list(before.encode())] if kind == "dialogues" else []))
+            for text, before in records:
+                writer.add(split, list(text), *([list(before)] if kind == "dialogues" else []))
         return writer.finish(folder / "store")
 
 
