@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from trunkline.models.token_image.jit_flags import DEFAULTS, FLAGS
+import argparse
 
-__all__ = ["DEFAULTS", "FLAGS"]
+from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
+from trunkline.models.token_image.jit_flags import DEFAULTS, FLAGS
+from trunkline.models.token_image.records import KINDS
+
+__all__ = ["DEFAULTS", "FLAGS", "prepare"]
+
+
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/prepare.py token_image`."""
+    formats = ".json, .jsonl, .parquet, .csv, .tsv; of texts also .txt, a text a line"
+    add_source(parser, "topics", "write Python's own documentation as files of records", formats, KINDS)
+    tokenizer = add_tokenizer(parser)
+    tokenizer.add_argument("--byte-tokenizer", action="store_true", help="256 tokens: a byte is a token")
+    parser.add_argument(
+        "--use-chat-template", action="store_true",
+        help="write prompt and answer as the chat template of --tokenizer does, not with a line break between them",
+    )  # fmt: skip
+    add_splits(parser)

@@ -34,8 +34,9 @@ Config = dict[str, Any]
 def prepare_command(source: str, tokenizer: str | None, chat_template: bool | None) -> str:
     """What makes a store of texts, in the folder `store_of(source)`."""
     words = ["python", "launchers/prepare.py", "token_image", "--source", source, "--out", str(store_of(source))]
-    words += ["--train-tokenizer"] if tokenizer is None else ["--tokenizer", tokenizer]
-    return shlex.join([*words, *["--chat-template"] * bool(chat_template)])
+    if chat_template:
+        return shlex.join([*words, "--tokenizer", tokenizer or "FOLDER", "--use-chat-template"])
+    return shlex.join([*words, *(["--tokenizer", tokenizer] if tokenizer else ["--train-tokenizer"])])
 
 
 def store_of(source: str) -> Path:

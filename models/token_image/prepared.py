@@ -20,7 +20,7 @@ def check_prepared(store: Store, data: TokenImageData) -> None:
         asked = load_tokenizer(Path(data.tokenizer))
         if tokenizer_digest(asked) != tokenizer_digest(store.tokenizer()):
             raise ConfigError(f"data.tokenizer: {data.tokenizer}: {found} with another tokenizer: {again}")
-    with_template = bool(store.index.get("made_from", {}).get("chat_template"))
+    with_template = bool(store.index.get("made_from", {}).get("chat template"))
     if data.chat_template not in (None, with_template):
         how = "with" if with_template else "without"
         raise ConfigError(f"data.chat_template: {data.chat_template}: {found} {how} a chat template: {again}")

@@ -10,11 +10,9 @@ Splits are "train", "val" and, where there is one, "test".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from trunkline.models.text.column_store import ColumnStore
-
-Kind = Literal["texts", "dialogues"]
+from trunkline.models.token_image.records import Kind
 
 
 @dataclass(frozen=True)
