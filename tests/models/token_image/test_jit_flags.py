@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.parameter_rules import parameter_groups
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.launchers.command_line import parse
+from trunkline.launchers.prepare import main as prepare
 from trunkline.launchers.train import main as launch
 from trunkline.models.registry import config_sections, make_task
 from trunkline.models.text.byte_tokenizer import plain_bytes
@@ -122,42 +122,54 @@ def test_the_models_are_the_presets() -> None:
             assert configured("--model", spelt, "--img_size", "64").model.shape == PRESETS[name.removeprefix("JiT-")]
 
 
-def test_raw_texts_are_answered_with_the_command_that_prepares_them(tmp_path: Path) -> None:
+def test_raw_texts_are_answered_with_the_command_that_prepares_them_and_the_store_is_held_against_its_flags(
+    tmp_path: Path,
+) -> None:
     source = tmp_path / "my texts.jsonl"
-    source.write_text('{"text": "a"}\n')
-    with pytest.raises(ConfigError) as raised:
-        parse(["token_image", "--data_path", str(source), "--tokenizer_path", "tok", "--use_chat_template"]).draft(1)
-    command = prepare_command(str(source), "tok", True)
-    assert f"run `{command}`, and then train with --data_path {tmp_path}/my texts-store" in str(raised.value)
-    said = prepare_command(str(source), None, None)
-    assert "--train-tokenizer" in said
-    assert "--chat-template" not in said
-
-
-def test_a_tokenizer_and_a_template_are_held_against_the_store(texts: Path, tmp_path: Path) -> None:
-    small = ("--set", "model.preset=null", *(f"--set=model.{key}" for key in ("patch=4", "d_model=32", "num_layers=1",
-             "num_heads=2")))  # fmt: skip
-    plain_bytes().save_pretrained(tmp_path / "same")
-    other = plain_bytes()
-    other.add_tokens(["pressure"])
-    other.save_pretrained(tmp_path / "other")
-    shutil.copytree(texts, tmp_path / "store")
-    index = json.loads((tmp_path / "store/store.json").read_text())
-    (tmp_path / "store/store.json").write_text(json.dumps(index | {"made_from": {"chat_template": True}}))
+    source.write_text(
+        "".join(json.dumps({"prompt": f"{n}", "answer": f"{n} squared is {n * n}"}) + "\n" for n in range(200))
+    )
+    for name, template in (("tok", "{{ messages[0].content }}{{ messages[1].content }}"), ("other", "{{ messages }}")):
+        tokenizer = plain_bytes()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+    own = ("--tokenizer_path", str(tmp_path / "tok"), "--use_chat_template")
+    with pytest.raises(ConfigError, match=rf"--data_path {source}: holds texts, and a run reads a") as raised:
+        parse(["token_image", "--data_path", str(source), *own]).draft(1)
+    message = str(raised.value)
+    store = message.rpartition("train with --data_path ")[2]
+    command = shlex.split(message.partition("`")[2].partition("`")[0])
+    assert command[:3] == ["python", "launchers/prepare.py", "token_image"]
+    assert prepare(command[2:]) == 0
+    small = ["--img_size", "16", "--set", "model.preset=null"]
+    small += [f"--set=model.{key}" for key in ("patch=4", "d_model=32", "num_layers=1", "num_heads=2")]
 
     def task(*words: str) -> None:
-        make_task(configured("--img_size", "16", *small, *words))
+        make_task(configured("--data_path", store, *small, *words))
 
-    task("--data_path", str(texts), "--tokenizer_path", str(tmp_path / "same"), "--no-use_chat_template")
-    task("--data_path", str(tmp_path / "store"), "--use_chat_template")
+    task()
+    task(*own)
     for words, said in (
-        (["--data_path", str(texts), "--tokenizer_path", str(tmp_path / "other")], "other: .*with another tokenizer: "),
-        (["--data_path", str(texts), "--tokenizer_path", str(tmp_path / "none")], "none: no such folder"),
-        (["--data_path", str(texts), "--use_chat_template"], "chat_template: True: .*without a chat template: prepare"),
-        (["--data_path", str(tmp_path / "store"), "--use_chat_template=false"], "False: .*with a chat template: "),
+        (
+            ["--tokenizer_path", str(tmp_path / "other")],
+            f"{tmp_path}/other: data.store {store} was .* another tokenizer",
+        ),
+        (["--tokenizer_path", str(tmp_path / "none")], f"{tmp_path}/none: no such folder"),
+        (["--no-use_chat_template"], "data.chat_template: False: .* was prepared with a chat template: prepare"),
     ):
         with pytest.raises(ConfigError, match=said):
             task(*words)
+
+
+def test_a_store_without_a_template_is_not_one_with_it(texts: Path) -> None:
+    config = configured("--data_path", str(texts), "--img_size", "16", "--use_chat_template")
+    with pytest.raises(ConfigError, match=r"data.chat_template: True: .*without a chat template: prepare"):
+        make_task(config)
+
+
+def test_without_a_tokenizer_the_command_trains_one() -> None:
+    assert prepare_command("a/b.txt", None, None).endswith("--source a/b.txt --out a/b-store --train-tokenizer")
+    assert prepare_command("a", None, True).endswith("--tokenizer FOLDER --use-chat-template"), "which has the template"
 
 
 @pytest.mark.parametrize(
