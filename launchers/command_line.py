@@ -55,6 +55,9 @@ class Command:
                     self.file.assign(key, meant, f"{flag.option} by default")
         for name, meant in options.items():
             given[name] = meant if given[name] is None else given[name]
+        if isinstance(given["resume"], str) and Path(given["resume"]).is_file():
+            self.file.assign("training.start_from", given["resume"], "--resume")
+            given["resume"] = "auto"  # what the run itself saves after it has begun with the file comes first
         for setting in self.arguments.set:
             self.file.set(setting)
         for flag in self.flags:
@@ -136,7 +139,10 @@ def _parser(files: Parser, description: str | None, workload: str | None, flags:
     parser.add_argument("--output-dir", type=Path, help="the run's folder; default runs/<workload>/<name of the file>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a.b=c wins over all else")
     parser.add_argument("--backend", default="auto", help="deepspeed, fsdp, or auto (default)")
-    parser.add_argument("--resume", metavar="none|auto|PATH", help="auto: the newest good checkpoint; default none")
+    parser.add_argument(
+        "--resume", metavar="none|auto|PATH",
+        help="auto: the newest good checkpoint; default none; a file begins with another program's checkpoint",
+    )  # fmt: skip
     parser.add_argument(
         "--find-micro-batch", action="store_true", help="first find the largest micro-batch that fits, by trying"
     )

@@ -70,6 +70,7 @@ class ZeroLayout:
         """Take the parameters from the masters, which have changed."""
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO 3
+            wrapper.checkpoint_event_prologue()  # else small parameters, which stay gathered, are not gathered anew
             for group in range(len(wrapper.fp32_partitioned_groups_flat)):
                 wrapper._reassign_or_swap_out_partitioned_parameters(group)
             wrapper.checkpoint_event_epilogue()

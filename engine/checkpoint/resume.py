@@ -124,7 +124,8 @@ def find_checkpoint(
             )
         if found is None:
             raise CheckpointError(
-                f"--resume {resume:.200}: there is no checkpoint in it; give a run's folder or a checkpoint's"
+                f"--resume {resume:.200}: there is no checkpoint in it; give a run's folder or a checkpoint's, or the "
+                "file of another program"
             )
     _check_identity(found, identity, accept_new_data, model)
     if found.state["step"] > total_steps:

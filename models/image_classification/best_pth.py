@@ -16,7 +16,6 @@ FastAI's own files ("0.model." the body, "1." the head) give the body. Nothing t
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
+from trunkline.engine.checkpoint.training_loops import finished_epochs, kept_by_optimizer, number, state_of
 from trunkline.engine.config.strict import show
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import replace_whole, unused, write_json
@@ -77,7 +77,7 @@ def is_of(folder: Path, best: WholeState | None) -> bool:
         return False
     try:
         held = read_torch(path)
-        epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
+        epoch, loss = (number(held.get(key)) for key in ("epoch", "loss"))
     except (CheckpointError, AttributeError):
         epoch = loss = None
     if best is not None and epoch == best.step // best.steps_per_epoch and loss == best.metrics.get("loss", loss):
@@ -126,18 +126,15 @@ def read(
     names = [name for name in held["model"] if isinstance(name, str)]
     if all(re.match(r"[01]\.", name) for name in names):
         load_foreign(model, path, called, fresh=("classifier.*",))
-        return _state(model, 0, steps_per_epoch, notes=("is of FastAI: its body alone is taken, from epoch 0 on",))
+        return state_of(model, 0, steps_per_epoch, notes=("is of FastAI: its body alone is taken, from epoch 0 on",))
     load_foreign(model, path, called)
-    epoch, loss = (_number(held.get(key)) for key in ("epoch", "loss"))
+    epoch, loss = (number(held.get(key)) for key in ("epoch", "loss"))
     ours = {name for name, _ in model.named_parameters()}
-    kept, notes = _kept(held.get("opt"), [str(called(name)) for name in names if called(name) in ours])
-    finished = max(0, int(epoch or 0))  # -1 is what some trainers leave at their end
-    counted = {float(each["step"]) for each in kept.values() if "step" in each}
-    if counted == {(finished + 1) * steps_per_epoch}:
-        finished += 1
-        notes = (*notes, f"its optimizer has counted the steps of {finished} epochs, so as many are taken as finished")
-    if epoch is None:
-        notes = (*notes, "says no epoch: from epoch 0 on")
+    kept, notes = kept_by_optimizer(
+        held.get("opt"), [str(called(name)) for name in names if called(name) in ours], "opt"
+    )
+    finished, said = finished_epochs(epoch, kept, steps_per_epoch)
+    notes = (*notes, *said)
     metrics = {} if loss is None else {"loss": loss}
     if metrics and held.get("img_size") not in (None, img_size):
         metrics = {}
@@ -145,7 +142,7 @@ def read(
             *notes,
             f"is of images of {show(held['img_size'])} pixels, here {img_size}: its loss is not the value to beat",
         )
-    return _state(model, finished * steps_per_epoch, steps_per_epoch, kept, metrics, notes)
+    return state_of(model, finished * steps_per_epoch, steps_per_epoch, kept, metrics, notes)
 
 
 def _check_classes(path: Path, classes: Sequence[str]) -> None:
@@ -159,44 +156,3 @@ def _check_classes(path: Path, classes: Sequence[str]) -> None:
                 f"{path}: has the classes {show(found)}, and the data has {show(list(classes))}: weights of other "
                 "classes are for --pretrained"
             )
-
-
-def _state(
-    model: nn.Module, step: int, steps_per_epoch: int, kept: Mapping[str, Mapping[str, Tensor]] | None = None,
-    metrics: Mapping[str, float] | None = None, notes: tuple[str, ...] = (),
-) -> WholeState:  # fmt: skip
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-    return WholeState(step, steps_per_epoch, parameters, buffers, kept or {}, {}, metrics or {}, notes)
-
-
-def _kept(opt: Any, parameters: list[str]) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    """What the optimizer keeps, by parameter; and a note where it is not there, or not to be understood."""
-    groups, states = (opt.get(key) if isinstance(opt, Mapping) else None for key in ("param_groups", "state"))
-    if not isinstance(states, Mapping) or not isinstance(groups, list):
-        return {}, ("holds no state of an optimizer: weights and epoch alone are taken",)
-    whole = all(isinstance(each, Mapping) for each in (*groups, *states.values()))
-    if not whole or not set(states) <= set(range(len(parameters))):
-        return {}, ("its optimizer's state is damaged ('opt'): weights and epoch alone are taken",)
-    if len(groups) != 1 or groups[0].get("params") != list(range(len(parameters))):
-        return {}, (
-            f"its optimizer is of {len(groups)} groups, not of all {len(parameters)} parameters in their order: "
-            "weights and epoch alone are taken",
-        )
-    kept = {}
-    for place, state in states.items():
-        tensors = {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
-        kept[parameters[place]] = {
-            key: value.reshape(()).to(torch.float32) if value.numel() == 1 and key == "step" else value
-            for key, value in tensors.items()
-        }
-    return kept, () if kept else ("its optimizer keeps nothing yet",)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number of Python's, numpy's or torch's; None for anything else."""
-    try:
-        found = math.nan if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
-    return found if math.isfinite(found) else None

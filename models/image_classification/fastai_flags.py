@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.config.draft import value_at
+from trunkline.engine.config.flag_meanings import BY_DEVICE, decay_of_all, mixed_precision
 from trunkline.engine.config.flags import LENGTH, Flag, one_of
 from trunkline.engine.errors import ConfigError
 from trunkline.models.image_classification.architectures import ARCHITECTURES, architectures
@@ -27,9 +28,8 @@ SHAPES = ("cosine", "cosine_restarts", "linear", "constant", "polynomial", "step
 
 OPTIMIZER, SCHEDULER = "deepspeed.optimizer", "deepspeed.scheduler"
 RATE, DECAY = f"{OPTIMIZER}.params.lr", f"{OPTIMIZER}.params.weight_decay"
-RULES = "training.parameters"
 SHAPE, START_MOMENTUM = "WarmupShape", f"{SCHEDULER}.params.start_momentum"
-BY_DEVICE, WHERE_INSTALLED, HUNDREDTH = "by device", "where installed", "0.01 lr0"
+WHERE_INSTALLED, HUNDREDTH = "where installed", "0.01 lr0"
 """Defaults that a user cannot type; what they come to is decided below, and shown by --plan."""
 
 Config = dict[str, Any]
@@ -107,19 +107,6 @@ def pretrained(config: Config, value: str, world_size: int) -> Config:
     return {"model.pretrained": value}
 
 
-def precision(config: Config, value: bool | str, world_size: int) -> Config:
-    """Mixed precision: bf16, or fp16 on a GPU that is too old for it; on a CPU by default none."""
-    kind = "bf16" if value else ""
-    if value == BY_DEVICE or value:
-        import torch  # which is there by now
-
-        if torch.cuda.is_available():
-            kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif value == BY_DEVICE:
-            kind = ""
-    return {f"deepspeed.{name}.enabled": name == kind for name in ("bf16", "fp16")}
-
-
 def shape(config: Config, value: str, world_size: int) -> Config:
     if value_at(config, f"{SCHEDULER}.type") == SHAPE:
         return {f"{SCHEDULER}.params.shape": value}
@@ -141,13 +128,6 @@ def optimizer(config: Config, value: str, world_size: int) -> Config:
     if value_at(config, f"{SCHEDULER}.type") == SHAPE:
         changes[START_MOMENTUM] = 0.85 if "momentum" in own.get(value, {}) else None
     return changes
-
-
-def decay(config: Config, value: float, world_size: int) -> Config:
-    """Of all parameters, as in the original, unless the file has rules of its own."""
-    rules = value_at(config, RULES) or []
-    ours = len(rules) == 1 and rules[0].keys() == {"names", "weight_decay"} and rules[0]["names"] == ["*"]
-    return {DECAY: value, **({RULES: [{"names": ["*"], "weight_decay": value}]} if ours or not rules else {})}
 
 
 def lowest_rate(config: Config, value: float | str, world_size: int) -> Config:
@@ -257,13 +237,13 @@ FLAGS = (
     Flag("batch_size", "images per GPU", int, images_per_gpu, default=256),
     Flag("grad_acc", "micro-batches a step: -1 for one, 0 for about 256 images", int, accumulation, default=0),
     replace(LENGTH[0], default=100),
-    Flag("amp", "mixed precision, which is on by default on a GPU", bool, precision, default=BY_DEVICE),
+    Flag("amp", "mixed precision, which is on by default on a GPU", bool, mixed_precision, default=BY_DEVICE),
     Flag("scheduler_type", f"one of {', '.join(SHAPES)}", one_of(SHAPES), shape, default="cosine"),
     Flag("optimizer", f"one of {', '.join(OPTIMIZERS)}", one_of(OPTIMIZERS), optimizer, default="Adam"),
     Flag("lr0", "the rate after the warm-up", float, RATE, default=0.01),
     Flag("lrf", "the last rate as a share of lr0", float, f"{SCHEDULER}.params.min_ratio", default=0.1),
     Flag("min_lr", "the lowest rate", float, lowest_rate, default=HUNDREDTH),
-    Flag("wd", "weight decay, of norms and biases too", float, decay, default=0.01),
+    Flag("wd", "weight decay, of norms and biases too", float, decay_of_all, default=0.01),
     Flag("warmup_epochs", "epochs of warm-up", float, warmup, default=3),
     Flag("early_stopping", "epochs without a gain before it stops; 0: never", int, early_stopping, default=100),
     Flag("auto_resume", "resume from what the run's folder holds", bool, auto_resume, default=True),

@@ -27,6 +27,12 @@ class TokenImageData(Strict):
         None, ge=1,
         description="where a text is longer, images start at every such token; unless given its first image is all",
     )  # fmt: skip
+    tokenizer: FolderPath | None = Field(
+        None, description="the tokenizer that the data must have been prepared with; any unless given"
+    )
+    chat_template: bool | None = Field(
+        None, description="whether it must have been prepared with the tokenizer's chat template; either unless given"
+    )
     encoding: Kind = Field("rgb", description="rgb: the id in base 256; bits: the bits of the id as -1 and 1")
 
     @property

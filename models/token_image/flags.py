@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
+from trunkline.models.token_image.jit_flags import DEFAULTS, FLAGS
 from trunkline.models.token_image.records import KINDS
+
+__all__ = ["DEFAULTS", "FLAGS", "prepare"]
 
 
 def prepare(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
+from trunkline.engine.whole_state import WholeState
 from trunkline.kernels.masked_mse import masked_mse
-from trunkline.models.token_image import validation
+from trunkline.models.token_image import checkpoint_pth, validation
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
@@ -24,6 +25,7 @@ from trunkline.models.token_image.flops import training_flops
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
+from trunkline.models.token_image.prepared import check_prepared
 from trunkline.models.token_image.store import Store
 from trunkline.models.token_image.validation import Noisy
 
@@ -51,6 +53,7 @@ class TokenImageTask(Task):
                 f"data.img_size {data.img_size} is no multiple of model.patch {[rows, columns]}: change either"
             )
         self.store = Store.open(data.store)
+        check_prepared(self.store, data)
         if self.store.kind == "dialogues" and not model.condition:
             raise ConfigError(
                 f"model.condition: false, but data.store {data.store} holds dialogues, whose prompt is a condition: "
@@ -68,8 +71,12 @@ class TokenImageTask(Task):
             self.dataset(split)
 
     def build_model(self) -> Denoiser:
-        """A new network for images of the data's size and encoding."""
-        return Denoiser(self.model, self.data.img_size, self.encoding, self.frequencies, self.curve)
+        """A new network for images of the data's size and encoding. What sees a condition is trained with one only."""
+        denoiser = Denoiser(self.model, self.data.img_size, self.encoding, self.frequencies, self.curve)
+        for name, parameter in denoiser.named_parameters():
+            # not left without a gradient: the weight decay of some layouts would change it then, and of others not
+            parameter.requires_grad_(self.store.kind == "dialogues" or not name.startswith("jit.condition_"))
+        return denoiser
 
     def dataset(self, split: str) -> Texts:
         """The texts of "train", "val" or "test"."""
@@ -184,8 +191,15 @@ class TokenImageTask(Task):
         return f"{self.store.fingerprint} as {self.data.img_size} x {self.data.img_size} of {self.data.encoding}"
 
     def notes(self) -> list[str]:
-        """What of the data was cut."""
-        return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        """What of the data was cut, and what of the model is not trained."""
+        said = [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
+        if self.store.kind == "texts" and self.model.condition:
+            said.append("no text has a condition, so what sees one is not trained: model.condition false leaves it out")
+        return said
+
+    def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
+        """A checkpoint_epoch_N.pth or best_model.pth of plain torch."""
+        return checkpoint_pth.read(path, self.build_model(), steps_per_epoch)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer."""

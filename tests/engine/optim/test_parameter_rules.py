@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,16 @@ def assert_as_a_plain_loop(folder: Path, config: RunConfig) -> None:
     weights, average = plain_loop(config, EMA)
     assert_equal(load_file(folder / "final" / "model.safetensors"), weights)
     assert_equal(load_file(folder / "best" / "model.safetensors"), average)
+    *_, measured = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert measured["loss"] == pytest.approx(validation_loss(config, average), rel=1e-6), "of the average"
+
+
+def validation_loss(config: RunConfig, weights: dict[str, torch.Tensor]) -> float:
+    task = TinyTask(config.data, config.model)
+    rows, model = task.dataset("val"), task.build_model()
+    model.load_state_dict(weights, strict=False)
+    points, targets = (torch.cat([rows[index][part] for index in range(len(rows))]) for part in (0, 1))
+    return float((model(points) - targets).square().mean())
 
 
 @pytest.mark.parametrize(("backend", "stage"), LAYOUTS)

@@ -218,6 +218,8 @@ def test_with_a_file_only_the_flags_that_are_given_act(tmp_path: Path) -> None:
         0.85,
     )
     assert command.arguments.resume is None
+    rules = checked(parse(["--config", str(path), "--wd", "0.25"]).draft(1), config_sections).training.parameters
+    assert [rule.weight_decay for rule in rules] == [0.25], "also in the file of a run, which has all of a rule's keys"
     held = json.loads(path.read_text())
     held["deepspeed"]["scheduler"] = {"type": "WarmupCosine", "params": {}}
     held["training"]["eval_every"] = 500
