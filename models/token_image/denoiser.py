@@ -20,7 +20,10 @@ from trunkline.models.token_image.config import TokenImageModel
 from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.information import POINTS, Curve, log_posterior
 from trunkline.models.token_image.network import JiT
-from trunkline.models.token_image.noise import LAST, alpha_of, time_of
+from trunkline.models.token_image.noise import alpha_of, time_of
+
+_LEAST_NOISE = 2.0**-20
+"""Less is taken for so much where a pixel's noise divides."""
 
 
 class Denoiser(nn.Module):
@@ -67,11 +70,9 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.jit.output.weight)
         channels, pixels = self.encoding.channels, math.prod(self.jit.patch)
         with torch.no_grad():
-            pixel, token = self.jit.patches.weight.unflatten(1, (pixels, -1)).split(
-                [channels, self.encoding.vocab_size], -1
-            )
-            pixel.normal_(std=(pixels * channels) ** -0.5)
-            token.normal_(std=pixels**-0.5)
+            parts = self.jit.patches.weight.unflatten(1, (pixels, -1))
+            parts[..., :channels].normal_(std=(pixels * channels) ** -0.5)
+            parts[..., channels : channels + self.encoding.vocab_size].normal_(std=pixels**-0.5)
 
     @property
     def information(self) -> Curve:
@@ -101,7 +102,7 @@ class Denoiser(nn.Module):
         """
         seen, log_prior = [x], None
         if self.prior:
-            alpha = self.alpha(t).clamp(max=1 - 1 / (2 * LAST))[:, None, None]
+            alpha = self.alpha(t).clamp(max=1 - _LEAST_NOISE)[:, None, None]
             log_prior = self.log_prior(x, alpha)
             scaled = x / (alpha.square() + (1 - alpha).square()).sqrt()[..., None]
             seen = [scaled, log_prior.exp()]

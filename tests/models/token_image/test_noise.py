@@ -36,7 +36,7 @@ def test_noise_has_unit_variance_and_is_independent_of_the_time() -> None:
 
 def test_times_by_information_weigh_as_even_ones() -> None:
     t = drawn_times(torch.arange(200_000), "information")
-    assert 0 <= float(t.min())
+    assert float(t.min()) >= 0
     assert float(t.max()) <= LAST
     share, weight = 1 - t / LAST, evenly(t)
     for power in (0, 1, 2):  # the mean of u^n over even times is 1 / (n + 1)
