@@ -97,6 +97,20 @@ def test_a_buffer_without_a_dimension_is_exported_too(tmp_path: Path) -> None:
     assert exported["num_batches_tracked"].shape == ()
 
 
+def test_buffers_are_not_cast(tmp_path: Path) -> None:
+    """A variance of 1e6 is infinity in fp16."""
+    model = torch.nn.BatchNorm1d(4)
+    model.running_var.fill_(1e6)  # type: ignore[union-attr, operator]
+    backend = Alone(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE, keep_last=1)
+    checkpoints.open_for_writing()
+    path = checkpoints.save(capture(backend), {"step": 1}, probe_loss=0.0, in_background=False)
+    export_weights(verify(path), tmp_path / "out", 2**30, torch.float16)
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert exported["weight"].dtype == torch.float16
+    assert torch.equal(exported["running_var"], torch.full((4,), 1e6))
+
+
 def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(toy / "run", run)
