@@ -73,7 +73,8 @@ class Denoiser(nn.Module):
         if self.schedule != "information":
             return alpha_of(t, self.schedule)
         # not self.information: to read its entropy is to wait for a GPU, and a time needs none
-        return alpha_of(t, self.schedule, Curve(*self.curve, entropy=math.nan))
+        snr, mse, share = self.curve
+        return alpha_of(t, self.schedule, Curve(snr, mse, share, math.nan))
 
     def forward(
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,

@@ -107,12 +107,13 @@ class JiT(nn.Module):
         if self.stem is not None:
             targets = targets + self.stem((targets * seen[..., None]).transpose(1, 2)).transpose(1, 2)
         if self.slots:
-            before, shown = targets[:, :0], seen[:, :0]
+            given, shown = self._split(x)[:, :0], seen[:, :0]
             if condition is not None and condition_valid is not None:
-                rows, columns = self.condition_rows[: self.grid[0]], self.condition_columns[: self.grid[1]]
-                shown = self._split(condition_valid[..., None]).any(-1)
-                before = self.condition_patches(self._split(condition).to(dtype)) + _positions(rows, columns)
-                before = before * shown[..., None]
+                given, shown = self._split(condition), self._split(condition_valid[..., None]).any(-1)
+            # none is embedded too: its parameters have a gradient then, so that each layout treats them alike
+            positions = _positions(self.condition_rows[: self.grid[0]], self.condition_columns[: self.grid[1]])
+            before = self.condition_patches(given.to(dtype)) + positions[: given.shape[1]]
+            before = before * shown[..., None]
             free = self.slots - before.shape[1]
             before, shown = F.pad(before, (0, 0, 0, free)), F.pad(shown, (0, free))
             targets, seen = torch.cat([before, targets], 1), torch.cat([shown, seen], 1)
@@ -127,8 +128,9 @@ class JiT(nn.Module):
         return x.unflatten(2, (-1, q)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
 
     def _join(self, tokens: Tensor) -> Tensor:
-        there = tokens.view(-1, *self.grid, *self.patch, self.values)
-        return there.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        (rows, columns), (p, q) = self.grid, self.patch
+        there = tokens.view(-1, rows, columns, p, q, self.values)
+        return there.transpose(2, 3).reshape(-1, rows * p, columns * q, self.values)
 
 
 class SharedNormBlock(nn.Module):

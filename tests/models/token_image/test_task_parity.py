@@ -74,7 +74,7 @@ def predicted(
     target = embedded(noisy, w["patches.weight"], w["rows"], w["columns"])
     before = embedded(prompt, w["condition_patches.weight"], w["condition_rows"], w["condition_columns"])
     before = before * shown(prompt_mask)[..., None]
-    (batch, patches, d), free = target.shape, SLOTS - before.shape[1]
+    (batch, _, d), free = target.shape, SLOTS - before.shape[1]
     x = torch.cat([before, torch.zeros(batch, free, d), target], 1)
     visible = torch.cat([shown(prompt_mask), torch.zeros(batch, free), shown(mask)], 1) > 0
     rates = torch.tensor([10000 ** (-i / (d / 2 - 1)) for i in range(d // 2)])
