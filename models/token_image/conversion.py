@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError
-from trunkline.models.text.chat_template import Asked, render
+from trunkline.models.text.chat_template import Asked, Message, TemplateLimit, render
 from trunkline.models.text.conversion import TAKEN, Converted, Encoder
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import special_ids, special_tokens
@@ -38,18 +38,20 @@ class Converter:
     def __call__(self, records: Sequence[Record]) -> list[Converted | str]:
         """In their order. Raises ConfigError for a chat template that has to be stopped."""
         worded = self._worded(records)
-        found = iter(self._encode([text for texts in worded if not isinstance(texts, BadRecord) for text in texts]))
+        found = iter(self._encode([text for said in worded if not isinstance(said, BadRecord) for text in said]))
         return [
-            str(texts) if isinstance(texts, BadRecord) else self._converted(record, texts, [next(found) for _ in texts])
-            for record, texts in zip(records, worded, strict=True)
+            str(said) if isinstance(said, BadRecord) else self._converted(record, said, [next(found) for _ in said])
+            for record, said in zip(records, worded, strict=True)
         ]
 
-    def _converted(self, record: Record, texts: list[str], tokens: list[list[int]]) -> Converted | str:
-        if self._drops_nul and any("\0" in text for text in texts):
+    def _converted(self, record: Record, said: list[str], tokens: list[list[int]]) -> Converted | str:
+        if self._drops_nul and any("\0" in text for text in said):
             return "holds a NUL character, which the tokenizer drops: remove it"
         notes = (*record.notes, *self._encode.notes(tokens))
+        if self._kind == "dialogues" and record.prompt is None:
+            notes += ("has no prompt, so that its condition is empty",)
         if not self._is_rendered(record):
-            return self._encode.refusal(texts, tokens) or Converted(tokens, notes)
+            return self._encode.refusal(said, tokens) or Converted(tokens, notes)
         (ids,) = tokens
         if ids[-1:] == [self._eos]:  # every text gets its own
             ids.pop()
@@ -60,7 +62,7 @@ class Converter:
     def _worded(self, records: Sequence[Record]) -> list[list[str] | BadRecord]:
         """The texts that become tokens, one for each column."""
         if self._kind == "dialogues":
-            return [[record.text, str(record.prompt)] for record in records]
+            return [[record.text, record.prompt or ""] for record in records]
         rendered = iter(self._rendered([record for record in records if self._is_rendered(record)]))
         return [next(rendered) if self._is_rendered(record) else ["\n".join(texts(record))] for record in records]
 
@@ -68,13 +70,13 @@ class Converter:
         return self._template is not None and record.prompt is not None
 
     def _rendered(self, pairs: Sequence[Record]) -> list[list[str] | BadRecord]:
-        talks = [
+        talks: list[list[Message]] = [
             [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.text}] for pair in pairs
         ]
         try:
             found = render(self._tokenizer, [], [Asked(others=talk) for talk in talks]) if talks else []
-        except BadRecord as stopped:  # by one of these records or by all, it is no template for texts
-            raise ConfigError(f"{self._template} {stopped}: mend it, or leave out --use-chat-template") from stopped
+        except TemplateLimit as limit:
+            raise ConfigError(f"{self._template} {limit}: mend it, or leave out --use-chat-template") from limit
         marks = [self._mark.search("\n".join(texts(pair))) for pair in pairs]
         return [
             BadRecord(f"holds {mark[0]}, {TAKEN}") if mark else text if isinstance(text, BadRecord) else [text]

@@ -1,8 +1,8 @@
 """Records: what a line, an item or a row stands for.
 
-    record_of(value, kind)   {"text": ...}, {"prompt": ..., "answer": ...} or a string; of dialogues the second alone
-    content(record)          the same for equal records
-    texts(record)            all of it
+    record_of(value)   {"text": ...}, {"prompt": ..., "answer": ...} or a string
+    content(record)    the same for equal records
+    texts(record)      all of it
 
 "response" stands for "answer", too. Other fields of a record are not used; its `notes` name those that hold anything.
 BadRecord says why there is no record.
@@ -31,17 +31,16 @@ class Record(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def record_of(value: Any, kind: Kind) -> Record:
+def record_of(value: Any) -> Record:
     """The record that a file's value stands for. Raises BadRecord."""
-    if kind == "texts" and isinstance(value, str):
+    if isinstance(value, str):
         return Record(checked_text(value, "the text"))
     held = Fields(value)
-    if kind == "texts" and "text" in held:
+    if "text" in held:
         return Record(checked_text(held["text"], "'text'"), notes=held.notes())
     answer = "answer" if "answer" in held else "response"
     if "prompt" not in held or answer not in held:
-        wanted = "neither 'text' nor 'prompt' with" if kind == "texts" else "no 'prompt' with"
-        raise BadRecord(f"has {wanted} 'answer'")
+        raise BadRecord("has neither 'text' nor both 'prompt' and 'answer'")
     prompt, text = (checked_text(held[name], repr(name)) for name in ("prompt", answer))
     return Record(text, prompt, held.notes())
 
