@@ -35,7 +35,7 @@ def export_weights(
     themselves. With `average` the moving average of the weights is written, where the checkpoint has one of them.
 
     One file is model.safetensors; several are model-00001-of-0000N.safetensors with model.safetensors.index.json.
-    Floating-point tensors are cast to `dtype` if it is given; else they keep the checkpoint's precision.
+    Floating-point parameters are cast to `dtype` if it is given; else they keep the checkpoint's precision.
 
     Raises:
         ConfigError: `out` is there and not empty.
@@ -54,7 +54,7 @@ def export_weights(
             held: dict[str, Tensor] = {}
             for key, new in shard.items():
                 whole = _read(files, key, found.digests, average)
-                held[new] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
+                held[new] = whole.to(_kind(files, key, whole.dtype, dtype))
                 bar.update()
             tensors = {key: tensor.contiguous() for key, tensor in file_tensors(held).items()}
             sizes += sum(tensor.nbytes for tensor in tensors.values())
@@ -81,8 +81,7 @@ def _plan(
     for key, shape, own in _tensors(files):
         if (name := called(key)) is not None:
             keys[name] = key
-            kind = dtype if dtype is not None and own.is_floating_point else own
-            shells[name] = torch.empty(shape, dtype=kind, device="meta")
+            shells[name] = torch.empty(shape, dtype=_kind(files, key, own, dtype), device="meta")
     shards: list[dict[str, str]] = [{}]
     room = max_shard_bytes
     for group in _together(shells, file_tensors):
@@ -115,6 +114,11 @@ def _tensors(files: ShardedFiles) -> Iterator[tuple[str, tuple[int, ...], torch.
         yield name, shape, files.dtype(name, VALUE)
     for name, buffer in files.buffers(0).items():
         yield name, tuple(buffer.shape), buffer.dtype
+
+
+def _kind(files: ShardedFiles, key: str, own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """Buffers keep theirs, as in training: tables and statistics, of which fp16 would make infinities."""
+    return asked if asked is not None and own.is_floating_point and key in files.shapes else own
 
 
 def _read(files: ShardedFiles, key: str, digests: Digests, average: bool) -> Tensor:

@@ -18,16 +18,27 @@ from trunkline.models.seq2seq.example import write_numbers
 from trunkline.models.seq2seq.records import FIELDS, Kind, Record, content, pair_of, text_of, texts
 from trunkline.models.seq2seq.store import Store
 from trunkline.models.seq2seq.tokenizer import check_marks, check_sizes, train_tokenizer
-from trunkline.models.text.preparation import Recipe, Tokenizer, find_inputs, from_folder, prepare_store, report
+from trunkline.models.text.preparation import (
+    Recipe,
+    Tokenizer,
+    find_inputs,
+    from_folder,
+    prepare_store,
+    report,
+    report_example,
+)
 from trunkline.models.text.preparation_flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 
 SUFFIXES = {"pairs": (".parquet", ".jsonl", ".json", ".csv", ".tsv"), "text": (".parquet", ".jsonl", ".json", ".txt")}
+_OF_A_SOURCE = (
+    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
+)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError and DataError."""
     if arguments.example:
-        _write_example(arguments)
+        report_example(arguments, write_numbers, _OF_A_SOURCE)
         return
     if arguments.tokenizer is None and not arguments.train_tokenizer:
         raise ConfigError("--source: needs --tokenizer FOLDER or --train-tokenizer")
@@ -43,19 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
         max_bad_fraction=arguments.max_bad_fraction, progress=True,
     )  # fmt: skip
     report(arguments.out, prepared, vocab_size if arguments.train_tokenizer else None)
-
-
-_OF_A_SOURCE = (
-    "tokenizer", "train_tokenizer", "vocab_size", "max_token_length", "val_source", "test_source", "val_fraction",
-)  # fmt: skip
-
-
-def _write_example(arguments: argparse.Namespace) -> None:
-    if given := [name for name in _OF_A_SOURCE if getattr(arguments, name)]:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
-    for name, count in write_numbers(arguments.out).items():
-        print(f"{arguments.out / name}: {count:,} records")
 
 
 def prepare(

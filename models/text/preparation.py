@@ -4,6 +4,7 @@
     from_folder(folder), Tokenizer(...)            a tokenizer that is given, and one that is to be made
     prepare_store(inputs, recipe, tokenizer, out)  read, check, tokenize and store every record
     report(out, prepare)                           does so, and prints what there is
+    report_example(arguments, write, ...)          writes files of records in place of that
 
 What is written depends on the files and the settings only. A store is written whole or not at all; run again, the same
 command finds it finished and does nothing. Memory does not grow with the files, but for 8 bytes for each record that is
@@ -12,6 +13,7 @@ held out, by which it is found among those that are trained on, and 16 for each 
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +187,20 @@ def report(out: Path, prepare: Callable[[], tuple[ColumnStore, bool]], vocab_siz
         print(f"  {split}: {counted.samples:,} records, {' + '.join(tokens)} tokens")
     for line in remarks(store.index):
         print(f"  {line}")
+
+
+def report_example(
+    arguments: argparse.Namespace, write: Callable[[Path], Mapping[str, int]], of_a_source: Sequence[str]
+) -> None:
+    """Prints which files `write` made, and how many records each has.
+
+    of_a_source: arguments that mean nothing here. Raises ConfigError for one that is given.
+    """
+    if given := [name for name in of_a_source if getattr(arguments, name)]:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
+    for name, count in write(arguments.out).items():
+        print(f"{arguments.out / name}: {count:,} records")
 
 
 def _placed(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
@@ -20,15 +19,16 @@ def add_source(parser: argparse.ArgumentParser, example: str, about: str, format
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
 
 
-def add_tokenizer(parser: argparse.ArgumentParser) -> Any:
-    """Which tokenizer. The group that excludes all but one."""
+def add_tokenizer(parser: argparse.ArgumentParser, further: Mapping[str, str] | None = None) -> None:
+    """Which tokenizer. further: flags that stand for other ones, and what they are."""
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer, or STORE/tokenizer of another store"
     )
     tokenizer.add_argument("--train-tokenizer", action="store_true", help="train one on the training records")
+    for flag, about in (further or {}).items():
+        tokenizer.add_argument(flag, action="store_true", help=about)
     parser.add_argument("--vocab-size", type=int, metavar="N", help=f"of the one trained ({DEFAULT_VOCAB_SIZE})")
-    return tokenizer
 
 
 def add_splits(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py token_image`."""
     formats = ".json, .jsonl, .parquet, .csv, .tsv, .txt with a text a line"
     add_source(parser, "topics", "write Python's own documentation as files of records", formats, KINDS)
-    tokenizer = add_tokenizer(parser)
-    tokenizer.add_argument("--byte-tokenizer", action="store_true", help="256 tokens: a byte is a token")
+    add_tokenizer(parser, {"--byte-tokenizer": "256 tokens: a byte is a token"})
     parser.add_argument(
         "--use-chat-template", action="store_true",
         help="write prompt and answer as the chat template of --tokenizer does, not with a line break between them",

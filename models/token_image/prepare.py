@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Literal
 from trunkline.engine.errors import ConfigError
 from trunkline.models.text.bpe import check_size, train_tokenizer
 from trunkline.models.text.byte_tokenizer import plain_bytes
-from trunkline.models.text.preparation import Recipe, Tokenizer, find_inputs, from_folder, prepare_store, report
+from trunkline.models.text.preparation import (
+    Recipe,
+    Tokenizer,
+    find_inputs,
+    from_folder,
+    prepare_store,
+    report,
+    report_example,
+)
 from trunkline.models.text.preparation_flags import DEFAULT_VAL_FRACTION, DEFAULT_VOCAB_SIZE
 from trunkline.models.text.topics import write_topics
 from trunkline.models.token_image.conversion import Converter
@@ -28,12 +36,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
+_OF_A_SOURCE = (
+    "tokenizer", "train_tokenizer", "byte_tokenizer", "vocab_size", "use_chat_template", "val_source", "test_source",
+    "val_fraction",
+)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says. Raises ConfigError and DataError."""
     if arguments.example:
-        _write_example(arguments)
+        report_example(arguments, write_topics, _OF_A_SOURCE)
         return
     if not (arguments.tokenizer or arguments.train_tokenizer or arguments.byte_tokenizer):
         raise ConfigError("--source: needs --tokenizer FOLDER, --train-tokenizer or --byte-tokenizer")
@@ -49,20 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
         max_bad_fraction=arguments.max_bad_fraction, progress=True,
     )  # fmt: skip
     report(arguments.out, prepared, vocab_size if arguments.train_tokenizer else None)
-
-
-_OF_A_SOURCE = (
-    "tokenizer", "train_tokenizer", "byte_tokenizer", "vocab_size", "use_chat_template", "val_source", "test_source",
-    "val_fraction",
-)  # fmt: skip
-
-
-def _write_example(arguments: argparse.Namespace) -> None:
-    if given := [name for name in _OF_A_SOURCE if getattr(arguments, name)]:
-        flag = f"--{given[0].replace('_', '-')}"
-        raise ConfigError(f"{flag}: goes with --source; --example writes records, which are prepared next")
-    for name, count in write_topics(arguments.out).items():
-        print(f"{arguments.out / name}: {count:,} records")
 
 
 def prepare(

@@ -71,12 +71,8 @@ class TokenImageTask(Task):
             self.dataset(split)
 
     def build_model(self) -> Denoiser:
-        """A new network for images of the data's size and encoding. What sees a condition is trained with one only."""
-        denoiser = Denoiser(self.model, self.data.img_size, self.encoding, self.frequencies, self.curve)
-        for name, parameter in denoiser.named_parameters():
-            # not left without a gradient: the weight decay of some layouts would change it then, and of others not
-            parameter.requires_grad_(self.store.kind == "dialogues" or not name.startswith("jit.condition_"))
-        return denoiser
+        """A new network for images of the data's size and encoding."""
+        return Denoiser(self.model, self.data.img_size, self.encoding, self.frequencies, self.curve)
 
     def dataset(self, split: str) -> Texts:
         """The texts of "train", "val" or "test"."""
@@ -191,11 +187,8 @@ class TokenImageTask(Task):
         return f"{self.store.fingerprint} as {self.data.img_size} x {self.data.img_size} of {self.data.encoding}"
 
     def notes(self) -> list[str]:
-        """What of the data was cut, and what of the model is not trained."""
-        said = [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
-        if self.store.kind == "texts" and self.model.condition:
-            said.append("no text has a condition, so what sees one is not trained: model.condition false leaves it out")
-        return said
+        """What of the data was cut."""
+        return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
 
     def read_state(self, path: Path, steps_per_epoch: int) -> WholeState:
         """A checkpoint_epoch_N.pth or best_model.pth of plain torch."""

@@ -69,8 +69,9 @@ def test_shards_have_an_index_and_can_be_loaded(toy: Path, tmp_path: Path) -> No
 def test_weights_are_cast_where_asked(toy: Path, tmp_path: Path) -> None:
     assert main(["--run", str(toy / "run"), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     final = load_file(toy / "run/final/model.safetensors")
+    buffers = dict(load_trained(toy / "run/final", torch.device("cpu")).model.named_buffers())
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
-        assert torch.equal(tensor, final[name].to(torch.bfloat16))
+        assert torch.equal(tensor, final[name] if name in buffers else final[name].to(torch.bfloat16))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -95,6 +96,20 @@ def test_a_buffer_without_a_dimension_is_exported_too(tmp_path: Path) -> None:
     exported = load_file(tmp_path / "out/model.safetensors")
     assert exported.keys() == model.state_dict().keys()
     assert exported["num_batches_tracked"].shape == ()
+
+
+def test_buffers_are_not_cast(tmp_path: Path) -> None:
+    """A variance of 1e6 is infinity in fp16."""
+    model = torch.nn.BatchNorm1d(4)
+    model.running_var.fill_(1e6)  # type: ignore[union-attr, operator]
+    backend = Alone(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE, keep_last=1)
+    checkpoints.open_for_writing()
+    path = checkpoints.save(capture(backend), {"step": 1}, probe_loss=0.0, in_background=False)
+    export_weights(verify(path), tmp_path / "out", 2**30, torch.float16)
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert exported["weight"].dtype == torch.float16
+    assert torch.equal(exported["running_var"], torch.full((4,), 1e6))
 
 
 def test_mistakes_are_named(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

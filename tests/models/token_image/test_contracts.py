@@ -143,7 +143,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
 
 
 SOME = {"recipe": [("deepspeed", 3)], "learnable": [("fsdp", 3)]}
-EVERY = dict.fromkeys(FORMS, [*(("deepspeed", stage) for stage in range(4)), *(("fsdp", stage) for stage in range(4))])
+EVERY = {form: [(backend, stage) for backend in ("deepspeed", "fsdp") for stage in range(4)] for form in FORMS}
 
 
 @pytest.mark.distributed

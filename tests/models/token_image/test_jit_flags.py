@@ -172,6 +172,47 @@ def test_without_a_tokenizer_the_command_trains_one() -> None:
     assert prepare_command("a", None, True).endswith("--tokenizer FOLDER --use-chat-template"), "which has the template"
 
 
+SHIPPED = {"b4": 127_681_584, "b16-256": 129_341_184, "l16": 455_729_920, "h16": 947_282_688}
+"""Parameters. Those of 256 x 256 pixels have 16 rows and columns of patches, for 4 at 64 x 64."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_the_recipe_of_the_flags(name: str) -> None:
+    file = checked(parse(["--config", f"token_image/{name}", *DATA]).draft(1), config_sections)
+    flags = configured("--model", file.model.preset, "--img_size", str(file.data.img_size), "--use_amp")
+    held, wanted = file.as_dict(), flags.as_dict()
+    assert held["training"].pop("best") == {"metric": "loss", "mode": "min"}, "which auto comes to"
+    for key in ("best", "num_workers", "activation_checkpointing"):
+        held["training"].pop(key, None)
+        wanted["training"].pop(key)
+    for section in ("data", "model", "training"):
+        assert held[section] == wanted[section]
+    for key in ("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16"):
+        assert held["deepspeed"][key] == wanted["deepspeed"][key]
+    if name in ("b4", "b16-256"):
+        for ranks in (1, 2, 8):
+            assert batch_sizes(file.deepspeed, ranks) == BatchSizes(4 * ranks, 4, 1, ranks)
+    else:
+        assert file.training.activation_checkpointing
+        assert [batch_sizes(file.deepspeed, ranks).global_batch_size for ranks in (1, 2, 8)] == [256] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_planned(texts: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    words = ["--config", f"token_image/{name}", "--data_path", str(texts), "--plan", "json", "--world-size", "8"]
+    assert launch(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    count = plan["parameters"]
+    assert count == SHIPPED[name]
+    memory, stage = plan["memory_bytes"], plan["config"]["deepspeed"]["zero_optimization"]["stage"]
+    shards = {"optimizer": 8 if stage else 1, "gradients": 8 if stage > 1 else 1, "parameters": 8 if stage > 2 else 1}
+    for what, width in (("optimizer", 8), ("gradients", 2), ("parameters", 2)):
+        assert memory[what] == pytest.approx(width * count / shards[what], rel=0.01), what
+    assert memory["activations"] > 0
+    assert plan["learning_rate"]["step 0"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
