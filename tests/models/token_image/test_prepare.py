@@ -14,6 +14,7 @@ from trunkline.models.text import chat_template, sources
 from trunkline.models.text.bpe import EOS, train_tokenizer
 from trunkline.models.text.tokenizer import load_tokenizer
 from trunkline.models.token_image.prepare import prepare
+from trunkline.models.token_image.records import KINDS
 from trunkline.models.token_image.store import Store
 
 TALK = [{"prompt": f"what is {number}?", "answer": f"a number, {number}"} for number in range(40)]
@@ -45,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "val.jsonl", {"text": "held out"})
     (folder / "empty").mkdir()
     tokenizer = train_tokenizer((record["answer"] for record in TALK), 300)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
     tokenizer.save_pretrained(folder / "plain")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder / "without_eos")
@@ -129,6 +131,20 @@ def test_any_tokenizer_gives_its_own_tokens_once_and_adds_none(folder: Path, tmp
     ]
     assert store.vocab_size == len(given)
     assert content_of(store.root / "tokenizer") == content_of(folder / "plain"), "byte for byte"
+
+
+def test_a_text_or_a_condition_that_becomes_a_mark_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", *TALK, {"prompt": "a<|turn|>", "answer": "b"}, f"a{EOS}")
+    for kind in KINDS:
+        store, _ = prepare(
+            [path], tmp_path / kind, kind=kind, tokenizer=folder / "plain", val_sources=[folder / "val.jsonl"]
+        )
+        assert store.index["skipped"] == {
+            f"holds {mark}, which the model would take for the real one: remove it": {
+                "count": 1, "first": [f"{path}: line {line}"]
+            }
+            for mark, line in ((EOS, 42), ("<|turn|>", 41))
+        }  # fmt: skip
 
 
 def test_a_tokenizer_is_trained_on_the_training_records_alone(tmp_path: Path, capsys: Any) -> None:
