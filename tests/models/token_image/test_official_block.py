@@ -128,6 +128,7 @@ def started(condition: bool = True, patch: tuple[int, int] = (4, 4)) -> JiT:
     assert all(not block.modulation.linear.weight.any() for block in model.blocks)
     for block in model.blocks:
         torch.nn.init.normal_(block.modulation.linear.weight, std=0.1)
+    torch.nn.init.normal_(model.output.weight, std=0.1)
     return model
 
 
