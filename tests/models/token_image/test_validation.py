@@ -82,7 +82,7 @@ def test_who_knows_the_text_saves_what_noise_hides(texts: Path) -> None:
     sums = task.evaluate(oracle, batch)
     assert task.summarize(sums)["token_accuracy"] == 1
     cross_entropy = float(sums["nats"] / sums["tokens"].sum()) / math.log(2)
-    assert task.summarize(sums)["bits_per_token"] == pytest.approx(0, abs=0.03 * cross_entropy)
+    assert task.summarize(sums)["bits_per_token"] == pytest.approx(0, abs=0.1 * cross_entropy)
 
 
 @pytest.mark.parametrize("model", [{}, {"loss": "x", "prior": "none", "noise": "linear"}])
