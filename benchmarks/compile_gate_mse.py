@@ -9,6 +9,7 @@ at a time. (Where rows have an odd length they cannot be; the rows below are of 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -119,8 +120,12 @@ def _type(argument: str, dtype: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=[90, 80], choices=[90, 80])
+    parser.add_argument("--only", default="", help="a regular expression for the names in the first column")
+    arguments = parser.parse_args()
     failures = 0
-    for configuration in configurations(tuple(parser.parse_args().architectures)):
+    for configuration in configurations(tuple(arguments.architectures)):
+        if not re.search(arguments.only, str(configuration)):
+            continue
         usage = measure(configuration)
         broken = limits_broken(configuration, usage)
         row = f"{configuration!s:56} {usage.registers:3} registers, {usage.wide_loads:2} loads of 16 bytes"

@@ -36,7 +36,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("folder", ["the project's root", "an empty folder"])
+@pytest.mark.parametrize("folder", ["the project's root", pytest.param("an empty folder", marks=pytest.mark.slow)])
 def test_transformers_finds_kernels_and_we_find_ours(folder: str, tmp_path: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, "-c", IMPORT], cwd=ROOT if folder == "the project's root" else tmp_path,

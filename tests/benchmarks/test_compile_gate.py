@@ -27,11 +27,15 @@ def gate(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tiles"),
-    [("sm_90|sm_86|sm_1.0", 25 + 1 + 3 + 5), pytest.param("sm_80", 25, marks=pytest.mark.slow)],
+    ("some", "tiles"),
+    [
+        (r"sm_90 .* D=64 |sm_86|sm_100 .* D=64 |sm_120 .* D=(16|128) ", 5 + 1 + 1 + 3),
+        pytest.param("sm_90|sm_86|sm_1.0", 25 + 1 + 3 + 5, marks=pytest.mark.slow),
+        pytest.param("sm_80", 25, marks=pytest.mark.slow),
+    ],
 )
-def test_a_tile_of_each_kind_fits_its_architecture(architecture, tiles):
-    done = gate("--only", architecture)
+def test_a_tile_of_each_kind_fits_its_architecture(some, tiles):
+    done = gate("--only", some)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(" registers, ") == tiles
 

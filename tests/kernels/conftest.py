@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +32,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
+@pytest.fixture
+def overflows_are_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums and products of integers that need more bits than they have are errors, where kernels are interpreted."""
+    if device.type == "cpu":
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
+
+
 @contextlib.contextmanager
 def _interpreted() -> Iterator[None]:
     from trunkline.kernels import triton_path  # not before tests/conftest.py has chosen how
@@ -40,6 +50,7 @@ def _interpreted() -> Iterator[None]:
         patch.setenv("TRITON_INTERPRET", "1")  # for kernels in modules that are imported when first needed
         patch.setattr(triton_path, "INTERPRETED", True)
         _prepare_the_language_once(patch)
+        _look_types_up_once(patch)
         yield
 
 
@@ -64,3 +75,35 @@ def _prepare_the_language_once(patch: pytest.MonkeyPatch) -> None:
 
     if hasattr(interpreter, "_LangPatchScope"):  # of Triton 3.7
         patch.setattr(interpreter, "_patch_lang", make_ready_once)
+
+
+def _look_types_up_once(patch: pytest.MonkeyPatch) -> None:
+    """Half of the time that is left goes into what no GPU does: types made anew for every value of a kernel.
+
+    And every sum and product of integers is made again in 64 bits, to see that it fits: see `overflows_are_found`.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+    numpy_type, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type_once(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(dtype)
+        return numpy_types[name]
+
+    patch.setattr(interpreter, "_get_np_dtype", numpy_type_once)
+
+    make_block, blocks = interpreter.tl.block_type.__init__, {}
+
+    def make_block_once(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    patch.setattr(interpreter.tl.block_type, "__init__", make_block_once)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trunkline.launchers import train
+
 ROOT = Path(__file__).parents[2]
 NOTES_KERNELS = """
 import os, sys
@@ -35,9 +37,10 @@ def test_with_sharded_weights_the_kernels_give_the_losses_of_torch_on_one_rank(t
     script = tmp_path / "train.py"
     script.write_text(NOTES_KERNELS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command += [str(tmp_path), "--config", str(toy / "config.json"), "--output-dir", str(tmp_path / "run")]
-    command += ["--backend", backend, "--set", "deepspeed.zero_optimization.stage=3"]
-    command += ["--set", "deepspeed.train_micro_batch_size_per_gpu=4", "--set", "training.eval_samples=2"]
+    few = ["--config", str(toy / "config.json"), "--set", "training.steps=2", "--set", "training.eval_samples=2"]
+    few += ["--set", "deepspeed.optimizer.params.lr=0.01"]  # so that a gradient counts at once
+    command += [str(tmp_path), *few, "--output-dir", str(tmp_path / "run"), "--backend", backend]
+    command += ["--set", "deepspeed.zero_optimization.stage=3", "--set", "deepspeed.train_micro_batch_size_per_gpu=4"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,7 +49,8 @@ def test_with_sharded_weights_the_kernels_give_the_losses_of_torch_on_one_rank(t
         assert {
             f"_{kernel}_{which}_kernel" for kernel in ("flash", "linear_masked_mse") for which in ("fwd", "bwd")
         } <= {*launched}
-    assert losses(tmp_path / "run") == pytest.approx(losses(toy / "run"), rel=1e-5)
+    assert train.main([*few, "--output-dir", str(tmp_path / "one")]) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def losses(run: Path) -> list[float]:

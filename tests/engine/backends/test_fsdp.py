@@ -72,19 +72,19 @@ def assert_same(folder: Path, name: str, other: str, *keys: str, split: str = "t
 
 @pytest.mark.distributed
 def test_fsdp_and_zero_give_the_losses_of_a_plain_loop_at_every_stage(tmp_path: Path) -> None:
-    """Twenty steps on ragged data, on one rank and on two, with 1, 2 and 4 micro-batches a step; clipping acts."""
+    """Ten steps on ragged data, on one rank and on two, with 1, 2 and 4 micro-batches a step; clipping acts."""
     runs: dict[str, tuple[str, dict[str, Any]]] = {}
     for stage in range(4):
-        keys = {"stage": stage, "steps": 20, "micro": (4, 8)[stage // 2]}
+        keys = {"stage": stage, "steps": 10, "micro": (4, 8)[stage // 2]}
         runs[f"fsdp-{stage}"] = ("fsdp", keys)
         runs[f"zero-{stage}"] = ("deepspeed", keys)
     run_distributed_test(runs_on_a_rank, 2, tmp_path / "two", runs, backend=None)
     run_distributed_test(
         runs_on_a_rank, 1, tmp_path / "one",
-        {f"fsdp-{stage}": ("fsdp", {"stage": stage, "steps": 20, "micro": (16, 4)[stage % 2]}) for stage in range(4)},
+        {f"fsdp-{stage}": ("fsdp", {"stage": stage, "steps": 10, "micro": (16, 4)[stage % 2]}) for stage in range(4)},
         backend=None,
     )  # fmt: skip
-    expected = reference_losses(configuration(tmp_path, steps=20))
+    expected = reference_losses(configuration(tmp_path, steps=10))
     for name in runs:
         assert losses(tmp_path / "two" / name) == pytest.approx(expected, rel=1e-5), name
         assert_same(tmp_path / "two", name, "zero-2", "grad_norm", "lr")

@@ -110,13 +110,19 @@ def test_a_resumed_run_clips_as_the_unbroken_one(tmp_path: Path, backend: str, s
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("configured", [0.0, 1.5])
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    *(("deepspeed", {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}) for stage in range(4)),
+    ("deepspeed", {"zero_optimization": {"stage": 0}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    ("fsdp", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}),
+]
+
+
 @pytest.mark.parametrize(
-    ("backend", "section"),
+    ("backend", "section", "configured"),
     [
-        *(("deepspeed", {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}) for stage in range(4)),
-        ("deepspeed", {"zero_optimization": {"stage": 0}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-        ("fsdp", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}),
+        pytest.param(backend, section, configured, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, (backend, section) in enumerate(WAYS)
+        for j, configured in enumerate([0.0, 1.5])
     ],
     ids=str,
 )

@@ -68,7 +68,7 @@ def test_bf16_gives_the_same_losses_under_every_stage_and_backend(tmp_path: Path
         assert one == pytest.approx(found[0], rel=0.01)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_bf16_trains_with_fp32_master_weights(tmp_path: Path, stage: int) -> None:
     section = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
     config = tiny_config(tmp_path, training={"steps": 30}, deepspeed=section)

@@ -140,7 +140,7 @@ def start_apart(rank: int, world_size: int, folder: Path, relative: bool) -> str
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_folder_that_the_ranks_do_not_share_is_found_at_the_start(tmp_path: Path, relative: bool) -> None:
     one, two = run_distributed_test(start_apart, 2, tmp_path, relative, backend=None)
     assert one == two

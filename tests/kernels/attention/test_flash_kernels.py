@@ -148,8 +148,15 @@ def test_every_pattern(device, causal_block, masked, N, M):
     assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block, key_mask=mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [16, 24, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("D", "dtype"),
+    [
+        pytest.param(D, dtype, marks=[pytest.mark.slow] * ((i + j) % 3 != 0))
+        for i, D in enumerate([16, 24, 32, 64, 80, 128, 256])
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
 def test_every_head_dimension(device, dtype, D):
     leaves = inputs(device, B=1, N=20, M=35, D=D, dtype=dtype)
     assert_as_accurate_as_dense_torch(leaves, causal_block=10)
@@ -179,6 +186,7 @@ def draw_configuration(draw, device):
     return leaves, arguments
 
 
+@pytest.mark.usefixtures("overflows_are_found")
 @pytest.mark.parametrize(
     "seed", [233299, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (496117, 720481, 905533, *[None] * 4))]
 )
@@ -294,6 +302,7 @@ def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("overflows_are_found")
 def test_offsets_beyond_two_to_the_31_elements(device):
     if device.type == "cuda":
         memory = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)

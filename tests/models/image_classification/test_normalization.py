@@ -177,7 +177,7 @@ def grouped_config(
     folder: Path, images: Path, network_folder: Path, micro: int | str, stage: int = 0, **training: Any
 ) -> RunConfig:
     return picture_config(
-        folder, images, tiny_model(network_folder), training={"steps": 9} | training,
+        folder, images, tiny_model(network_folder), training={"steps": 6} | training,
         deepspeed={"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}},
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed_test
-from tests.models.seq2seq.toy_pairs import toy_config
+from tests.models.seq2seq.toy_pairs import SILENT, toy_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.ranks.distributed import start
@@ -39,7 +39,7 @@ def config_of(
         "train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamWScale", "params": {"lr": 0.01, "weight_decay": 0.0}},
     }  # fmt: skip
-    return toy_config(folder, pairs, training=training, deepspeed=section)
+    return toy_config(folder, pairs, model=SILENT, training=training, deepspeed=section)
 
 
 def train(rank: int, world_size: int, cases: list[Case]) -> None:

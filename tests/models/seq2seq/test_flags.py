@@ -226,6 +226,7 @@ def toy_words(pairs: Path, folder: Path, *words: str) -> list[str]:
         "deepspeed.train_micro_batch_size_per_gpu=8",
         "training.trackers=[]",
         "training.num_workers=0",
+        "model.generation.samples=0",
     ]
     return [
         *("seq2seq", "--store", str(pairs), "--output_dir", str(folder), *shape, "--set=model.preset=null"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.models.seq2seq.toy_pairs import toy_config
+from tests.models.seq2seq.toy_pairs import SILENT, toy_config
 from trunkline.engine.config.deepspeed_section import Scheduler
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.data.order import FILLER, GlobalBatches
@@ -31,7 +31,7 @@ def config_of(folder: Path, pairs: Path, section: dict[str, Any] | None = None, 
     settings = {"steps": None, "epochs": 1, "eval_every": 3, "save_every": 9, **training}
     plain = {"type": "AdamW", "params": {"lr": 0.003, "weight_decay": 0.0}}
     section = {"optimizer": plain, "train_micro_batch_size_per_gpu": 8} | (section or {})
-    return toy_config(folder, pairs, training=settings, deepspeed=section)
+    return toy_config(folder, pairs, model=SILENT, training=settings, deepspeed=section)
 
 
 def train(folder: Path, *words: str) -> None:
@@ -157,8 +157,9 @@ def test_where_nothing_is_to_be_kept_none_is_begun(
 
 
 def test_how_texts_are_generated_may_change(pairs: Path, tmp_path: Path) -> None:
-    config_of(tmp_path, pairs)
-    train(tmp_path)
+    config_of(tmp_path, pairs, eval_every=9)
+    train(tmp_path, "--set", "model.generation.samples=4")
+    assert rows(tmp_path, "val")[-1]["generated"] == 4
     changed = ["--set", "model.generation.samples=3", "--set", "model.generation.bleu_tokenizer=zh"]
     train(tmp_path, "--is_keep_training", "--epochs=2", *changed)
     assert rows(tmp_path, "val")[-1]["generated"] == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models.seq2seq.families import write_folder
-from tests.models.seq2seq.toy_pairs import toy_config
+from tests.models.seq2seq.toy_pairs import SILENT, toy_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.optim.schedules import learning_rates
@@ -91,7 +91,7 @@ def test_fifty_steps_have_the_losses_of_transformers_seq2seq_trainer(
 ) -> None:
     folder = write_folder(tmp_path / "model", family, pairs / "tokenizer")
     config = toy_config(
-        tmp_path, pairs, model={"path": str(folder)}, deepspeed={"train_micro_batch_size_per_gpu": 4},
+        tmp_path, pairs, model=SILENT | {"path": str(folder)}, deepspeed={"train_micro_batch_size_per_gpu": 4},
         training={"steps": 50, "eval_every": 50, "save_every": 50, "parameters": FROZEN if frozen else []},
     )  # fmt: skip
     Trainer(make_task(config), config, start(), tmp_path / "run").run()

@@ -18,6 +18,8 @@ SHAPE = {
     "num_heads": 4, "feed_forward_proj": "relu",
 }  # fmt: skip
 _WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+SILENT = {"generation": {"samples": 0}}
+"""Of the model's section: losses alone are validated, which is most of the time of a small run."""
 
 
 def toy_store(folder: Path) -> Path:
