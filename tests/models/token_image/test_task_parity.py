@@ -54,6 +54,10 @@ def picture(text: bytes) -> tuple[Tensor, Tensor]:
     return image, mask
 
 
+NOTHING = torch.zeros(SIZE, SIZE, 3), torch.zeros(SIZE, SIZE)
+"""The picture of a prompt that is not there."""
+
+
 def embedded(image: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, patches, d]: the patch embedding as a convolution, and learned rows and columns."""
     kernel = weight.view(len(weight), PATCH, PATCH, 3).permute(0, 3, 1, 2)
@@ -101,7 +105,7 @@ def predicted(
 
 def plain_loop(weights: dict[str, Tensor], texts: list[tuple[bytes, bytes]], size: int, seed: int) -> list[float]:
     """Trains the weights in place. Returns the losses."""
-    pictures = [(picture(text), picture(prompt)) for text, prompt in texts]
+    pictures = [(picture(text), picture(prompt) if prompt else NOTHING) for text, prompt in texts]
     order, recorded = GlobalBatches(len(texts), size, seed), []
     optimizer = torch.optim.AdamW(list(weights.values()), lr=RATE, betas=(0.9, 0.999), weight_decay=0.01)
     for step in range(STEPS):
