@@ -140,6 +140,17 @@ def test_a_flag_may_stand_for_one_of_the_launcher(words: list[str], resume: str,
     assert (arguments.resume, arguments.output_dir) == (resume, folder)
 
 
+def test_a_file_to_resume_from_is_another_programs_to_start_from(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_epoch_3.pth").touch()
+    for value, start_from, resume in (
+        (tmp_path / "checkpoint_epoch_3.pth", str(tmp_path / "checkpoint_epoch_3.pth"), "auto"),
+        (tmp_path, None, str(tmp_path)),
+        (tmp_path / "nothing.pth", None, str(tmp_path / "nothing.pth")),
+    ):
+        command, config = configured("--resume", str(value))
+        assert (config.training.start_from, command.arguments.resume) == (start_from, resume)
+
+
 def test_every_other_flag_reaches_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     words = ["--train_size", "90", "--val-size", "9", "--img_size=64", "--arch", "resnet34", "--pretrained",

@@ -43,15 +43,19 @@ def texts_of_all_lengths() -> list[tuple[bytes, bytes]]:
     return [tuple(bytes(chosen.randrange(1, 256) for _ in range(n)) for n in pair) for pair in lengths]  # type: ignore[misc]
 
 
-def picture(text: bytes | None) -> tuple[Tensor, Tensor]:
+def picture(text: bytes) -> tuple[Tensor, Tensor]:
     """[S, S, 3] and [S, S]: a token a pixel, id in base 256 over 255, EOS after it or in place of the last."""
-    ids = [] if text is None else [*text, EOS] if len(text) < SIZE**2 else [*text[: SIZE**2 - 1], EOS]
+    ids = [*text, EOS] if len(text) < SIZE**2 else [*text[: SIZE**2 - 1], EOS]
     image, mask = torch.zeros(SIZE, SIZE, 3), torch.zeros(SIZE, SIZE)
     for place, token in enumerate(ids):
         digits = [token % 256, token // 256 % 256, token // 65536]
         image[place // SIZE, place % SIZE] = torch.tensor(digits) / 255
         mask[place // SIZE, place % SIZE] = 1
     return image, mask
+
+
+NOTHING = torch.zeros(SIZE, SIZE, 3), torch.zeros(SIZE, SIZE)
+"""The picture of a prompt that is not there."""
 
 
 def embedded(image: Tensor, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def predicted(
 
 def plain_loop(weights: dict[str, Tensor], texts: list[tuple[bytes, bytes]], size: int, seed: int) -> list[float]:
     """Trains the weights in place. Returns the losses."""
-    pictures = [(picture(text), picture(prompt or None)) for text, prompt in texts]
+    pictures = [(picture(text), picture(prompt) if prompt else NOTHING) for text, prompt in texts]
     order, recorded = GlobalBatches(len(texts), size, seed), []
     optimizer = torch.optim.AdamW(list(weights.values()), lr=RATE, betas=(0.9, 0.999), weight_decay=0.01)
     for step in range(STEPS):
