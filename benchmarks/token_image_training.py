@@ -160,6 +160,7 @@ class Plain(nn.Module):
         h = torch.cat([h.new_zeros(len(h), jit.slots, jit.d_model), h], 1)
         seen = torch.cat([seen.new_zeros(len(h), jit.slots), seen], 1)[:, None, None]
         c = F.silu(time_features(t, jit.d_model))
+        block: Any
         for block in jit.blocks:
             scale, shift = block.norm.modulation(c)[:, None].chunk(2, -1)
             scale = (1 + scale).clamp(0.1, 10)

@@ -103,7 +103,7 @@ def test_without_an_estimate_black_is_seen_and_padding_always_is(texts: Path) ->
     [
         ("shared_norm", {"activation_checkpointing": True}),
         ("official", {"activation_checkpointing": True}),
-        ("official", {"compile": "eager"}),
+        pytest.param("official", {"compile": "eager"}, marks=pytest.mark.slow),
     ],
     ids=["recomputed", "official-recomputed", "official-compiled"],
 )
