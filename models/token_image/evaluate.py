@@ -28,7 +28,7 @@ from trunkline.engine.record.tables import markdown, metrics_table
 from trunkline.engine.task import Batch
 from trunkline.models.token_image import samples
 from trunkline.models.token_image.bigram import Bigram
-from trunkline.models.token_image.generation import frames, until_end
+from trunkline.models.token_image.generation import Frame, frames, until_end
 from trunkline.models.token_image.information import curve_of
 from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM, Levels, measure
 from trunkline.models.token_image.ngrams import NGrams, Tokens
@@ -48,7 +48,7 @@ class Evaluation:
     """bits: by model, bits_per_token and, of what is estimated, its standard error; and bits_per_byte.
 
     batches: the images that were read. made: of each sample its tokens. path: of the first sample, the images on the
-    way, fp32 [steps + 1, S, S, C]. scores: of the samples and of held-out texts of the same lengths
+    way, each with the network's guess. scores: of the samples and of held-out texts of the same lengths
     """
 
     trained: Trained
@@ -59,7 +59,7 @@ class Evaluation:
     levels: Levels
     bits: dict[str, dict[str, float]]
     made: list[list[int]]
-    path: torch.Tensor | None
+    path: list[Frame]
     scores: dict[str, dict[str, float]]
     notes: list[str]
 
@@ -116,7 +116,7 @@ def evaluate(
     scores = {}
     if made:
         lengths = [min(len(ours), len(theirs)) for ours, theirs in zip(made, held, strict=True)]
-        pieces = {"samples": made, f"{split} text": held}
+        pieces = {"samples": [np.array(text) for text in made], f"{split} text": held}
         scores = {name: samples.scores(samples.alike(each, lengths), texts, counted) for name, each in pieces.items()}
     bits = _bits(found, counted, _texts_of(batches), trained)
     return Evaluation(trained, task, split, batches, bigram, found, bits, made, path, scores, notes)
@@ -145,19 +145,17 @@ def _texts_of(batches: list[Batch]) -> list[Tokens]:
 
 def _samples(
     task: TokenImageTask, trained: Trained, batches: list[Batch], steps: int, seed: int, progress: bool
-) -> tuple[list[list[int]], list[Tokens], torch.Tensor | None]:
+) -> tuple[list[list[int]], list[Tokens], list[Frame]]:
     """Texts made up, held-out ones of the same lengths (and conditions), and how the first came about."""
-    made, path = list[list[int]](), None
+    made, path = list[list[int]](), list[Frame]()
     for batch in tqdm(batches, desc="make up texts", unit="batch", disable=not progress or not batches):
-        way = []
-        for x in frames(
+        way = list(frames(
             trained.network, trained.data.img_size, batch["length"], steps=steps, method="heun", seed=seed,
             first=len(made), condition=task.condition(batch),
-        ):  # fmt: skip
-            way.append(x[0].cpu())
-        found = until_end(task.encoding.decode(x), batch["length"], trained.eos)
+        ))  # fmt: skip
+        found = until_end(task.encoding.decode(way[-1].x), batch["length"], trained.eos)
         made += [text for text, valid in zip(found, batch["valid"], strict=True) if valid]
-        path = torch.stack(way) if path is None else path
+        path = path or [Frame(x[0], guess[0]) for x, guess in way]
     return made, _texts_of(batches), path
 
 

@@ -35,7 +35,7 @@ def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor
 
     codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
     """
-    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64, until the largest is 0
+    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64 until the largest is 0
     z, snr, wide = z.double(), snr.double(), codes.double()
     scores = (snr.sqrt()[..., None] * z) @ wide.T
     scores.sub_(snr[..., None] * (wide.square().sum(-1) / 2)).add_(log_frequencies)

@@ -14,7 +14,7 @@ integral over the signal-to-noise ratio that the bound asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ class Levels:
         return float(math.sqrt((rest**2).sum() * count / max(count - 1, 1)) / self.lengths.sum()) / math.log(2)
 
     def integral(self) -> float:
-        """Bits per token that all errors of the posterior by frequencies make up: their cross entropy, if all is right."""
+        """Bits per token that the errors of the posterior by frequencies make up: their cross entropy, if all is well."""
         return float((self.errors[UNIGRAM] * self.nats).mean(1).sum() / self.lengths.sum()) / math.log(2)
 
     def _costs(self, reader: str) -> np.ndarray:
@@ -113,8 +113,9 @@ def measure(
                     errors.setdefault(reader, []).append(error)
                 bar.update()
     times = time_of(alphas, task.model.noise, curve)
+    worth = curve.nats(torch.ones_like(snr), snr)
     return Levels(
-        *(each.double().cpu().numpy() for each in (shares, snr, times, curve.nats(torch.ones_like(snr), snr))),
+        shares=_joined([shares]), snr=_joined([snr]), times=_joined([times]), nats=_joined([worth]),
         lengths=_joined(lengths), cross_entropy=_joined(cross_entropy),
         right=_tables(right, count), errors=_tables(errors, count),
     )  # fmt: skip

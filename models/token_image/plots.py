@@ -55,7 +55,8 @@ def plot_errors(levels: Levels, path: Path) -> None:
         axes = figure.subplots()
         axes.axhline(1, color=GREY, label=f"{UNIGRAM}: {levels.bits(UNIGRAM):.2f} bits a token")
         saved = levels.bits(UNIGRAM) - levels.bits(NETWORK)
-        axes.fill_between(share, network, 1, color=BLUE, alpha=0.15, label=f"area: {saved:.2f} bits saved")
+        width, label = 100 / len(share), f"area: {saved:.2f} bits saved"
+        axes.bar(share, network - 1, width, bottom=1, color=BLUE, alpha=0.15, label=label)
         for reader in (BIGRAM, NETWORK):
             if reader in levels.errors:
                 label = f"{reader}: {levels.bits(reader):.2f} bits a token"
@@ -71,7 +72,7 @@ def plot_page(pages: Mapping[str, Sequence[str]], wanted: Sequence[str], size: i
     """One page of `size` x `size` tokens, row by row: by reader the tokens as text, wrong ones red, and the truth."""
     panels = dict(pages) | {"the text": wanted}
     edge = 2.6
-    with picture(path, edge * len(panels), edge + 0.75, **{"axes.grid": False}) as figure:
+    with picture(path, edge * len(panels), edge + 0.5, **{"axes.grid": False}) as figure:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         for axes, (reader, tokens) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             wrong = np.array([found != right for found, right in zip(tokens, wanted, strict=True)])
