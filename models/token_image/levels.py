@@ -76,7 +76,7 @@ class Levels:
         return float(math.sqrt((rest**2).sum() * count / max(count - 1, 1)) / self.lengths.sum()) / math.log(2)
 
     def integral(self) -> float:
-        """Bits per token that the errors of the posterior by frequencies make up: their cross entropy, if all is well."""
+        """Bits per token that errors of the posterior by frequencies make up: their cross entropy, if right."""
         return float((self.errors[UNIGRAM] * self.nats).mean(1).sum() / self.lengths.sum()) / math.log(2)
 
     def _costs(self, reader: str) -> np.ndarray:

@@ -72,7 +72,7 @@ def plot_page(pages: Mapping[str, Sequence[str]], wanted: Sequence[str], size: i
     """One page of `size` x `size` tokens, row by row: by reader the tokens as text, wrong ones red, and the truth."""
     panels = dict(pages) | {"the text": wanted}
     edge = 2.6
-    with picture(path, edge * len(panels), edge + 0.5, **{"axes.grid": False}) as figure:
+    with picture(path, edge * len(panels), edge + 0.6, **{"axes.grid": False}) as figure:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         for axes, (reader, tokens) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             wrong = np.array([found != right for found, right in zip(tokens, wanted, strict=True)])

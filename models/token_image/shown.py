@@ -33,7 +33,7 @@ def show(result: Evaluation, out: Path) -> list[Path]:
     _strip(result, batch, out / names[3])
     if result.path:
         names.append("frames.png")
-        _frames(result, result.path, out / names[4])
+        plot_way(result.path, len(result.made[0]), result.trained.names(), result.task.encoding, out / names[4])
     return [out / name for name in names]
 
 
@@ -79,14 +79,14 @@ def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
     plot_rows(rows, heads, path, f"A text of {result.split} at {len(rows)} levels of noise, in one step of denoising")
 
 
-def _frames(result: Evaluation, way: list[Frame], path: Path) -> None:
-    names, encoding, steps = result.trained.names(), result.task.encoding, len(way)
-    length, rows = len(result.made[0]), []
-    for step in np.unique(np.linspace(1, steps, _ROWS + 1).round().astype(int)):
+def plot_way(way: list[Frame], length: int, names: list[str], encoding: Encoding, path: Path) -> None:
+    """Some steps of how one text of `length` tokens came out of noise. names: of each token."""
+    rows = []
+    for step in np.unique(np.linspace(1, len(way), _ROWS + 1).round().astype(int)):
         x, guess = way[step - 1]
-        label, text = f"step {step}\nof {steps}", _spelled(encoding.decode(guess), length, names)
+        label, text = f"step {step}\nof {len(way)}", _spelled(encoding.decode(guess), length, names)
         rows.append(Row(label, [_image(x, encoding), _image(guess, encoding)], text, [False] * length))
-    plot_rows(rows, ["image", "guess", "nearest tokens of the guess"], path, "A text from pure noise")
+    plot_rows(rows, ["image", "guess", "nearest tokens of the guess"], path, "A text from noise")
 
 
 def _image(x: Tensor, encoding: Encoding) -> np.ndarray:
