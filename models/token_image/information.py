@@ -8,8 +8,8 @@ signal-to-noise ratio. By Bayes, of frequencies p:
 and the error of the best guess of e, mse(g) = E |e - E[e | z]|^2, says how many nats z tells (Guo, Shamai and Verdu,
 2005): I(g) = 1/2 integral of mse from 0 to g. All of the token is I(infinity), its entropy. So a denoiser that errs
 less than this one by d(g) bounds the negative log-likelihood of a token, in nats, by what the frequencies alone give,
--log p_v, less 1/2 integral of d. Over u, the share of the information below g, that integral is a mean: of
-information x d / mse at evenly spread u.
+-log p_v, less 1/2 integral of d. Where ratios are drawn so that the shares of the information below them are spread
+evenly, the integral is the mean of d times what a share spans of the ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEAST, MOST = 1e-3, 1e3
 """The ratios of a curve, of codes that are 2 apart at least."""
 _MOST_WORK = 1 << 20  # draws times tokens at a ratio
 _MOST_SCORES = 1 << 23
-_LEAST_ERROR = 1e-4  # of all there is; beyond it a curve by Monte Carlo says little
+_LAST_SHARE = 1 - 1 / 2000  # beyond it a curve by Monte Carlo says little of what a share spans
 
 
 def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
@@ -84,13 +84,16 @@ class Curve:
         return Curve(self.snr.to(device), self.mse.to(device), self.share.to(device), self.entropy)
 
     def nats(self, error: Tensor, snr: Tensor) -> Tensor:
-        """1/2 integral of the error over the ratio is the mean of these, if the shares of the ratios are spread evenly.
+        """1/2 integral of the error over the ratio is the mean of these, where the ratios' shares are spread evenly.
 
-        So of errors themselves they make up what such a denoiser needs to name a token, and of how much less one errs
-        than a guess by frequencies, what it saves.
+        So of errors themselves they make up what it takes to name a token, and of how much less a denoiser errs than a
+        guess by frequencies, what it saves. That holds exactly, however well the curve fits.
         """
-        told = torch.trapezoid(self.mse.double(), self.snr.double()).float() / 2
-        return told * error / self.mse_at(snr).clamp(min=_LEAST_ERROR * self.mse[0])
+        snr = snr.clamp(max=self.snr_at(torch.full((), _LAST_SHARE, device=snr.device)))
+        right = torch.searchsorted(self.snr, snr.contiguous()).clamp(1, len(self.snr) - 1)
+        logs = self.snr.log()
+        span = (logs[right] - logs[right - 1]) / (self.share[right] - self.share[right - 1])
+        return error * snr * span / 2
 
 
 def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.encodings import Encoding, Kind
 from trunkline.models.token_image.information import Curve, by_frequencies, curve_of, log_posterior
 
 
@@ -47,17 +47,20 @@ def test_the_information_of_all_noise_levels_is_the_entropy(vocab_size: int) -> 
     assert told + below == pytest.approx(curve.entropy, rel=0.02)
 
 
-def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy() -> None:
+@pytest.mark.parametrize("kind", ["bits", "rgb"])
+def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy(kind: Kind) -> None:
     """At ratios with evenly spread shares, drawn anew: no draw of the curve is used again."""
-    codes, frequencies, count = codes_of(106), unigram(106), 20_000
-    curve = curve_of(codes, frequencies)
+    encoding, frequencies, count = Encoding(kind, 106), unigram(106), 20_000
+    codes = encoding.encode(torch.arange(106))
+    curve = curve_of(codes, frequencies, encoding.apart)
     snr = curve.snr_at((torch.arange(count) + 0.5) / count)
     tokens = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(1))
-    z = snr.sqrt()[:, None] * codes[tokens] + torch.randn(count, 7, generator=torch.Generator().manual_seed(2))
-    _, guess = by_frequencies(z, snr, codes, frequencies.log())
+    noise = torch.randn(count, encoding.channels, generator=torch.Generator().manual_seed(2))
+    _, guess = by_frequencies(snr.sqrt()[:, None] * codes[tokens] + noise, snr, codes, frequencies.log())
     nats = curve.nats((guess - codes[tokens]).square().sum(-1), snr)
-    assert float(nats.mean()) == pytest.approx(curve.entropy, abs=3 * float(nats.std()) / math.sqrt(count))
-    assert 3 * float(nats.std()) / math.sqrt(count) < 0.05 * curve.entropy
+    error = float(nats.std()) / math.sqrt(count)
+    assert float(nats.mean()) == pytest.approx(curve.entropy, abs=3 * error)
+    assert error < 0.025 * curve.entropy
 
 
 def test_a_guess_in_pieces_is_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
