@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.token_image.toy_run import LEARNABLE, SMALL, train
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
 from trunkline.models.token_image.store import Kind, Store
@@ -20,11 +21,11 @@ TEXTS = [
 ]
 
 
-def make_store(folder: Path, kind: Kind = "texts") -> Store:
+def make_store(folder: Path, kind: Kind = "texts", vocab_size: int = 256) -> Store:
     """TEXTS as the splits "train" and "val"; of dialogues each has the one before it as its condition."""
     (draft := folder / "draft").mkdir(parents=True)
     plain_bytes().save_pretrained(draft / "tokenizer")
-    with ColumnWriter(draft, Store, kind, 256, ["train", "val"]) as writer:
+    with ColumnWriter(draft, Store, kind, vocab_size, ["train", "val"]) as writer:
         for split in ("train", "val"):
             for text, before in zip(TEXTS, ["", *TEXTS], strict=False):
                 writer.add(split, list(text.encode()), *([list(before.encode())] if kind == "dialogues" else []))
@@ -39,3 +40,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("dialogues"), "dialogues").root
+
+
+@pytest.fixture(scope="session")
+def learnable_run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("learnable"), texts, LEARNABLE)
+
+
+@pytest.fixture(scope="session")
+def dialogue_run(dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("dialogue"), dialogues, SMALL, data={"encoding": "rgb", "stride": None})
