@@ -204,7 +204,7 @@ def render(result: Evaluation) -> str:
     rows = [["information", "time", *(f"{reader}, % right" for reader in levels.right)]]
     for level, share in enumerate(levels.shares):
         accuracies = (f"{100 * levels.accuracy(reader)[level]:.1f}" for reader in levels.right)
-        rows.append([f"{100 * share:.1f} %", f"{levels.times[level]:.0f}", *accuracies])
+        rows.append([f"{100 * share:.1f} %", f"{levels.times[level]:.3g}", *accuracies])
     of = f"{len(levels.lengths):,} images of {result.split}, {int(levels.lengths.sum()):,} tokens"
     parts = [metrics_table(of, result.bits), markdown(rows, align="right")]
     if result.scores:

@@ -71,7 +71,7 @@ def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
         wrong = (tokens.flatten()[:length] != wanted).cpu().numpy()
         label = (
             f"{100 * result.levels.shares[level]:.0f} % of the\ninformation\n"
-            f"t = {result.levels.times[level]:.0f}\n{100 * (1 - wrong.mean()):.0f} % right"
+            f"t = {result.levels.times[level]:.3g}\n{100 * (1 - wrong.mean()):.0f} % right"
         )
         rows.append(Row(label, [_image(x / alpha, encoding), _image(guess, encoding)],
                         _spelled(tokens, length, names), wrong.tolist()))  # fmt: skip
