@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trunkline.models.causal_lm.chat_template import Asked, TemplateLimit, render, render_marked
 from trunkline.models.causal_lm.records import Conversation, Message, Preference, Record, Text, strings
 from trunkline.models.causal_lm.tokenizer import turn_ends
 from trunkline.models.causal_lm.unrendered import Unrendered, without_template
+from trunkline.models.text.chat_template import Asked, TemplateLimit, render, render_marked
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import leading_ids, special_tokens
 

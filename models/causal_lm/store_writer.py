@@ -19,7 +19,7 @@ from trunkline.engine.data.npy import NpyWriter, Spec
 from trunkline.models.causal_lm.records import Kind
 from trunkline.models.causal_lm.rendering import Rendered
 from trunkline.models.causal_lm.store import SplitEntry, Store, layout
-from trunkline.models.text.splits import SPLITS, Split
+from trunkline.models.text.splits import Split
 from trunkline.models.text.token_store import check_tokens, publish_tokens
 
 
@@ -29,7 +29,7 @@ class StoreWriter:
     def __init__(self, draft: Path, kind: Kind, vocab_size: int) -> None:
         self._draft, self._kind, self._vocab_size = draft, kind, vocab_size
         self._files = ExitStack()
-        self._splits = {name: _SplitWriter(draft / name, kind, vocab_size, self._files) for name in SPLITS}
+        self._splits = {name: _SplitWriter(draft / name, kind, vocab_size, self._files) for name in ("train", "val")}
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError
-from trunkline.models.causal_lm.chat_template import Asked, render
+from trunkline.models.text.bpe import byte_level_bpe
+from trunkline.models.text.chat_template import Asked, render
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import PROBE, special_tokens
 
@@ -40,24 +41,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     no unknown token: every text can be written in bytes. The same texts in the same order give the same tokenizer.
     Raises ConfigError for a `vocab_size` below MIN_VOCAB_SIZE.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"a vocabulary of {vocab_size} tokens: use {MIN_VOCAB_SIZE} or more, for bytes and marks alone"
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = byte_level_bpe(texts, vocab_size, SPECIAL_TOKENS)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

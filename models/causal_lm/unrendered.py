@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from trunkline.models.causal_lm.chat_template import Asked
 from trunkline.models.causal_lm.records import Message
+from trunkline.models.text.chat_template import Asked
 from trunkline.models.text.sources import BadRecord
 
 _LONGEST_NAME = 40

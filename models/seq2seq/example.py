@@ -13,15 +13,14 @@ language to fine-tune on. Its 300 training pairs are 0 ... 99 and 200 more. Each
 
 from __future__ import annotations
 
-import json
 import random
 import string
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from trunkline.engine.data.store_writer import draft_of, publish
 from trunkline.engine.errors import ConfigError
+from trunkline.models.text.record_files import write_records
 
 LANGUAGES = ("en", "es", "fr", "it", "de", "nl", "pt", "da")
 NEW_LANGUAGE = "sv"
@@ -39,16 +38,7 @@ def write_numbers(folder: Path) -> dict[str, int]:
     Raises ConfigError if num2words is not installed, and DataError if `folder` is there and not empty.
     """
     spelled(0, "en")  # what lacks should be named before anything is written
-    counts = {}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with draft_of(folder) as draft:
-        for name, records in _files().items():
-            with (draft / name).open("w", encoding="utf-8") as file:
-                counts[name] = sum(
-                    bool(file.write(json.dumps(record, ensure_ascii=False) + "\n")) for record in records
-                )
-        publish(draft, folder)
-    return counts
+    return write_records(folder, _files())
 
 
 def _files() -> dict[str, Iterator[Record]]:

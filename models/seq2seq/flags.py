@@ -7,39 +7,19 @@ from pathlib import Path
 
 from trunkline.models.seq2seq.chat_flags import DEFAULTS, FLAGS
 from trunkline.models.seq2seq.records import FIELDS, KINDS
+from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
 
 __all__ = ["DEFAULTS", "FLAGS", "evaluate", "predict", "prepare"]
-DEFAULT_VOCAB_SIZE = 10_000
-DEFAULT_VAL_FRACTION = 0.05
 
 
 def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py seq2seq`."""
-    work = parser.add_mutually_exclusive_group(required=True)
-    work.add_argument("--example", choices=["numbers"], help="write an example's files of records; needs num2words")
-    work.add_argument(
-        "--source", type=Path, nargs="+", metavar="PATH",
-        help="files (.parquet, .jsonl, .json, .csv, .tsv; of texts also .txt) or folders of them",
-    )  # fmt: skip
-    parser.add_argument("--kind", choices=KINDS, default="pairs", help="what the records are")
+    formats = ".parquet, .jsonl, .json, .csv, .tsv; of texts also .txt"
+    add_source(parser, "numbers", "write an example's files of records; needs num2words", formats, KINDS)
     parser.add_argument("--fields", nargs=2, default=FIELDS, metavar=("PROMPT", "RESPONSE"), help="their names")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="a Hugging Face tokenizer, or STORE/tokenizer of another store"
-    )
-    tokenizer.add_argument("--train-tokenizer", action="store_true", help="train one on the training records")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help=f"of the one trained ({DEFAULT_VOCAB_SIZE})")
+    add_tokenizer(parser)
     parser.add_argument("--max-token-length", type=int, metavar="N", help="characters of a token of the one trained")
-    val = parser.add_mutually_exclusive_group()
-    val.add_argument("--val-source", type=Path, nargs="+", metavar="PATH", help="validation records of their own")
-    val.add_argument(
-        "--val-fraction", type=float, metavar="F", help=f"share of the records for it ({DEFAULT_VAL_FRACTION})"
-    )
-    parser.add_argument("--test-source", type=Path, nargs="+", metavar="PATH", help="test records")
-    parser.add_argument(
-        "--max-bad-fraction", type=float, default=0.1, metavar="F", help="more bad records than that are an error (0.1)"
-    )
+    add_splits(parser)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@
     prompt_of(value)         {"prompt": ...}, or a string: the turns that an answer is wanted to
     text_of(value)           {"text": ...}, or a string
     content(record)          the same for equal records
+    texts(record)            all of it, turn by turn
 
 A pair may have `history`, the turns before the prompt: messages ({"role", "content"}), or pairs of question and answer;
 in a table they are written as JSON. Other fields of a record are not used; its `notes` name those that hold anything.
@@ -74,6 +75,11 @@ def text_of(value: Any) -> Record:
 def content(record: Record) -> str:
     """What of a record decides whether it is trained on: its texts."""
     return json.dumps([*record.turns, record.response])
+
+
+def texts(record: Record) -> list[str]:
+    """What of a record becomes tokens: the turns, and the response if there is one."""
+    return [text for text in (*record.turns, record.response) if text]
 
 
 def _history(value: Any) -> tuple[str, ...]:

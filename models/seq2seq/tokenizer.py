@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError
+from trunkline.models.text.bpe import byte_level_bpe
 from trunkline.models.text.tokenizer import vocabulary_size
 
 if TYPE_CHECKING:
@@ -33,23 +34,13 @@ def train_tokenizer(
     It has no unknown token: every text can be written in bytes. The same texts in the same order give the same
     tokenizer. Digits are never merged. Raises ConfigError as `check_sizes` does.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     check_sizes(vocab_size, max_token_length, num_sentinels)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer = byte_level_bpe(
+        texts, vocab_size - num_sentinels, [PAD, EOS], single_digits=True, max_token_length=max_token_length
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - num_sentinels,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=max_token_length,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     marks = [f"<extra_id_{number}>" for number in reversed(range(num_sentinels))]
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     return PreTrainedTokenizerFast(

@@ -108,9 +108,10 @@ class ColumnWriter(Generic[_S]):
 
     def add(self, split: str, *sequences: Sequence[int]) -> None:
         """One record's tokens, column by column. Raises DataError for one outside the vocabulary."""
-        for ids in sequences:
+        arrays = [np.asarray(ids, np.int64) for ids in sequences]
+        for ids in arrays:
             check_tokens(ids, self._vocab_size)
-        self._splits[split].add(sequences)
+        self._splits[split].add(arrays)
 
     def finish(self, out: Path, **notes: Any) -> _S:
         """Finish the files, take the tokenizer in `draft`/tokenizer as it is and rename the draft to `out`.
@@ -133,9 +134,9 @@ class _SplitWriter:
         self._where = {name: files.enter_context(NpyWriter(folder / f"{name}_offsets.npy", "<i8")) for name in columns}
         self._offsets = {name: array("q", [0]) for name in columns}
 
-    def add(self, sequences: Sequence[Sequence[int]]) -> None:
-        for name, ids in zip(self._tokens, sequences):
-            self._tokens[name].add(np.asarray(ids, np.int64))
+    def add(self, sequences: Sequence[np.ndarray]) -> None:
+        for name, ids in zip(self._tokens, sequences, strict=True):
+            self._tokens[name].add(ids)
             self._offsets[name].append(self._offsets[name][-1] + len(ids))
 
     def finish(self, split: str) -> tuple[dict[str, Spec], dict[str, int]]:

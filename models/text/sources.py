@@ -3,9 +3,9 @@
     find_files(paths, suffixes)       the files to read, in the order in which they are read
     read_records(files, record_of)    (place, record) for a good record, Problem(place, reason) for any other
 
-What a record is, a workload says; a .txt file is one document, and CSV has a line of names. JSONL, Parquet, CSV and TSV
-are read piece by piece, so memory does not depend on their size. A bad record is never dropped silently and never stops
-the others; a file that cannot be read at all is an error.
+What a record is, a workload says; a .txt file is one document, or each of its lines is, and CSV has a line of names.
+All but JSON and whole documents are read piece by piece, so memory does not depend on their size. A bad record is never
+dropped silently and never stops the others; a file that cannot be read at all is an error.
 """
 
 from __future__ import annotations
@@ -84,14 +84,18 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def read_records(files: Sequence[Path], record_of: Callable[[Any], _T]) -> Iterator[tuple[Place, _T] | Problem]:
+def read_records(
+    files: Sequence[Path], record_of: Callable[[Any], _T], *, text_lines: bool = False
+) -> Iterator[tuple[Place, _T] | Problem]:
     """Every record of `files` in order, or what is wrong with it. Raises DataError for a file that is damaged whole.
 
     record_of: the record that a line's, an item's or a row's value stands for; it raises BadRecord
+    text_lines: every line of a .txt file is a record, unless it is blank; otherwise the whole file is one
     """
+    readers = _READERS | {".txt": _text_lines} if text_lines else _READERS
     for path in files:
         try:
-            for place, raw in _READERS[path.suffix.lower()](path):
+            for place, raw in readers[path.suffix.lower()](path):
                 try:
                     yield place, record_of(raw() if callable(raw) else raw)
                 except BadRecord as bad:
@@ -100,7 +104,15 @@ def read_records(files: Sequence[Path], record_of: Callable[[Any], _T]) -> Itera
             raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the file") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[Place, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[Place, Any]]:
+    return _lines(path, _decoded)
+
+
+def _text_lines(path: Path) -> Iterator[tuple[Place, Any]]:
+    return _lines(path, lambda line: _utf8(line.removesuffix(b"\n").removesuffix(b"\r")))
+
+
+def _lines(path: Path, value_of: Callable[[bytes], Any]) -> Iterator[tuple[Place, Any]]:
     number = 0
     with path.open("rb") as file:
         while line := file.readline(MAX_RECORD_BYTES + 1):
@@ -114,7 +126,7 @@ def _lines(path: Path) -> Iterator[tuple[Place, Any]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():  # an empty line holds no record
-                yield place, lambda line=line: _decoded(line)
+                yield place, lambda line=line: value_of(line)
     if number == 0:
         yield Place(path), _empty_file
 
@@ -196,7 +208,7 @@ def _table_rows(path: Path) -> Iterator[tuple[Place, Any]]:
 
 
 _READERS = {
-    ".jsonl": _lines, ".json": _json_items, ".parquet": _parquet_rows, ".txt": _text_file, ".csv": _table_rows,
+    ".jsonl": _json_lines, ".json": _json_items, ".parquet": _parquet_rows, ".txt": _text_file, ".csv": _table_rows,
     ".tsv": _table_rows,
 }  # fmt: skip
 

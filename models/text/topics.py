@@ -3,13 +3,17 @@
 topics()           text by name
 distinct(texts)    without those that stand mostly in others
 parted(texts)      which are for training, for choices and for the test
+write_topics(...)  these as files of records
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
+
+from trunkline.models.text.record_files import write_records
 
 Part = Literal["train", "val", "test"]
 _SHINGLE = 48  # bytes
@@ -53,3 +57,17 @@ def parted(texts: Mapping[str, str]) -> dict[str, Part]:
             parts[name] = part
             held[part] += len(texts[name])
     return parts
+
+
+def write_topics(folder: Path) -> dict[str, int]:
+    """Write {train,val,test}.jsonl of {"text": ...}, all or none, and return how many records each has.
+
+    Raises DataError if `folder` is there and not empty.
+    """
+    texts = distinct(topics())
+    parts = parted(texts)
+    names: tuple[Part, ...] = ("train", "val", "test")
+    return write_records(
+        folder,
+        {f"{part}.jsonl": [{"text": texts[name]} for name in texts if parts[name] == part] for part in names},
+    )

@@ -6,7 +6,7 @@
     tokens             [B, S S] int64  row by row; 0 behind the text
     length             [B] int64       how many of them are the text's, EOS included
     condition          [B, S S] int64  of kind "dialogues", as tokens
-    condition_length   [B] int64
+    condition_length   [B] int64       0 where there is none; otherwise with its EOS
 
 What lies behind a text's tokens is padding; its pixels are black, and no loss is of them.
 """
@@ -44,30 +44,31 @@ class Texts(Dataset[Sample]):
     """
 
     def __init__(self, store: Store, split: str, data: TokenImageData, eos_id: int) -> None:
-        self._tokens, self._most, self._eos = store.column(split, "text"), data.capacity, eos_id
+        self._texts, self._most, self._eos = store.column(split, "text"), data.capacity, eos_id
         self._conditions = store.column(split, "condition") if store.kind == "dialogues" else None
-        if not len(self._tokens):
+        self._lengths = self._texts.lengths
+        if not len(self._lengths):
             raise DataError(f"{store.root}: the split {split} is empty: prepare other data")
-        self._lengths = self._tokens.lengths
-        lengths = self._lengths + 1
-        self.notes = []
-        if data.stride is None:
-            images = np.ones(len(lengths), np.int64)
-            lost = np.maximum(lengths - self._most, 0)
-            if lost.any():
-                self.notes.append(
-                    f"{(lost > 0).sum():,} of {len(lengths):,} texts are longer than {self._most:,} tokens with EOS "
-                    f"and cut off; {lost.sum():,} tokens are lost: data.stride makes further images of them"
-                )
         self._stride = self._most if data.stride is None or split != "train" else data.stride
-        if data.stride is not None:
-            images = 1 + np.maximum(-(-(lengths - self._most) // self._stride), 0)
+        beyond = np.maximum(self._lengths + 1 - self._most, 0)
+        images = -(-beyond // self._stride) + 1 if data.stride is not None else np.ones_like(beyond)
         self._first = np.concatenate([[0], np.cumsum(images)])
+        self.notes = []
+        if data.stride is None and beyond.any():
+            self.notes.append(
+                f"{np.count_nonzero(beyond):,} of {len(beyond):,} texts are longer than {self._most:,} tokens with EOS "
+                f"and cut off; {beyond.sum():,} tokens are lost: data.stride makes further images of them"
+            )
+        if self._conditions and (beyond := np.maximum(self._conditions.lengths + 1 - self._most, 0)).any():
+            self.notes.append(
+                f"{np.count_nonzero(beyond):,} of {len(beyond):,} conditions are longer than {self._most:,} tokens "
+                f"with EOS and cut off; {beyond.sum():,} tokens are lost: raise data.img_size or data.max_tokens"
+            )
 
     @property
     def arrays(self) -> list[Array]:
         """What is read of the store."""
-        return [*self._tokens.arrays, *(self._conditions.arrays if self._conditions else [])]
+        return [*self._texts.arrays, *(self._conditions.arrays if self._conditions else [])]
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -78,12 +79,13 @@ class Texts(Dataset[Sample]):
         text = int(np.searchsorted(self._first, index, side="right")) - 1
         start, total = (index - int(self._first[text])) * self._stride, int(self._lengths[text])
         is_last = index + 1 == self._first[text + 1]
-        tokens = self._tokens.tokens(text, start, min(start + self._most - is_last, total))
+        tokens = self._texts.tokens(text, start, min(start + self._most - is_last, total))
         if is_last:
             tokens = np.append(tokens, self._eos)
         if self._conditions is None:
             return Sample(tokens)
-        return Sample(tokens, np.append(self._conditions.tokens(text, 0, self._most - 1), self._eos))
+        condition = self._conditions.tokens(text, 0, self._most - 1)
+        return Sample(tokens, np.append(condition, self._eos) if len(condition) else condition)
 
 
 def collate(samples: Sequence[Sample], pixels: int) -> dict[str, Tensor]:

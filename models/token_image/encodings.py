@@ -46,9 +46,12 @@ class Encoding:
         return (ids[..., None] >> self._places(ids.device) & 1).float() * 2 - 1
 
     def decode(self, pixels: Tensor) -> Tensor:
-        """The ids [...] whose channels are nearest to [..., channels]; the last id for what is beyond it."""
+        """The ids [...] whose channels are nearest to [..., channels]; the last id for what is beyond it.
+
+        Values beyond those of any token, and NaN, are decoded, too.
+        """
         if self.kind == "rgb":
-            digits = (pixels.float() * 255).round().clamp(0, 255).long()
+            digits = (pixels.float() * 255).round().nan_to_num().clamp(0, 255).long()
             ids = (digits * torch.tensor([1, 256, 65536], device=pixels.device)).sum(-1)
         else:
             ids = ((pixels > 0).long() << self._places(pixels.device)).sum(-1)

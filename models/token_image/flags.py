@@ -1,9 +1,25 @@
-"""The flags of this workload: light, so that --help is quick."""
+"""The flags of this workload, and what it trains without a configuration file: light, so that --help is quick."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
+from trunkline.models.token_image.records import KINDS
+
+
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/prepare.py token_image`."""
+    formats = ".json, .jsonl, .parquet, .csv, .tsv, .txt with a text a line"
+    add_source(parser, "topics", "write Python's own documentation as files of records", formats, KINDS)
+    tokenizer = add_tokenizer(parser)
+    tokenizer.add_argument("--byte-tokenizer", action="store_true", help="256 tokens: a byte is a token")
+    parser.add_argument(
+        "--use-chat-template", action="store_true",
+        help="write prompt and answer as the chat template of --tokenizer does, not with a line break between them",
+    )  # fmt: skip
+    add_splits(parser)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:

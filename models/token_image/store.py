@@ -1,7 +1,7 @@
 """The prepared data set: a ColumnStore (trunkline.models.text) of these arrays and files.
 
     {split}/texts, {split}/text_offsets              ragged tokens, without EOS
-    {split}/conditions, {split}/condition_offsets    of kind "dialogues": what stands before a text
+    {split}/conditions, {split}/condition_offsets    of kind "dialogues": what a text answers; may be empty
     tokenizer/                                       the Hugging Face tokenizer that made the tokens
 
 Splits are "train", "val" and, where there is one, "test".
@@ -10,11 +10,9 @@ Splits are "train", "val" and, where there is one, "test".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from trunkline.models.text.column_store import ColumnStore
-
-Kind = Literal["texts", "dialogues"]
+from trunkline.models.token_image.records import Kind
 
 
 @dataclass(frozen=True)

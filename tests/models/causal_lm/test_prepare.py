@@ -12,10 +12,10 @@ import pytest
 
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.launchers import prepare as launcher
-from trunkline.models.causal_lm import chat_template
 from trunkline.models.causal_lm.prepare import prepare
 from trunkline.models.causal_lm.store import Store
 from trunkline.models.causal_lm.tokenizer import train_tokenizer
+from trunkline.models.text import chat_template
 from trunkline.models.text.skipped import Tally, remarks
 from trunkline.models.text.sources import Place
 

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trunkline.models.causal_lm import chat_template
 from trunkline.models.causal_lm.records import Conversation, Message, Preference, Text
 from trunkline.models.causal_lm.rendering import Rendered, Renderer
 from trunkline.models.causal_lm.tokenizer import END_OF_TEXT, MIN_VOCAB_SIZE, stop_ids, train_tokenizer
+from trunkline.models.text import chat_template
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import load_tokenizer
 

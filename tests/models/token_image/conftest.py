@@ -9,7 +9,8 @@ import pytest
 from tests.models.token_image.toy_run import LEARNABLE, SMALL, train
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
-from trunkline.models.token_image.store import Kind, Store
+from trunkline.models.token_image.records import Kind
+from trunkline.models.token_image.store import Store
 
 TEXTS = [
     "a gas network",

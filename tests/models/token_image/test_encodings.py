@@ -11,12 +11,45 @@ KINDS: list[Kind] = ["rgb", "bits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocab_size", [1, 2, 256, 257, 65_537, 151_936])
-def test_every_id_comes_back(kind: Kind, vocab_size: int) -> None:
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 255, 256, 257, 65_536, 65_537, 152_064])
+def test_every_id_comes_back_also_from_noise_below_half_of_what_lies_between_tokens(
+    kind: Kind, vocab_size: int
+) -> None:
     encoding, ids = Encoding(kind, vocab_size), torch.arange(vocab_size)
     pixels = encoding.encode(ids)
     assert pixels.shape == (vocab_size, encoding.channels)
     assert torch.equal(encoding.decode(pixels), ids)
+    bound = 0.98 * encoding.apart / 2
+    noise = torch.empty(pixels.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(vocab_size))
+    assert torch.equal(encoding.decode(pixels + noise), ids)
+    assert torch.equal(encoding.decode(pixels + bound * noise.sign()), ids), "as far as it may be"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [2, 257, 65_537])
+def test_no_two_ids_are_nearer_than_they_are_said_to_be(kind: Kind, vocab_size: int) -> None:
+    encoding = Encoding(kind, vocab_size)
+    some = encoding.encode(torch.arange(0, vocab_size, max(1, vocab_size // 300)))
+    apart = (some[:, None] - some).abs().amax(-1).fill_diagonal_(torch.inf)
+    assert apart.min() >= encoding.apart * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_lies_beyond_the_colours_is_the_nearest_colour_and_never_wraps(dtype: torch.dtype) -> None:
+    encoding = Encoding("rgb", RGB_CAPACITY)
+    beyond = torch.tensor([-torch.inf, -1e9, -1.0, -0.01, 1.01, 256 / 255, 2.0, 1e9, torch.inf], dtype=dtype)
+    for place in range(3):
+        pixels = torch.zeros(len(beyond), 3, dtype=dtype)
+        pixels[:, place] = beyond
+        assert encoding.decode(pixels).tolist() == [0] * 4 + [255 * 256**place] * 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pixel_that_is_no_number_becomes_an_id_and_spoils_no_other(kind: Kind) -> None:
+    encoding = Encoding(kind, 4096)
+    pixels = encoding.encode(torch.tensor([7, 4095]))
+    pixels[0] = torch.nan
+    assert encoding.decode(pixels).tolist() == [0, 4095]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trunkline.models.causal_lm import chat_template
-from trunkline.models.causal_lm.chat_template import Asked, render, render_marked
 from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from trunkline.models.text import chat_template
+from trunkline.models.text.chat_template import Asked, render, render_marked
 from trunkline.models.text.sources import BadRecord
 
 MESSAGES = [
@@ -90,7 +90,7 @@ def test_the_child_imports_nothing_from_the_working_directory_and_ends_with_its_
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the working directory')")
     program = (
         f"import sys; sys.path[0] = {str(Path(__file__).parents[3])!r}\n"
-        "from trunkline.models.causal_lm import chat_template\n"
+        "from trunkline.models.text import chat_template\n"
         "from trunkline.models.causal_lm.tokenizer import train_tokenizer\n"
         "tokenizer = train_tokenizer([], 260)\n"
         "print(chat_template.render(tokenizer, [{'role': 'user', 'content': 'q'}], [chat_template.Asked()]))\n"

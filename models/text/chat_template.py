@@ -5,7 +5,7 @@
 
 A template is a program that comes with a folder. Jinja's sandbox keeps it from files and from Python's insides, but not
 from counting for hours or from making a text of gigabytes, and out of 9 ** (9 ** 9) nothing within the process returns.
-So templates run in a child (models/causal_lm/template_process.py), with a limit on its memory, on the text and on the
+So templates run in a child (models/text/template_process.py), with a limit on its memory, on the text and on the
 processor time, which neither a busy machine nor a suspended one uses up. The child starts with the first call and ends
 with this process.
 """
@@ -20,18 +20,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trunkline.models.causal_lm.records import Message
-from trunkline.models.causal_lm.template_process import read, serve, write
 from trunkline.models.text.sources import BadRecord
+from trunkline.models.text.template_process import read, serve, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CPU_SECONDS = 10.0
+
+Message = Mapping[str, Any]
+"""{"role": str, "content": str}, and what else the template may want."""
 
 
 class Asked(NamedTuple):
