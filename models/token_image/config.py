@@ -69,6 +69,9 @@ class TokenImageModel(Strict):
     prior: Literal["none", "unigram"] = Field(
         "none", description="unigram: the network corrects what the tokens' frequencies say of a noisy pixel"
     )
+    self_conditioning: bool = Field(
+        default=False, description="the network also sees its own estimate, half the time in training"
+    )
     loss: Literal["x", "v", "cross_entropy"] = Field(
         "x", description="squared error of the clean image or of the velocity, or the token's -log p"
     )

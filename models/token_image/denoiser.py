@@ -2,10 +2,15 @@
 
 denoiser(x, t, valid)        what training compares: the clean image, or logits of tokens
 denoiser.clean(output)       the clean image in either case
+
+With self-conditioning the network also sees an estimate of the clean image: what it said before, or black. In training
+half of the samples see one, made by a pass without gradient. Sampling hands on that of the call before.
+Chen, Zhang and Hinton, "Analog Bits" (2023).
 """
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -38,6 +43,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.schedule, self.encoding = model.noise, encoding
         self.prior, self.gives_logits = model.prior == "unigram", model.loss == "cross_entropy"
+        self.self_conditioning = model.self_conditioning
         vocab_size = encoding.vocab_size
         codes = encoding.encode(torch.arange(vocab_size))
         self.register_buffer("codes", codes, persistent=False)
@@ -49,7 +55,7 @@ class Denoiser(nn.Module):
             self.curve.copy_(torch.stack([curve.snr, curve.mse, curve.share]))
             self.entropy.fill_(curve.entropy)
         self.jit = JiT(
-            model.shape, size, encoding.channels + vocab_size * self.prior,
+            model.shape, size, encoding.channels * (1 + self.self_conditioning) + vocab_size * self.prior,
             vocab_size if self.gives_logits else encoding.channels,
             block=model.block, stem=model.stem, condition=model.condition,
         )  # fmt: skip
@@ -64,7 +70,11 @@ class Denoiser(nn.Module):
 
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""
-        return alpha_of(t, self.schedule, self.information if self.schedule == "information" else None)
+        if self.schedule != "information":
+            return alpha_of(t, self.schedule)
+        # not self.information: to read its entropy is to wait for a GPU, and a time needs none
+        snr, mse, share = self.curve
+        return alpha_of(t, self.schedule, Curve(snr, mse, share, math.nan))
 
     def time(self, alpha: Tensor) -> Tensor:
         """The time, fp32, at which the share of the image is alpha."""
@@ -72,23 +82,29 @@ class Denoiser(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
-        condition_valid: Tensor | None = None,
+        condition_valid: Tensor | None = None, previous: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The clean image [B, S, S, C], or where the loss is the cross entropy logits [B, S, S, V]. See JiT.forward."""
-        if not self.prior:
-            return self._jit(x, t, valid, condition, condition_valid)
-        alpha = self.alpha(t).clamp(max=1 - 1 / (2 * LAST))[:, None, None]
-        log_prior = self.log_prior(x, alpha)
-        scaled = x / (alpha.square() + (1 - alpha).square()).sqrt()[..., None]
-        seen = torch.cat([scaled, log_prior.exp()], -1)
-        if condition is not None:
-            assert condition_valid is not None
-            condition = torch.cat([condition, self.one_hot(condition)], -1)
-        return log_prior + self._jit(seen, t, valid, condition, condition_valid)
+        """The clean image [B, S, S, C], or where the loss is the cross entropy logits [B, S, S, V]. See JiT.forward.
 
-    def _jit(self, *given: Tensor | None) -> Tensor:
-        found: Tensor = self.jit(*given)
-        return found
+        previous: an estimate of the clean image, [B, S, S, C], with self-conditioning; None for none
+        """
+        seen, log_prior = [x], None
+        if self.prior:
+            alpha = self.alpha(t).clamp(max=1 - 1 / (2 * LAST))[:, None, None]
+            log_prior = self.log_prior(x, alpha)
+            scaled = x / (alpha.square() + (1 - alpha).square()).sqrt()[..., None]
+            seen = [scaled, log_prior.exp()]
+        if self.self_conditioning:
+            seen.append(torch.zeros_like(x) if previous is None else previous.to(x.dtype) * valid[..., None])
+        if condition is not None:
+            condition = self._of_clean(condition)
+        output: Tensor = self.jit(torch.cat(seen, -1), t, valid, condition, condition_valid)
+        return output if log_prior is None else log_prior + output
+
+    def _of_clean(self, x: Tensor) -> Tensor:
+        """What is seen of pixels without noise: their token and the estimate are certain."""
+        parts = [x] + [self.one_hot(x)] * self.prior + [x] * self.self_conditioning
+        return torch.cat(parts, -1)
 
     def log_prior(self, x: Tensor, alpha: Tensor) -> Tensor:
         """log P(token | its noisy pixel alone), fp32 [B, S, S, V], of x [B, S, S, C] and alpha, broadcastable."""
@@ -101,4 +117,4 @@ class Denoiser(nn.Module):
 
     def clean(self, output: Tensor) -> Tensor:
         """The clean image, [B, S, S, C], that an output of `forward` stands for."""
-        return output.softmax(-1) @ self.codes if self.gives_logits else output
+        return output.float().softmax(-1) @ self.codes if self.gives_logits else output

@@ -1,6 +1,7 @@
 """Texts from a network: images sampled from pure noise, and decoded.
 
     frames(network, length, ...)       the images on the way from noise, the last one clean
+    read_once(network, x, t, ...)      the tokens that it reads in noisy images, in one step
     until_end(tokens, length, eos)     the tokens up to EOS
 
 Steps are even in the network's own time: with the noise "information", each tells as much.
@@ -18,6 +19,7 @@ from trunkline.engine.data.randomness import mix, normal
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.noise import LAST
 from trunkline.models.token_image.sampler import Method, evenly, trajectory
+from trunkline.models.token_image.validation import decoded
 
 Condition = tuple[Tensor, Tensor] | tuple[()]
 """A condition's clean image and its pixels that hold a token, as the network takes them; nothing for none."""
@@ -51,8 +53,8 @@ def frames(
 
     def denoise(x: Tensor, alpha: Tensor) -> Tensor:
         nonlocal guess
-        before = {"previous": guess} if getattr(network, "self_conditioning", False) else {}
-        guess = network.clean(network(x, network.time(alpha).expand(len(x)), held, *condition, **before))
+        t = network.time(alpha).expand(len(x))
+        guess = network.clean(network(x, t, held, *condition, previous=guess if network.self_conditioning else None))
         return guess
 
     known = {}
@@ -62,6 +64,18 @@ def frames(
     generator = torch.Generator(device).manual_seed(mix(seed, first))
     for x in trajectory(denoise, noise, alphas_of(network, steps), method=method, generator=generator, **known):
         yield Frame(x, guess)
+
+
+@torch.no_grad()
+def read_once(network: Denoiser, x: Tensor, t: Tensor, held: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """The tokens [B, S, S] that the network reads in noisy images, and its guess of the clean ones.
+
+    With self-conditioning it sees its own first guess.
+    """
+    output = network(x, t, held, *condition)
+    if network.self_conditioning:
+        output = network(x, t, held, *condition, previous=network.clean(output))
+    return decoded(output, network.encoding, network.gives_logits)
 
 
 def alphas_of(network: Denoiser, steps: int) -> Tensor:

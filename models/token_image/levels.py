@@ -26,10 +26,10 @@ from trunkline.engine.data.randomness import normal
 from trunkline.engine.task import Batch
 from trunkline.models.token_image.bigram import Bigram
 from trunkline.models.token_image.denoiser import Denoiser
+from trunkline.models.token_image.generation import read_once
 from trunkline.models.token_image.information import Curve, by_frequencies, log_posterior
 from trunkline.models.token_image.noise import time_of
 from trunkline.models.token_image.task import TokenImageTask
-from trunkline.models.token_image.validation import decoded
 
 NETWORK, NEAREST, UNIGRAM, BIGRAM = "network", "nearest code", "unigram posterior", "bigram posterior"
 _MOST = 1 << 24  # probabilities at once
@@ -133,7 +133,7 @@ def read(
     t = network.time(alpha).expand(len(x))
     nearest = task.encoding.decode(x / alpha)
     found = {
-        NETWORK: decoded(network(x, t, held, *task.condition(batch)), task.encoding, task.gives_logits),
+        NETWORK: read_once(network, x, t, held, task.condition(batch)),
         NEAREST: (nearest, codes[nearest]),
         UNIGRAM: by_frequencies(z, snr, codes, frequencies.log()),
     }

@@ -9,7 +9,9 @@ A block of kind "shared_norm" has one adaptive norm, which its two halves share:
 
 c is the sine and cosine of the time. W_s and W_b start at 0, so that the time acts only as far as it is learned.
 A block of kind "official" is that of Li and He: adaLN-Zero, a scale, a shift and a gate for each half, RMSNorm of
-queries and keys, rotary positions, a SwiGLU of two thirds of the width.
+queries and keys, rotary positions, a SwiGLU of two thirds of the width. It has the parameters of theirs. Around it
+their network differs, so that its counts do: a time MLP (256 -> d -> d), an embedding of classes and 32 tokens of it,
+a patch embedding through 128 or 256 numbers, fixed positions, and a modulated norm before the output.
 The condition, an image of its own, has a patch embedding and positions of its own. Its places are always there: they
 are zero and seen by nobody where there is no condition. A patch is seen if any of its pixels is valid.
 Li and He, "Back to Basics: Let Denoising Generative Models Denoise" (2025).
@@ -94,25 +96,28 @@ class JiT(nn.Module):
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
         condition_valid: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[B, S, S, values] of x's dtype.
+        """[B, S, S, values] of the dtype that linear layers compute in.
 
         x: [B, S, S, C], noisy. t: [B], the time. valid: bool [B, S, S], pixels that hold a token.
         condition, condition_valid: as x and valid, of an image that is no longer noisy; None for no condition.
         """
-        targets = self.patches(self._split(x)) + _positions(self.rows, self.columns)
+        dtype = self.patches.weight.dtype  # a backend may have narrowed it
+        targets = self.patches(self._split(x).to(dtype)) + _positions(self.rows, self.columns)
         seen = self._split(valid[..., None]).any(-1)
         if self.stem is not None:
             targets = targets + self.stem((targets * seen[..., None]).transpose(1, 2)).transpose(1, 2)
         if self.slots:
-            before, shown = targets[:, :0], seen[:, :0]
+            given, shown = self._split(x)[:, :0], seen[:, :0]
             if condition is not None and condition_valid is not None:
-                rows, columns = self.condition_rows[: self.grid[0]], self.condition_columns[: self.grid[1]]
-                shown = self._split(condition_valid[..., None]).any(-1)
-                before = (self.condition_patches(self._split(condition)) + _positions(rows, columns)) * shown[..., None]
+                given, shown = self._split(condition), self._split(condition_valid[..., None]).any(-1)
+            # none is embedded too: its parameters have a gradient then, so that each layout treats them alike
+            positions = _positions(self.condition_rows[: self.grid[0]], self.condition_columns[: self.grid[1]])
+            before = self.condition_patches(given.to(dtype)) + positions[: given.shape[1]]
+            before = before * shown[..., None]
             free = self.slots - before.shape[1]
             before, shown = F.pad(before, (0, 0, 0, free)), F.pad(shown, (0, free))
             targets, seen = torch.cat([before, targets], 1), torch.cat([shown, seen], 1)
-        time = time_features(t, self.d_model)
+        time = time_features(t, self.d_model).to(dtype)
         for block in self.blocks:
             targets = block(targets, time, seen)
         return self._join(self.output(targets[:, self.slots :]))
@@ -139,16 +144,18 @@ class SharedNormBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, seen: Tensor) -> Tensor:
         """[B, N, d]; time [B, d]; seen bool [B, N], the tokens that others attend to."""
-        q, k, v = self.qkv(self.norm(x, time)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        modulation = self.norm.modulated(time)
+        q, k, v = self.qkv(self.norm(x, *modulation)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         x = x + self.projection(flash_attention(q, k, v, key_mask=seen).flatten(2))
-        gate, up = self.up(self.norm(x, time)).chunk(2, -1)
+        gate, up = self.up(self.norm(x, *modulation)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class OfficialBlock(nn.Module):
     """Attention and SwiGLU, each after a norm that the time modulates, and behind a gate.
 
-    places: fp32 [N, A], where each token lies along A axes, for rotary positions
+    places: fp32 [N, A], where each token lies along A axes, for rotary positions. They turn the pairs (i, i + D/2) of a
+        head's D numbers, where Li and He take neighbours: the same up to the order of qkv's rows
     """
 
     def __init__(self, d: int, num_heads: int, places: Tensor) -> None:
@@ -158,7 +165,7 @@ class OfficialBlock(nn.Module):
         self.norm1, self.norm2 = (nn.RMSNorm(d, eps=1e-6) for _ in range(2))
         self.qkv, self.projection = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.q_norm, self.k_norm = (nn.RMSNorm(d // num_heads, eps=1e-6) for _ in range(2))
-        hidden = int(d * 8 / 3)
+        hidden = swiglu_width(d)
         self.up, self.down = nn.Linear(d, 2 * hidden), nn.Linear(hidden, d)
         self.angles: Tensor
         self.register_buffer("angles", _angles(places, d // num_heads), persistent=False)
@@ -171,6 +178,11 @@ class OfficialBlock(nn.Module):
         x = x + gate1 * self.projection(flash_attention(q, k, v, key_mask=seen).flatten(2))
         gate, up = self.up(self.norm2(x) * (1 + scale2) + shift2).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * up)
+
+
+def swiglu_width(d: int) -> int:
+    """Of a block of kind "official": two thirds of 4 d."""
+    return 8 * d // 3
 
 
 class Modulation(nn.Module):
@@ -197,10 +209,14 @@ class AdaptiveNorm(nn.Module):
     def start(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """[B, N, d] of x [B, N, d] and time [B, d]."""
-        scale, shift = self.modulation(F.silu(time)).to(x.dtype)[:, None].chunk(2, -1)
-        return self.norm(x) * (1 + scale).clamp(0.1, 10) + shift
+    def modulated(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift, fp32 [B, 1, d] each, of time [B, d]."""
+        scale, shift = self.modulation(F.silu(time)).float()[:, None].chunk(2, -1)
+        return (1 + scale).clamp(0.1, 10), shift
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """[B, N, d] of x [B, N, d]."""
+        return (self.norm(x) * scale + shift).to(x.dtype)
 
 
 def time_features(t: Tensor, d: int) -> Tensor:

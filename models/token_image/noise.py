@@ -45,6 +45,11 @@ def drawn_times(draw: Tensor) -> Tensor:
     return (uniform(draw, (), stream=0) * LAST).long().clamp(max=LAST - 1)
 
 
+def drawn_coins(draw: Tensor) -> Tensor:
+    """bool [B], true for half of the keys `draw` [B]."""
+    return uniform(draw, (), stream=1) < 0.5
+
+
 def noised(x: Tensor, alpha: Tensor, draw: Tensor) -> Tensor:
     """x_t of images x [B, ...] at alpha [B], with the noise that the keys `draw` [B] name."""
     alpha = alpha.view(-1, *[1] * (x.ndim - 1))

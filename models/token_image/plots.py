@@ -53,13 +53,13 @@ def plot_errors(levels: Levels, path: Path) -> None:
     share, network = 100 * levels.shares, levels.error(NETWORK)
     with picture(path, 7, 3.8) as figure:
         axes = figure.subplots()
-        axes.axhline(1, color=GREY, label=f"{UNIGRAM}: {levels.bits(UNIGRAM):.2f} bits a token")
+        axes.axhline(1, color=GREY, label=f"{UNIGRAM}: {levels.bits(UNIGRAM):.4g} bits a token")
         saved = levels.bits(UNIGRAM) - levels.bits(NETWORK)
-        width, label = 100 / len(share), f"area: {saved:.2f} bits saved"
+        width, label = 100 / len(share), f"area: {abs(saved):.4g} bits {'saved' if saved >= 0 else 'lost'}"
         axes.bar(share, network - 1, width, bottom=1, color=BLUE, alpha=0.15, label=label)
         for reader in (BIGRAM, NETWORK):
             if reader in levels.errors:
-                label = f"{reader}: {levels.bits(reader):.2f} bits a token"
+                label = f"{reader}: {levels.bits(reader):.4g} bits a token"
                 axes.plot(share, levels.error(reader), label=label, color=_COLORS[reader], marker="o", markersize=3)
         axes.set_xlabel("information in the noisy pixels (% of what frequencies leave open)")
         axes.set_ylabel(f"squared error / that of the {UNIGRAM}")

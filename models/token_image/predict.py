@@ -29,13 +29,12 @@ from trunkline.engine.machine.files import made_folder
 from trunkline.models.text.fields import checked_text
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.token_image.data import collate_tokens
-from trunkline.models.token_image.generation import Condition, Frame, frames, until_end
+from trunkline.models.token_image.generation import Condition, Frame, frames, read_once, until_end
 from trunkline.models.token_image.noise import LAST, noised
 from trunkline.models.token_image.plots import colors, write_image
 from trunkline.models.token_image.sampler import Method
 from trunkline.models.token_image.shown import plot_way
 from trunkline.models.token_image.trained import Trained, load_trained
-from trunkline.models.token_image.validation import decoded
 
 STEPS, TIME, MASK = 50, 500.0, "_"
 _UNKNOWN = -1
@@ -120,7 +119,7 @@ def denoised(trained: Trained, wanted: Wanted, time: float, count: int, seed: in
     alpha = network.alpha(t)
     for place in range(count):
         x = noised(clean, alpha, torch.tensor([mix(seed, place)], device=trained.device))
-        found, guess = decoded(network(x, t, held, *condition), network.encoding, network.gives_logits)
+        found, guess = read_once(network, x, t, held, condition)
         nearest = network.encoding.decode(x / alpha.view(1, 1, 1, 1).clamp(min=1e-6))
         right, plain = (int((each.flatten()[:length] == tokens[0, :length]).sum()) for each in (found, nearest))
         print(f"{right} of {length} tokens right; {plain} by the nearest code alone", file=sys.stderr)

@@ -20,9 +20,10 @@ from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.flops import training_flops
 from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
-from trunkline.models.token_image.noise import alpha_of, drawn_times, noised
+from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
 from trunkline.models.token_image.store import Store
 from trunkline.models.token_image.validation import Noisy
 
@@ -91,8 +92,20 @@ class TokenImageTask(Task):
         t = drawn_times(batch["draw"])
         alpha = self.alpha(t)
         x = noised(clean, alpha, batch["draw"])
-        output = model(x, t, held, *self.condition(batch))
+        given = x, t, held, *self.condition(batch)
+        output = model(*given, previous=self._estimate(model, given, batch["draw"]))
         return Noisy(clean, x, t, alpha, held & batch["valid"][:, None, None], output)
+
+    def _estimate(self, model: nn.Module, given: Sequence[Tensor], draw: Tensor) -> Tensor | None:
+        """What half of the samples see with self-conditioning; black for the rest.
+
+        It is made for all of them, so that each rank calls the network as often.
+        """
+        if not self.model.self_conditioning:
+            return None
+        with torch.no_grad():
+            estimate: Tensor = model.clean(model(*given))  # type: ignore[operator]
+        return estimate * drawn_coins(draw)[:, None, None, None]
 
     def _error(self, seen: Noisy, batch: Batch) -> Tensor:
         if self.model.loss == "cross_entropy":
@@ -162,12 +175,9 @@ class TokenImageTask(Task):
         return {"token_accuracy": "max", "bits_per_token": "min"}.get(metric)  # type: ignore[return-value]
 
     def flops_per_sample(self) -> float:
-        """Matrix products and attention pairs of an image, forward and backward (3 x forward)."""
-        (rows, columns), d, layers, _ = self.model.shape
-        patches = self.data.img_size**2 // (rows * columns)
-        tokens, values = CONDITION_GRID**2 + patches, rows * columns * self.encoding.channels
-        block = 2 * tokens * 16 * d**2 + 4 * d**2 + 4 * d * tokens**2
-        return 3.0 * (layers * block + 2 * 2 * patches * values * d)
+        """Products of matrices of an image, forward and backward."""
+        conditioned = self.store.kind == "dialogues"
+        return training_flops(self.model, self.data.img_size, self.encoding, conditioned=conditioned)
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how images are made of it."""

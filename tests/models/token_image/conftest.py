@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,18 @@ TEXTS = [
 
 def make_store(folder: Path, kind: Kind = "texts", vocab_size: int = 256) -> Store:
     """TEXTS as the splits "train" and "val"; of dialogues each has the one before it as its condition."""
+    records = [(text.encode(), before.encode()) for text, before in zip(TEXTS, ["", *TEXTS])]
+    return write_store(folder, kind, records, vocab_size)
+
+
+def write_store(folder: Path, kind: Kind, records: Sequence[tuple[bytes, bytes]], vocab_size: int = 256) -> Store:
+    """Texts and their conditions as the splits "train" and "val"."""
     (draft := folder / "draft").mkdir(parents=True)
     plain_bytes().save_pretrained(draft / "tokenizer")
     with ColumnWriter(draft, Store, kind, vocab_size, ["train", "val"]) as writer:
         for split in ("train", "val"):
-            for text, before in zip(TEXTS, ["", *TEXTS], strict=False):
-                writer.add(split, list(text.encode()), *([list(before.encode())] if kind == "dialogues" else []))
+            for text, before in records:
+                writer.add(split, list(text), *([list(before)] if kind == "dialogues" else []))
         return writer.finish(folder / "store")
 
 
