@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ def codes_of(vocab_size: int) -> torch.Tensor:
 def unigram(vocab_size: int) -> torch.Tensor:
     frequencies = 1 / torch.arange(1, vocab_size + 1).double()
     return (frequencies / frequencies.sum()).float()
+
+
+@cache
+def curve_for(kind: Kind, vocab_size: int) -> Curve:
+    encoding = Encoding(kind, vocab_size)
+    return curve_of(encoding.encode(torch.arange(vocab_size)), unigram(vocab_size), encoding.apart)
 
 
 def test_the_posterior_is_bayes() -> None:
@@ -41,7 +48,7 @@ def test_one_bit_errs_as_is_known_in_closed_form() -> None:
 
 @pytest.mark.parametrize("vocab_size", [2, 106, 1000])
 def test_the_information_of_all_noise_levels_is_the_entropy(vocab_size: int) -> None:
-    curve = curve_of(codes_of(vocab_size), unigram(vocab_size))
+    curve = curve_for("bits", vocab_size)
     told = float(torch.trapezoid(curve.mse.double(), curve.snr.double())) / 2
     below = float(curve.mse[0]) * float(curve.snr[0]) / 2
     assert told + below == pytest.approx(curve.entropy, rel=0.02)
@@ -52,7 +59,7 @@ def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy(kind: Kind) 
     """At ratios with evenly spread shares, drawn anew: no draw of the curve is used again."""
     encoding, frequencies, count = Encoding(kind, 106), unigram(106), 20_000
     codes = encoding.encode(torch.arange(106))
-    curve = curve_of(codes, frequencies, encoding.apart)
+    curve = curve_for(kind, 106)
     snr = curve.snr_at((torch.arange(count) + 0.5) / count)
     tokens = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(count, encoding.channels, generator=torch.Generator().manual_seed(2))
@@ -75,7 +82,7 @@ def test_a_guess_in_pieces_is_the_guess(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_shares_of_the_information_are_found_again() -> None:
-    curve = curve_of(codes_of(106), unigram(106))
+    curve = curve_for("bits", 106)
     assert (curve.share.diff() >= 0).all()
     shares = torch.tensor([0.1, 0.5, 0.9])
     ratios = curve.snr_at(shares)
