@@ -26,7 +26,7 @@ POINTS = 160
 LEAST, MOST = 1e-3, 1e3
 """The ratios of a curve, of codes that are 2 apart at least."""
 _MOST_WORK = 1 << 20  # draws times tokens at a ratio
-_MOST_SCORES = 1 << 23
+_MOST_SCORES = 1 << 20
 _LAST_SHARE = 1 - 1 / 2000  # beyond it a curve by Monte Carlo says little of what a share spans
 
 
@@ -35,22 +35,27 @@ def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor
 
     codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
     """
+    return _scores(z, snr, codes, log_frequencies).log_softmax(-1)
+
+
+def _scores(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
+    """log P(v | z) up to a constant, fp32, the largest 0."""
     # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64 until the largest is 0
     z, snr, wide = z.double(), snr.double(), codes.double()
     scores = (snr.sqrt()[..., None] * z) @ wide.T
     scores.sub_(snr[..., None] * (wide.square().sum(-1) / 2)).add_(log_frequencies)
-    return scores.sub_(scores.amax(-1, keepdim=True)).float().log_softmax(-1)
+    return scores.sub_(scores.amax(-1, keepdim=True)).float()
 
 
 def by_frequencies(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens [...] and the best guess of the codes [..., C], of z as `log_posterior` takes it."""
     flat, ratios = z.flatten(0, -2), snr.expand(z.shape[:-1]).flatten()
     pieces = max(1, _MOST_SCORES // len(codes))
-    posteriors = (
-        log_posterior(some, ratio, codes, log_frequencies)
+    scores = (
+        _scores(some, ratio, codes, log_frequencies)
         for some, ratio in zip(flat.split(pieces), ratios.split(pieces), strict=True)
     )
-    found = [(each.argmax(-1), each.exp() @ codes) for each in posteriors]
+    found = [(each.argmax(-1), each.softmax(-1) @ codes) for each in scores]
     tokens, guesses = (torch.cat(parts) for parts in zip(*found, strict=True))
     return tokens.view(z.shape[:-1]), guesses.view(z.shape)
 
@@ -121,7 +126,7 @@ def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
     snr = torch.logspace(math.log10(LEAST), math.log10(MOST * (2 / apart) ** 2), POINTS)
     errors = []
     for ratio in snr:
-        guess = log_posterior(ratio.sqrt() * clean + noise, ratio, codes, logs).exp() @ codes
+        _, guess = by_frequencies(ratio.sqrt() * clean + noise, ratio, codes, logs)
         errors.append((clean - guess).square().sum(-1).mean())
     mse = torch.stack(errors)
     told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from tests.models.token_image.toy_run import LEARNABLE, SMALL, train
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
+from trunkline.models.token_image import evaluate, information, task
+from trunkline.models.token_image.information import Curve
 from trunkline.models.token_image.records import Kind
 from trunkline.models.token_image.store import Store
 
@@ -38,6 +41,23 @@ def write_store(folder: Path, kind: Kind, records: Sequence[tuple[bytes, bytes]]
             for text, before in records:
                 writer.add(split, list(text), *([list(before)] if kind == "dialogues" else []))
         return writer.finish(folder / "store")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_are_made_once() -> Iterator[None]:
+    """They are a pure function of codes and frequencies, and take a second each."""
+    made: dict[tuple[bytes, bytes, float], Curve] = {}
+
+    def once(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
+        key = (codes.numpy().tobytes(), frequencies.numpy().tobytes(), apart)
+        if key not in made:
+            made[key] = information.curve_of(codes, frequencies, apart)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (task, evaluate):
+            patch.setattr(user, "curve_of", once)
+        yield
 
 
 @pytest.fixture(scope="session")
