@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor
 from trunkline.engine.data.randomness import normal
 from trunkline.engine.task import Batch
 from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.evaluation import Evaluation
 from trunkline.models.token_image.generation import Frame
 from trunkline.models.token_image.levels import NETWORK, UNIGRAM, read
 from trunkline.models.token_image.plots import Row, colors, plot_accuracy, plot_errors, plot_page, plot_rows
-
-if TYPE_CHECKING:
-    from trunkline.models.token_image.evaluate import Evaluation
 
 _ROWS = 5
 _PAGE = 0.6  # of tokens that frequencies read right, about

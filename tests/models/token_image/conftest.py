@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.models.token_image.toy_run import LEARNABLE, SMALL, train
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
-from trunkline.models.token_image import evaluate, information, task
+from trunkline.models.token_image import evaluation, information, task
 from trunkline.models.token_image.information import Curve
 from trunkline.models.token_image.records import Kind
 from trunkline.models.token_image.store import Store
@@ -55,7 +55,7 @@ def curves_are_made_once() -> Iterator[None]:
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for user in (task, evaluate):
+        for user in (task, evaluation):
             patch.setattr(user, "curve_of", once)
         yield
 

@@ -13,8 +13,8 @@ import torch
 from tests.models.token_image.conftest import make_store
 from trunkline.engine.checkpoint.weights import saved_facts
 from trunkline.launchers.evaluate import main
-from trunkline.models.token_image import evaluate as module
-from trunkline.models.token_image.evaluate import evaluate
+from trunkline.models.token_image import evaluation
+from trunkline.models.token_image.evaluation import evaluate
 from trunkline.models.token_image.generation import frames
 from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM
 from trunkline.models.token_image.ngrams import NGrams
@@ -82,8 +82,8 @@ def test_conditions_go_with_their_samples(dialogue_run: Path, monkeypatch: pytes
         seen.append(options["condition"])
         return frames(*args, **options)
 
-    monkeypatch.setattr(module, "frames", watched)
-    monkeypatch.setattr(module, "LARGEST_BIGRAM", 255)
+    monkeypatch.setattr(evaluation, "frames", watched)
+    monkeypatch.setattr(evaluation, "LARGEST_BIGRAM", 255)
     found = evaluate(dialogue_run, CPU, levels=2, max_samples=2, count=2, steps=1)
     ((image, held),) = seen
     condition = found.task.store.column("val", "condition")
