@@ -3,7 +3,7 @@
     evaluate(run, device, ...)   -> Evaluation
 
 The n-gram models (trunkline.models.token_image.ngrams) are of the training split. They see of a text what the network
-sees, the tokens of one image: before its first there is nothing.
+sees, the tokens of one image: before its first there is nothing. Of dialogues the network sees the condition, too.
 """
 
 from __future__ import annotations
