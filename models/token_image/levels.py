@@ -61,7 +61,7 @@ class Levels:
 
     def error(self, reader: str) -> np.ndarray:
         """[K], the squared error per token, over that of the posterior by frequencies."""
-        tiny = np.finfo(np.float64).tiny  # of few tokens with little noise nothing may be wrong
+        tiny = 1e-12  # of few tokens with little noise nothing may be wrong
         found: np.ndarray = self.errors[reader].sum(0) / self.errors[UNIGRAM].sum(0).clip(min=tiny)
         return found
 
