@@ -149,6 +149,23 @@ def seq2seq_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps to time as well, after one that is not (0)")
 
 
+def token_image_training(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py token_image_training`."""
+    from trunkline.models.token_image.network import PRESETS
+
+    parser.add_argument(
+        "--beside", choices=("accelerate", "size", "bf16"), default="accelerate",
+        help="the other side: a plain loop (default), images of four times the edge, or bf16",
+    )  # fmt: skip
+    parser.add_argument("--preset", default="B/4", choices=PRESETS, help="(B/4)")
+    parser.add_argument("--layers", type=int, help="blocks (the preset's)")
+    parser.add_argument("--img-size", type=int, default=64, help="edge of the images in pixels (64)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="images a step (4)")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
+
+
 def fluid_step(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py fluid_step`."""
     parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))

@@ -24,6 +24,10 @@ BENCHMARKS = {
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "seq2seq_training": ("trunkline.benchmarks.seq2seq_training", "training of encoder-decoders against transformers"),
     "seq2seq_memory": ("trunkline.benchmarks.seq2seq_memory", "what encoder-decoders keep for the backward pass"),
+    "token_image_training": (
+        "trunkline.benchmarks.token_image_training",
+        "training of token images against Accelerate",
+    ),
     "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""

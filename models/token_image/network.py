@@ -128,8 +128,9 @@ class JiT(nn.Module):
         return x.unflatten(2, (-1, q)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3).flatten(1, 2)
 
     def _join(self, tokens: Tensor) -> Tensor:
-        there = tokens.view(-1, *self.grid, *self.patch, self.values)
-        return there.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        (rows, columns), (p, q) = self.grid, self.patch
+        there = tokens.view(-1, rows, columns, p, q, self.values)
+        return there.transpose(2, 3).reshape(-1, rows * p, columns * q, self.values)
 
 
 class SharedNormBlock(nn.Module):

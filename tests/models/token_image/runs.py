@@ -20,7 +20,7 @@ def run_config(folder: Path, store: Path, **sections: dict[str, Any]) -> RunConf
     raw: dict[str, Any] = {
         "workload": "token_image",
         "data": {"store": str(store), "img_size": 16},
-        "model": SMALL,
+        "model": dict(SMALL),  # sections are laid into it
         "training": {
             "steps": 6, "eval_every": 3, "save_every": 3, "log_every": 1, "trackers": [], "parameters": DECAYED,
         },

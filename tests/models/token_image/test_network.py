@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trunkline.models.token_image.network import PRESETS, JiT, JiTShape, time_features
+from trunkline.models.token_image.network import PRESETS, Block, JiT, JiTShape, time_features
 
 SMALL = JiTShape((4, 4), 64, 2, 2)
 
@@ -68,3 +68,16 @@ def test_time_features_are_sines_and_cosines_of_falling_frequencies() -> None:
     angles = [3.0 * 10000 ** (-i / 3) for i in range(4)]
     wanted = torch.tensor([*map(torch.sin, torch.tensor(angles)), *map(torch.cos, torch.tensor(angles))]).double()
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", ["shared_norm", "official"])
+def test_it_starts_as_it_is_meant_to(block: Block) -> None:
+    """The original's modulation was to start at zero, and was then drawn at random with all the rest."""
+    torch.manual_seed(0)
+    for name, value in JiT(SMALL, 64, 3, block=block).state_dict().items():
+        if "modulation" in name or name.endswith("bias"):
+            assert not value.any(), name
+        elif value.ndim == 1:
+            assert torch.equal(value, torch.ones_like(value)), name
+        else:
+            assert float(value.std()) == pytest.approx(0.02, rel=0.1), name

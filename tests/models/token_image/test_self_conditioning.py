@@ -103,7 +103,7 @@ def test_without_an_estimate_black_is_seen_and_padding_always_is(texts: Path) ->
     [
         ("shared_norm", {"activation_checkpointing": True}),
         ("official", {"activation_checkpointing": True}),
-        ("official", {"compile": "eager"}),
+        pytest.param("official", {"compile": "eager"}, marks=pytest.mark.slow),
     ],
     ids=["recomputed", "official-recomputed", "official-compiled"],
 )
@@ -167,6 +167,22 @@ def test_two_ranks_train_as_one_with_self_conditioning(
         assert losses(folder) == pytest.approx(losses(whole[1]), rel=1e-5), folder
         for name, value in load_file(folder / "final/model.safetensors").items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=f"{folder}: {name}")
+
+
+def test_in_bf16_it_is_nearly_as_in_fp32(texts: Path, tmp_path: Path) -> None:
+    """Whether a backend narrows the weights or autocast the products; FSDP wants one dtype of all gradients."""
+    found = []
+    for backend, narrow in (
+        ("deepspeed", {}), ("deepspeed", {"bf16": {"enabled": True}}), ("fsdp", {"bf16": {"enabled": True}}),
+        ("deepspeed", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    ):  # fmt: skip
+        folder = tmp_path / f"{backend} {[*narrow]}"
+        steps = {"steps": 2, "eval_every": 2, "save_every": 2}
+        train(0, 1, [(run_config(folder, texts, training=steps, deepspeed=narrow), folder / "run", backend)])
+        found.append(losses(folder / "run"))
+    assert found[1] != found[0]
+    for narrow_losses in found[1:]:
+        assert narrow_losses == pytest.approx(found[0], rel=1e-2)
 
 
 def test_what_is_kept_is_the_average_of_the_weights(texts: Path, tmp_path: Path) -> None:

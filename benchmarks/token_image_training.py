@@ -1,0 +1,248 @@
+"""Training of diffusion on token images: beside a plain loop, beside larger images, or beside bf16.
+
+    run(arguments)    `python launchers/bench.py token_image_training`
+
+Sides take turns of some steps, of which the first does not count. Nobody logs, evaluates or saves. All train a preset
+with torch's fused AdamW from the same weights on, in fp32 where nothing else is said:
+
+    accelerate    the loop of Accelerate's documentation, on the same network in plain PyTorch:
+                  scaled_dot_product_attention with a mask, noise of torch.randn, the squared error written out. That
+                  both networks say the same is checked first
+    size          images of four times the edge, at the same patch
+    bf16          the same in bf16
+
+Texts are random bytes of all lengths up to a whole image. What a side keeps for its backward pass is what --plan says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from trunkline.benchmarks.causal_lm_peers import no_launcher
+from trunkline.benchmarks.pairs import now, ratio_of
+from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.plan import activation_bytes
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.task import Batch
+from trunkline.engine.trainer import Trainer
+from trunkline.models.registry import config_sections, make_task
+from trunkline.models.text.byte_tokenizer import plain_bytes
+from trunkline.models.text.column_store import ColumnWriter
+from trunkline.models.token_image.network import JiT, time_features
+from trunkline.models.token_image.noise import LAST
+from trunkline.models.token_image.store import Store
+
+OURS, THEIRS = "Trunkline", "Accelerate loop"
+TEXTS, LARGER = 32, 4
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print. Returns 0."""
+    sides, kept = measure(
+        arguments.beside, arguments.preset, arguments.layers, arguments.img_size, arguments.micro_batch_size,
+        arguments.turns, arguments.steps, arguments.backend,
+    )  # fmt: skip
+    for name, speeds in sides.items():
+        memory = f", {kept[name] / 2**20:,.0f} MiB kept for the backward pass" if name in kept else ""
+        print(f"{name:<20} {statistics.median(speeds):10,.4g} images/s{memory}")
+    other = next(name for name in sides if name != OURS)
+    ratio = ratio_of(sides[OURS], sides[other])
+    print(f"speed, {OURS} / {other} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    return 0
+
+
+def measure(
+    beside: str, preset: str, layers: int | None, img_size: int, micro_batch_size: int, turns: int, steps: int,
+    backend: str,
+) -> tuple[dict[str, list[float]], dict[str, int]]:  # fmt: skip
+    """Images a second of each turn, by side, on a CPU by the process's own time; bytes kept for the backward pass."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, total = Path(name), turns * (steps + 1)
+        larger = img_size * LARGER if beside == "size" else img_size
+        _write_texts(folder, larger**2)
+
+        def ours(side: str, size: int = img_size, bf16: bool = False) -> _Ours:
+            config = _config(folder / f"{side}.json", preset, layers, size, bf16, micro_batch_size, total)
+            return _Ours(Trainer(make_task(config), config, start(), folder / side, backend), steps)
+
+        sides: dict[str, Any] = {OURS: ours(OURS)}
+        if beside == "size":
+            sides[f"{larger} x {larger}"] = ours("larger", size=larger)
+        elif beside == "bf16":
+            sides["bf16"] = ours("bf16", bf16=True)
+        else:
+            sides[THEIRS] = _Theirs(sides[OURS].trainer, steps)
+        kept = {name: side.kept for name, side in sides.items() if side.kept is not None}
+        for turn in range(turns):
+            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
+                each.take_turn()
+        return {each: side.speeds for each, side in sides.items()}, kept
+
+
+def _write_texts(folder: Path, longest: int) -> None:
+    generator = np.random.default_rng(0)
+    (draft := folder / "draft").mkdir()
+    plain_bytes().save_pretrained(draft / "tokenizer")
+    with ColumnWriter(draft, Store, "texts", 256, ["train", "val"]) as writer:
+        for split in ("train", "val"):
+            for length in generator.integers(1, longest, TEXTS):
+                writer.add(split, generator.integers(1, 256, length).tolist())
+        writer.finish(folder / "store")
+
+
+def _config(
+    path: Path, preset: str, layers: int | None, img_size: int, bf16: bool, micro_batch_size: int, steps: int
+) -> RunConfig:
+    never = steps + 1
+    raw = {
+        "workload": "token_image",
+        "data": {"store": str(path.parent / "store"), "img_size": img_size},
+        "model": {"preset": preset} | ({} if layers is None else {"num_layers": layers}),
+        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": never, "trackers": []},
+        "deepspeed": {
+            "train_batch_size": micro_batch_size,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "fused": True}},
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": bf16},
+            "zero_optimization": {"stage": 0},
+        },
+    }
+    path.write_text(json.dumps(raw))
+    return load_config(path, sections=config_sections)
+
+
+class _Ours:
+    """The engine's own loop over its own batches."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps, self.speeds = trainer, steps, list[float]()
+        self.kept = activation_bytes(
+            trainer.task, trainer.task.build_model(), trainer.config, trainer.micro.sizes.micro_batch_size
+        )
+        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
+
+    def take_turn(self) -> None:
+        images = 0
+        for step in range(self.steps + 1):
+            if step == 1:
+                images, begin = 0, now()
+            batches = next(self._batches)
+            images += sum(int(batch["valid"].sum()) for batch in batches)
+            assert self.trainer.stepper.make(batches) is not None
+        self.speeds.append(images / (now() - begin))
+
+
+class Plain(nn.Module):
+    """The same network of the original block, without condition, in plain PyTorch. It shares the modules of `jit`."""
+
+    def __init__(self, jit: JiT) -> None:
+        super().__init__()
+        self.jit = jit
+
+    def forward(self, x: Tensor, t: Tensor, valid: Tensor) -> Tensor:
+        """[B, S, S, C]; see JiT.forward."""
+        jit, (p, q), (height, width) = self.jit, self.jit.patch, self.jit.grid
+        patches = x.unflatten(2, (width, q)).unflatten(1, (height, p)).transpose(2, 3).flatten(3).flatten(1, 2)
+        seen = valid.unflatten(2, (width, q)).unflatten(1, (height, p)).any(4).any(2).flatten(1)
+        h = jit.patches(patches) + (jit.rows[:, None] + jit.columns).flatten(0, 1)
+        h = torch.cat([h.new_zeros(len(h), jit.slots, jit.d_model), h], 1)
+        seen = torch.cat([seen.new_zeros(len(h), jit.slots), seen], 1)[:, None, None]
+        c = F.silu(time_features(t, jit.d_model))
+        block: Any
+        for block in jit.blocks:
+            scale, shift = block.norm.modulation(c)[:, None].chunk(2, -1)
+            scale = (1 + scale).clamp(0.1, 10)
+            heads = block.qkv(block.norm.norm(h) * scale + shift).unflatten(-1, (3, block.num_heads, -1))
+            query, key, value = heads.permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+            h = h + block.projection(mixed.transpose(1, 2).flatten(2))
+            gate, up = block.up(block.norm.norm(h) * scale + shift).chunk(2, -1)
+            h = h + block.down(F.silu(gate) * up)
+        out = jit.output(h[:, jit.slots :]).view(-1, height, width, p, q, jit.values)
+        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class _Samples(Dataset[dict[str, Tensor]]):
+    """A text as its image and mask, made as it is read."""
+
+    def __init__(self, texts: Any, size: int) -> None:
+        self.texts, self.size = texts, size
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.from_numpy(self.texts[index].text)
+        pixels, mask = torch.zeros(self.size**2, 3), torch.zeros(self.size**2)
+        pixels[: len(ids)] = torch.stack([ids % 256, ids // 256 % 256, ids // 65536], 1).float() / 255
+        mask[: len(ids)] = 1
+        return {"image": pixels.view(self.size, self.size, 3), "mask": mask.view(self.size, self.size)}
+
+
+class _Theirs:
+    """Accelerate's loop, with the weights that the engine began with."""
+
+    kept = None
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        from accelerate import Accelerator
+
+        task: Any = trainer.task
+        denoiser = task.build_model()
+        denoiser.load_state_dict(dict(trainer.backend.full_state()), strict=False)
+        network = Plain(denoiser.jit)
+        _check(network, denoiser, task)
+        self.steps, self.speeds = steps, list[float]()
+        with no_launcher():
+            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        params = trainer.config.deepspeed.optimizer.params
+        samples = _Samples(task.dataset("train"), task.data.img_size)
+        loader = DataLoader(samples, trainer.micro.sizes.micro_batch_size, shuffle=True, drop_last=True)
+        optimizer = torch.optim.AdamW(network.parameters(), **params)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        self._prepared = self._accelerator.prepare(network, optimizer, schedule, loader)
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self._prepared[3]
+
+    def take_turn(self) -> None:
+        images, (network, optimizer, schedule, _) = 0, self._prepared
+        for step in range(self.steps + 1):
+            if step == 1:
+                images, begin = 0, now()
+            batch = next(self._batches)
+            clean, mask = batch["image"], batch["mask"]
+            images += len(clean)
+            t = torch.randint(LAST, (len(clean),), device=clean.device)
+            alpha = (1 - t / LAST)[:, None, None, None]
+            found = network(alpha * clean + (1 - alpha) * torch.randn_like(clean), t, mask > 0)
+            loss = ((found - clean).square().sum(-1) * mask).sum() / mask.sum()
+            self._accelerator.backward(loss)
+            self._accelerator.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            loss.item()  # as it is shown by anyone who looks at a run
+        self.speeds.append(images / (now() - begin))
+
+
+@torch.no_grad()
+def _check(plain: Plain, denoiser: nn.Module, task: Any) -> None:
+    """Raises AssertionError if the two networks do not say the same."""
+    clean, held = task.images(task.collate([task.dataset("train")[index] for index in range(2)]))
+    t = torch.tensor([100, 900])
+    torch.testing.assert_close(plain(clean, t, held), denoiser(clean, t, held), rtol=1e-3, atol=1e-4)
