@@ -90,17 +90,18 @@ class Texts(Dataset[Sample]):
 
 def collate(samples: Sequence[Sample], pixels: int) -> dict[str, Tensor]:
     """See the top of this file."""
-    tokens, length = _padded([sample.text for sample in samples], pixels)
+    tokens, length = collate_tokens([sample.text for sample in samples], pixels)
     batch = {"tokens": tokens, "length": length}
     if any(sample.condition is not None for sample in samples):
         empty = np.zeros(0, np.int64)
         conditions = [empty if sample.condition is None else sample.condition for sample in samples]
-        batch["condition"], batch["condition_length"] = _padded(conditions, pixels)
+        batch["condition"], batch["condition_length"] = collate_tokens(conditions, pixels)
     return batch
 
 
-def _padded(rows: Sequence[np.ndarray], pixels: int) -> tuple[Tensor, Tensor]:
-    found = np.zeros((len(rows), pixels), np.int64)
+def collate_tokens(rows: Sequence[np.ndarray], pixels: int, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """int64 [B, pixels], each row and `fill` behind it; and the lengths [B]."""
+    found = np.full((len(rows), pixels), fill, np.int64)
     for place, row in zip(found, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(found), torch.tensor([len(row) for row in rows])

@@ -1,178 +1,15 @@
-"""Evaluation of a trained denoiser on held-out texts, beside what counts of n-grams know.
-
-    evaluate(run, device, ...)   -> Evaluation
-    run(arguments)               what launchers/evaluate.py calls
-
-The n-gram models (trunkline.models.token_image.ngrams) are of the training split. They see of a text what the network
-sees, the tokens of one image: before its first there is nothing.
-"""
+"""What `launchers/evaluate.py` does for this workload: run(arguments)."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from trunkline.engine.checkpoint.weights import described
-from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.files import made_folder, write_json
 from trunkline.engine.record.tables import markdown, metrics_table
-from trunkline.engine.task import Batch
-from trunkline.models.token_image import samples
-from trunkline.models.token_image.bigram import Bigram
-from trunkline.models.token_image.generation import frames, until_end
-from trunkline.models.token_image.information import curve_of
-from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM, Levels, measure
-from trunkline.models.token_image.ngrams import NGrams, Tokens
+from trunkline.models.token_image.evaluation import Evaluation, evaluate
 from trunkline.models.token_image.shown import show
-from trunkline.models.token_image.task import TokenImageTask
-from trunkline.models.token_image.trained import Trained, load_trained
-
-ORDERS = 4
-LARGEST_BIGRAM = 1024
-"""Tokens of a vocabulary, up to which the bigram's posterior is read."""
-_MOST_TOKENS = 1 << 24
-"""Of the training split, from its start, that n-grams are counted of."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """bits: by model, bits_per_token and, of what is estimated, its standard error; and bits_per_byte.
-
-    batches: the images that were read. made: of each sample its tokens. path: of the first sample, the images on the
-    way, fp32 [steps + 1, S, S, C]. scores: of the samples and of held-out texts of the same lengths
-    """
-
-    trained: Trained
-    task: TokenImageTask
-    split: str
-    batches: list[Batch]
-    bigram: Bigram | None
-    levels: Levels
-    bits: dict[str, dict[str, float]]
-    made: list[list[int]]
-    path: torch.Tensor | None
-    scores: dict[str, dict[str, float]]
-    notes: list[str]
-
-
-def evaluate(
-    run: Path, device: torch.device, *, split: str = "val", store: Path | None = None, batch_size: int = 16,
-    max_samples: int | None = None, levels: int = 16, count: int = 16, steps: int = 25, seed: int = 0,
-    progress: bool = False,
-) -> Evaluation:  # fmt: skip
-    """Read `max_samples` evenly spaced images at `levels` levels of noise, and make up `count` texts.
-
-    Raises CheckpointError, ConfigError or DataError.
-    """
-    trained = load_trained(run, device)
-    if progress:
-        print(described(trained.folder))
-    data = trained.data if store is None else trained.data.model_copy(update={"store": str(store)})
-    task = TokenImageTask(data, trained.model)
-    network = trained.network
-    if task.encoding != network.encoding:
-        raise ConfigError(
-            f"--store {data.store}: has {task.encoding.vocab_size:,} tokens, and the network knows "
-            f"{network.encoding.vocab_size:,}: give the data set that it was trained on, or one of its tokenizer"
-        )
-    dataset = task.dataset(split)
-    task.store.verify(array.name for array in [*dataset.arrays, *task.dataset("train").arrays])
-
-    def read(number: int | None) -> list[Batch]:
-        loader = evaluation_loader(
-            task,
-            dataset,
-            num_samples=number,
-            micro_batch_size=min(batch_size, number or batch_size),
-            world_size=1,
-            rank=0,
-        )
-        return [to_device(batch, device) for batch in loader]
-
-    texts, notes = _training_texts(task)
-    counted = NGrams.fit(texts, task.frequencies.double().numpy(), ORDERS)
-    bigram = None
-    if task.encoding.vocab_size <= LARGEST_BIGRAM:
-        bigram = Bigram(task.frequencies.to(device), torch.from_numpy(counted.transitions()).float().to(device))
-    else:
-        notes.append(
-            f"the {BIGRAM} is left out: of {task.encoding.vocab_size:,} tokens it takes too long (up to "
-            f"{LARGEST_BIGRAM:,} are read)"
-        )
-    codes = task.encoding.encode(torch.arange(task.encoding.vocab_size))
-    curve = task.curve or curve_of(codes, task.frequencies, task.encoding.apart)
-    batches = read(max_samples)
-    found = measure(task, network, batches, levels, curve.to(device), bigram, progress)
-    made, held, path = _samples(task, trained, read(count) if count else [], steps, seed, progress)
-    scores = {}
-    if made:
-        lengths = [min(len(ours), len(theirs)) for ours, theirs in zip(made, held, strict=True)]
-        pieces = {"samples": made, f"{split} text": held}
-        scores = {name: samples.scores(samples.alike(each, lengths), texts, counted) for name, each in pieces.items()}
-    bits = _bits(found, counted, _texts_of(batches), trained)
-    return Evaluation(trained, task, split, batches, bigram, found, bits, made, path, scores, notes)
-
-
-def _training_texts(task: TokenImageTask) -> tuple[list[Tokens], list[str]]:
-    """The training split's texts, each with EOS, as far as n-grams are counted; and a note if that is not all."""
-    column = task.store.column("train", "text")
-    ends = np.cumsum(column.lengths)
-    number = max(1, int(np.searchsorted(ends, _MOST_TOKENS, side="right")))
-    notes = []
-    if number < len(column):
-        notes.append(f"n-grams are counted of the first {number:,} of {len(column):,} training texts")
-    return [np.append(column.tokens(text), task.eos) for text in range(number)], notes
-
-
-def _texts_of(batches: list[Batch]) -> list[Tokens]:
-    """The tokens of each image that counts."""
-    return [
-        tokens[:length].cpu().numpy()
-        for batch in batches
-        for tokens, length, valid in zip(batch["tokens"], batch["length"], batch["valid"], strict=True)
-        if valid
-    ]
-
-
-def _samples(
-    task: TokenImageTask, trained: Trained, batches: list[Batch], steps: int, seed: int, progress: bool
-) -> tuple[list[list[int]], list[Tokens], torch.Tensor | None]:
-    """Texts made up, held-out ones of the same lengths (and conditions), and how the first came about."""
-    made, path = list[list[int]](), None
-    for batch in tqdm(batches, desc="make up texts", unit="batch", disable=not progress or not batches):
-        way = []
-        for x in frames(
-            trained.network, trained.data.img_size, batch["length"], steps=steps, method="heun", seed=seed,
-            first=len(made), condition=task.condition(batch),
-        ):  # fmt: skip
-            way.append(x[0].cpu())
-        found = until_end(task.encoding.decode(x), batch["length"], trained.eos)
-        made += [text for text, valid in zip(found, batch["valid"], strict=True) if valid]
-        path = torch.stack(way) if path is None else path
-    return made, _texts_of(batches), path
-
-
-def _bits(levels: Levels, counted: NGrams, texts: list[Tokens], trained: Trained) -> dict[str, dict[str, float]]:
-    plain: Any = trained.tokenizer.batch_decode([text.tolist() for text in texts], skip_special_tokens=True)
-    per_byte = sum(map(len, texts)) / max(1, sum(len(text.encode()) for text in plain))
-    found = {NETWORK: {"bits_per_token": levels.bits(NETWORK), "standard_error": levels.deviation(NETWORK)}}
-    for order, nats in enumerate(-counted.log_probabilities(texts).mean(1), 1):
-        found[f"{order}-gram model"] = {"bits_per_token": float(nats) / math.log(2)}
-    checks = {UNIGRAM: levels.integral()} | ({BIGRAM: levels.bits(BIGRAM)} if BIGRAM in levels.errors else {})
-    for reader, bits in checks.items():
-        found[f"check: {reader}, by its errors"] = {"bits_per_token": bits}
-    for values in found.values():
-        values["bits_per_byte"] = values["bits_per_token"] * per_byte
-    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -206,7 +43,7 @@ def render(result: Evaluation) -> str:
     rows = [["information", "time", *(f"{reader}, % right" for reader in levels.right)]]
     for level, share in enumerate(levels.shares):
         accuracies = (f"{100 * levels.accuracy(reader)[level]:.1f}" for reader in levels.right)
-        rows.append([f"{100 * share:.1f} %", f"{levels.times[level]:.0f}", *accuracies])
+        rows.append([f"{100 * share:.1f} %", f"{levels.times[level]:.3g}", *accuracies])
     of = f"{len(levels.lengths):,} images of {result.split}, {int(levels.lengths.sum()):,} tokens"
     parts = [metrics_table(of, result.bits), markdown(rows, align="right")]
     if result.scores:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
 from trunkline.models.token_image.jit_flags import DEFAULTS, FLAGS
 from trunkline.models.token_image.records import KINDS
 
-__all__ = ["DEFAULTS", "FLAGS", "prepare"]
+__all__ = ["DEFAULTS", "FLAGS", "evaluate", "predict", "prepare"]
 
 
 def prepare(parser: argparse.ArgumentParser) -> None:
@@ -32,3 +33,21 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=25, help="steps of sampling them, by Heun's method (25)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
+
+
+def predict(parser: argparse.ArgumentParser) -> None:
+    """This workload's own flags of `launchers/predict.py`."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="continue this text; without it texts are made up")
+    what.add_argument("--text", help="fill in the unknown tokens of this text, which --mask stands for")
+    what.add_argument("--denoise", metavar="TEXT", help="put noise on this text and take it off in one step")
+    parser.add_argument("--mask", metavar="CHARACTER", help="with --text: each stands for one unknown token (_)")
+    parser.add_argument("--time", type=float, help="with --denoise: how noisy, from 0 to 1000 (500)")
+    parser.add_argument("--condition", metavar="TEXT", help="what comes before the text, for a model of dialogues")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="different texts (1)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a text at most; all that fit unless given")
+    parser.add_argument("--method", choices=("euler", "heun", "ancestral"), help="of sampling (heun)")
+    parser.add_argument("--steps", type=int, help="of sampling, even in the network's time (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write texts, images, masks and frames here")

@@ -1,6 +1,7 @@
 """Texts from a network: images sampled from pure noise, and decoded.
 
-    frames(network, length, ...)       the noisy images on the way, the last one clean
+    frames(network, length, ...)       the images on the way from noise, the last one clean
+    read_once(network, x, t, ...)      the tokens that it reads in noisy images, in one step
     until_end(tokens, length, eos)     the tokens up to EOS
 
 Steps are even in the network's own time: with the noise "information", each tells as much.
@@ -9,6 +10,7 @@ Steps are even in the network's own time: with the noise "information", each tel
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +19,25 @@ from trunkline.engine.data.randomness import mix, normal
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.noise import LAST
 from trunkline.models.token_image.sampler import Method, evenly, trajectory
+from trunkline.models.token_image.validation import decoded
 
 Condition = tuple[Tensor, Tensor] | tuple[()]
 """A condition's clean image and its pixels that hold a token, as the network takes them; nothing for none."""
+
+
+class Frame(NamedTuple):
+    """x: the images after a step. guess: the clean images that the network saw in them. Both [B, S, S, C]."""
+
+    x: Tensor
+    guess: Tensor
 
 
 @torch.no_grad()
 def frames(
     network: Denoiser, size: int, length: Tensor, *, steps: int, method: Method, seed: int = 0, first: int = 0,
     condition: Condition = (), given: tuple[Tensor, Tensor] | None = None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """[B, S, S, C], pure noise, and what each step makes of it.
+) -> Iterator[Frame]:  # fmt: skip
+    """What each step makes of pure noise.
 
     Sample i has noise of its own, by the seed and first + i, whatever else is in the batch.
 
@@ -39,22 +49,33 @@ def frames(
     keys = torch.tensor([mix(seed, first + place) for place in range(len(length))], device=device)
     noise = normal(keys, (size, size, network.encoding.channels), stream=1)
     held = (torch.arange(size**2, device=device) < length[:, None]).view(-1, size, size)
-    previous: dict[str, Tensor] = {}
+    guess = torch.zeros_like(noise)
 
     def denoise(x: Tensor, alpha: Tensor) -> Tensor:
+        nonlocal guess
         t = network.time(alpha).expand(len(x))
-        clean = network.clean(network(x, t, held, *condition, **previous))
-        if getattr(network, "self_conditioning", False):
-            previous["previous"] = clean
-        return clean
+        guess = network.clean(network(x, t, held, *condition, previous=guess if network.self_conditioning else None))
+        return guess
 
     known = {}
     if given is not None:
         pixels = network.encoding.encode(given[0]).view(noise.shape)
         known = {"given": pixels, "is_given": given[1].view(-1, size, size, 1)}
     generator = torch.Generator(device).manual_seed(mix(seed, first))
-    yield noise
-    yield from trajectory(denoise, noise, alphas_of(network, steps), method=method, generator=generator, **known)
+    for x in trajectory(denoise, noise, alphas_of(network, steps), method=method, generator=generator, **known):
+        yield Frame(x, guess)
+
+
+@torch.no_grad()
+def read_once(network: Denoiser, x: Tensor, t: Tensor, held: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """The tokens [B, S, S] that the network reads in noisy images, and its guess of the clean ones.
+
+    With self-conditioning it sees its own first guess.
+    """
+    output = network(x, t, held, *condition)
+    if network.self_conditioning:
+        output = network(x, t, held, *condition, previous=network.clean(output))
+    return decoded(output, network.encoding, network.gives_logits)
 
 
 def alphas_of(network: Denoiser, steps: int) -> Tensor:
@@ -65,7 +86,7 @@ def alphas_of(network: Denoiser, steps: int) -> Tensor:
 
 
 def until_end(tokens: Tensor, length: Tensor, eos: int) -> list[list[int]]:
-    """Of each image its tokens, int64 [B, S S] -> up to the first EOS, which is the last token kept, or all `length`."""
+    """Of each image its tokens, of int64 [B, S, S], up to the first EOS, that included, or all `length`."""
     found = []
     for row, count in zip(tokens.flatten(1).tolist(), length.tolist(), strict=True):
         row = row[:count]

@@ -8,8 +8,8 @@ signal-to-noise ratio. By Bayes, of frequencies p:
 and the error of the best guess of e, mse(g) = E |e - E[e | z]|^2, says how many nats z tells (Guo, Shamai and Verdu,
 2005): I(g) = 1/2 integral of mse from 0 to g. All of the token is I(infinity), its entropy. So a denoiser that errs
 less than this one by d(g) bounds the negative log-likelihood of a token, in nats, by what the frequencies alone give,
--log p_v, less 1/2 integral of d. Over u, the share of the information below g, that integral is a mean: of
-information x d / mse at evenly spread u.
+-log p_v, less 1/2 integral of d. Where ratios are drawn so that the shares of the information below them are spread
+evenly, the integral is the mean of d times what a share spans of the ratio.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ POINTS = 160
 LEAST, MOST = 1e-3, 1e3
 """The ratios of a curve, of codes that are 2 apart at least."""
 _MOST_WORK = 1 << 20  # draws times tokens at a ratio
-_MOST_SCORES = 1 << 23
-_LEAST_ERROR = 1e-4  # of all there is; beyond it a curve by Monte Carlo says little
+_MOST_SCORES = 1 << 20
+_LAST_SHARE = 1 - 1 / 2000  # beyond it a curve by Monte Carlo says little of what a share spans
 
 
 def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
@@ -35,22 +35,27 @@ def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor
 
     codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
     """
-    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64, until the largest is 0
+    return _scores(z, snr, codes, log_frequencies).log_softmax(-1)
+
+
+def _scores(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
+    """log P(v | z) up to a constant, fp32, the largest 0."""
+    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64 until the largest is 0
     z, snr, wide = z.double(), snr.double(), codes.double()
     scores = (snr.sqrt()[..., None] * z) @ wide.T
     scores.sub_(snr[..., None] * (wide.square().sum(-1) / 2)).add_(log_frequencies)
-    return scores.sub_(scores.amax(-1, keepdim=True)).float().log_softmax(-1)
+    return scores.sub_(scores.amax(-1, keepdim=True)).float()
 
 
 def by_frequencies(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest tokens [...] and the best guess of the codes [..., C], of z as `log_posterior` takes it."""
     flat, ratios = z.flatten(0, -2), snr.expand(z.shape[:-1]).flatten()
     pieces = max(1, _MOST_SCORES // len(codes))
-    posteriors = (
-        log_posterior(some, ratio, codes, log_frequencies)
+    scores = (
+        _scores(some, ratio, codes, log_frequencies)
         for some, ratio in zip(flat.split(pieces), ratios.split(pieces), strict=True)
     )
-    found = [(each.argmax(-1), each.exp() @ codes) for each in posteriors]
+    found = [(each.argmax(-1), each.softmax(-1) @ codes) for each in scores]
     tokens, guesses = (torch.cat(parts) for parts in zip(*found, strict=True))
     return tokens.view(z.shape[:-1]), guesses.view(z.shape)
 
@@ -84,13 +89,16 @@ class Curve:
         return Curve(self.snr.to(device), self.mse.to(device), self.share.to(device), self.entropy)
 
     def nats(self, error: Tensor, snr: Tensor) -> Tensor:
-        """1/2 integral of the error over the ratio is the mean of these, if the shares of the ratios are spread evenly.
+        """1/2 integral of the error over the ratio is the mean of these, where the ratios' shares are spread evenly.
 
-        So of errors themselves they make up what such a denoiser needs to name a token, and of how much less one errs
-        than a guess by frequencies, what it saves.
+        So of errors themselves they make up what it takes to name a token, and of how much less a denoiser errs than a
+        guess by frequencies, what it saves. That holds exactly, however well the curve fits.
         """
-        told = torch.trapezoid(self.mse.double(), self.snr.double()).float() / 2
-        return told * error / self.mse_at(snr).clamp(min=_LEAST_ERROR * self.mse[0])
+        snr = snr.clamp(max=self.snr_at(torch.full((), _LAST_SHARE, device=snr.device)))
+        right = torch.searchsorted(self.snr, snr.contiguous()).clamp(1, len(self.snr) - 1)
+        logs = self.snr.log()
+        span = (logs[right] - logs[right - 1]) / (self.share[right] - self.share[right - 1])
+        return error * snr * span / 2
 
 
 def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
@@ -118,7 +126,7 @@ def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
     snr = torch.logspace(math.log10(LEAST), math.log10(MOST * (2 / apart) ** 2), POINTS)
     errors = []
     for ratio in snr:
-        guess = log_posterior(ratio.sqrt() * clean + noise, ratio, codes, logs).exp() @ codes
+        _, guess = by_frequencies(ratio.sqrt() * clean + noise, ratio, codes, logs)
         errors.append((clean - guess).square().sum(-1).mean())
     mse = torch.stack(errors)
     told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])

@@ -14,7 +14,7 @@ integral over the signal-to-noise ratio that the bound asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,10 @@ from trunkline.engine.data.randomness import normal
 from trunkline.engine.task import Batch
 from trunkline.models.token_image.bigram import Bigram
 from trunkline.models.token_image.denoiser import Denoiser
+from trunkline.models.token_image.generation import read_once
 from trunkline.models.token_image.information import Curve, by_frequencies, log_posterior
 from trunkline.models.token_image.noise import time_of
 from trunkline.models.token_image.task import TokenImageTask
-from trunkline.models.token_image.validation import decoded
 
 NETWORK, NEAREST, UNIGRAM, BIGRAM = "network", "nearest code", "unigram posterior", "bigram posterior"
 _MOST = 1 << 24  # probabilities at once
@@ -61,7 +61,8 @@ class Levels:
 
     def error(self, reader: str) -> np.ndarray:
         """[K], the squared error per token, over that of the posterior by frequencies."""
-        found: np.ndarray = self.errors[reader].sum(0) / self.errors[UNIGRAM].sum(0)
+        tiny = 1e-12  # of few tokens with little noise nothing may be wrong
+        found: np.ndarray = self.errors[reader].sum(0) / self.errors[UNIGRAM].sum(0).clip(min=tiny)
         return found
 
     def bits(self, reader: str) -> float:
@@ -76,7 +77,7 @@ class Levels:
         return float(math.sqrt((rest**2).sum() * count / max(count - 1, 1)) / self.lengths.sum()) / math.log(2)
 
     def integral(self) -> float:
-        """Bits per token that all errors of the posterior by frequencies make up: their cross entropy, if all is right."""
+        """Bits per token that errors of the posterior by frequencies make up: their cross entropy, if right."""
         return float((self.errors[UNIGRAM] * self.nats).mean(1).sum() / self.lengths.sum()) / math.log(2)
 
     def _costs(self, reader: str) -> np.ndarray:
@@ -113,8 +114,9 @@ def measure(
                     errors.setdefault(reader, []).append(error)
                 bar.update()
     times = time_of(alphas, task.model.noise, curve)
+    worth = curve.nats(torch.ones_like(snr), snr)
     return Levels(
-        *(each.double().cpu().numpy() for each in (shares, snr, times, curve.nats(torch.ones_like(snr), snr))),
+        shares=_joined([shares]), snr=_joined([snr]), times=_joined([times]), nats=_joined([worth]),
         lengths=_joined(lengths), cross_entropy=_joined(cross_entropy),
         right=_tables(right, count), errors=_tables(errors, count),
     )  # fmt: skip
@@ -132,7 +134,7 @@ def read(
     t = network.time(alpha).expand(len(x))
     nearest = task.encoding.decode(x / alpha)
     found = {
-        NETWORK: decoded(network(x, t, held, *task.condition(batch)), task.encoding, task.gives_logits),
+        NETWORK: read_once(network, x, t, held, task.condition(batch)),
         NEAREST: (nearest, codes[nearest]),
         UNIGRAM: by_frequencies(z, snr, codes, frequencies.log()),
     }

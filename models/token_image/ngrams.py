@@ -66,7 +66,7 @@ class NGrams:
         return NGrams(np.asarray(frequencies, np.float64), tuple(orders))
 
     def log_probabilities(self, windows: Sequence[Tokens]) -> np.ndarray:
-        """log p_n of each token of the windows, end to end: nats, fp64 [order, tokens]. A window's first has no context."""
+        """log p_n of each token of the windows, end to end: nats, fp64 [order, tokens]. The first of each sees none."""
         vocab_size, tokens, place = len(self.frequencies), *_joined(windows)
         p, numbers = self.frequencies[tokens], tokens
         found = [p]

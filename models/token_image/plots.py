@@ -53,12 +53,13 @@ def plot_errors(levels: Levels, path: Path) -> None:
     share, network = 100 * levels.shares, levels.error(NETWORK)
     with picture(path, 7, 3.8) as figure:
         axes = figure.subplots()
-        axes.axhline(1, color=GREY, label=f"{UNIGRAM}: {levels.bits(UNIGRAM):.2f} bits a token")
+        axes.axhline(1, color=GREY, label=f"{UNIGRAM}: {levels.bits(UNIGRAM):.4g} bits a token")
         saved = levels.bits(UNIGRAM) - levels.bits(NETWORK)
-        axes.fill_between(share, network, 1, color=BLUE, alpha=0.15, label=f"area: {saved:.2f} bits saved")
+        width, label = 100 / len(share), f"area: {abs(saved):.4g} bits {'saved' if saved >= 0 else 'lost'}"
+        axes.bar(share, network - 1, width, bottom=1, color=BLUE, alpha=0.15, label=label)
         for reader in (BIGRAM, NETWORK):
             if reader in levels.errors:
-                label = f"{reader}: {levels.bits(reader):.2f} bits a token"
+                label = f"{reader}: {levels.bits(reader):.4g} bits a token"
                 axes.plot(share, levels.error(reader), label=label, color=_COLORS[reader], marker="o", markersize=3)
         axes.set_xlabel("information in the noisy pixels (% of what frequencies leave open)")
         axes.set_ylabel(f"squared error / that of the {UNIGRAM}")
@@ -71,7 +72,7 @@ def plot_page(pages: Mapping[str, Sequence[str]], wanted: Sequence[str], size: i
     """One page of `size` x `size` tokens, row by row: by reader the tokens as text, wrong ones red, and the truth."""
     panels = dict(pages) | {"the text": wanted}
     edge = 2.6
-    with picture(path, edge * len(panels), edge + 0.75, **{"axes.grid": False}) as figure:
+    with picture(path, edge * len(panels), edge + 0.6, **{"axes.grid": False}) as figure:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
         for axes, (reader, tokens) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             wrong = np.array([found != right for found, right in zip(tokens, wanted, strict=True)])

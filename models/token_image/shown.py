@@ -1,9 +1,8 @@
-"""What a person sees of an evaluation: curves, a page, a text at several levels of noise, a sample as it comes to be."""
+"""What a person sees of an evaluation: curves, a page, a text at several levels of noise, a sample on its way."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor
 from trunkline.engine.data.randomness import normal
 from trunkline.engine.task import Batch
 from trunkline.models.token_image.encodings import Encoding
-from trunkline.models.token_image.generation import alphas_of
+from trunkline.models.token_image.evaluation import Evaluation
+from trunkline.models.token_image.generation import Frame
 from trunkline.models.token_image.levels import NETWORK, UNIGRAM, read
 from trunkline.models.token_image.plots import Row, colors, plot_accuracy, plot_errors, plot_page, plot_rows
-
-if TYPE_CHECKING:
-    from trunkline.models.token_image.evaluate import Evaluation
 
 _ROWS = 5
 _PAGE = 0.6  # of tokens that frequencies read right, about
@@ -31,9 +28,9 @@ def show(result: Evaluation, out: Path) -> list[Path]:
     batch = _one(result)
     _page(result, batch, out / names[2])
     _strip(result, batch, out / names[3])
-    if result.path is not None:
+    if result.path:
         names.append("frames.png")
-        _frames(result, result.path, out / names[4])
+        plot_way(result.path, len(result.made[0]), result.trained.names(), result.task.encoding, out / names[4])
     return [out / name for name in names]
 
 
@@ -71,7 +68,7 @@ def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
         wrong = (tokens.flatten()[:length] != wanted).cpu().numpy()
         label = (
             f"{100 * result.levels.shares[level]:.0f} % of the\ninformation\n"
-            f"t = {result.levels.times[level]:.0f}\n{100 * (1 - wrong.mean()):.0f} % right"
+            f"t = {result.levels.times[level]:.3g}\n{100 * (1 - wrong.mean()):.0f} % right"
         )
         rows.append(Row(label, [_image(x / alpha, encoding), _image(guess, encoding)],
                         _spelled(tokens, length, names), wrong.tolist()))  # fmt: skip
@@ -79,16 +76,14 @@ def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
     plot_rows(rows, heads, path, f"A text of {result.split} at {len(rows)} levels of noise, in one step of denoising")
 
 
-def _frames(result: Evaluation, way: Tensor, path: Path) -> None:
-    names, encoding, steps = result.trained.names(), result.task.encoding, len(way) - 1
-    alphas, rows = alphas_of(result.trained.network, steps).cpu(), []
-    for step in np.unique(np.linspace(0, steps, _ROWS + 1).round().astype(int)):
-        x = way[step] / alphas[step].clamp(min=1e-3)
-        tokens = encoding.decode(x).flatten()[: len(result.made[0])]
-        text = _spelled(tokens, len(tokens), names)
-        label = f"step {step}\nof {steps}"
-        rows.append(Row(label, [_image(way[step], encoding)], text, [False] * len(text)))
-    plot_rows(rows, ["image", "nearest tokens"], path, "A text from pure noise")
+def plot_way(way: list[Frame], length: int, names: list[str], encoding: Encoding, path: Path) -> None:
+    """Some steps of how one text of `length` tokens came out of noise. names: of each token."""
+    rows = []
+    for step in np.unique(np.linspace(1, len(way), _ROWS + 1).round().astype(int)):
+        x, guess = way[step - 1]
+        label, text = f"step {step}\nof {len(way)}", _spelled(encoding.decode(guess), length, names)
+        rows.append(Row(label, [_image(x, encoding), _image(guess, encoding)], text, [False] * length))
+    plot_rows(rows, ["image", "guess", "nearest tokens of the guess"], path, "A text from noise")
 
 
 def _image(x: Tensor, encoding: Encoding) -> np.ndarray:

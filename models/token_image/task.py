@@ -99,6 +99,17 @@ class TokenImageTask(Task):
         output = model(*given, previous=self._estimate(model, given, batch["draw"]))
         return Noisy(clean, x, t, alpha, held & batch["valid"][:, None, None], output)
 
+    def _estimate(self, model: nn.Module, given: Sequence[Tensor], draw: Tensor) -> Tensor | None:
+        """What half of the samples see with self-conditioning; black for the rest.
+
+        It is made for all of them, so that each rank calls the network as often.
+        """
+        if not self.model.self_conditioning:
+            return None
+        with torch.no_grad():
+            estimate: Tensor = model.clean(model(*given))  # type: ignore[operator]
+        return estimate * drawn_coins(draw)[:, None, None, None]
+
     def _error(self, seen: Noisy, batch: Batch) -> Tensor:
         if self.model.loss == "cross_entropy":
             tokens = batch["tokens"].view(seen.counted.shape).masked_fill(~seen.counted, -100)
@@ -127,17 +138,6 @@ class TokenImageTask(Task):
     def gives_logits(self) -> bool:
         """Whether the network gives logits of tokens, or else the clean image."""
         return self.model.loss == "cross_entropy"
-
-    def _estimate(self, model: nn.Module, given: Sequence[Tensor], draw: Tensor) -> Tensor | None:
-        """What half of the samples see with self-conditioning; black for the rest.
-
-        It is made for all of them, so that each rank calls the network as often.
-        """
-        if not self.model.self_conditioning:
-            return None
-        with torch.no_grad():
-            estimate: Tensor = model.clean(model(*given))  # type: ignore[operator]
-        return estimate * drawn_coins(draw)[:, None, None, None]
 
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.engine.record.pictures import BLUE, GREY, picture
@@ -55,10 +54,11 @@ def sums(
     wanted, alpha = tokens.view(seen.counted.shape), seen.alpha[:, None, None]
     guessed, clean = decoded(seen.output, encoding, gives_logits)
     naive = encoding.decode(seen.x / alpha[..., None])
-    bins = F.one_hot((seen.t * BINS // LAST).long().clamp(max=BINS - 1), BINS)
+    bins = (seen.t * BINS // LAST).long().clamp(max=BINS - 1)
 
-    def by_time(counts: Tensor) -> Tensor:
-        return (counts & seen.counted).sum((1, 2)) @ bins
+    def by_time(hits: Tensor) -> Tensor:
+        counts = (hits & seen.counted).sum((1, 2))
+        return counts.new_zeros(BINS).index_add_(0, bins, counts)
 
     found = {
         "tokens": by_time(seen.counted),

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
 
-from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.encodings import Encoding, Kind
 from trunkline.models.token_image.information import Curve, by_frequencies, curve_of, log_posterior
 
 
@@ -16,6 +17,12 @@ def codes_of(vocab_size: int) -> torch.Tensor:
 def unigram(vocab_size: int) -> torch.Tensor:
     frequencies = 1 / torch.arange(1, vocab_size + 1).double()
     return (frequencies / frequencies.sum()).float()
+
+
+@cache
+def curve_for(kind: Kind, vocab_size: int) -> Curve:
+    encoding = Encoding(kind, vocab_size)
+    return curve_of(encoding.encode(torch.arange(vocab_size)), unigram(vocab_size), encoding.apart)
 
 
 def test_the_posterior_is_bayes() -> None:
@@ -41,23 +48,26 @@ def test_one_bit_errs_as_is_known_in_closed_form() -> None:
 
 @pytest.mark.parametrize("vocab_size", [2, 106, 1000])
 def test_the_information_of_all_noise_levels_is_the_entropy(vocab_size: int) -> None:
-    curve = curve_of(codes_of(vocab_size), unigram(vocab_size))
+    curve = curve_for("bits", vocab_size)
     told = float(torch.trapezoid(curve.mse.double(), curve.snr.double())) / 2
     below = float(curve.mse[0]) * float(curve.snr[0]) / 2
     assert told + below == pytest.approx(curve.entropy, rel=0.02)
 
 
-def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy() -> None:
+@pytest.mark.parametrize("kind", ["bits", "rgb"])
+def test_the_errors_of_a_guess_by_frequencies_add_up_to_the_entropy(kind: Kind) -> None:
     """At ratios with evenly spread shares, drawn anew: no draw of the curve is used again."""
-    codes, frequencies, count = codes_of(106), unigram(106), 20_000
-    curve = curve_of(codes, frequencies)
+    encoding, frequencies, count = Encoding(kind, 106), unigram(106), 20_000
+    codes = encoding.encode(torch.arange(106))
+    curve = curve_for(kind, 106)
     snr = curve.snr_at((torch.arange(count) + 0.5) / count)
     tokens = torch.multinomial(frequencies, count, replacement=True, generator=torch.Generator().manual_seed(1))
-    z = snr.sqrt()[:, None] * codes[tokens] + torch.randn(count, 7, generator=torch.Generator().manual_seed(2))
-    _, guess = by_frequencies(z, snr, codes, frequencies.log())
+    noise = torch.randn(count, encoding.channels, generator=torch.Generator().manual_seed(2))
+    _, guess = by_frequencies(snr.sqrt()[:, None] * codes[tokens] + noise, snr, codes, frequencies.log())
     nats = curve.nats((guess - codes[tokens]).square().sum(-1), snr)
-    assert float(nats.mean()) == pytest.approx(curve.entropy, abs=3 * float(nats.std()) / math.sqrt(count))
-    assert 3 * float(nats.std()) / math.sqrt(count) < 0.05 * curve.entropy
+    error = float(nats.std()) / math.sqrt(count)
+    assert float(nats.mean()) == pytest.approx(curve.entropy, abs=3 * error)
+    assert error < 0.025 * curve.entropy
 
 
 def test_a_guess_in_pieces_is_the_guess(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +82,7 @@ def test_a_guess_in_pieces_is_the_guess(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_shares_of_the_information_are_found_again() -> None:
-    curve = curve_of(codes_of(106), unigram(106))
+    curve = curve_for("bits", 106)
     assert (curve.share.diff() >= 0).all()
     shares = torch.tensor([0.1, 0.5, 0.9])
     ratios = curve.snr_at(shares)

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trunkline.models.token_image.bigram import Bigram
+from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.information import log_posterior
 from trunkline.models.token_image.sampler import Method, evenly, sample, trajectory
 
 METHODS: list[Method] = ["euler", "heun", "ancestral"]
@@ -76,3 +79,72 @@ def test_every_step_is_shown() -> None:
     assert len(frames) == 7
     with pytest.raises(ValueError, match="0 steps"):
         sample(gaussian, torch.zeros(3), evenly(0))
+
+
+class Language:
+    """Four tokens, of which each is followed by some more than by others; its codes are two bits."""
+
+    transitions = torch.tensor(
+        [[0.7, 0.1, 0.1, 0.1], [0.05, 0.05, 0.6, 0.3], [0.4, 0.3, 0.05, 0.25], [0.1, 0.5, 0.3, 0.1]]
+    )
+    codes = Encoding("bits", 4).encode(torch.arange(4))
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.frequencies = torch.linalg.matrix_power(self.transitions, 64)[0]
+        self.bigram = Bigram(self.frequencies, self.transitions)
+
+    @property
+    def entropy_rate(self) -> float:
+        """Bits a token after the first."""
+        return -float((self.frequencies[:, None] * self.transitions * self.transitions.log2()).sum())
+
+    def denoise(self, x: Tensor, alpha: Tensor) -> Tensor:
+        """E[clean | x], exactly."""
+        snr = (alpha / (1 - alpha)).square()
+        likelihood = log_posterior(x / (1 - alpha), snr, self.codes, torch.zeros(4))
+        return self.bigram.posterior(likelihood, torch.full((len(x),), self.places)) @ self.codes
+
+    def sampled(self, count: int, steps: int, method: Method) -> Tensor:
+        """Tokens, int64 [count, places]."""
+        noise = torch.randn(count, self.places, 2, generator=torch.Generator().manual_seed(0))
+        found = sample(
+            self.denoise, noise, evenly(steps), method=method, generator=torch.Generator().manual_seed(1)
+        )  # fmt: skip
+        return Encoding("bits", 4).decode(found)
+
+
+def entropy_of(tokens: Tensor) -> tuple[float, float]:
+    """Bits a token after the first by the counts of the pairs themselves, and a standard error."""
+    before, after = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+    pairs = torch.bincount(4 * before + after, minlength=16).view(4, 4).double()
+    bits = -(pairs / pairs.sum(1, keepdim=True)).log2()[before, after].view(len(tokens), -1).mean(1)
+    return float(bits.mean()), float(bits.std()) / math.sqrt(len(bits))
+
+
+@pytest.mark.parametrize(("method", "steps"), [("heun", 25), ("euler", 100)])
+def test_a_language_is_sampled_with_its_entropy(method: Method, steps: int) -> None:
+    language = Language(16)
+    found, error = entropy_of(language.sampled(600, steps, method))
+    assert error < 0.02
+    assert found == pytest.approx(language.entropy_rate, abs=3 * error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "steps"), [("heun", 25), ("euler", 100), ("ancestral", 200)])
+def test_a_language_is_sampled_with_its_pairs(method: Method, steps: int) -> None:
+    language = Language(32)
+    tokens = language.sampled(20_000, steps, method)
+    found, error = entropy_of(tokens)
+    assert error < 0.002
+    assert found == pytest.approx(language.entropy_rate, abs=0.01)
+    pairs = torch.bincount((4 * tokens[:, :-1] + tokens[:, 1:]).flatten(), minlength=16).view(4, 4)
+    assert torch.allclose(pairs / pairs.sum(1, keepdim=True), language.transitions, atol=0.01)
+
+
+def test_a_sampler_that_runs_backwards_would_be_seen() -> None:
+    """One did: from the clean end to noise it turned the standard deviation 0.5 into 0.919."""
+    with pytest.raises(AssertionError, match="pure noise"):
+        sample(gaussian, torch.zeros(3), evenly(10).flip(0))
+    noise = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    assert float(sample(gaussian, noise, evenly(50)).std()) == pytest.approx(SD, rel=0.02)

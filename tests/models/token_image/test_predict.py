@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trunkline.engine.errors import ConfigError
+from trunkline.launchers.predict import main
+from trunkline.models.token_image import flags
+from trunkline.models.token_image.generation import frames, until_end
+from trunkline.models.token_image.predict import Wanted, asked, denoised, texts
+from trunkline.models.token_image.trained import Trained, load_trained
+
+CPU = torch.device("cpu")
+PIXELS = 64
+
+
+@pytest.fixture(scope="module")
+def learnable(learnable_run: Path) -> Trained:
+    return load_trained(learnable_run, CPU)
+
+
+@pytest.fixture(scope="module")
+def dialogue(dialogue_run: Path) -> Trained:
+    return load_trained(dialogue_run, CPU)
+
+
+def wanted(trained: Trained, *words: str) -> Wanted:
+    parser = argparse.ArgumentParser()
+    flags.predict(parser)
+    return asked(trained, parser.parse_args(words))
+
+
+def test_what_is_known_stays_and_what_is_unknown_is_filled(learnable: Trained) -> None:
+    text = "a g__ network____ falls"
+    for made in texts(learnable, wanted(learnable, "--text", text), 2, 3, "heun", 0):
+        plain = bytes(made.tokens[:-1])
+        assert made.tokens[-1] == learnable.eos
+        assert len(plain) == len(text)
+        assert all(ours == theirs for ours, theirs in zip(plain, text.encode(), strict=True) if theirs != ord("_"))
+
+
+def test_another_mask_leaves_the_first_as_text(learnable: Trained) -> None:
+    found = wanted(learnable, "--text", "a_b?c", "--mask", "?")
+    assert found.tokens.tolist() == [97, 95, 98, -1, 99, 0]
+
+
+def test_a_prompt_is_continued_up_to_the_length_or_the_end(learnable: Trained) -> None:
+    for made in texts(learnable, wanted(learnable, "--prompt", "the press", "--length", "40"), 3, 2, "ancestral", 1):
+        assert bytes(made.tokens[:9]) == b"the press"
+        assert len(made.tokens) == 40 or made.tokens[-1] == learnable.eos
+        assert learnable.eos not in made.tokens[:-1]
+
+
+def test_a_text_ends_at_its_first_eos() -> None:
+    """EOS is a token of the vocabulary like any other: a text that holds none has no end but the image's."""
+    tokens = torch.tensor([[[5, 0], [7, 0]], [[5, 6], [7, 8]], [[0, 1], [1, 1]]])
+    assert until_end(tokens, torch.tensor([4, 3, 4]), 0) == [[5, 0], [5, 6, 7], [0]]
+
+
+def test_eos_can_be_sampled_and_decoded(learnable: Trained) -> None:
+    encoding = learnable.network.encoding
+    assert 0 <= learnable.eos < encoding.vocab_size
+    assert encoding.decode(encoding.encode(torch.tensor([learnable.eos]))).tolist() == [learnable.eos]
+
+
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(learnable: Trained) -> None:
+    options = {"count": 3, "steps": 2, "method": "heun", "seed": 4}
+    together = [made.tokens for made in texts(learnable, wanted(learnable), batch_size=3, **options)]
+    alone = [made.tokens for made in texts(learnable, wanted(learnable), batch_size=1, **options)]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def test_steps_are_even_in_the_networks_time(learnable: Trained) -> None:
+    """The times that the network is told of, Euler's: from 1000 down, each as far from the next."""
+    seen = []
+    handle = learnable.network.register_forward_pre_hook(lambda _, given: seen.append(float(given[1][0])))
+    list(frames(learnable.network, 8, torch.tensor([PIXELS]), steps=5, method="euler"))
+    handle.remove()
+    assert seen == pytest.approx([1000, 800, 600, 400, 200], abs=0.1)
+
+
+def test_the_last_frame_is_the_networks_guess(learnable: Trained) -> None:
+    way = list(frames(learnable.network, 8, torch.tensor([PIXELS, 9]), steps=3, method="heun"))
+    assert len(way) == 3
+    assert torch.equal(way[-1].x, way[-1].guess)
+
+
+def test_a_text_without_noise_is_read_as_it_is(dialogue: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the nearest code at least: with time 0 the image is the text's own."""
+    text = "compressors raise it"
+    (made,) = denoised(dialogue, wanted(dialogue, "--denoise", text), 0.0, 1, 0)
+    assert torch.equal(
+        dialogue.network.encoding.decode(made.way[0].x).flatten()[:21], torch.tensor([*text.encode(), 0])
+    )
+    assert "21 by the nearest code alone" in capsys.readouterr().err
+
+
+def test_a_condition_changes_what_is_made(dialogue: Trained) -> None:
+    made = [
+        [each.tokens for each in texts(dialogue, wanted(dialogue, *words), 2, 2, "heun", 0)]
+        for words in ((), ("--condition", "a gas network"), ("--condition", "zzzz"))
+    ]
+    assert made[0] != made[1] != made[2]
+    assert wanted(dialogue, "--condition", "ab").condition.tolist() == [97, 98, 0]  # type: ignore[union-attr]
+
+
+def test_images_hold_the_tokens(dialogue_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token of base 256 is a pixel's red, green and blue, and comes back."""
+    out = tmp_path / "out"
+    words = ["--run", str(dialogue_run), "--out", str(out), "--samples", "2", "--length", "50", "--steps", "2"]
+    assert main([*words, "--prompt", "né"]) == 0
+    names = [f"{place:03}{end}" for place in range(2) for end in (".txt", ".png", "-mask.png")]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "frames.png"])
+    trained = load_trained(dialogue_run, CPU)
+    for place in range(2):
+        pixels, mask = (np.asarray(Image.open(out / f"{place:03}{end}")) for end in (".png", "-mask.png"))
+        assert pixels.shape == (512, 512, 3)
+        assert (pixels[:64, :64] == pixels[0, 0]).all()
+        held = mask[::64, ::64].reshape(-1) > 0
+        ids = trained.network.encoding.decode(torch.from_numpy(pixels[::64, ::64] / 255.0)).flatten()[held].tolist()
+        text = (out / f"{place:03}.txt").read_bytes().decode()
+        assert bytes(ids[:3]) == "né".encode()
+        assert trained.tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert not pixels[::64, ::64].reshape(-1, 3)[~held].any()
+    capsys.readouterr()
+    assert main([*words[:2], "--prompt", "né", "--samples", "2", "--length", "50", "--steps", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"{'-' * 72}" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text", "no gap"], "holds no '_'"),
+        (["--text", "_" * 65], "an image holds 1 to 64"),
+        (["--prompt", "x" * 64], "leave no room"),
+        (["--prompt", ""], "--prompt: no text in UTF-8"),
+        (["--prompt", "\udcff"], "--prompt: no text in UTF-8"),
+        (["--length", "65"], "an image holds 64 tokens"),
+        (["--condition", "x"], "no places for one"),
+        (["--samples", "0"], "use 1 or more"),
+        (["--time", "3"], "--time: has no effect"),
+        (["--denoise", "x", "--time", "1001"], "use 0, clean, to 1000"),
+        (["--denoise", "x", "--steps", "3"], "--steps: has no effect"),
+        (["--mask", "?"], "--mask: has no effect"),
+        (["--text", "a__b", "--mask", "__"], "use one character"),
+    ],
+)
+def test_what_a_person_can_get_wrong_is_named(
+    learnable_run: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(learnable_run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_condition_too_long_is_named(dialogue: Trained) -> None:
+    with pytest.raises(ConfigError, match="--condition: 64 tokens and EOS"):
+        wanted(dialogue, "--condition", "x" * 64)
