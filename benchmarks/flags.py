@@ -160,13 +160,14 @@ def token_information(parser: argparse.ArgumentParser) -> None:
 
 def token_image_training(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py token_image_training`."""
-    from trunkline.models.token_image.network import PRESETS
+    from trunkline.models.token_image.jit_flags import MODELS
 
+    presets = [name.removeprefix("JiT-") for name in MODELS]
     parser.add_argument(
         "--beside", choices=("accelerate", "size", "bf16"), default="accelerate",
         help="the other side: a plain loop (default), images of four times the edge, or bf16",
     )  # fmt: skip
-    parser.add_argument("--preset", default="B/4", choices=PRESETS, help="(B/4)")
+    parser.add_argument("--preset", default="B/4", choices=presets, help="(B/4)")
     parser.add_argument("--layers", type=int, help="blocks (the preset's)")
     parser.add_argument("--img-size", type=int, default=64, help="edge of the images in pixels (64)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="images a step (4)")

@@ -33,7 +33,7 @@ def test_every_workload_has_its_rooms(name: str) -> None:
 
 
 def test_the_workloads_are_the_folders_under_models() -> None:
-    assert workloads() == ["causal_lm", "fluid", "image_classification", "seq2seq"]
+    assert workloads() == ["causal_lm", "fluid", "image_classification", "seq2seq", "token_image"]
     listed = subprocess.run(
         ["make", "--no-print-directory", "-f", "-", "names"], cwd=ROOT, capture_output=True, text=True, check=True,
         input="include Makefile\nnames:\n\t@echo $(sort $(WORKLOADS))\n",
@@ -86,7 +86,7 @@ def ask(site: Path, code: str) -> str:
 def test_another_package_adds_a_workload_and_names_are_found_without_importing_it(tmp_path: Path) -> None:
     add_workload(tmp_path, "audio-tools", "audio", "audio_tools")
     printed = ask(tmp_path, "import sys; print(workloads(), {'torch', 'pydantic'} & sys.modules.keys())")
-    assert printed == "['audio', 'causal_lm', 'fluid', 'image_classification', 'seq2seq'] set()\n"
+    assert printed == "['audio', 'causal_lm', 'fluid', 'image_classification', 'seq2seq', 'token_image'] set()\n"
     assert not (tmp_path / "IMPORTED").exists()
     (tmp_path / "audio_tools/__init__.py").write_text("")
     (tmp_path / "audio_tools/config.py").write_text("class Data: ...\nclass Model: ...\n")

@@ -148,7 +148,7 @@ def cases_of(folder: Path, store: Path, layouts: list[tuple[str, int]], micro: i
 
 
 ALL = [*(("deepspeed", stage) for stage in range(4)), ("fsdp", 2), ("fsdp", 3)]
-SOME = [("deepspeed", 3), ("fsdp", 3)]
+SOME = [("fsdp", 3)]
 
 
 @pytest.mark.distributed
