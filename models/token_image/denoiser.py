@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
             self.entropy.fill_(curve.entropy)
         self.jit = JiT(
             model.shape, size, encoding.channels * (1 + self.self_conditioning) + vocab_size * self.prior,
-            vocab_size if self.gives_logits else encoding.channels,
+            vocab_size if self.gives_logits else None,
             block=model.block, stem=model.stem, condition=model.condition,
         )  # fmt: skip
         if self.prior:

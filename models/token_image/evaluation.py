@@ -46,6 +46,7 @@ class Evaluation:
     way, each with the network's guess. scores: of the samples and of held-out texts of the same lengths
     """
 
+    run: Path
     trained: Trained
     task: TokenImageTask
     split: str
@@ -114,7 +115,7 @@ def evaluate(
         pieces = {"samples": [np.array(text) for text in made], f"{split} text": held}
         scores = {name: samples.scores(samples.alike(each, lengths), texts, counted) for name, each in pieces.items()}
     bits = _bits(found, counted, _texts_of(batches), trained)
-    return Evaluation(trained, task, split, batches, bigram, found, bits, made, path, scores, notes)
+    return Evaluation(run, trained, task, split, batches, bigram, found, bits, made, path, scores, notes)
 
 
 def _training_texts(task: TokenImageTask) -> tuple[list[Tokens], list[str]]:

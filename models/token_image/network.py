@@ -67,6 +67,7 @@ class JiT(nn.Module):
         super().__init__()
         d, self.patch = shape.d_model, shape.patch
         self.grid, pixels = (size // self.patch[0], size // self.patch[1]), math.prod(self.patch)
+        output = _WideLinear if values is None else nn.Linear
         values = channels if values is None else values
         self.d_model, self.values, self.slots = d, values, CONDITION_GRID**2 if condition else 0
         self.patches = nn.Linear(pixels * channels, d, bias=False)
@@ -84,7 +85,7 @@ class JiT(nn.Module):
             self.blocks = nn.ModuleList(OfficialBlock(d, shape.num_heads, places) for _ in range(shape.num_layers))
         else:
             self.blocks = nn.ModuleList(SharedNormBlock(d, shape.num_heads) for _ in range(shape.num_layers))
-        self.output = nn.Linear(d, pixels * values)
+        self.output = output(d, pixels * values)
         self.apply(_initialize_officially if block == "official" else _initialize)
         if block == "official":
             nn.init.zeros_(self.output.weight)
@@ -98,7 +99,7 @@ class JiT(nn.Module):
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
         condition_valid: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[B, S, S, values] of the dtype that linear layers compute in.
+        """[B, S, S, values]: fp32 where they are the clean image's channels, else of the dtype of linear layers.
 
         x: [B, S, S, C], noisy. t: [B], the time. valid: bool [B, S, S], pixels that hold a token.
         condition, condition_valid: as x and valid, of an image that is no longer noisy; None for no condition.
@@ -133,6 +134,14 @@ class JiT(nn.Module):
         (rows, columns), (p, q) = self.grid, self.patch
         there = tokens.view(-1, rows, columns, p, q, self.values)
         return there.transpose(2, 3).reshape(-1, rows * p, columns * q, self.values)
+
+
+class _WideLinear(nn.Linear):
+    """Makes pixels in fp32 in low precision too: bf16 rounds by .002 near 1, and digits of base 256 are .004 apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class SharedNormBlock(nn.Module):

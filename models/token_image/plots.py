@@ -2,6 +2,7 @@
 
 plot_accuracy(levels, path)       tokens read right by noise, for all readers
 plot_errors(levels, path, ...)    squared errors over those by frequencies, by share of information
+plot_learning(found, lines, path) bits a token by step, with those of n-gram models as lines
 plot_page(pages, wanted, path)    one page of text as pixels, read several ways, wrong pixels red
 plot_rows(rows, path)             images beside the text they stand for, wrong tokens red
 colors(x, encoding)               channels as red, green and blue
@@ -66,6 +67,23 @@ def plot_errors(levels: Levels, path: Path) -> None:
         axes.set_xlim(0, 100)
         axes.set_ylim(0, max(1.08, min(2.0, 1.05 * float(network.max()))))
         axes.legend(loc="lower left" if network[0] > 0.5 else "upper right")
+
+
+def plot_learning(found: Sequence[tuple[int, float]], lines: Mapping[str, float], path: Path, split: str) -> None:
+    """Bits a token of the validations of a run, (step, bits), beside those of models of `split`, by name."""
+    with picture(path, 7, 3.8) as figure:
+        axes = figure.subplots()
+        for name, bits in lines.items():
+            axes.axhline(bits, color=GREY, linestyle=":")
+            axes.annotate(
+                f"{name}, {split}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-4, 2),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
+            )  # fmt: skip
+        axes.plot(*zip(*found), label=f"{NETWORK}, validation", color=BLUE, marker="o", markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel("bits a token")
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower left")
 
 
 def plot_page(pages: Mapping[str, Sequence[str]], wanted: Sequence[str], size: int, path: Path, title: str) -> None:

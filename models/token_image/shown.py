@@ -9,29 +9,50 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.data.randomness import normal
+from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.task import Batch
 from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.evaluation import Evaluation
 from trunkline.models.token_image.generation import Frame
 from trunkline.models.token_image.levels import NETWORK, UNIGRAM, read
-from trunkline.models.token_image.plots import Row, colors, plot_accuracy, plot_errors, plot_page, plot_rows
+from trunkline.models.token_image.plots import (
+    Row,
+    colors,
+    plot_accuracy,
+    plot_errors,
+    plot_learning,
+    plot_page,
+    plot_rows,
+)
 
 _ROWS = 5
 _PAGE = 0.6  # of tokens that frequencies read right, about
 
 
 def show(result: Evaluation, out: Path) -> list[Path]:
-    """Draw accuracy, errors, page, strip and, where there are samples, frames, all .png. Returns the paths."""
+    """Draw accuracy, errors, page and strip, and learning and frames where they are known. Returns the paths, .png."""
     names = ["accuracy.png", "errors.png", "page.png", "strip.png"]
     plot_accuracy(result.levels, out / names[0])
     plot_errors(result.levels, out / names[1])
+    if found := _learning(result.run):
+        names.append("learning.png")
+        lines = {name: values["bits_per_token"] for name, values in result.bits.items() if name.endswith("gram model")}
+        plot_learning(found, lines, out / names[-1], result.split)
     batch = _one(result)
     _page(result, batch, out / names[2])
     _strip(result, batch, out / names[3])
     if result.path:
         names.append("frames.png")
-        plot_way(result.path, len(result.made[0]), result.trained.names(), result.task.encoding, out / names[4])
+        plot_way(result.path, len(result.made[0]), result.trained.names(), result.task.encoding, out / names[-1])
     return [out / name for name in names]
+
+
+def _learning(run: Path) -> list[tuple[int, float]]:
+    """Steps of a run's validations with their bits a token, where they were measured; nothing beside bare weights."""
+    if not (path := run / MetricsFile.name).is_file():
+        return []
+    rows = [row for row in read_metrics(path) if row["split"] == "val" and "bits_per_token" in row]
+    return [(row["step"], row["bits_per_token"]) for row in rows]
 
 
 def _one(result: Evaluation) -> Batch:

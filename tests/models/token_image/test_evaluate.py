@@ -21,7 +21,7 @@ from trunkline.models.token_image.ngrams import NGrams
 from trunkline.models.token_image.store import Store
 
 CPU = torch.device("cpu")
-PICTURES = ["accuracy.png", "errors.png", "page.png", "strip.png", "frames.png"]
+PICTURES = ["accuracy.png", "errors.png", "page.png", "strip.png", "learning.png", "frames.png"]
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,15 @@ def test_time_features_are_sines_and_cosines_of_falling_frequencies() -> None:
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
+def test_pixels_are_fp32_in_low_precision() -> None:
+    model, (x, t, valid) = JiT(SMALL, 64, 3).to(torch.bfloat16), images()
+    found = model(x, t, valid)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    found.sum().backward()
+    assert model.output.weight.grad is not None
+
+
 @pytest.mark.parametrize("block", ["shared_norm", "official"])
 def test_it_starts_as_it_is_meant_to(block: Block) -> None:
     """The original's modulation was to start at zero, and was then drawn at random with all the rest."""
