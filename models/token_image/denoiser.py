@@ -59,8 +59,8 @@ class Denoiser(nn.Module):
             self.entropy.fill_(curve.entropy)
         self.jit = JiT(
             model.shape, size, encoding.channels * (1 + self.self_conditioning) + vocab_size * self.prior,
-            vocab_size if self.gives_logits else None,
-            block=model.block, stem=model.stem, condition=model.condition,
+            vocab_size if self.gives_logits else encoding.channels,
+            block=model.block, stem=model.stem, condition=model.condition, wide_output=not self.gives_logits,
         )  # fmt: skip
         if self.prior:
             self._start_with_frequencies()

@@ -55,6 +55,7 @@ class JiT(nn.Module):
 
     block: see the top of this file
     stem: neighbours of a patch in the order of the text that it is mixed with before the blocks, odd; 0 for none
+    wide_output: whether what comes out is fp32 in low precision too
     condition: whether there are places for one, of 16 x 16 patches at most
     """
 
@@ -62,12 +63,11 @@ class JiT(nn.Module):
 
     def __init__(
         self, shape: JiTShape, size: int, channels: int, values: int | None = None, *, block: Block = "shared_norm",
-        stem: int = 0, condition: bool = True,
+        stem: int = 0, condition: bool = True, wide_output: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         d, self.patch = shape.d_model, shape.patch
         self.grid, pixels = (size // self.patch[0], size // self.patch[1]), math.prod(self.patch)
-        output = _WideLinear if values is None else nn.Linear
         values = channels if values is None else values
         self.d_model, self.values, self.slots = d, values, CONDITION_GRID**2 if condition else 0
         self.patches = nn.Linear(pixels * channels, d, bias=False)
@@ -85,7 +85,7 @@ class JiT(nn.Module):
             self.blocks = nn.ModuleList(OfficialBlock(d, shape.num_heads, places) for _ in range(shape.num_layers))
         else:
             self.blocks = nn.ModuleList(SharedNormBlock(d, shape.num_heads) for _ in range(shape.num_layers))
-        self.output = output(d, pixels * values)
+        self.output = (_WideLinear if wide_output else nn.Linear)(d, pixels * values)
         self.apply(_initialize_officially if block == "official" else _initialize)
         if block == "official":
             nn.init.zeros_(self.output.weight)
@@ -99,7 +99,7 @@ class JiT(nn.Module):
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
         condition_valid: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """[B, S, S, values]: fp32 where they are the clean image's channels, else of the dtype of linear layers.
+        """[B, S, S, values], of the dtype of linear layers, or fp32 with a wide output.
 
         x: [B, S, S, C], noisy. t: [B], the time. valid: bool [B, S, S], pixels that hold a token.
         condition, condition_valid: as x and valid, of an image that is no longer noisy; None for no condition.
