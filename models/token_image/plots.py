@@ -83,7 +83,7 @@ def plot_learning(found: Sequence[tuple[int, float]], lines: Mapping[str, float]
         axes.set_xlabel("step")
         axes.set_ylabel("bits a token")
         axes.set_xlim(left=0)
-        axes.legend(loc="lower left")
+        axes.legend(loc="best")
 
 
 def plot_page(pages: Mapping[str, Sequence[str]], wanted: Sequence[str], size: int, path: Path, title: str) -> None:
