@@ -51,6 +51,5 @@ def read(path: Path, model: nn.Module, steps_per_epoch: int) -> WholeState:
         notes += ("its gradient scale is left out: fp16 begins with that of the configuration, bf16 has none",)
     loss = next((found for key in ("best_loss", "loss") if (found := number(held.get(key))) is not None), None)
     if loss is not None:
-        notes += (f"its best loss, {loss:g}, which may be of training texts, is the value to beat",)
-    metrics = {} if loss is None else {"loss": loss}
-    return state_of(model, finished * steps_per_epoch, steps_per_epoch, kept, metrics, notes)
+        notes += (f"its best loss, {loss:g}, is left out: it is of training texts, and the best is judged on others",)
+    return state_of(model, finished * steps_per_epoch, steps_per_epoch, kept, {}, notes)

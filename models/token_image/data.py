@@ -1,6 +1,6 @@
 """Texts as samples, and how they become batches.
 
-    Texts(store, split, data)     an image a sample, its text cut by token, EOS at its end
+    Texts(store, split, data)     an image a sample, its text cut by token, EOS where there is room
     collate(samples, ...)         the batch
 
     tokens             [B, S S] int64  row by row; 0 behind the text
@@ -50,20 +50,16 @@ class Texts(Dataset[Sample]):
         if not len(self._lengths):
             raise DataError(f"{store.root}: the split {split} is empty: prepare other data")
         self._stride = self._most if data.stride is None or split != "train" else data.stride
-        beyond = np.maximum(self._lengths + 1 - self._most, 0)
+        beyond = np.maximum(self._lengths - self._most, 0)
         images = -(-beyond // self._stride) + 1 if data.stride is not None else np.ones_like(beyond)
         self._first = np.concatenate([[0], np.cumsum(images)])
+        self._cuts = data.stride is None
         self.notes = []
-        if data.stride is None and beyond.any():
-            self.notes.append(
-                f"{np.count_nonzero(beyond):,} of {len(beyond):,} texts are longer than {self._most:,} tokens with EOS "
-                f"and cut off; {beyond.sum():,} tokens are lost: data.stride makes further images of them"
-            )
-        if self._conditions and (beyond := np.maximum(self._conditions.lengths + 1 - self._most, 0)).any():
-            self.notes.append(
-                f"{np.count_nonzero(beyond):,} of {len(beyond):,} conditions are longer than {self._most:,} tokens "
-                f"with EOS and cut off; {beyond.sum():,} tokens are lost: raise data.img_size or data.max_tokens"
-            )
+        if self._cuts:
+            self.notes += self._lost("texts", self._lengths, "data.stride makes further images of them")
+        if self._conditions:
+            remedy = "raise data.img_size or data.max_tokens"
+            self.notes += self._lost("conditions", self._conditions.lengths, remedy)
 
     @property
     def arrays(self) -> list[Array]:
@@ -77,15 +73,28 @@ class Texts(Dataset[Sample]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         text = int(np.searchsorted(self._first, index, side="right")) - 1
-        start, total = (index - int(self._first[text])) * self._stride, int(self._lengths[text])
-        is_last = index + 1 == self._first[text + 1]
-        tokens = self._texts.tokens(text, start, min(start + self._most - is_last, total))
+        start, is_last = (index - int(self._first[text])) * self._stride, index + 1 == self._first[text + 1]
+        tokens = self._texts.tokens(text, start, start + self._most)
         if is_last:
-            tokens = np.append(tokens, self._eos)
+            tokens = self._ended(tokens, start + len(tokens) < self._lengths[text])
         if self._conditions is None:
             return Sample(tokens)
-        condition = self._conditions.tokens(text, 0, self._most - 1)
-        return Sample(tokens, np.append(condition, self._eos) if len(condition) else condition)
+        condition = self._conditions.tokens(text, 0, self._most + 1)
+        if len(condition):
+            condition = self._ended(condition[: self._most], len(condition) > self._most)
+        return Sample(tokens, condition)
+
+    def _ended(self, tokens: np.ndarray, is_cut: bool) -> np.ndarray:
+        """With EOS where there is room, or in place of the last token of what is cut."""
+        return np.append(tokens[:-1] if is_cut else tokens, self._eos)[: self._most]
+
+    def _lost(self, what: str, lengths: np.ndarray, remedy: str) -> list[str]:
+        longer = lengths[lengths > self._most]
+        lost = (longer - self._most + 1).sum()
+        return [
+            f"{len(longer):,} of {len(lengths):,} {what} are longer than {self._most:,} tokens and cut off; {lost:,} "
+            f"tokens are lost: {remedy}"
+        ] * bool(len(longer))
 
 
 def collate(samples: Sequence[Sample], pixels: int) -> dict[str, Tensor]:

@@ -36,7 +36,6 @@ class Denoiser(nn.Module):
     codes: Tensor
     log_frequencies: Tensor
     curve: Tensor
-    entropy: Tensor
     _no_split_modules: ClassVar[list[str]] = JiT._no_split_modules
 
     def __init__(
@@ -52,11 +51,9 @@ class Denoiser(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         logs = torch.zeros(vocab_size) if frequencies is None else frequencies.log()
         self.register_buffer("log_frequencies", logs)
-        self.register_buffer("curve", torch.zeros(3, POINTS))
-        self.register_buffer("entropy", torch.zeros(()))
+        self.register_buffer("curve", torch.zeros(2, POINTS))
         if curve is not None:
-            self.curve.copy_(torch.stack([curve.snr, curve.mse, curve.share]))
-            self.entropy.fill_(curve.entropy)
+            self.curve.copy_(torch.stack([curve.snr, curve.share]))
         self.jit = JiT(
             model.shape, size, encoding.channels * (1 + self.self_conditioning) + vocab_size * self.prior,
             vocab_size if self.gives_logits else encoding.channels,
@@ -74,23 +71,17 @@ class Denoiser(nn.Module):
             parts[..., :channels].normal_(std=(pixels * channels) ** -0.5)
             parts[..., channels : channels + self.encoding.vocab_size].normal_(std=pixels**-0.5)
 
-    @property
-    def information(self) -> Curve:
-        """What noise leaves of tokens by their frequencies; with "information" alone."""
-        snr, mse, share = self.curve
-        return Curve(snr, mse, share, float(self.entropy))
-
     def alpha(self, t: Tensor) -> Tensor:
         """fp32, the share of the image at times t."""
-        if self.schedule != "information":
-            return alpha_of(t, self.schedule)
-        # not self.information: to read its entropy is to wait for a GPU, and a time needs none
-        snr, mse, share = self.curve
-        return alpha_of(t, self.schedule, Curve(snr, mse, share, math.nan))
+        return alpha_of(t, self.schedule, self._curve)
 
     def time(self, alpha: Tensor) -> Tensor:
         """The time, fp32, at which the share of the image is alpha."""
-        return time_of(alpha, self.schedule, self.information if self.schedule == "information" else None)
+        return time_of(alpha, self.schedule, self._curve)
+
+    @property
+    def _curve(self) -> Curve | None:
+        return Curve(*self.curve) if self.schedule == "information" else None
 
     def forward(
         self, x: Tensor, t: Tensor, valid: Tensor, condition: Tensor | None = None,
@@ -121,7 +112,8 @@ class Denoiser(nn.Module):
     def log_prior(self, x: Tensor, alpha: Tensor) -> Tensor:
         """log P(token | its noisy pixel alone), fp32 [B, S, S, V], of x [B, S, S, C] and alpha, broadcastable."""
         snr = (alpha / (1 - alpha)).square()
-        return log_posterior(x / (1 - alpha)[..., None], snr, self.codes, self.log_frequencies)
+        z = x / (1 - alpha)[..., None]
+        return log_posterior(z, snr, self.codes, self.log_frequencies, self.encoding.precision)
 
     def one_hot(self, x: Tensor) -> Tensor:
         """Of clean pixels."""

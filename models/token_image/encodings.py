@@ -35,9 +35,14 @@ class Encoding:
         return 3 if self.kind == "rgb" else max(1, (self.vocab_size - 1).bit_length())
 
     @property
-    def apart(self) -> float:
-        """The least distance of two tokens' channels."""
+    def min_distance(self) -> float:
+        """Between the channels of two tokens."""
         return 1 / 255 if self.kind == "rgb" else 2.0
+
+    @property
+    def precision(self) -> torch.dtype:
+        """In which noisy channels are compared with tokens': what tells digits apart is small beside the digits."""
+        return torch.float64 if self.kind == "rgb" else torch.float32
 
     def encode(self, ids: Tensor) -> Tensor:
         """fp32 [..., channels] of int64 ids [...]."""

@@ -104,8 +104,7 @@ def evaluate(
             f"the {BIGRAM} is left out: of {task.encoding.vocab_size:,} tokens it takes too long (up to "
             f"{LARGEST_BIGRAM:,} are read)"
         )
-    codes = task.encoding.encode(torch.arange(task.encoding.vocab_size))
-    curve = task.curve or curve_of(codes, task.frequencies, task.encoding.apart)
+    curve = task.curve or curve_of(task.encoding, task.frequencies)
     batches = read(max_samples)
     found = measure(task, network, batches, levels, curve.to(device), bigram, progress)
     made, held, path = _samples(task, trained, read(count) if count else [], steps, seed, progress)

@@ -61,8 +61,7 @@ def frames(
     if given is not None:
         pixels = network.encoding.encode(given[0]).view(noise.shape)
         known = {"given": pixels, "is_given": given[1].view(-1, size, size, 1)}
-    generator = torch.Generator(device).manual_seed(mix(seed, first))
-    for x in trajectory(denoise, noise, alphas_of(network, steps), method=method, generator=generator, **known):
+    for x in trajectory(denoise, noise, alphas_of(network, steps), method=method, keys=keys, **known):
         yield Frame(x, guess)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.data.randomness import normal, uniform
+from trunkline.models.token_image.encodings import Encoding
 
 POINTS = 160
 LEAST, MOST = 1e-3, 1e3
@@ -30,29 +31,32 @@ _MOST_SCORES = 1 << 20
 _LAST_SHARE = 1 - 1 / 2000  # beyond it a curve by Monte Carlo says little of what a share spans
 
 
-def log_posterior(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
+def log_posterior(
+    z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor, precision: torch.dtype = torch.float64
+) -> Tensor:
     """log P(v | z), fp32 [..., V], of z [..., C] at snr, broadcastable to [...].
 
-    codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is.
+    codes: [V, C]. log_frequencies: [V], of which -inf is a token that there never is. precision: Encoding.precision
     """
-    return _scores(z, snr, codes, log_frequencies).log_softmax(-1)
+    return _scores(z, snr, codes, log_frequencies, precision).log_softmax(-1)
 
 
-def _scores(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> Tensor:
+def _scores(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor, precision: torch.dtype) -> Tensor:
     """log P(v | z) up to a constant, fp32, the largest 0."""
-    # codes of base 256 differ by 1/255, so what tells them apart is small beside the terms: fp64 until the largest is 0
-    z, snr, wide = z.double(), snr.double(), codes.double()
+    z, snr, wide = z.to(precision), snr.to(precision), codes.to(precision)
     scores = (snr.sqrt()[..., None] * z) @ wide.T
     scores.sub_(snr[..., None] * (wide.square().sum(-1) / 2)).add_(log_frequencies)
     return scores.sub_(scores.amax(-1, keepdim=True)).float()
 
 
-def by_frequencies(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def by_frequencies(
+    z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tensor, precision: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """The likeliest tokens [...] and the best guess of the codes [..., C], of z as `log_posterior` takes it."""
     flat, ratios = z.flatten(0, -2), snr.expand(z.shape[:-1]).flatten()
     pieces = max(1, _MOST_SCORES // len(codes))
     scores = (
-        _scores(some, ratio, codes, log_frequencies)
+        _scores(some, ratio, codes, log_frequencies, precision)
         for some, ratio in zip(flat.split(pieces), ratios.split(pieces), strict=True)
     )
     found = [(each.argmax(-1), each.softmax(-1) @ codes) for each in scores]
@@ -62,15 +66,10 @@ def by_frequencies(z: Tensor, snr: Tensor, codes: Tensor, log_frequencies: Tenso
 
 @dataclass(frozen=True)
 class Curve:
-    """By signal-to-noise ratio: snr [P], rising; mse [P], of a guess by frequencies; share [P], of all information.
-
-    entropy: all information, nats
-    """
+    """By signal-to-noise ratio: snr [P], rising; share [P], of all information, of what lies below."""
 
     snr: Tensor
-    mse: Tensor
     share: Tensor
-    entropy: float
 
     def snr_at(self, share: Tensor) -> Tensor:
         """The ratio below which this share of the information lies, by interpolation of its logarithm."""
@@ -80,13 +79,9 @@ class Curve:
         """The share of the information below this ratio."""
         return _interpolated(snr.clamp(min=LEAST / 2).log(), self.snr.log(), self.share)
 
-    def mse_at(self, snr: Tensor) -> Tensor:
-        """The error of a guess by frequencies."""
-        return _interpolated(snr.log(), self.snr.log(), self.mse)
-
     def to(self, device: torch.device) -> Curve:
         """The same there."""
-        return Curve(self.snr.to(device), self.mse.to(device), self.share.to(device), self.entropy)
+        return Curve(self.snr.to(device), self.share.to(device))
 
     def nats(self, error: Tensor, snr: Tensor) -> Tensor:
         """1/2 integral of the error over the ratio is the mean of these, where the ratios' shares are spread evenly.
@@ -109,26 +104,23 @@ def _interpolated(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     return ys[right - 1] + part * (ys[right] - ys[right - 1])
 
 
-def curve_of(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
-    """The curve of tokens with these codes [V, C] and frequencies [V], which sum to 1, by a fixed Monte Carlo draw.
-
-    apart: the least distance of two codes
+def curve_of(encoding: Encoding, frequencies: Tensor) -> Curve:
+    """The curve of encoded tokens of these frequencies [V], which sum to 1, by a fixed Monte Carlo draw.
 
     Each ratio has the same tokens and noise, so that the curve is smooth. `share` is 0 at the first point and 1 at the
     last.
     """
-    logs = frequencies.log()
+    codes, logs = encoding.encode(torch.arange(encoding.vocab_size)), frequencies.log()
     draws = min(max(_MOST_WORK // len(codes), 1 << 10), 1 << 16)
     keys = torch.arange(draws)
     places = (torch.arange(draws) + uniform(keys, ())) / draws  # one draw in each of as many equal parts
     tokens = torch.searchsorted(frequencies.double().cumsum(0).float(), places).clamp(max=len(codes) - 1)
     clean, noise = codes[tokens], normal(keys, (codes.shape[1],), stream=1)
-    snr = torch.logspace(math.log10(LEAST), math.log10(MOST * (2 / apart) ** 2), POINTS)
+    snr = torch.logspace(math.log10(LEAST), math.log10(MOST * (2 / encoding.min_distance) ** 2), POINTS)
     errors = []
     for ratio in snr:
-        _, guess = by_frequencies(ratio.sqrt() * clean + noise, ratio, codes, logs)
+        _, guess = by_frequencies(ratio.sqrt() * clean + noise, ratio, codes, logs, encoding.precision)
         errors.append((clean - guess).square().sum(-1).mean())
     mse = torch.stack(errors)
-    told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float() / 2])
-    entropy = float(-(frequencies * logs.where(frequencies > 0, 0.0)).sum())
-    return Curve(snr, mse, told / told[-1], entropy)
+    told = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(mse.double(), snr.double()).float()])
+    return Curve(snr, told / told[-1])

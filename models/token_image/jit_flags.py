@@ -41,7 +41,8 @@ def prepare_command(source: str, tokenizer: str | None, chat_template: bool | No
 
 def store_of(source: str) -> Path:
     """Beside the texts."""
-    return Path(source).with_name(f"{Path(source).stem}-store")
+    path = Path(source).resolve()
+    return path.with_name(f"{path.stem if path.is_file() else path.name}-store")
 
 
 def data_path(config: Config, value: str, world_size: int) -> Config:

@@ -129,20 +129,20 @@ def read(
     """By reader the tokens [B, S, S] and the guessed codes [B, S, S, C] of x [B, S, S, C] at alpha, a scalar."""
     held, device = task.images(batch)[1], x.device
     codes = task.encoding.encode(torch.arange(task.encoding.vocab_size, device=device))
-    frequencies = task.frequencies.to(device)
+    frequencies, precision = task.frequencies.to(device), task.encoding.precision
     z, snr = x / (1 - alpha), (alpha / (1 - alpha)).square()
     t = network.time(alpha).expand(len(x))
     nearest = task.encoding.decode(x / alpha)
     found = {
         NETWORK: read_once(network, x, t, held, task.condition(batch)),
         NEAREST: (nearest, codes[nearest]),
-        UNIGRAM: by_frequencies(z, snr, codes, frequencies.log()),
+        UNIGRAM: by_frequencies(z, snr, codes, frequencies.log(), precision),
     }
     if bigram is not None:
         some = max(1, _MOST // (len(codes) * held[0].numel()))
         parts = zip(z.flatten(1, 2).split(some), batch["length"].split(some), strict=True)
         posterior = torch.cat([
-            bigram.posterior(log_posterior(each, snr, codes, torch.zeros_like(frequencies)), length)
+            bigram.posterior(log_posterior(each, snr, codes, torch.zeros_like(frequencies), precision), length)
             for each, length in parts
         ]).view(*held.shape, -1)  # fmt: skip
         found[BIGRAM] = posterior.argmax(-1), posterior @ codes

@@ -248,8 +248,9 @@ def _places(grid: tuple[int, int], in_text: bool, slots: int) -> Tensor:
     if in_text:
         return torch.arange(-slots, math.prod(grid), dtype=torch.float32)[:, None]
     rows, columns = (torch.arange(edge, dtype=torch.float32) for edge in grid)
-    edge = torch.arange(CONDITION_GRID if slots else 0, dtype=torch.float32)
-    return torch.cat([torch.cartesian_prod(edge - CONDITION_GRID, edge), torch.cartesian_prod(rows, columns)])
+    slot = torch.arange(slots)  # the condition's patches fill them row by row
+    before = torch.stack([slot // grid[1] - CONDITION_GRID, slot % grid[1]], 1).float()
+    return torch.cat([before, torch.cartesian_prod(rows, columns)])
 
 
 def _angles(places: Tensor, head_dim: int) -> Tensor:

@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trunkline.engine.data.randomness import normal
+
 Method = Literal["euler", "heun", "ancestral"]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], alpha, a scalar) -> the clean image."""
@@ -34,18 +36,18 @@ def evenly(steps: int) -> Tensor:
 
 
 def sample(
-    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun",
-    generator: torch.Generator | None = None, given: Tensor | None = None, is_given: Tensor | None = None,
+    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun", keys: Tensor | None = None,
+    given: Tensor | None = None, is_given: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The images that the noise [B, ...] becomes; see `trajectory`."""
-    *_, last = trajectory(denoise, noise, alphas, method=method, generator=generator, given=given, is_given=is_given)
+    *_, last = trajectory(denoise, noise, alphas, method=method, keys=keys, given=given, is_given=is_given)
     return last
 
 
 @torch.no_grad()
 def trajectory(
-    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun",
-    generator: torch.Generator | None = None, given: Tensor | None = None, is_given: Tensor | None = None,
+    denoise: Denoise, noise: Tensor, alphas: Tensor, *, method: Method = "heun", keys: Tensor | None = None,
+    given: Tensor | None = None, is_given: Tensor | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The images after each step.
 
@@ -53,7 +55,7 @@ def trajectory(
 
     Args:
         alphas: rising from 0 to 1, [steps + 1]
-        generator: of ancestral sampling's noise
+        keys: int64 [B], which name the noise that ancestral sampling adds to each image, its streams from 3 on
         given, is_given: the clean values of pixels that are known, as `noise`, and which are, bool, broadcastable
     """
     assert alphas[[0, -1]].tolist() == [0, 1], "from pure noise to the clean image"
@@ -68,12 +70,13 @@ def trajectory(
         return found if given is None or is_given is None else torch.where(is_given, given, found)
 
     x = held(noise, alphas[0])
-    for now, then in pairwise(alphas):
+    for step, (now, then) in enumerate(pairwise(alphas)):
         predicted = clean(x, now)
         if then == 1:
             x = predicted  # what every method comes to where no noise is left
         elif method == "ancestral":
-            x = _ancestral(x, predicted, now, then, generator)
+            assert keys is not None
+            x = _ancestral(x, predicted, now, then, normal(keys, x.shape[1:], stream=3 + step))
         else:
             slope = (predicted - x) / (1 - now)
             ahead = x + (then - now) * slope
@@ -84,8 +87,7 @@ def trajectory(
         yield x
 
 
-def _ancestral(x: Tensor, clean: Tensor, now: Tensor, then: Tensor, generator: torch.Generator | None) -> Tensor:
-    eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+def _ancestral(x: Tensor, clean: Tensor, now: Tensor, then: Tensor, eps: Tensor) -> Tensor:
     if now == 0:  # nothing of the image is left in x
         return then * clean + (1 - then) * eps
     before, after = (1 - now) / now, (1 - then) / then

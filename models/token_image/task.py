@@ -156,8 +156,7 @@ class TokenImageTask(Task):
         """What noise leaves of tokens by their frequencies, with the schedule "information"."""
         if self.model.noise != "information":
             return None
-        codes = self.encoding.encode(torch.arange(self.store.vocab_size))
-        return curve_of(codes, self.frequencies, self.encoding.apart)
+        return curve_of(self.encoding, self.frequencies)
 
     def images(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The clean images, fp32 [B, S, S, C], black at padding; and which pixels hold a token, bool [B, S, S]."""
@@ -184,7 +183,9 @@ class TokenImageTask(Task):
 
     def fingerprint(self) -> str:
         """Names the data set's content, and how images are made of it."""
-        return f"{self.store.fingerprint} as {self.data.img_size} x {self.data.img_size} of {self.data.encoding}"
+        size, most, stride = self.data.img_size, self.data.capacity, self.data.stride
+        cut = f"{most} tokens" if stride is None else f"{most} tokens every {stride}"
+        return f"{self.store.fingerprint} as {size} x {size} of {cut} in {self.data.encoding}"
 
     def notes(self) -> list[str]:
         """What of the data was cut."""

@@ -70,7 +70,8 @@ def sums(
     log_frequencies, curve = bound[0].to(clean.device).log(), bound[1].to(clean.device)
     codes = encoding.encode(torch.arange(encoding.vocab_size, device=clean.device))
     snr = (alpha / (1 - alpha)).square()
-    by_frequency, guess = by_frequencies(seen.x / (1 - alpha)[..., None], snr, codes, log_frequencies)
+    z = seen.x / (1 - alpha)[..., None]
+    by_frequency, guess = by_frequencies(z, snr, codes, log_frequencies, encoding.precision)
     less = (guess - seen.clean).square().sum(-1) - (clean - seen.clean).square().sum(-1)
     return found | {
         "right_by_frequencies": by_time(by_frequency == wanted),

@@ -12,6 +12,7 @@ from tests.models.token_image.toy_run import LEARNABLE, SMALL, train
 from trunkline.models.text.byte_tokenizer import plain_bytes
 from trunkline.models.text.column_store import ColumnWriter
 from trunkline.models.token_image import evaluation, information, task
+from trunkline.models.token_image.encodings import Encoding
 from trunkline.models.token_image.information import Curve
 from trunkline.models.token_image.records import Kind
 from trunkline.models.token_image.store import Store
@@ -46,12 +47,12 @@ def write_store(folder: Path, kind: Kind, records: Sequence[tuple[bytes, bytes]]
 @pytest.fixture(scope="session", autouse=True)
 def curves_are_made_once() -> Iterator[None]:
     """They are a pure function of codes and frequencies, and take a second each."""
-    made: dict[tuple[bytes, bytes, float], Curve] = {}
+    made: dict[tuple[Encoding, bytes], Curve] = {}
 
-    def once(codes: Tensor, frequencies: Tensor, apart: float = 2.0) -> Curve:
-        key = (codes.numpy().tobytes(), frequencies.numpy().tobytes(), apart)
+    def once(encoding: Encoding, frequencies: Tensor) -> Curve:
+        key = (encoding, frequencies.numpy().tobytes())
         if key not in made:
-            made[key] = information.curve_of(codes, frequencies, apart)
+            made[key] = information.curve_of(encoding, frequencies)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -43,13 +43,14 @@ def all_lengths(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def images_of(text: list[int], capacity: int, stride: int | None) -> list[list[int]]:
     """What the images of a text hold, said plainly."""
-    ended = [*text, EOS]
     if stride is None:
-        return [ended if len(ended) <= capacity else [*text[: capacity - 1], EOS]]
+        return [[*text, EOS][:capacity] if len(text) <= capacity else [*text[: capacity - 1], EOS]]
     found, start = [], 0
-    while not found or start - stride + capacity < len(ended):  # the image before did not hold the end
-        found.append(ended[start : start + capacity])
+    while not found or start - stride + capacity < len(text):  # the image before did not hold the end
+        found.append(text[start : start + capacity])
         start += stride
+    if len(found[-1]) < capacity:
+        found[-1].append(EOS)
     return found
 
 
@@ -72,8 +73,9 @@ def test_images_are_those_of_a_plain_loop_over_all_texts(
         whole = {token for length in range(61) for token in range(1, length + 1)}
         for length, images in enumerate(expected):
             held = {token for image in images for token in image}
-            assert held == {token for token in whole if token <= length} | {EOS}, "no token is lost"
-            assert [EOS in image for image in images] == [False] * (len(images) - 1) + [True]
+            assert held - {EOS} == {token for token in whole if token <= length}, "no token is lost"
+            assert [EOS in image for image in images][:-1] == [False] * (len(images) - 1)
+            assert (EOS in images[-1]) or len(images[-1]) == capacity, "EOS stands where there is room"
 
 
 SEED_LENGTHS = [1, 127, 128, 129, 4_094, 4_095, 4_096, 10_000]
@@ -84,18 +86,20 @@ def long_texts(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return numbered(tmp_path_factory.mktemp("long"), SEED_LENGTHS)
 
 
-def test_texts_of_every_size_fill_an_image_of_64_x_64_and_end_in_eos(long_texts: Store) -> None:
+def test_texts_of_every_size_fill_an_image_of_64_x_64(long_texts: Store) -> None:
     samples = Texts(long_texts, "train", data_of(long_texts, 64), EOS)
     batch = collate([samples[index] for index in range(len(samples))], 64 * 64)
     assert batch["tokens"].shape == (len(SEED_LENGTHS), 4096)
     assert batch["length"].tolist() == [2, 128, 129, 130, 4_095, 4_096, 4_096, 4_096]
-    for row, length in zip(batch["tokens"], batch["length"].tolist(), strict=True):
+    for index, (row, length) in enumerate(zip(batch["tokens"], batch["length"].tolist(), strict=True)):
         expected = torch.zeros(4096, dtype=torch.long)
         expected[: length - 1], expected[length - 1] = torch.arange(1, length), EOS
+        if index == SEED_LENGTHS.index(4_096):
+            expected[-1] = 4_096  # a text that fills the image is whole, and there is no room for EOS
         assert torch.equal(row, expected)
     assert samples.notes == [
-        "2 of 8 texts are longer than 4,096 tokens with EOS and cut off; 5,906 tokens are lost: data.stride makes "
-        "further images of them"
+        "1 of 8 texts are longer than 4,096 tokens and cut off; 5,905 tokens are lost: data.stride makes further "
+        "images of them"
     ]
 
 
@@ -104,10 +108,10 @@ def test_a_stride_keeps_all_of_a_long_text_for_training_and_validates_without_ov
     train, val = (Texts(long_texts, split, data, EOS) for split in ("train", "val"))
     found = [train[index].text for index in range(len(train))]
     assert [(image[0], len(image)) for image in found[-5:]] == [
-        (1, 4_096), (3_001, 1_097),  # of 4,096 tokens and EOS
+        (1, 4_096), (1, 4_096),  # of 4,095 tokens and EOS, and of 4,096
         (1, 4_096), (3_001, 4_096), (6_001, 4_001),
     ]  # fmt: skip
-    assert [len(val[index].text) for index in range(len(val))][-5:] == [4_096, 1, 4_096, 4_096, 1_809]
+    assert [len(val[index].text) for index in range(len(val))][-5:] == [4_096, 4_096, 4_096, 4_096, 1_809]
     assert not train.notes
 
 

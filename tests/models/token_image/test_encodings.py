@@ -19,7 +19,7 @@ def test_every_id_comes_back_also_from_noise_below_half_of_what_lies_between_tok
     pixels = encoding.encode(ids)
     assert pixels.shape == (vocab_size, encoding.channels)
     assert torch.equal(encoding.decode(pixels), ids)
-    bound = 0.98 * encoding.apart / 2
+    bound = 0.98 * encoding.min_distance / 2
     noise = torch.empty(pixels.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(vocab_size))
     assert torch.equal(encoding.decode(pixels + noise), ids)
     assert torch.equal(encoding.decode(pixels + bound * noise.sign()), ids), "as far as it may be"
@@ -31,7 +31,7 @@ def test_no_two_ids_are_nearer_than_they_are_said_to_be(kind: Kind, vocab_size: 
     encoding = Encoding(kind, vocab_size)
     some = encoding.encode(torch.arange(0, vocab_size, max(1, vocab_size // 300)))
     apart = (some[:, None] - some).abs().amax(-1).fill_diagonal_(torch.inf)
-    assert apart.min() >= encoding.apart * (1 - 1e-5)
+    assert apart.min() >= encoding.min_distance * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

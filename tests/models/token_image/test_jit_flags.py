@@ -172,7 +172,7 @@ def test_without_a_tokenizer_the_command_trains_one() -> None:
     assert prepare_command("a", None, True).endswith("--tokenizer FOLDER --use-chat-template"), "which has the template"
 
 
-SHIPPED = {"b4": 127_681_584, "b16-256": 129_341_184, "l16": 455_729_920, "h16": 947_282_688}
+SHIPPED = {"b4": 127_681_584, "b16-256": 129_341_184, "l16-256": 455_729_920, "h16-256": 947_282_688}
 """Parameters. Those of 256 x 256 pixels have 16 rows and columns of patches, for 4 at 64 x 64."""
 
 

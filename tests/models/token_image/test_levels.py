@@ -40,8 +40,7 @@ def read(store: Path, encoding: str, noise: str, repeats: int = 6, count: int = 
     texts = texts_of(task)
     model = NGrams.fit(texts, task.frequencies.double().numpy(), 2)
     bigram = Bigram(task.frequencies, torch.from_numpy(model.transitions()).float()) if noise == "information" else None
-    codes = task.encoding.encode(torch.arange(256))
-    curve = task.curve or curve_of(codes, task.frequencies, task.encoding.apart)
+    curve = task.curve or curve_of(task.encoding, task.frequencies)
     network = task.build_model().eval()
     return measure(task, network, [batch_of(task, repeats)], count, curve, bigram), model, texts
 

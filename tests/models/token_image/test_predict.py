@@ -68,8 +68,9 @@ def test_eos_can_be_sampled_and_decoded(learnable: Trained) -> None:
     assert encoding.decode(encoding.encode(torch.tensor([learnable.eos]))).tolist() == [learnable.eos]
 
 
-def test_a_sample_does_not_depend_on_the_others_of_its_batch(learnable: Trained) -> None:
-    options = {"count": 3, "steps": 2, "method": "heun", "seed": 4}
+@pytest.mark.parametrize("method", ["heun", "ancestral"])
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(learnable: Trained, method: str) -> None:
+    options = {"count": 3, "steps": 3, "method": method, "seed": 4}
     together = [made.tokens for made in texts(learnable, wanted(learnable), batch_size=3, **options)]
     alone = [made.tokens for made in texts(learnable, wanted(learnable), batch_size=1, **options)]
     assert together == alone

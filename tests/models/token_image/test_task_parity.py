@@ -44,8 +44,8 @@ def texts_of_all_lengths() -> list[tuple[bytes, bytes]]:
 
 
 def picture(text: bytes) -> tuple[Tensor, Tensor]:
-    """[S, S, 3] and [S, S]: a token a pixel, id in base 256 over 255, EOS after it or in place of the last."""
-    ids = [*text, EOS] if len(text) < SIZE**2 else [*text[: SIZE**2 - 1], EOS]
+    """[S, S, 3] and [S, S]: a token a pixel, id in base 256 over 255; EOS where there is room, or as the last."""
+    ids = [*text, EOS][: SIZE**2] if len(text) <= SIZE**2 else [*text[: SIZE**2 - 1], EOS]
     image, mask = torch.zeros(SIZE, SIZE, 3), torch.zeros(SIZE, SIZE)
     for place, token in enumerate(ids):
         digits = [token % 256, token // 256 % 256, token // 65536]
