@@ -108,7 +108,9 @@ def read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}): check the path") from error
     except Exception as error:  # a damaged file makes torch raise anything
         named = re.search(r"(?:GLOBAL|global|[Cc]lass|function) ([\w.]+\.[\w.]+)", str(error))
-        what = f"it asks for {named[1]}" if named else reason(error)[:200]
+        said = reason(error)
+        # torch's own words say how to let it run
+        what = f"it asks for {named[1]}" if named else type(error).__name__ if "weights_only" in said else said[:200]
         raise CheckpointError(
             f"{path}: is damaged, or holds more than tensors and plain values ({what}), and nothing in it is run: "
             "where it comes from, save torch.save(model.state_dict(), ...) or safetensors"

@@ -237,7 +237,8 @@ def _connect(launch: Launch, timeout_s: float) -> dist.Store:
     where = f"MASTER_ADDR and MASTER_PORT ({launch.address}:{launch.port})"
     raise DisagreementError(
         f"{where}: rank {launch.rank} {'cannot wait' if holds_it else 'does not reach rank 0'} there: "
-        f"{_first_line(store)}; rank 0 has to run on that machine, and no other program or run may have the port"
+        f"{_first_line(store)}; rank 0 has to run on that machine, and no other program or run may have the port: "
+        "give the launcher another one, --master_port"
     )
 
 

@@ -1,6 +1,6 @@
 """checkpoint_epoch_N.pth and best_model.pth of a training loop of plain torch, read by --resume.
 
-    read(path, model, steps_per_epoch)    a WholeState in the names of `model`
+    read(path, model, steps_per_epoch)    a WholeState in the names of `model`; tensors alone are weights, from epoch 0
 
     {"epoch": 12, "model_state_dict": ..., "optimizer_state_dict": ..., "scheduler_state_dict": ...,
      "scaler_state_dict": ..., "best_loss": 0.31}
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
 from trunkline.engine.checkpoint.training_loops import finished_epochs, kept_by_optimizer, number, state_of
@@ -32,8 +32,12 @@ def read(path: Path, model: nn.Module, steps_per_epoch: int) -> WholeState:
     What the model knows of tokens, its buffers, is of this run's data. Raises CheckpointError.
     """
     held = read_torch(path)
+    if isinstance(held, Mapping) and held and all(isinstance(value, Tensor) for value in held.values()):
+        held = {WEIGHTS: held}
     if not isinstance(held, Mapping) or not isinstance(weights := held.get(WEIGHTS), Mapping):
-        raise CheckpointError(f"{path}: holds no '{WEIGHTS}' as checkpoint_epoch_N.pth does: name such a file")
+        raise CheckpointError(
+            f"{path}: holds no '{WEIGHTS}' as checkpoint_epoch_N.pth does, nor tensors alone: name such a file"
+        )
     parameters, buffers = ([name for name, _ in named] for named in (model.named_parameters(), model.named_buffers()))
 
     def called(name: str) -> str | None:

@@ -47,7 +47,9 @@ class TokenImageData(Strict):
                 f"max_tokens {self.max_tokens}: an image of img_size {self.img_size} has {self.img_size**2}"
             )
         if self.stride is not None and self.stride > self.capacity:
-            raise ValueError(f"stride {self.stride}: tokens would be lost between images of {self.capacity}")
+            raise ValueError(
+                f"stride {self.stride}: tokens would be lost between images of {self.capacity}: lower it to that"
+            )
         return self
 
 
@@ -104,7 +106,8 @@ class TokenImageModel(Strict):
             multiple = "num_heads" if self.block == "shared_norm" else "four times num_heads"
             raise ValueError(f"d_model must be an even multiple of {multiple}; got {d} with {heads} heads")
         if self.stem and (self.stem % 2 == 0 or rows > 1):
-            raise ValueError(f"stem {self.stem}: use an odd number, and a patch of one row, [1, n]")
+            wrong = "it is even: use an odd number" if self.stem % 2 == 0 else f"a patch has {rows} rows: use [1, n]"
+            raise ValueError(f"stem {self.stem}: {wrong}")
         if self.prior == "unigram" and self.loss != "cross_entropy":
             raise ValueError("prior 'unigram' speaks of tokens: set loss to 'cross_entropy'")
         return self

@@ -41,8 +41,10 @@ def prepare_command(source: str, tokenizer: str | None, chat_template: bool | No
 
 def store_of(source: str) -> Path:
     """Beside the texts."""
-    path = Path(source).resolve()
-    return path.with_name(f"{path.stem if path.is_file() else path.name}-store")
+    path = Path(source)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}-store")
 
 
 def data_path(config: Config, value: str, world_size: int) -> Config:

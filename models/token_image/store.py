@@ -28,7 +28,7 @@ class Store(ColumnStore):
     """A whole, checked data set."""
 
     workload = "token_image"
-    prepare = "python launchers/prepare.py token_image --out"
+    prepare = "python launchers/prepare.py token_image --source FILES --train-tokenizer --out"
     columns = {"texts": ("text",), "dialogues": ("text", "condition")}  # noqa: RUF012 - a constant of the class
     entry, further = SplitEntry, frozenset({"test"})
     kind: Kind

@@ -92,7 +92,7 @@ def metrics(sums: Sums) -> dict[str, float]:
 def plot(sums: Sums, path: Path) -> None:
     """The share of right tokens by time, beside what the noisy pixel alone gives."""
     lines = {
-        "network": ("right", BLUE, "-"), "frequencies": ("right_by_frequencies", GREY, "-"),
+        "network": ("right", BLUE, "-"), "unigram posterior": ("right_by_frequencies", GREY, "-"),
         "nearest code": ("right_naively", GREY, ":"),
     }  # fmt: skip
     there = (sums["tokens"] > 0).cpu()

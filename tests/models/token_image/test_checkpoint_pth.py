@@ -180,6 +180,13 @@ def test_what_a_file_lacks_is_said_and_the_rest_is_taken(
                 assert torch.equal(state.kept[name][key], moments[place][key])
 
 
+def test_tensors_alone_are_weights_from_epoch_0(texts: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
+    weights = theirs["model_state_dict"]
+    state = state_of(texts, tmp_path / "plain.pth", weights)
+    assert (state.step, dict(state.kept)) == (0, {})
+    assert all(torch.equal(state.parameters[f"jit.{name}"], tensor) for name, tensor in weights.items())
+
+
 def test_what_is_known_of_tokens_is_of_the_runs_data(texts: Path, tmp_path: Path, theirs: dict[str, Any]) -> None:
     model = theirs["model_state_dict"] | {"log_frequencies": torch.zeros(7), "module.curve": torch.ones(3, 160)}
     state = state_of(texts, tmp_path / "best_model.pth", theirs | {"model_state_dict": model})
@@ -203,7 +210,7 @@ def _without(held: dict[str, Any], *names: str, **more: Any) -> dict[str, Any]:
     ("change", "message"),
     [
         (lambda held: held | {"args": Hostile()}, "is damaged, or holds more than tensors and plain values.*system"),
-        (lambda held: held["model_state_dict"], "holds no 'model_state_dict' as checkpoint_epoch_N.pth does"),
+        (lambda held: {"weights": {"a": 1}}, "holds no 'model_state_dict' as checkpoint_epoch_N.pth does"),
         (lambda held: [1, 2], "holds no 'model_state_dict'"),
         (lambda held: _without(held, "rows", pos_embed=torch.zeros(2)),
          r"1 tensors of the model that are missing there: jit.rows\n.*not have: jit.pos_embed\n.*architecture"),
