@@ -46,7 +46,7 @@ class Converter:
 
     def _converted(self, record: Record, said: list[str], tokens: list[list[int]]) -> Converted | str:
         if self._drops_nul and any("\0" in text for text in said):
-            return "holds a NUL character, whose place EOS has among bytes: remove it"
+            return "holds a NUL character, which the tokenizer has no token for: remove it"
         notes = (*record.notes, *self._encode.notes(tokens))
         if self._kind == "dialogues" and record.prompt is None:
             notes += ("has no prompt, so that its condition is empty",)
