@@ -24,7 +24,7 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.task import Batch
 from trunkline.models.token_image import samples
 from trunkline.models.token_image.bigram import Bigram
-from trunkline.models.token_image.generation import Frame, frames, until_end
+from trunkline.models.token_image.generation import Frame, frames, kept, until_end
 from trunkline.models.token_image.information import curve_of
 from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM, Levels, measure
 from trunkline.models.token_image.ngrams import NGrams, Tokens
@@ -40,7 +40,7 @@ _MOST_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class Evaluation:
-    """bits: by model, bits_per_token and, of what is estimated, its standard error; and bits_per_byte.
+    """bits: by model, bits_per_token and bits_per_byte, and for the network the standard_error per token.
 
     batches: the images that were read. made: of each sample its tokens. path: of the first sample, the images on the
     way, each with the network's guess. scores: of the samples and of held-out texts of the same lengths
@@ -79,6 +79,11 @@ def evaluate(
         raise ConfigError(
             f"--store {data.store}: has {task.encoding.vocab_size:,} tokens, and the network knows "
             f"{network.encoding.vocab_size:,}: give the data set that it was trained on, or one of its tokenizer"
+        )
+    if trained.kind == "texts" and task.store.kind == "dialogues":
+        raise ConfigError(
+            f"--store {data.store}: holds dialogues, and the network was trained on texts, which have no condition: "
+            "give texts, or prepare the data with --kind texts"
         )
     dataset = task.dataset(split)
     task.store.verify(array.name for array in [*dataset.arrays, *task.dataset("train").arrays])
@@ -145,13 +150,13 @@ def _samples(
     """Texts made up, held-out ones of the same lengths (and conditions), and how the first came about."""
     made, path = list[list[int]](), list[Frame]()
     for batch in tqdm(batches, desc="make up texts", unit="batch", disable=not progress or not batches):
-        way = list(frames(
+        last, way = kept(frames(
             trained.network, trained.data.img_size, batch["length"], steps=steps, method="heun", seed=seed,
             first=len(made), condition=task.condition(batch),
         ))  # fmt: skip
-        found = until_end(task.encoding.decode(way[-1].x), batch["length"], trained.eos)
+        found = until_end(task.encoding.decode(last.x), batch["length"], trained.eos)
         made += [text for text, valid in zip(found, batch["valid"], strict=True) if valid]
-        path = path or [Frame(x[0], guess[0]) for x, guess in way]
+        path = path or way
     return made, _texts_of(batches), path
 
 

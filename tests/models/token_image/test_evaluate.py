@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.models.token_image.conftest import make_store
+from tests.models.token_image.toy_run import said
 from trunkline.engine.checkpoint.weights import saved_facts
 from trunkline.launchers.evaluate import main
 from trunkline.models.token_image import evaluation
@@ -112,11 +113,14 @@ def test_values_out_of_range_are_named(learnable_run: Path, flags: list[str], ca
 
 
 def test_a_split_that_is_not_there_and_a_store_that_does_not_fit_are_named(
-    learnable_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    learnable_run: Path, dialogue_run: Path, dialogues: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["--run", str(learnable_run), "--split", "test"]) == 2
     assert "no split 'test'" in capsys.readouterr().err
     store = make_store(tmp_path, vocab_size=300).root
     assert main(["--run", str(learnable_run), "--store", str(store)]) == 2
     assert "has 300 tokens, and the network knows 256" in capsys.readouterr().err
+    of_texts = said(dialogue_run, tmp_path / "of-texts", "texts")
+    assert main(["--run", str(of_texts), "--store", str(dialogues)]) == 2
+    assert "holds dialogues, and the network was trained on texts" in capsys.readouterr().err
     shutil.rmtree(store)
