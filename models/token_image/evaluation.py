@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.task import Batch
 from trunkline.models.token_image import samples
 from trunkline.models.token_image.bigram import Bigram
+from trunkline.models.token_image.byte_counts import count_bytes
 from trunkline.models.token_image.generation import Frame, frames, kept, until_end
 from trunkline.models.token_image.information import curve_of
 from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM, Levels, measure
@@ -36,6 +36,8 @@ LARGEST_BIGRAM = 1024
 """Tokens of a vocabulary, up to which the bigram's posterior is read."""
 _MOST_TOKENS = 1 << 24
 """Of the training split, from its start, that n-grams are counted of."""
+_PIXELS, _LEAST_IMAGES = 24_576, 4
+"""How much is read unless max_samples is given."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def evaluate(
     progress: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Read `max_samples` evenly spaced images at `levels` levels of noise, and make up `count` texts.
+
+    max_samples: unless given, as many as have 24,576 pixels, and 4 at least
 
     Raises CheckpointError, ConfigError or DataError.
     """
@@ -111,7 +115,7 @@ def evaluate(
         )
     codes = task.encoding.encode(torch.arange(task.encoding.vocab_size))
     curve = task.curve or curve_of(codes, task.frequencies, task.encoding.apart)
-    batches = read(max_samples)
+    batches = read(max_samples or max(_LEAST_IMAGES, _PIXELS // data.img_size**2))
     found = measure(task, network, batches, levels, curve.to(device), bigram, progress)
     made, held, path = _samples(task, trained, read(count) if count else [], steps, seed, progress)
     scores = {}
@@ -161,8 +165,7 @@ def _samples(
 
 
 def _bits(levels: Levels, counted: NGrams, texts: list[Tokens], trained: Trained) -> dict[str, dict[str, float]]:
-    plain: Any = trained.tokenizer.batch_decode([text.tolist() for text in texts], skip_special_tokens=True)
-    per_byte = sum(map(len, texts)) / max(1, sum(len(text.encode()) for text in plain))
+    per_byte = sum(map(len, texts)) / max(1, count_bytes(trained.tokenizer, texts))
     found = {NETWORK: {"bits_per_token": levels.bits(NETWORK), "standard_error": levels.deviation(NETWORK)}}
     for order, nats in enumerate(-counted.log_probabilities(texts).mean(1), 1):
         found[f"{order}-gram model"] = {"bits_per_token": float(nats) / math.log(2)}

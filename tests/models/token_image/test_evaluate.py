@@ -96,6 +96,15 @@ def test_conditions_go_with_their_samples(dialogue_run: Path, monkeypatch: pytes
     assert "bigram posterior is left out: of 256 tokens" in found.notes[0]
 
 
+@pytest.mark.parametrize(("pixels", "images"), [(5 * 64 + 1, 5), (64, 4)])
+def test_as_many_images_are_read_as_have_some_pixels(
+    learnable_run: Path, monkeypatch: pytest.MonkeyPatch, pixels: int, images: int
+) -> None:
+    monkeypatch.setattr(evaluation, "_PIXELS", pixels)
+    monkeypatch.setattr(evaluation, "LARGEST_BIGRAM", 255)
+    assert len(evaluate(learnable_run, CPU, levels=2, count=0).levels.lengths) == images
+
+
 def test_the_best_weights_are_those_of_the_best_validation(learnable_run: Path) -> None:
     lines = [json.loads(line) for line in (learnable_run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["split"] == "val"}
