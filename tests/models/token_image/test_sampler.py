@@ -144,7 +144,7 @@ def test_a_language_is_sampled_with_its_pairs(method: Method, steps: int) -> Non
 
 
 def test_a_sampler_that_runs_backwards_would_be_seen() -> None:
-    """Its steps lead from data to noise: they turn SD into 1, and so noise into 1 / SD. One sampler did that."""
+    """Its steps lead from data to noise: they turn SD into 1, and so noise into 1 / SD."""
     with pytest.raises(AssertionError, match="pure noise"):
         sample(gaussian, torch.zeros(3), evenly(10).flip(0))
     noise = torch.randn(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
