@@ -28,7 +28,7 @@ def _parser() -> Parser:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder for the weights")
     parser.add_argument("--step", type=int, help="the checkpoint of this step; default the newest good one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint, fp32 master weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters, buffers keep theirs; default fp32")
     parser.add_argument("--average", action="store_true", help="the weights' moving average (training.ema) instead")
     parser.add_argument("--onnx", action="store_true", help="also model.onnx, checked by onnxruntime; extra: onnx")
     parser.add_argument("--max-shard-gib", type=float, default=2.0, help="largest file, in GiB (default 2)")

@@ -1,4 +1,4 @@
-"""What noisy pixels tell of tokens to whom knows which token follows which, exactly.
+"""The exact posterior of tokens given noisy pixels, if tokens follow each other with known probabilities.
 
     Bigram(frequencies, transitions).posterior(log_likelihood, length)
 
@@ -40,6 +40,6 @@ class Bigram:
 
 
 def _scaled(x: Tensor) -> Tensor:
-    """Summing to 1. What is left of the first draft of a token that noise makes impossible in fp32 is kept above 0."""
+    """x, divided by its sum over the last dimension. Entries that fp32 rounds to 0 are raised to its least number."""
     x = x.clamp(min=torch.finfo(x.dtype).tiny)
     return x / x.sum(-1, keepdim=True)

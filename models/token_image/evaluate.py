@@ -15,8 +15,9 @@ from trunkline.models.token_image.shown import show
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and write evaluation.{md,json}, samples.txt and pictures; prints the tables. Returns the exit status."""
     for name, least in (("batch_size", 1), ("max_samples", 1), ("levels", 2), ("samples", 0), ("steps", 1)):
-        if getattr(arguments, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: use {least} or more")
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: use {least} or more")
     out = made_folder(arguments.out)
     result = evaluate(
         arguments.run, arguments.device, split=arguments.split, store=arguments.store,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from trunkline.engine.evaluation import to_device
 from trunkline.engine.task import Batch
 from trunkline.models.token_image import samples
 from trunkline.models.token_image.bigram import Bigram
-from trunkline.models.token_image.generation import Frame, frames, until_end
+from trunkline.models.token_image.byte_counts import count_bytes
+from trunkline.models.token_image.generation import Frame, frames, kept, until_end
 from trunkline.models.token_image.information import curve_of
 from trunkline.models.token_image.levels import BIGRAM, NETWORK, UNIGRAM, Levels, measure
 from trunkline.models.token_image.ngrams import NGrams, Tokens
@@ -36,11 +36,13 @@ LARGEST_BIGRAM = 1024
 """Tokens of a vocabulary, up to which the bigram's posterior is read."""
 _MOST_TOKENS = 1 << 24
 """Of the training split, from its start, that n-grams are counted of."""
+_PIXELS, _LEAST_IMAGES = 24_576, 4
+"""How much is read unless max_samples is given."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """bits: by model, bits_per_token and, of what is estimated, its standard error; and bits_per_byte.
+    """bits: by model, bits_per_token and bits_per_byte, and for the network the standard_error per token.
 
     batches: the images that were read. made: of each sample its tokens. path: of the first sample, the images on the
     way, each with the network's guess. scores: of the samples and of held-out texts of the same lengths
@@ -67,6 +69,8 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Read `max_samples` evenly spaced images at `levels` levels of noise, and make up `count` texts.
 
+    max_samples: unless given, as many as have 24,576 pixels, and 4 at least
+
     Raises CheckpointError, ConfigError or DataError.
     """
     trained = load_trained(run, device)
@@ -79,6 +83,11 @@ def evaluate(
         raise ConfigError(
             f"--store {data.store}: has {task.encoding.vocab_size:,} tokens, and the network knows "
             f"{network.encoding.vocab_size:,}: give the data set that it was trained on, or one of its tokenizer"
+        )
+    if trained.kind == "texts" and task.store.kind == "dialogues":
+        raise ConfigError(
+            f"--store {data.store}: holds dialogues, and the network was trained on texts, which have no condition: "
+            "give texts, or prepare the data with --kind texts"
         )
     dataset = task.dataset(split)
     task.store.verify(array.name for array in [*dataset.arrays, *task.dataset("train").arrays])
@@ -105,7 +114,7 @@ def evaluate(
             f"{LARGEST_BIGRAM:,} are read)"
         )
     curve = task.curve or curve_of(task.encoding, task.frequencies)
-    batches = read(max_samples)
+    batches = read(max_samples or max(_LEAST_IMAGES, _PIXELS // data.img_size**2))
     found = measure(task, network, batches, levels, curve.to(device), bigram, progress)
     made, held, path = _samples(task, trained, read(count) if count else [], steps, seed, progress)
     scores = {}
@@ -144,19 +153,18 @@ def _samples(
     """Texts made up, held-out ones of the same lengths (and conditions), and how the first came about."""
     made, path = list[list[int]](), list[Frame]()
     for batch in tqdm(batches, desc="make up texts", unit="batch", disable=not progress or not batches):
-        way = list(frames(
+        last, way = kept(frames(
             trained.network, trained.data.img_size, batch["length"], steps=steps, method="heun", seed=seed,
             first=len(made), condition=task.condition(batch),
         ))  # fmt: skip
-        found = until_end(task.encoding.decode(way[-1].x), batch["length"], trained.eos)
+        found = until_end(task.encoding.decode(last.x), batch["length"], trained.eos)
         made += [text for text, valid in zip(found, batch["valid"], strict=True) if valid]
-        path = path or [Frame(x[0], guess[0]) for x, guess in way]
+        path = path or way
     return made, _texts_of(batches), path
 
 
 def _bits(levels: Levels, counted: NGrams, texts: list[Tokens], trained: Trained) -> dict[str, dict[str, float]]:
-    plain: Any = trained.tokenizer.batch_decode([text.tolist() for text in texts], skip_special_tokens=True)
-    per_byte = sum(map(len, texts)) / max(1, sum(len(text.encode()) for text in plain))
+    per_byte = sum(map(len, texts)) / max(1, count_bytes(trained.tokenizer, texts))
     found = {NETWORK: {"bits_per_token": levels.bits(NETWORK), "standard_error": levels.deviation(NETWORK)}}
     for order, nats in enumerate(-counted.log_probabilities(texts).mean(1), 1):
         found[f"{order}-gram model"] = {"bits_per_token": float(nats) / math.log(2)}

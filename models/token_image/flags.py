@@ -27,7 +27,10 @@ def prepare(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
-    parser.add_argument("--max-samples", type=int, default=96, help="evenly spaced images that are read (96)")
+    parser.add_argument(
+        "--max-samples", type=int,
+        help="evenly spaced images that are read; default as many as have 24,576 pixels (96 of 16 x 16), 4 at least",
+    )  # fmt: skip
     parser.add_argument("--levels", type=int, default=16, help="levels of noise at which each is read (16)")
     parser.add_argument("--samples", type=int, default=16, help="texts that are made up; 0 for none (16)")
     parser.add_argument("--steps", type=int, default=25, help="steps of sampling them, by Heun's method (25)")

@@ -2,10 +2,10 @@
 
     tokens N = condition's places + patches       a block   2 N k + 4 d N^2, k the weights of its linear layers
 
-All places count, whether somebody sees them or not. The backward pass takes twice as many, but for layers whose input
+All places count, also those that attention masks. The backward pass takes twice as many, but for layers whose input
 needs no gradient, which take as many: the patch embeddings and what the time modulates. A forward pass of B/4 at
-64 x 64 is 126 GFLOP. The rule 2 x parameters x tokens, and attention, would give 140: to it the weights that the time
-modulates with, which act once an image, act on each token.
+64 x 64 is 126 GFLOP. The usual estimate, 2 x parameters x tokens plus attention, gives 140. It counts the weights of
+the time's modulation once per token, but they act once per image.
 """
 
 from __future__ import annotations

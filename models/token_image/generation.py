@@ -1,6 +1,7 @@
 """Texts from a network: images sampled from pure noise, and decoded.
 
     frames(network, length, ...)       the images on the way from noise, the last one clean
+    kept(frames)                       the last ones, and the way of the first image
     read_once(network, x, t, ...)      the tokens that it reads in noisy images, in one step
     until_end(tokens, length, eos)     the tokens up to EOS
 
@@ -9,7 +10,7 @@ Steps are even in the network's own time: with the noise "information", each tel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,14 @@ def frames(
         known = {"given": pixels, "is_given": given[1].view(-1, size, size, 1)}
     for x in trajectory(denoise, noise, alphas_of(network, steps), method=method, keys=keys, **known):
         yield Frame(x, guess)
+
+
+def kept(steps: Iterable[Frame]) -> tuple[Frame, list[Frame]]:
+    """The frame of the last step, and of each step that of the first image alone: all steps of all images are large."""
+    way = []
+    for last in steps:
+        way.append(Frame(last.x[0].clone(), last.guess[0].clone()))
+    return last, way
 
 
 @torch.no_grad()

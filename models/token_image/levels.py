@@ -28,7 +28,6 @@ from trunkline.models.token_image.bigram import Bigram
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.generation import read_once
 from trunkline.models.token_image.information import Curve, by_frequencies, log_posterior
-from trunkline.models.token_image.noise import time_of
 from trunkline.models.token_image.task import TokenImageTask
 
 NETWORK, NEAREST, UNIGRAM, BIGRAM = "network", "nearest code", "unigram posterior", "bigram posterior"
@@ -113,7 +112,7 @@ def measure(
                     right.setdefault(reader, []).append(hits)
                     errors.setdefault(reader, []).append(error)
                 bar.update()
-    times = time_of(alphas, task.model.noise, curve)
+    times = network.time(alphas)
     worth = curve.nats(torch.ones_like(snr), snr)
     return Levels(
         shares=_joined([shares]), snr=_joined([snr]), times=_joined([times]), nats=_joined([worth]),

@@ -28,10 +28,13 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import made_folder
 from trunkline.models.text.fields import checked_text
 from trunkline.models.text.sources import BadRecord
+from trunkline.models.token_image.conversion import Converter
 from trunkline.models.token_image.data import collate_tokens
-from trunkline.models.token_image.generation import Condition, Frame, frames, read_once, until_end
+from trunkline.models.token_image.generation import Condition, Frame, frames, kept, read_once, until_end
+from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import LAST, noised
 from trunkline.models.token_image.plots import colors, write_image
+from trunkline.models.token_image.records import Record
 from trunkline.models.token_image.sampler import Method
 from trunkline.models.token_image.shown import plot_way
 from trunkline.models.token_image.trained import Trained, load_trained
@@ -94,18 +97,17 @@ def texts(
         size = min(batch_size, count - first)
         tokens, length, condition = _batch(trained, wanted, size)
         given = None if (wanted.tokens == _UNKNOWN).all() else (tokens.clamp(min=0), tokens >= 0)
-        way = list(frames(
+        last, way = kept(frames(
             trained.network, trained.data.img_size, length, steps=steps, method=method, seed=seed, first=first,
             condition=condition, given=given,
         ))  # fmt: skip
-        rows = trained.network.encoding.decode(way[-1].x)
+        rows = trained.network.encoding.decode(last.x)
         if wanted.whole:  # what is known behind a gap stays, whatever fills it
             found = [row[: len(wanted.tokens)] for row in rows.flatten(1).tolist()]
         else:
             found = until_end(rows, length, trained.eos)
         for place, row in enumerate(found):
-            shown = [Frame(x[0], guess[0]) for x, guess in way] if first + place == 0 else []
-            yield Made(row, trained.tokenizer.decode(row, skip_special_tokens=True), shown)
+            yield Made(row, trained.tokenizer.decode(row, skip_special_tokens=True), [] if first + place else way)
 
 
 @torch.no_grad()
@@ -147,6 +149,13 @@ def asked(trained: Trained, arguments: argparse.Namespace) -> Wanted:
     if arguments.condition is not None:
         if not trained.model.condition:
             raise ConfigError("--condition: this network has no places for one (model.condition): leave it out")
+        if trained.kind == "texts":
+            raise ConfigError("--condition: this network learned texts without one: leave it out, or use --prompt")
+        if max(grid := trained.network.jit.grid) > CONDITION_GRID:
+            raise ConfigError(
+                f"--condition: this network cuts an image into {grid[0]} x {grid[1]} patches (model.patch), and a "
+                f"condition has {CONDITION_GRID} x {CONDITION_GRID} at most: leave it out, or train with larger patches"
+            )
         ids = _tokens(trained, arguments.condition, "--condition")
         if len(ids) >= most:
             raise ConfigError(
@@ -179,8 +188,10 @@ def _tokens(trained: Trained, text: str, flag: str) -> list[int]:
         text.encode() if text.isspace() else checked_text(text, flag)
     except (BadRecord, UnicodeEncodeError) as bad:
         raise ConfigError(f"{flag}: no text in UTF-8, or an empty one: give at least a letter") from bad
-    ids: list[int] = trained.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    (found,) = Converter(trained.tokenizer, "texts")([Record(text)])
+    if isinstance(found, str):
+        raise ConfigError(f"{flag}: {found}")
+    return list(found.columns[0])
 
 
 def _check(arguments: argparse.Namespace) -> None:

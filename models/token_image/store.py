@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from trunkline.models.text.column_store import ColumnStore
 from trunkline.models.token_image.records import Kind
 
+KIND_KEY = "store_kind"
+"""Of config.json beside weights: the kind of the data that they were trained on."""
+
 
 @dataclass(frozen=True)
 class SplitEntry:

@@ -26,7 +26,7 @@ from trunkline.models.token_image.information import Curve, curve_of
 from trunkline.models.token_image.network import CONDITION_GRID
 from trunkline.models.token_image.noise import alpha_of, drawn_coins, drawn_times, noised
 from trunkline.models.token_image.prepared import check_prepared
-from trunkline.models.token_image.store import Store
+from trunkline.models.token_image.store import KIND_KEY, Store
 from trunkline.models.token_image.validation import Noisy
 
 LEAST_NOISE = 0.05
@@ -196,9 +196,9 @@ class TokenImageTask(Task):
         return checkpoint_pth.read(path, self.build_model(), steps_per_epoch)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
-        """The tokenizer."""
+        """The tokenizer, and in config.json the kind of the data."""
         shutil.copytree(self.store.root / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-        return {}
+        return {KIND_KEY: self.store.kind}
 
     @cached_property
     def eos(self) -> int:

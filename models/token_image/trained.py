@@ -9,16 +9,21 @@ from typing import Any
 import torch
 
 from trunkline.engine.checkpoint.trained import trained_sections
-from trunkline.engine.checkpoint.weights import load_weights
+from trunkline.engine.checkpoint.weights import load_weights, read_config
 from trunkline.models.text.tokenizer import load_tokenizer, vocabulary_size
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.denoiser import Denoiser
 from trunkline.models.token_image.encodings import Encoding
+from trunkline.models.token_image.records import Kind
+from trunkline.models.token_image.store import KIND_KEY
 
 
 @dataclass(frozen=True)
 class Trained:
-    """folder: where the weights lie; data, model: what it was trained on and for."""
+    """folder: where the weights lie; data, model: what it was trained on and for.
+
+    kind: of the data; None if the weights are of a version that did not say it
+    """
 
     folder: Path
     network: Denoiser
@@ -26,6 +31,7 @@ class Trained:
     data: TokenImageData
     model: TokenImageModel
     device: torch.device
+    kind: Kind | None = None
 
     @property
     def eos(self) -> int:
@@ -46,4 +52,5 @@ def load_trained(run: Path, device: torch.device) -> Trained:
     tokenizer = load_tokenizer(folder / "tokenizer")
     network = Denoiser(model, data.img_size, Encoding(data.encoding, vocabulary_size(tokenizer)))
     load_weights(network, folder)
-    return Trained(folder, network.to(device).eval(), tokenizer, data, model, device)
+    kind = read_config(folder / "config.json").get(KIND_KEY)
+    return Trained(folder, network.to(device).eval(), tokenizer, data, model, device, kind)

@@ -59,9 +59,9 @@ def resume_all(rank: int, world_size: int, folder: Path, pairs: Sequence[tuple[L
 
 
 def cycle(layouts: Sequence[Layout]) -> list[tuple[Layout, Layout]]:
-    """Each layout to one other, over all from and to every layout; and each of two ranks to itself."""
+    """Each layout to one other, over all from and to every layout; each of two ranks, and FSDP on one, to itself."""
     others = {(one, layouts[(place * 3 + 7) % len(layouts)]) for place, one in enumerate(layouts)}
-    return sorted(others | {(one, one) for one in layouts if one.ranks == 2})
+    return sorted(others | {(one, one) for one in layouts if one.ranks == 2 or one == Layout("fsdp", 3, 1)})
 
 
 @pytest.mark.distributed

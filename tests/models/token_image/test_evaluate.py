@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.models.token_image.conftest import make_store
+from tests.models.token_image.toy_run import said
 from trunkline.engine.checkpoint.weights import saved_facts
 from trunkline.launchers.evaluate import main
 from trunkline.models.token_image import evaluation
@@ -95,6 +96,15 @@ def test_conditions_go_with_their_samples(dialogue_run: Path, monkeypatch: pytes
     assert "bigram posterior is left out: of 256 tokens" in found.notes[0]
 
 
+@pytest.mark.parametrize(("pixels", "images"), [(5 * 64 + 1, 5), (64, 4)])
+def test_as_many_images_are_read_as_have_some_pixels(
+    learnable_run: Path, monkeypatch: pytest.MonkeyPatch, pixels: int, images: int
+) -> None:
+    monkeypatch.setattr(evaluation, "_PIXELS", pixels)
+    monkeypatch.setattr(evaluation, "LARGEST_BIGRAM", 255)
+    assert len(evaluate(learnable_run, CPU, levels=2, count=0).levels.lengths) == images
+
+
 def test_the_best_weights_are_those_of_the_best_validation(learnable_run: Path) -> None:
     lines = [json.loads(line) for line in (learnable_run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if line["split"] == "val"}
@@ -112,11 +122,14 @@ def test_values_out_of_range_are_named(learnable_run: Path, flags: list[str], ca
 
 
 def test_a_split_that_is_not_there_and_a_store_that_does_not_fit_are_named(
-    learnable_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    learnable_run: Path, dialogue_run: Path, dialogues: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["--run", str(learnable_run), "--split", "test"]) == 2
     assert "no split 'test'" in capsys.readouterr().err
     store = make_store(tmp_path, vocab_size=300).root
     assert main(["--run", str(learnable_run), "--store", str(store)]) == 2
     assert "has 300 tokens, and the network knows 256" in capsys.readouterr().err
+    of_texts = said(dialogue_run, tmp_path / "of-texts", "texts")
+    assert main(["--run", str(of_texts), "--store", str(dialogues)]) == 2
+    assert "holds dialogues, and the network was trained on texts" in capsys.readouterr().err
     shutil.rmtree(store)

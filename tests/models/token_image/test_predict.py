@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models.token_image.toy_run import said
 from trunkline.engine.errors import ConfigError
 from trunkline.launchers.predict import main
 from trunkline.models.token_image import flags
-from trunkline.models.token_image.generation import frames, until_end
+from trunkline.models.token_image.denoiser import Denoiser
+from trunkline.models.token_image.generation import Frame, frames, kept, until_end
 from trunkline.models.token_image.predict import Wanted, asked, denoised, texts
 from trunkline.models.token_image.trained import Trained, load_trained
 
@@ -144,6 +149,9 @@ def test_images_hold_the_tokens(dialogue_run: Path, tmp_path: Path, capsys: pyte
         (["--prompt", ""], "--prompt: no text in UTF-8"),
         (["--prompt", "\udcff"], "--prompt: no text in UTF-8"),
         (["--length", "65"], "an image holds 64 tokens"),
+        (["--prompt", "<eos>pressure"], "--prompt: holds <eos>, which the model would take for the real one"),
+        (["--text", "_<eos>"], "--text: holds <eos>"),
+        (["--denoise", "a\0b"], "--denoise: holds a NUL character"),
         (["--condition", "x"], "no places for one"),
         (["--samples", "0"], "use 1 or more"),
         (["--time", "3"], "--time: has no effect"),
@@ -158,6 +166,44 @@ def test_what_a_person_can_get_wrong_is_named(
 ) -> None:
     assert main(["--run", str(learnable_run), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_condition_is_for_who_learned_from_dialogues(
+    dialogue_run: Path, learnable: Trained, dialogue: Trained, tmp_path: Path
+) -> None:
+    """Weights that do not say it are taken as they are."""
+    assert (learnable.kind, dialogue.kind) == ("texts", "dialogues")
+    of_texts, silent = (load_trained(said(dialogue_run, tmp_path / f"{kind}", kind), CPU) for kind in ("texts", None))
+    with pytest.raises(ConfigError, match="--condition: this network learned texts without one: leave it out"):
+        wanted(of_texts, "--condition", "a")
+    assert wanted(silent, "--condition", "a").condition is not None
+
+
+def test_more_patches_than_a_condition_has_are_named(dialogue: Trained) -> None:
+    data = dialogue.data.model_copy(update={"img_size": 32})
+    large = replace(dialogue, data=data, network=Denoiser(dialogue.model, 32, dialogue.network.encoding), kind=None)
+    with pytest.raises(ConfigError, match=r"32 x 8 patches \(model.patch\), and a condition has 16 x 16 at most"):
+        wanted(large, "--condition", "a")
+    assert wanted(large).condition is None
+
+
+def test_of_the_frames_only_the_last_and_the_first_images_are_kept(learnable: Trained) -> None:
+    refs = list[weakref.ref[torch.Tensor]]()
+
+    def watched() -> Iterator[Frame]:
+        for frame in frames(learnable.network, 8, torch.tensor([PIXELS, 9]), steps=4, method="heun"):
+            assert sum(ref() is not None for ref in refs) <= 2  # the sampler holds the one before, too
+            refs.extend(weakref.ref(each) for each in frame)
+            yield frame
+
+    last, way = kept(watched())
+    every = list(frames(learnable.network, 8, torch.tensor([PIXELS, 9]), steps=4, method="heun"))
+    assert torch.equal(last.x, every[-1].x)
+    assert len(way) == 4
+    for ours, theirs in zip(way, every, strict=True):
+        assert torch.equal(ours.x, theirs.x[0])
+        assert torch.equal(ours.guess, theirs.guess[0])
+        assert ours.x.untyped_storage().nbytes() == ours.x.nbytes
 
 
 def test_a_condition_too_long_is_named(dialogue: Trained) -> None:

@@ -411,6 +411,8 @@ def test_good_records_are_used_and_bad_ones_counted_until_they_are_too_many(tmp_
     assert launcher.main([*flags, "0.12", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert f"4 left out: 'text' is empty ({path}: line 41, {path}: line 42, {path}: line 43, ...)" in said
-    assert f"1 left out: holds a NUL character, which the tokenizer has no token for: remove it ({path}: line 45)" in said
+    assert (
+        f"1 left out: holds a NUL character, which the tokenizer has no token for: remove it ({path}: line 45)" in said
+    )
     assert sum(entry.samples for entry in Store.open(tmp_path / "out").entries.values()) == 40
     assert not (tmp_path / "few").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ LEARNABLE = SMALL | {
     "block": "official", "stem": 3, "condition": False, "noise": "information", "prior": "unigram",
     "loss": "cross_entropy",
 }  # fmt: skip
+
+
+def said(run: Path, folder: Path, kind: str | None) -> Path:
+    """A copy of a run's weights that say they were trained on data of this kind, or of none, as earlier ones do."""
+    shutil.copytree(run / "best", folder, ignore=shutil.ignore_patterns("digests.json"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("store_kind") in ("texts", "dialogues")
+    (folder / "config.json").write_text(json.dumps(config | ({} if kind is None else {"store_kind": kind})))
+    return folder
 
 
 def train(folder: Path, store: Path, model: dict[str, Any], **sections: dict[str, Any]) -> Path:
