@@ -35,7 +35,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """By name: the sections `data` and `model`."""
 MIDDLE = "checkpoints/step-00000003"
 EMA = {"decay": 0.5, "warmup": False}
-BUFFERS = ("log_frequencies", "curve", "entropy")
+BUFFERS = ("log_frequencies", "curve")
 
 
 class Layout(NamedTuple):

@@ -25,7 +25,7 @@ def test_the_plan_names_the_bytes_that_are_kept(model: dict[str, Any], texts: Pa
     task, batch = made(texts, count=2, **model)
     if task.model.noise == "information":  # a made-up one: the true one takes seconds
         shares = torch.linspace(0, 1, POINTS)
-        task.curve = Curve(torch.logspace(math.log10(LEAST), math.log10(MOST), POINTS), 1 - shares, shares, 5.0)
+        task.curve = Curve(torch.logspace(math.log10(LEAST), math.log10(MOST), POINTS), shares)
     network = task.build_model()
     own = {tensor.untyped_storage()._cdata for tensor in [*network.parameters(), *network.buffers()]}
     kept: dict[int, torch.Tensor] = {}
