@@ -123,6 +123,10 @@ def evaluate(
         pieces = {"samples": [np.array(text) for text in made], f"{split} text": held}
         scores = {name: samples.scores(samples.alike(each, lengths), texts, counted) for name, each in pieces.items()}
     bits = _bits(found, counted, _texts_of(batches), trained)
+    if found.bits(NETWORK) > found.bits(UNIGRAM):
+        notes.append(
+            "the network's bound is above the 1-gram model's: it reads less than the frequencies of tokens say"
+        )
     return Evaluation(run, trained, task, split, batches, bigram, found, bits, made, path, scores, notes)
 
 

@@ -97,16 +97,14 @@ def _strip(result: Evaluation, batch: Batch, path: Path) -> None:
     plot_rows(rows, heads, path, f"A text of {result.split} at {len(rows)} levels of noise, in one step of denoising")
 
 
-def plot_way(
-    way: list[Frame], length: int, names: list[str], encoding: Encoding, path: Path, title: str = "A text from noise"
-) -> None:
+def plot_way(way: list[Frame], length: int, names: list[str], encoding: Encoding, path: Path) -> None:
     """Some steps of how one text of `length` tokens came out of noise. names: of each token."""
     rows = []
     for step in np.unique(np.linspace(1, len(way), _ROWS + 1).round().astype(int)):
         x, guess = way[step - 1]
         label, text = f"step {step}\nof {len(way)}", _spelled(encoding.decode(guess), length, names)
         rows.append(Row(label, [_image(x, encoding), _image(guess, encoding)], text, [False] * length))
-    plot_rows(rows, ["image", "guess", "nearest tokens of the guess"], path, title)
+    plot_rows(rows, ["image", "guess", "nearest tokens of the guess"], path, "From noise to text")
 
 
 def _image(x: Tensor, encoding: Encoding) -> np.ndarray:

@@ -49,6 +49,7 @@ def test_everything_is_written(out: Path, found: dict[str, Any]) -> None:
     assert all(f"| {name} |" in page for name in (NETWORK, "4-gram model", "samples"))
     assert found["levels"]["share"] == pytest.approx([0.125, 0.375, 0.625, 0.875])
     assert set(found["levels"]["accuracy"]) == {NETWORK, "nearest code", UNIGRAM, BIGRAM}
+    assert not found["notes"]
 
 
 def test_the_counts_are_of_the_training_texts_and_see_what_the_network_sees(texts: Path, found: dict[str, Any]) -> None:
@@ -94,6 +95,7 @@ def test_conditions_go_with_their_samples(dialogue_run: Path, monkeypatch: pytes
     assert ids[1, : int(held[1].sum()) - 1].tolist() == condition.tokens(3)[:63].tolist()
     assert BIGRAM not in found.levels.right
     assert "bigram posterior is left out: of 256 tokens" in found.notes[0]
+    assert "it reads less than the frequencies of tokens say" in found.notes[-1], "after a few steps of the recipe"
 
 
 @pytest.mark.parametrize(("pixels", "images"), [(5 * 64 + 1, 5), (64, 4)])
