@@ -17,7 +17,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from trunkline.engine.data.store import INDEX
 from trunkline.engine.errors import DataError
 from trunkline.models.causal_lm.records import KINDS, Kind
 from trunkline.models.text.token_store import TokenStore, token_dtype
-
-if TYPE_CHECKING:
-    pass
 
 _COUNTED_AT_ONCE = 1 << 24
 

@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.models.image_classification.small_images import write_images
-
-ROOT = Path(__file__).parents[3]
+from tests.models.killed import unbroken_and_killed
 
 
 @pytest.mark.slow
 @pytest.mark.fault("kill -9 of an image classifier with BatchNorm and an average of its weights")
 def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", train=8, val=2)
-    command = [
-        *(sys.executable, str(ROOT / "launchers/train.py"), "image_classification", "--data_path", str(data)),
+    arguments = [
+        *("image_classification", "--data_path", str(data)),
         *("--arch", "resnet_tiny", "--img_size", "32", "--batch_size", "8", "--grad_acc", "1", "--epochs", "8"),
         *("--disable_mlflow", "--no-export_onnx", "--set", 'training.ema={"decay": 0.9}'),
         *("--set", "training.log_every=1", "--set", "training.log_means=false", "--set", "training.save_every=2"),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def rows(run: Path) -> dict[tuple[int, str], float]:
         read = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return {(row["step"], row["split"]): row["loss"] for row in read if row["split"] in ("train", "val")}
 
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--model_path", str(whole)], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*command, "--model_path", str(broken)], env=environment, stdout=subprocess.DEVNULL)
-    while not (broken / "checkpoints" / "step-00000004").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (broken / "final").exists()
-    done = subprocess.run([*command, "--model_path", str(broken)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    whole, broken = unbroken_and_killed(arguments, tmp_path, "--model_path")
     assert rows(broken) == rows(whole)
     assert max(rows(whole))[0] == 24
     for name in ("best", "final"):

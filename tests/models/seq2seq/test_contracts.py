@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed_test
+from tests.models.killed import unbroken_and_killed
 from tests.models.seq2seq.toy_pairs import SILENT, toy_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
@@ -25,7 +22,6 @@ from trunkline.engine.trainer import Trainer
 from trunkline.models.registry import make_task
 from trunkline.models.seq2seq.chat_flags import FROZEN
 
-ROOT = Path(__file__).parents[3]
 STEPS = 6
 Case = tuple[RunConfig, Path, str, str]
 """Configuration, folder, backend, and what it resumes from."""
@@ -144,21 +140,8 @@ def test_each_index_is_a_sample_of_its_own(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(pairs: Path, tmp_path: Path, frozen: bool) -> None:
     config_of(tmp_path, pairs, frozen, micro=4, steps=40, save_every=2)
-    program = [*(sys.executable, str(ROOT / "launchers/train.py"), "--config", str(tmp_path / "config.json"))]
-    command = [*program, "--is_keep_training", "--set", "model.dropout=0.1", "--output_dir"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    subprocess.run([*command, str(unbroken)], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(broken)], env=environment, stdout=subprocess.DEVNULL)
-    while not (broken / "checkpoints/step-00000004").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (broken / "final").exists()
-    done = subprocess.run([*command, str(broken)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    arguments = ["--config", str(tmp_path / "config.json"), "--resume", "auto", "--set", "model.dropout=0.1"]
+    unbroken, broken = unbroken_and_killed(arguments, tmp_path)
     assert losses(broken) == losses(unbroken)
     one, two = weights(unbroken), weights(broken)
     assert one.keys() == two.keys()

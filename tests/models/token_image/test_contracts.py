@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.distributed import run_distributed_test
+from tests.models.killed import unbroken_and_killed
 from tests.models.token_image.runs import SMALL, run_config
 from tests.models.token_image.test_task import LEARNABLE
 from trunkline.engine.config.run_config import RunConfig
@@ -27,7 +24,6 @@ from trunkline.engine.trainer import Trainer
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.task import TokenImageTask
 
-ROOT = Path(__file__).parents[3]
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recipe": ({}, SMALL),
     "learnable": ({"encoding": "bits", "stride": 64}, LEARNABLE),
@@ -197,22 +193,8 @@ def test_in_low_precision_a_resumed_run_is_the_unbroken_one_and_tables_keep_thei
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_run_ends_as_an_unbroken_one_bit_for_bit(texts: Path, tmp_path: Path, form: str) -> None:
     case(form, Layout(micro=2), texts, tmp_path)
-    settings = ["--steps", "40", "--set", "training.save_every=2"]
-    program = [sys.executable, str(ROOT / "launchers/train.py"), "--config", str(tmp_path / "asked/config.json")]
-    command = [*program, *settings, "--resume", "auto", "--output_dir"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    subprocess.run([*command, str(unbroken)], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(broken)], env=environment, stdout=subprocess.DEVNULL)
-    while not (broken / "checkpoints/step-00000004").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (broken / "final").exists()
-    done = subprocess.run([*command, str(broken)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    config, settings = str(tmp_path / "asked/config.json"), ["--steps", "40", "--set", "training.save_every=2"]
+    unbroken, broken = unbroken_and_killed(["--config", config, *settings, "--resume", "auto"], tmp_path)
     assert losses(broken) == losses(unbroken)
     one, two = weights(unbroken), weights(broken)
     assert one.keys() == two.keys()
