@@ -76,8 +76,8 @@ def plot_learning(found: Sequence[tuple[int, float]], lines: Mapping[str, float]
         for name, bits in lines.items():
             axes.axhline(bits, color=GREY, linestyle=":")
             axes.annotate(
-                f"{name}, {split}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-4, 2),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8, color=GREY,
+                f"{name}, {split}", (0, bits), xycoords=("axes fraction", "data"), xytext=(4, 2),
+                textcoords="offset points", ha="left", va="bottom", fontsize=8, color=GREY,
             )  # fmt: skip
         axes.plot(*zip(*found), label=f"{NETWORK}, validation", color=BLUE, marker="o", markersize=3)
         axes.set_xlabel("step")
