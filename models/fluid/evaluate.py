@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import made_folder
-from trunkline.models.fluid.baselines import Persistence, Ridge, fit_ridge
+from trunkline.models.fluid.baselines.linear import Persistence, all_columns, fit_linear
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.flags import HORIZONS
 from trunkline.models.fluid.metrics import Errors, Evaluation
@@ -58,13 +58,14 @@ def evaluate(
     normalization = trained.model.normalization
     device = normalization.scale.device
     forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model)}
-    ridge: Ridge | None = None
+    penalty = None
     if with_ridge:
-        ridge = forecasters[RIDGE] = fit_ridge(store, normalization, device, progress)
+        forecasters[RIDGE], facts = fit_linear(store, normalization, all_columns(store), device, progress=progress)
+        penalty = facts["penalty"]
     forecasters[PERSISTENCE] = Persistence(store.schema.num_boundary)
-    history = max(trained.data.history, Ridge.history)
+    history = max(forecaster.history for forecaster in forecasters.values())
 
-    result = Evaluation(split, cases, {}, {}, ridge.penalty if ridge else None)
+    result = Evaluation(split, cases, {}, {}, penalty)
     for horizon in horizons:
         steps, every = {
             "1 minute": (1, 1),
@@ -79,7 +80,7 @@ def evaluate(
             for name, forecaster in forecasters.items():
                 title = f"{horizon}, {name}" if progress and steps > 60 else None
                 start = states[:, :history]
-                cut = max(0, history - trained.data.history) if name == MODEL else 0
+                cut = history - forecaster.history
                 predicted = rollout(
                     forecaster,
                     boundary[:, cut:],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -57,9 +58,36 @@ def two_minutes(normalised: Tensor, num_boundary: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a linear autoregression sees of z = [boundary(s+1), state(s), state(s-1), boundary(s)], normalised.
+
+    plain: how many of z's columns, from the first, are features themselves: P
+    first, second: int64 [J]; the other features are z[first] * z[second]; first is one of P, of the boundary
+    """
+
+    plain: int
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def columns(cls, count: int) -> Features:
+        """The first `count` columns of z, without products."""
+        none = np.empty(0, dtype=np.int64)
+        return cls(count, none, none)
+
+    def __len__(self) -> int:
+        return self.plain + len(self.first)
+
+    def of(self, z: np.ndarray) -> np.ndarray:
+        """[rows, 2 V] -> [rows, F]."""
+        return np.concatenate([z[:, : self.plain], z[:, self.first] * z[:, self.second]], axis=1)
+
+
+@dataclass(frozen=True)
 class NormalEquations:
     """Centred sums over minutes: gram [F, F] of the features, cross [F, Vs] with the changes, and both means; fp64."""
 
+    features: Features
     gram: np.ndarray
     cross: np.ndarray
     feature_mean: np.ndarray
@@ -67,8 +95,16 @@ class NormalEquations:
     rows: int
 
     @classmethod
-    def over_training_split(cls, store: Store, normalization: Normalization, progress: bool = False) -> NormalEquations:
+    def over_training_split(
+        cls,
+        store: Store,
+        normalization: Normalization,
+        progress: bool = False,
+        features: Features | None = None,
+    ) -> NormalEquations:
         """Sum over the training cases that have outputs. A missing value counts as its offset, its change as 0.
+
+        features: boundary(s+1), state(s) and state(s-1) unless given
 
         Raises DataError if no training case has outputs.
         """
@@ -76,7 +112,9 @@ class NormalEquations:
         if not cases:
             raise DataError(f"{store.root}: no training case has outputs, so no autoregression can be fitted")
         num_boundary, num_states = store.schema.num_boundary, store.schema.num_states
-        num_features = num_boundary + 2 * num_states
+        features = features or Features.columns(num_boundary + 2 * num_states)
+        num_features = len(features)
+        columns = np.r_[: num_boundary + num_states, num_boundary : num_boundary + num_states, :num_boundary]
         offset, scale = (x.double().cpu().numpy() for x in (normalization.offset, normalization.scale))
         stride = max(1, len(cases) * store.minutes // max(_LEAST_ROWS, _ROWS_PER_FEATURE * num_features))
         gram, cross = np.zeros((num_features, num_features)), np.zeros((num_features, num_states))
@@ -85,9 +123,8 @@ class NormalEquations:
             state = np.asarray(store.state("train", case))
             boundary = np.asarray(store.boundary("train", case))
             now = np.arange(1 + rows % stride, store.minutes - 1, stride)
-            z = np.concatenate([boundary[now + 1], state[now], state[now - 1]], axis=1, dtype=np.float64)
-            columns = np.r_[: num_boundary + num_states, num_boundary : num_boundary + num_states]
-            z = np.nan_to_num((z - offset[columns]) / scale[columns], copy=False)
+            z = np.concatenate([boundary[now + 1], state[now], state[now - 1], boundary[now]], axis=1, dtype=np.float64)
+            z = features.of(np.nan_to_num((z - offset[columns]) / scale[columns], copy=False))
             change = (state[now + 1].astype(np.float64) - state[now]) / scale[num_boundary:]
             change = np.nan_to_num(change, copy=False)
             gram += z.T @ z
@@ -98,32 +135,49 @@ class NormalEquations:
         feature_mean, change_mean = feature_sum / rows, change_sum / rows
         gram -= rows * np.outer(feature_mean, feature_mean)
         cross -= rows * np.outer(feature_mean, change_mean)
-        return cls(gram, cross, feature_mean, change_mean, rows)
+        return cls(features, gram, cross, feature_mean, change_mean, rows)
 
     def solve(self, penalty: float, noise: float = 0.0) -> RidgeAutoregression:
-        """The minimiser of (squared error + penalty |W|^2) per minute.
+        """The skip of a decoder; see `coefficients`."""
+        num_states = len(self.change_mean)
+        fitted = RidgeAutoregression(self.features.plain - 2 * num_states, num_states)
+        weight, bias = self.coefficients(penalty, noise, fitted.num_boundary)
+        fitted.weight.copy_(torch.from_numpy(weight))
+        fitted.bias.copy_(torch.from_numpy(bias))
+        return fitted
+
+    def coefficients(self, penalty: float, noise: float, num_boundary: int) -> tuple[np.ndarray, np.ndarray]:
+        """(W [Vs, F], b [Vs]), the minimiser of (squared error + penalty |W|^2) per minute.
 
         noise: fit as if normal noise of this standard deviation (normalised units) stood on the input states, the
         same on both minutes, and a third of it on each alone, and the target led back to the truth; its expectation is
         added in closed form.
         """
-        num_states = len(self.change_mean)
-        num_boundary = len(self.feature_mean) - 2 * num_states
         gram, cross = self.gram.copy(), self.cross
-        diagonal = gram.ravel()[:: len(gram) + 1]
-        diagonal += penalty * self.rows
+        gram.ravel()[:: len(gram) + 1] += penalty * self.rows
         if noise:
-            shared, alone = noise**2 * self.rows, (JITTER * noise) ** 2 * self.rows
-            diagonal[num_boundary:] += shared + alone
+            # noise on a feature m * x, where m is 1 or a set-point: its covariance with that on m' * x' is
+            # E[m m'] cov(noise on x, noise on x')
+            multipliers = np.unique(self.features.first)
+            mean = np.r_[1.0, self.feature_mean[multipliers]]
+            moments = self.rows * np.outer(mean, mean)
+            moments[1:, 1:] += self.gram[np.ix_(multipliers, multipliers)]
+            which = np.r_[np.zeros(self.features.plain, int), 1 + np.searchsorted(multipliers, self.features.first)]
+            column = np.r_[: self.features.plain, self.features.second]
+            covariance = _noise_covariance(num_boundary, len(self.change_mean), noise)[column]
+            pairs = covariance[:, column].tocoo()
+            gram[pairs.row, pairs.col] += moments[which[pairs.row], which[pairs.col]] * pairs.data
+            pairs = covariance[:, num_boundary : num_boundary + len(self.change_mean)].tocoo()
             cross = cross.copy()
-            now = np.arange(num_boundary, num_boundary + num_states)
-            gram[now, now + num_states] += shared
-            gram[now + num_states, now] += shared
-            cross[now, now - num_boundary] -= shared + alone
-            cross[now + num_states, now - num_boundary] -= shared
+            cross[pairs.row, pairs.col] -= moments[which[pairs.row], 0] * pairs.data
         factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
         weight = scipy.linalg.cho_solve(factor, cross, check_finite=False)
-        fitted = RidgeAutoregression(num_boundary, num_states)
-        fitted.weight.copy_(torch.from_numpy(weight.T))
-        fitted.bias.copy_(torch.from_numpy(self.change_mean - self.feature_mean @ weight))
-        return fitted
+        return weight.T, self.change_mean - self.feature_mean @ weight
+
+
+def _noise_covariance(num_boundary: int, num_states: int, noise: float) -> scipy.sparse.csr_array:
+    """[2 V, 2 V] of the noise on z: none on the boundary."""
+    shared, alone = noise**2, (JITTER * noise) ** 2
+    states = scipy.sparse.kron([[shared + alone, shared], [shared, shared + alone]], scipy.sparse.eye_array(num_states))
+    boundary = scipy.sparse.csr_array((num_boundary, num_boundary))
+    return scipy.sparse.block_diag([boundary, states, boundary], format="csr")

@@ -11,14 +11,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.fluid.store import Store
 
 
 class Forecaster(Protocol):
-    """Predicts one minute ahead."""
+    """Predicts one minute ahead. history: how many minutes of a window it looks at."""
+
+    history: int
 
     def next_state(self, window: Tensor) -> Tensor:
         """window [B, T, V], physical: boundary(s+1) then state(s). Returns the state after it, [B, Vs], physical."""
@@ -27,8 +30,8 @@ class Forecaster(Protocol):
 class Surrogate:
     """A trained decoder as a forecaster."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: FluidDecoder) -> None:
+        self._model, self.history = model, model.history
 
     def next_state(self, window: Tensor) -> Tensor:
         return self._model(window)[:, -1]

@@ -1,0 +1,56 @@
+"""Ridge autoregression with switch interactions: another linear network for each position of a switch.
+
+    state(s+1) - state(s) = W [z, switch * z for each switch] + b
+    z = [boundary(s+1), state(s), state(s-1), boundary(s)]         in normalised units
+
+The switches are the set-points :ST (a station is on) and :FR (a valve is open) that move on the
+training days, at minutes s+1 and s. It is still a closed form: the products are features like others. Rollouts are
+stable only if noise on the input states is added, in closed form too; which is chosen with the penalty.
+
+K switches make 2 V (1 + 2 K) features. Where these are more than MOST_FEATURES, a switch is multiplied with the columns
+of its own device alone, in which what it does is felt first. Where even the normal equations of those take more than
+MOST_BYTES, the baseline is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trunkline.engine.errors import ConfigError
+from trunkline.models.fluid.ridge import Features
+from trunkline.models.fluid.schema import parse_column
+from trunkline.models.fluid.store import Store
+
+SWITCHES = ("ST", "FR")
+NOISES = (0.01, 0.03, 0.1)
+MOST_FEATURES = 4096
+MOST_BYTES = 6 << 30
+
+
+def interactions(store: Store) -> Features:
+    """The features of a data set. Raises ConfigError if no switch moves, or if they do not fit into memory."""
+    schema = store.schema
+    num_boundary, num_columns = schema.num_boundary, 2 * schema.num_variables
+    moves = store.statistics["std"][:num_boundary] > 0
+    switches = [k for k, name in enumerate(schema.boundary) if parse_column(name)[1] in SWITCHES and moves[k]]
+    if not switches:
+        raise ConfigError(
+            f"{store.root}: ridge with switches: no set-point :ST or :FR moves on the training days, so there is "
+            "nothing to multiply with: leave switches out of --baselines"
+        )
+    former = num_columns - num_boundary  # where boundary(s) begins
+    first, second = np.mgrid[: 2 * len(switches), :num_columns].reshape(2, -1)
+    first = np.array([*switches, *(former + k for k in switches)])[first]
+    if num_columns + len(first) > MOST_FEATURES:
+        devices = np.array([parse_column(name)[0] for name in (*schema.columns, *schema.states, *schema.boundary)])
+        own = devices[first] == devices[second]
+        first, second = first[own], second[own]
+    features = Features(num_columns, first, second)
+    needed = 2 * 8 * len(features) * (len(features) + schema.num_states)
+    if needed > MOST_BYTES:
+        raise ConfigError(
+            f"{store.root}: ridge with switches: {len(switches)} switches make {len(features)} features even if each "
+            f"is multiplied with its own device alone, and that takes {needed / 2**30:.1f} GiB, more than "
+            f"{MOST_BYTES >> 30}: leave switches out of --baselines"
+        )
+    return features
