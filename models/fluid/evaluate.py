@@ -10,6 +10,7 @@ minutes to its end. All forecasters start from the same true minutes and see the
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import made_folder
-from trunkline.models.fluid.baselines.linear import Persistence, all_columns, fit_linear
+from trunkline.models.fluid.baselines.catalog import baselines_of
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.flags import HORIZONS
 from trunkline.models.fluid.metrics import Errors, Evaluation
@@ -29,7 +30,7 @@ from trunkline.models.fluid.rollout import Forecaster, Surrogate, rollout, start
 from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.trained import Trained, load_trained
 
-MODEL, RIDGE, PERSISTENCE = "surrogate", "ridge", "persistence"
+MODEL, RIDGE = "surrogate", "ridge"
 _VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
 
 
@@ -41,6 +42,8 @@ def evaluate(
     max_cases: int | None = None,
     batch_size: int = 256,
     with_ridge: bool = True,
+    baselines: Sequence[str] | None = None,
+    baseline_minutes: float | None = None,
     horizons: Sequence[str] = HORIZONS,
     progress: bool = False,
 ) -> Evaluation:
@@ -53,17 +56,16 @@ def evaluate(
             f"{store.root}: no case of split {split!r} has outputs to compare with: choose another --split, or use "
             "launchers/predict.py"
         )
-    fitted = store.cases("train") if with_ridge else []
-    store.verify(array.name for array in [*store.arrays_of(split, cases), *store.arrays_of("train", fitted)])
+    store.verify(array.name for array in store.arrays_of(split, cases))
     normalization = trained.model.normalization
     device = normalization.scale.device
-    forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model)}
-    penalty = None
-    if with_ridge:
-        forecasters[RIDGE], facts = fit_linear(store, normalization, all_columns(store), device, progress=progress)
-        penalty = facts["penalty"]
-    forecasters[PERSISTENCE] = Persistence(store.schema.num_boundary)
+    ridges = () if with_ridge else ("ridge", "switches")
+    others = baselines_of(store, normalization, baselines, baseline_minutes, without=ridges, progress=progress)
+    for note in others.notes:
+        print(note, file=sys.stderr)
+    forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model), **others.forecasters}
     history = max(forecaster.history for forecaster in forecasters.values())
+    penalty = others.facts.get(RIDGE, {}).get("penalty")
 
     result = Evaluation(split, cases, {}, {}, penalty)
     for horizon in horizons:
@@ -128,6 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_cases=arguments.max_cases,
         batch_size=arguments.batch_size,
         with_ridge=not arguments.no_ridge,
+        baselines=arguments.baselines,
+        baseline_minutes=arguments.baseline_minutes,
         horizons=arguments.horizons,
         progress=True,
     )

@@ -13,6 +13,9 @@ DEFAULTS = Path(__file__).parents[2] / "configs/fluid/tiny.json"
 HORIZONS = ("1 minute", "60 minutes", "whole day")
 """How far from its start a rollout is judged."""
 
+BASELINES = ("persistence", "ridge", "switches", "mlp", "graph")
+"""What a surrogate is compared with."""
+
 
 def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py fluid`."""
@@ -37,7 +40,19 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
     parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
     parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
-    parser.add_argument("--no-ridge", action="store_true", help="leave the ridge baseline out (minutes for V = 6,712)")
+    parser.add_argument("--no-ridge", action="store_true", help="leave the ridges out (minutes for V = 6,712)")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=BASELINES,
+        help="what to compare with: persistence ridge switches, and what is kept with the store, unless given",
+    )
+    parser.add_argument(
+        "--baseline-minutes",
+        type=_positive,
+        metavar="M",
+        help="how long mlp and graph train, each (default: as long as those kept, or else 1)",
+    )
 
 
 def predict(parser: argparse.ArgumentParser) -> None:
@@ -50,3 +65,10 @@ def predict(parser: argparse.ArgumentParser) -> None:
         "--variables", nargs="+", metavar="NAME", help="what to plot; the most moving ones unless given"
     )
     parser.add_argument("--store", type=Path, help="prepared data set to look for a start in; the run's unless given")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, such as 1 or 0.5")
+    return value

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from trunkline.models.fluid.normalization import Fp32Buffers, Normalization
 from trunkline.models.fluid.ridge import Features, NormalEquations
@@ -103,7 +104,7 @@ def fit_linear(
     if not any(store.has_state("val", case) for case in store.cases("val")):
         choices = [(DEFAULT_PENALTY, choices[-1][1])]
     best, least = choices[0], math.inf
-    for choice in choices if len(choices) > 1 else ():
+    for choice in tqdm(choices, desc="penalty", disable=not progress, leave=False) if len(choices) > 1 else ():
         error = rollout_error(store, fitted.take(equations, *choice), HOUR, normalization, device)
         if error < least:
             best, least = choice, error

@@ -7,12 +7,12 @@ from torch import nn
 from trunkline.models.fluid.baselines.residual import Settings
 from trunkline.models.fluid.store import Store
 
-SETTINGS = Settings(width=256, learning_rate=2e-3)
+MLP = Settings(width=256, learning_rate=2e-3, weight_decay=0.1)
 
 
 def mlp(store: Store) -> nn.Sequential:
     """[B, 2 V] -> [B, Vs], in units. Starts as zero."""
-    width, schema = SETTINGS.width, store.schema
+    width, schema = MLP.width, store.schema
     last = nn.Linear(width, schema.num_states)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

@@ -38,14 +38,19 @@ _MOST_VALUES = 512 << 20  # of the training days in memory, 2 GiB
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is trained. noise: deviation in normalised units. average: decay of the weights' average a step."""
+    """How a network is trained.
+
+    noise: deviation of that on the input states, in normalised units; ridge_noise: the same for the ridge beside it
+    average: decay of the weights' average at each step
+    """
 
     width: int
     learning_rate: float
+    weight_decay: float
     noise: float = 0.1
-    weight_decay: float = 1e-4
-    batch_size: int = 64
-    average: float = 0.998
+    ridge_noise: float = 0.03
+    batch_size: int = 256
+    average: float = 0.999
     seed: int = 42
 
 
@@ -90,12 +95,11 @@ def train(
     settings: Settings,
     budget: Budget,
     device: torch.device,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> tuple[Corrected, dict[str, float]]:
     """The forecaster with the best weights by rollouts of the whole validation days, and facts of the training.
 
     make_network: called once, with torch's generators seeded
-    progress: a title for a progress bar
 
     Two calls with the same number of steps give the same weights. Without validation cases the last ones are taken.
 
@@ -106,15 +110,16 @@ def train(
     equations = NormalEquations.over_training_split(store, normalization, features=features)
     with _seeded(settings.seed):
         model = Corrected(normalization, features, make_network(), settings.noise).to(device)
-    model.ridge.take(equations, RIDGE_PENALTY, settings.noise)
+    model.ridge.take(equations, RIDGE_PENALTY, settings.ridge_noise)
     days = _training_days(store, normalization, device)
     draw = torch.Generator(device).manual_seed(settings.seed)
     parameters = list(model.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     averaged = AveragedModel(model.network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-    best, best_error, best_step, step = None, math.inf, 0, 0
+    best: dict[str, Tensor] = {}
+    best_error, best_step, step = math.inf, 0, 0
     due, validation_s = list(_VALIDATED_AT), 0.0
-    bar = tqdm(total=100, desc=progress, unit="%", disable=progress is None, leave=False)
+    bar = tqdm(total=100, desc="training", unit="%", disable=not progress, leave=False)
     while due:
         spent = budget.spent(since - validation_s, step)
         bar.update(min(100, int(100 * spent)) - bar.n)
@@ -124,7 +129,7 @@ def train(
             began = time.perf_counter()
             trained, model.network = model.network, averaged.module
             error = rollout_error(store, model, DAY, normalization, device)
-            if best is None or error < best_error:
+            if error <= best_error:
                 best, best_error, best_step = _copy(averaged.module), error, step
             model.network = trained
             validation_s = time.perf_counter() - began
@@ -139,10 +144,8 @@ def train(
         averaged.update_parameters(model.network)
         step += 1
     bar.close()
-    assert best is not None
     model.network.load_state_dict(best)
-    facts = {"steps": step, "best_step": best_step, "seconds": time.perf_counter() - since, "days": len(days)}
-    return model.eval(), facts | {"validation_rmse": math.sqrt(best_error)}
+    return model.eval(), {"steps": step, "best_step": best_step, "days": len(days), "validation_mse": best_error}
 
 
 def _loss(model: Corrected, days: Tensor, settings: Settings, draw: torch.Generator) -> Tensor:
