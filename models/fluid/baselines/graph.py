@@ -24,7 +24,7 @@ from trunkline.models.fluid.baselines.residual import Settings
 from trunkline.models.fluid.schema import Schema, parse_column
 from trunkline.models.fluid.store import Store
 
-GRAPH = Settings(width=64, learning_rate=2e-3, weight_decay=0.1, batch_size=64)
+GRAPH = Settings(width=32, learning_rate=3e-3, weight_decay=0.1, batch_size=64)
 ROUNDS = 3
 _KINDS = 5  # of edges: from a device to its two nodes and back, and between a terminal and its node
 _LARGEST_NETWORK = 256 << 20
@@ -56,15 +56,17 @@ class GraphNetwork(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         padded = F.pad(z, (0, 1))  # what a device lacks to the most columns is 0
-        own = torch.einsum("bds,dsw->bdw", padded[:, self.inputs], self.encode)
+        own = torch.einsum(
+            "bds,dsw->bdw", padded.index_select(1, self.inputs.flatten()).view(len(z), *self.inputs.shape), self.encode
+        )
         set_points = torch.cat([z[:, : self.num_boundary], z[:, -self.num_boundary :]], dim=1)
         h = own + self.name + self.set_points(set_points)[:, None]
         for each in self.rounds:
             arriving = h.new_zeros(len(h), h.shape[1] * _KINDS, h.shape[2])
-            arriving = arriving.index_add(1, self.target, h[:, self.source]).view(*h.shape[:2], -1)
+            arriving = arriving.index_add(1, self.target, h.index_select(1, self.source)).view(*h.shape[:2], -1)
             h = each(h, arriving)
         decoded = torch.einsum("bdw,dws->bds", self.norm(h), self.decode)
-        return decoded.flatten(1)[:, self.arrange]
+        return decoded.flatten(1).index_select(1, self.arrange)
 
 
 class _Round(nn.Module):

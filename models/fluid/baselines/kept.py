@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -53,6 +54,9 @@ def kept(folder: Path, about: dict[str, Any], module: nn.Module) -> dict[str, An
         return None
     try:
         record = read_object(folder / RECORD, finite=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{RECORD}: {reason(error)}") from error
+    try:
         if record.get("about") != json.loads(json.dumps(about)):
             raise ValueError(f"{RECORD} is of another data set or of other settings")
         if entry(folder / WEIGHTS, follow=True)["sha256"] != record.get("sha256"):
@@ -60,8 +64,8 @@ def kept(folder: Path, about: dict[str, Any], module: nn.Module) -> dict[str, An
         module.load_state_dict(load(read_whole(folder / WEIGHTS, _MOST_BYTES)))
         return dict(record["facts"])
     except OSError as error:
-        raise ValueError(f"{Path(error.filename or folder).name}: {reason(error)}") from error
-    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{WEIGHTS}: {reason(error)}") from error
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"it does not fit: {reason(error)}") from error
 
 
