@@ -20,7 +20,7 @@ from trunkline.models.fluid.baselines.graph import GRAPH, graph
 from trunkline.models.fluid.baselines.kept import digest, folder_of, keep, kept, records
 from trunkline.models.fluid.baselines.linear import LinearAutoregression, Persistence, all_columns, fit_linear
 from trunkline.models.fluid.baselines.mlp import MLP, mlp
-from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, train
+from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, features_of, train
 from trunkline.models.fluid.baselines.switches import NOISES, interactions
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import Features
@@ -69,7 +69,7 @@ class Network:
         return asdict(self.settings)
 
     def empty(self, store: Store, normalization: Normalization) -> Corrected:
-        return Corrected(normalization, all_columns(store), self.make(store), self.settings.noise)
+        return Corrected(normalization, features_of(store.schema), self.make(store), self.settings.noise)
 
     def fit(
         self, store: Store, normalization: Normalization, budget: Budget, device: torch.device, progress: bool

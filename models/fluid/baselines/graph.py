@@ -31,7 +31,7 @@ _LARGEST_NETWORK = 256 << 20
 
 
 class GraphNetwork(nn.Module):
-    """[B, 2 V] -> [B, Vs], in units. edges: int64 [3, E], from device, to device, kind."""
+    """[B, F] -> [B, Vs], in units. edges: int64 [3, E], from device, to device, kind."""
 
     inputs: Tensor
     arrange: Tensor
@@ -49,7 +49,7 @@ class GraphNetwork(nn.Module):
         devices, slots = inputs.shape
         self.encode = nn.Parameter(torch.randn(devices, slots, width) / slots**0.5)
         self.name = nn.Parameter(torch.randn(devices, width) / width**0.5)
-        self.set_points = nn.Linear(2 * schema.num_boundary, width)
+        self.set_points = nn.Linear(schema.num_boundary, width)
         self.rounds = nn.ModuleList(_Round(width) for _ in range(rounds))
         self.norm = nn.LayerNorm(width)
         self.decode = nn.Parameter(torch.zeros(devices, width, outputs.shape[1]))
@@ -59,8 +59,7 @@ class GraphNetwork(nn.Module):
         own = torch.einsum(
             "bds,dsw->bdw", padded.index_select(1, self.inputs.flatten()).view(len(z), *self.inputs.shape), self.encode
         )
-        set_points = torch.cat([z[:, : self.num_boundary], z[:, -self.num_boundary :]], dim=1)
-        h = own + self.name + self.set_points(set_points)[:, None]
+        h = own + self.name + self.set_points(z[:, : self.num_boundary])[:, None]
         for each in self.rounds:
             arriving = h.new_zeros(len(h), h.shape[1] * _KINDS, h.shape[2])
             arriving = arriving.index_add(1, self.target, h.index_select(1, self.source)).view(*h.shape[:2], -1)
@@ -135,7 +134,7 @@ def _columns_of_devices(schema: Schema) -> tuple[Tensor, Tensor]:
         most = max(map(len, own))
         return torch.tensor([[*each, *[len(columns)] * (most - len(each))] for each in own])
 
-    return places((*schema.columns, *schema.states, *schema.boundary)), places(schema.states)
+    return places((*schema.columns, *schema.states)), places(schema.states)
 
 
 def _places(outputs: Tensor, num_states: int) -> Tensor:

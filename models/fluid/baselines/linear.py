@@ -38,7 +38,7 @@ class Persistence:
 
 
 def seen(window: Tensor, num_boundary: int) -> Tensor:
-    """What every baseline sees of normalised windows [B, T, V]: [boundary(s+1), state(s), state(s-1), boundary(s)]."""
+    """What baselines see of normalised windows [B, T, V]: [boundary(s+1), state(s), state(s-1), boundary(s)]."""
     before, now = window[:, -2], window[:, -1]
     return torch.cat([now, before[:, num_boundary:], before[:, :num_boundary]], dim=1)
 
@@ -54,7 +54,7 @@ class LinearAutoregression(Fp32Buffers):
 
     def __init__(self, normalization: Normalization, features: Features) -> None:
         super().__init__()
-        self.normalization = normalization
+        self.normalization, self.plain = normalization, features.plain
         num_states = len(normalization.change)
         self.register_buffer("weight", torch.zeros(num_states, len(features), dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
@@ -63,7 +63,7 @@ class LinearAutoregression(Fp32Buffers):
 
     def forward(self, normalised: Tensor) -> Tensor:
         """Windows [B, T, V] -> the state after each, [B, Vs], both normalised."""
-        features = seen(normalised, self.normalization.num_boundary)
+        features = seen(normalised, self.normalization.num_boundary)[:, : self.plain]
         if len(self.first):
             features = torch.cat([features, features[:, self.first] * features[:, self.second]], dim=1)
         return normalised[:, -1, self.normalization.num_boundary :] + features @ self.weight.T + self.bias

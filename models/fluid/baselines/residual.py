@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trunkline.models.fluid.baselines.linear import DAY, LinearAutoregression, all_columns, rollout_error, seen
+from trunkline.models.fluid.baselines.linear import DAY, LinearAutoregression, rollout_error, seen
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import JITTER, Features, NormalEquations
+from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
 HISTORY = 2
@@ -66,8 +67,17 @@ class Budget:
         return max((time.perf_counter() - since) / self.seconds, step / self.steps)
 
 
+def features_of(schema: Schema) -> Features:
+    """What ridge and network see: [boundary(s+1), state(s), state(s-1)].
+
+    Not boundary(s), which helps a linear autoregression: beside noise on the states a network leans on it. On the
+    demo's validation days it gained nothing at a minute, and RMSE over a day was .188 with it and .161 without.
+    """
+    return Features.columns(schema.num_boundary + 2 * schema.num_states)
+
+
 class Corrected(nn.Module):
-    """A ridge autoregression and a network, normalised features [B, F] -> [B, Vs], as a forecaster."""
+    """A ridge autoregression and a network over the same features, [B, F] -> [B, Vs], as a forecaster."""
 
     history = HISTORY
     unit: Tensor
@@ -80,7 +90,8 @@ class Corrected(nn.Module):
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised windows [B, T, V] -> what the ridge says, normalised, and the correction in units; [B, Vs]."""
-        return self.ridge(window), self.network(seen(window, self.normalization.num_boundary))
+        z = seen(window, self.normalization.num_boundary)[:, : self.ridge.plain]
+        return self.ridge(window), self.network(z)
 
     @torch.no_grad()
     def next_state(self, window: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def train(
     Raises DataError if no training case has outputs.
     """
     since = time.perf_counter()
-    features = all_columns(store)
+    features = features_of(store.schema)
     equations = NormalEquations.over_training_split(store, normalization, features=features)
     with _seeded(settings.seed):
         model = Corrected(normalization, features, make_network(), settings.noise).to(device)

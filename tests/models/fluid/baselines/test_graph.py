@@ -34,7 +34,7 @@ def test_messages_reach_one_edge_a_round(store, rounds):
     torch.manual_seed(0)
     network = GraphNetwork(SCHEMA, edges_of(store.root / "network.json", SCHEMA), 16, rounds).double()
     torch.nn.init.normal_(network.decode)
-    z = torch.randn(1, 16, dtype=torch.float64)
+    z = torch.randn(1, 14, dtype=torch.float64)
     moved = z.clone()
     moved[0, [k for k, name in enumerate((*SCHEMA.columns, *SCHEMA.states)) if name == "E_001_q"]] += 1
     for name, before, after in zip(SCHEMA.states, network(z)[0], network(moved)[0], strict=True):
@@ -45,14 +45,14 @@ def test_set_points_reach_every_device_at_once(store):
     torch.manual_seed(0)
     network = GraphNetwork(SCHEMA, edges_of(store.root / "network.json", SCHEMA), 16, 0)
     torch.nn.init.normal_(network.decode)
-    z = torch.randn(1, 16)
+    z = torch.randn(1, 14)
     moved = z.clone()
     moved[0, 1] += 1
     assert (network(z) != network(moved)).all()
 
 
 def test_it_starts_as_the_ridge(store):
-    assert torch.equal(graph(store)(torch.randn(3, 16)), torch.zeros(3, 6))
+    assert torch.equal(graph(store)(torch.randn(3, 14)), torch.zeros(3, 6))
 
 
 def test_a_data_set_without_a_network_is_refused_by_name(store):

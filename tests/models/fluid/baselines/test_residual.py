@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tests.models.fluid.baselines.switched_network import SCHEMA, switched_day, write_switched_store
-from trunkline.models.fluid.baselines.linear import DAY, all_columns, rollout_error
-from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, train
+from trunkline.models.fluid.baselines.linear import DAY, rollout_error
+from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, features_of, train
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.store_writer import write_store
 
@@ -21,7 +21,7 @@ def small() -> nn.Module:
     last = nn.Linear(32, 6)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), last)
+    return nn.Sequential(nn.Linear(14, 32), nn.GELU(), last)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_it_stops_when_its_seconds_are_spent(store, normalization):
 
 
 def test_the_correction_is_in_units_of_change_and_noise(store, normalization):
-    model = Corrected(normalization, all_columns(store), small(), noise=0.4)
+    model = Corrected(normalization, features_of(SCHEMA), small(), noise=0.4)
     nn.init.ones_(model.network[-1].bias)
     nn.init.zeros_(model.ridge.weight)
     window = torch.from_numpy(np.concatenate(switched_day(3), axis=1))[None, :2]
