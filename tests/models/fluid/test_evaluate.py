@@ -78,6 +78,17 @@ def test_a_history_of_one_starts_from_the_same_minutes_as_ridge(tmp_path, store)
     assert rmse(result, "60 minutes", "surrogate") == pytest.approx(rmse(result, "60 minutes", "persistence"), rel=1e-4)
 
 
+def test_baselines_that_are_asked_for(trained, store):
+    options = {"horizons": ["60 minutes"], "baselines": ["persistence", "mlp"], "baseline_minutes": 0.001}
+    result = evaluate(trained, store, "test", **options)
+    assert list(result.errors["60 minutes"]) == ["surrogate", "ridge + MLP", "persistence"]
+    assert list(evaluate(trained, store, "test", with_ridge=False, horizons=["1 minute"]).errors["1 minute"]) == [
+        "surrogate",
+        "ridge + MLP",
+        "persistence",
+    ], "the network is kept by now"
+
+
 def test_report_and_picture(result, trained, tmp_path):
     text = write_report(result, trained, tmp_path)
     assert text.splitlines()[0].split()[:4] == ["horizon", "surrogate", "ridge", "persistence"]
