@@ -151,9 +151,8 @@ def _one(
 ) -> tuple[Forecaster, dict[str, Any]]:
     """A baseline from where it is kept, or else fitted and kept there; and the facts of its fit."""
     device = normalization.scale.device
-    own = copy.deepcopy(normalization)
     folder = folder_of(store.root, name, about)
-    module = kind.empty(store, own).to(device)
+    module = kind.empty(store, copy.deepcopy(normalization)).to(device)
     try:
         facts = kept(folder, about, module)
         if facts is not None:
@@ -163,7 +162,8 @@ def _one(
     began = time.perf_counter()
     for split in ("train", "val"):
         store.verify(array.name for array in store.arrays_of(split, store.cases(split)))
-    module, fit = kind.fit(store, own, Budget(60 * about.get("minutes", math.inf)), device, progress)
+    budget = Budget(60 * about.get("minutes", math.inf))
+    module, fit = kind.fit(store, copy.deepcopy(normalization), budget, device, progress)
     seconds = time.perf_counter() - began
     facts = {**fit, "seconds": seconds, "threads": torch.get_num_threads(), "device": device.type}
     try:
