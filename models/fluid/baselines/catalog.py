@@ -17,7 +17,7 @@ from torch import nn
 
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.fluid.baselines.graph import GRAPH, graph
-from trunkline.models.fluid.baselines.kept import digest, folder_of, keep, kept, records
+from trunkline.models.fluid.baselines.kept import digest, folder_of, keep, kept, minutes_kept
 from trunkline.models.fluid.baselines.linear import LinearAutoregression, Persistence, all_columns, fit_linear
 from trunkline.models.fluid.baselines.mlp import MLP, mlp
 from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, features_of, train
@@ -121,14 +121,10 @@ def baselines_of(
         kind = KINDS[name]
         about = {"format": _FORMAT, "store": store.fingerprint, "normalization": digest(normalization), **kind.about()}
         if isinstance(kind, Network):
-            same = [
-                each["minutes"]
-                for each in records(store.root, name)
-                if each == about | {"minutes": each.get("minutes")}
-            ]
+            same = minutes_kept(store.root, name, about, found.notes)
             if names is None and not same:
                 continue
-            about["minutes"] = minutes or max(same, default=DEFAULT_MINUTES)
+            about["minutes"] = float(minutes or max(same, default=DEFAULT_MINUTES))
         try:
             found.forecasters[title], found.facts[title] = _one(
                 name, kind, about, store, normalization, found.notes, progress

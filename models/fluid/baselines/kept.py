@@ -81,14 +81,21 @@ def keep(folder: Path, about: dict[str, Any], module: nn.Module, facts: dict[str
         publish(draft, folder)
 
 
-def records(root: Path, name: str) -> list[dict[str, Any]]:
-    """What the kept baselines of this name are about, those whose record can be read."""
+def minutes_kept(root: Path, name: str, about: dict[str, Any], notes: list[str]) -> list[float]:
+    """How long those baselines of this name trained that differ from `about` in their "minutes" alone.
+
+    A record that cannot be read is noted.
+    """
     found = []
     for path in sorted((root / "baselines").glob(f"{name}-*/{RECORD}")):
         try:
-            found.append(dict(read_object(path, finite=False)["about"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            its = read_object(path, finite=False).get("about")
+        except (OSError, ValueError) as error:
+            notes.append(f"{path}: cannot be read ({reason(error)}): remove its folder")
             continue
+        minutes = its.get("minutes") if isinstance(its, dict) else None
+        if isinstance(minutes, float) and its == about | {"minutes": minutes}:
+            found.append(minutes)
     return found
 
 

@@ -124,6 +124,15 @@ def test_a_damaged_or_foreign_one_is_named_and_fitted_anew(fitted, store, damage
     assert not baselines_of(store, normalization_of(store), ("ridge",)).notes
 
 
+def test_a_network_whose_record_cannot_be_read_is_named(store):
+    (folder,) = (store.root / "baselines").glob("mlp-*")
+    garble(folder)
+    found = baselines_of(store, normalization_of(store), without=("ridge", "switches"))
+    assert list(found.forecasters) == ["graph network", "persistence"]
+    (note,) = found.notes
+    assert note.startswith(f"{folder / 'baseline.json'}: cannot be read")
+
+
 def test_where_nothing_can_be_written_they_are_fitted_each_time_and_it_is_said_once(fitted, store):
     shutil.rmtree(store.root / "baselines")
     (store.root / "baselines").write_text("")  # no folder can be made here, by any user
