@@ -1,10 +1,10 @@
 """Windows of a store: what the surrogate sees and what it must predict.
 
-    FluidWindows(store, split, history)   map-style dataset of windows, stride 1 inside a case
-    collate(samples)                      {"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}
+    FluidWindows(store, split, history, targets)   map-style dataset of windows, stride 1 inside a case
+    collate(samples)                      {"x": [B, T, V], "target": [B, T', Vs], "mask": [B, T', Vs]}
 
 Set-points are known one minute ahead, so the tokens of minute s are boundary(s+1) and state(s), and they predict
-state(s+1). A window of history T ends at minute t: s runs over t-T+1 ... t, and each s has its own target.
+state(s+1). A window of history T ends at minute t: s runs over t-T+1 ... t. Each of the last T' has its own target.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trunkline.engine.errors import DataError
 from trunkline.models.fluid.store import Store
 
 Sample = tuple[np.ndarray, np.ndarray]
-"""(x [T, V], target [T, Vs]), float32, raw physical units, NaN where a value is missing."""
+"""(x [T, V], target [T', Vs]), float32, raw physical units, NaN where a value is missing."""
 
 
 class FluidWindows(Dataset[Sample]):
@@ -29,15 +29,18 @@ class FluidWindows(Dataset[Sample]):
     Sample i belongs to case i // (M - T) of `cases` and starts at row i % (M - T), minute row + 1. A sample is read by
     two positioned reads; nothing of the store stays in memory. `arrays` are those that it reads.
 
+    targets: how many of a window's last minutes have a target, T'; all of them unless given
+
     Raises DataError if `history` does not fit a case or if the split has no window.
     """
 
-    def __init__(self, store: Store, split: str, history: int) -> None:
+    def __init__(self, store: Store, split: str, history: int, targets: int | None = None) -> None:
         if not 1 <= history < store.minutes:
             raise DataError(
                 f"data.history is {history}: use 1 to {store.minutes - 1}, since a case has {store.minutes} minutes"
             )
         self.store, self.split, self.history = store, split, history
+        self.targets = targets or history
         self.cases = [case for case in store.cases(split) if store.has_state(split, case)]
         self.arrays = store.arrays_of(split, self.cases)
         self.windows_per_case = store.minutes - history
@@ -59,7 +62,7 @@ class FluidWindows(Dataset[Sample]):
         stop = start + self.history + 1
         state = self.store.state_rows(self.split, case, start, stop)
         boundary = self.store.boundary_rows(self.split, case, start + 1, stop)
-        return np.concatenate([boundary, state[:-1]], axis=1), state[1:]
+        return np.concatenate([boundary, state[:-1]], axis=1), state[-self.targets :]
 
     def locate(self, index: int) -> tuple[str, int]:
         """(case, first row) of window `index`; the window's inputs are rows first ... first + T - 1."""
@@ -70,8 +73,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Batch of windows.
 
     x       [B, T, V] fp32   boundary(s+1) then state(s); raw physical units, NaN where a value is missing
-    target  [B, T, Vs] fp32  state(s+1); NaN where missing
-    mask    [B, T, Vs] bool  whether the target is present
+    target  [B, T', Vs] fp32  state(s+1) of the last T' minutes; NaN where missing
+    mask    [B, T', Vs] bool  whether the target is present
     """
     x = torch.from_numpy(np.stack([sample[0] for sample in samples]))
     target = torch.from_numpy(np.stack([sample[1] for sample in samples]))
