@@ -1,0 +1,45 @@
+"""A regional network: larger than the demo, small enough to train on without a GPU.
+
+Three stations of two compressors, two pairs of control valves that feed cities, double lines, and a ring that a ball
+valve opens and shuts.
+"""
+
+from __future__ import annotations
+
+from trunkline.models.fluid.simulator.plan import Layout, draw
+from trunkline.models.fluid.simulator.topology import Network
+
+LAYOUT = Layout(
+    name="regional",
+    seed=1,
+    trunk=6,
+    branches=((2, 2, False), (1, 1, True), (3, 1, False), (4, 1, False)),
+    units={0: 2, 3: 2},
+    branch_units={(3, 0): 2},
+    supply={0: 110.0, 4: 30.0},
+    branch_supply={1: 40.0},
+    deliveries=16,
+    cities=(2, 5),
+    city_deliveries=2,
+    single=7,
+    taps=1,
+    metered=2,
+    source_pressure=(5.4, 5.7),
+    compressor_set=(6.6, 7.2),
+    max_ratio=1.7,
+    city_set=(4.2, 4.7),
+    compressor_events=0.5,
+    city_events=0.6,
+    line_events=(0.6, 0.3),
+    line_reserve=8.0,
+    station_reserve=30.0,
+    gated=False,
+    ties=((0, 2),),
+    tie_flow=25.0,
+    tie_events=1.0,
+)
+
+
+def regional() -> Network:
+    """The regional network; the same at every call."""
+    return draw(LAYOUT)
