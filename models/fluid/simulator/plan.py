@@ -46,6 +46,8 @@ class Layout:
     line_events: tuple[float, float]  # of the valves at the start and at the end of the second of two lines
     line_reserve: float  # what a section carries beyond its planned flow
     station_reserve: float
+    unit_flow: float = 1.5  # a compressor's max_flow where one is off, as a multiple of what a station carries then
+    by_passes: bool = True  # every station has one
     gated: bool = True  # every delivery has a valve
     ties: tuple[tuple[int, int], ...] = field(default=())  # branches whose ends a line with a switching valve joins
     tie_flow: float = 0.0
@@ -212,6 +214,7 @@ class _Plan:
         """A station at the section's start; returns its outlet."""
         reserve = self.layout.station_reserve
         flow = max(section.flow, 0.75 * reserve)
+        max_flow = self.layout.unit_flow * (flow + reserve) / (section.units - 1)
         diameter = self._diameter(flow, 1.0, 6.0, 0.02)
         inlet = self._near(self.junctions[section.start])
         outlet = self._near(inlet)
@@ -221,8 +224,9 @@ class _Plan:
             a, b = self._near(inlet), self._near(outlet)
             self.rows.add_valve(inlet, a, diameter, unit=unit)
             self.rows.add_valve(b, outlet, diameter, unit=unit)
-            self.rows.compressors.append((a, b, round(1.5 * (flow + reserve) / (section.units - 1), 1), station))
-        self.rows.add_valve(inlet, outlet, diameter, by_pass=station)
+            self.rows.compressors.append((a, b, round(max_flow, 1), station))
+        if self.layout.by_passes:
+            self.rows.add_valve(inlet, outlet, diameter, by_pass=station)
         return outlet
 
     def _single_line(self, section: _Section, start: int, valve: bool) -> None:

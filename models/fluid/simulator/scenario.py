@@ -6,6 +6,7 @@ later. Switches (compressors, control valves, ball valves) come at random slots,
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -108,6 +109,7 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
         able = ((switch, device) for switch, events in switches for device in np.flatnonzero(events))
         for switch, device in islice(able, 1):
             switch[start : start + 4, device] = 1.0 - switch[start, device]
+    compressor_on = _one_on(compressors, compressor_on, by_passed=set(network.valve_by_pass.tolist()))
     return Day(
         source_flow=np.round(supply, 4),
         source_pressure=np.round(pressure, 4),
@@ -141,12 +143,12 @@ def _interlocked(network: Network, opening: Array, compressor_on: Array) -> Arra
     return opening
 
 
-def _one_on(regulators: Stations, on: Array) -> Array:
-    """Of several control valves in parallel one stays on, since nothing else feeds what lies behind them."""
+def _one_on(devices: Stations, on: Array, by_passed: Set[int] = frozenset()) -> Array:
+    """Of several devices in parallel one stays on, unless a by-pass feeds what lies behind them."""
     on = on.copy()
-    for station in range(regulators.num_stations):
-        members = np.flatnonzero(regulators.station == station)
-        if len(members) > 1:
+    for station in range(devices.num_stations):
+        members = np.flatnonzero(devices.station == station)
+        if len(members) > 1 and station not in by_passed:
             starved = ~on[:, members].any(axis=1)
             on[starved, members[0]] = 1.0
     return on
