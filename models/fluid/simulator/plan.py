@@ -1,5 +1,6 @@
-"""Networks drawn by a plan: a trunk of junctions, branches, stations, cities and deliveries, by a generator with a fixed
-seed. Diameters follow from the flows that the plan's balance gives.
+"""Networks drawn by a plan: a trunk of junctions, branches, stations, cities and deliveries.
+
+A generator with a fixed seed draws them. Diameters follow from the flows that the plan's balance gives.
 
 Most sections between junctions are double lines with a valve at each end, so a line can be shut while the other
 carries the flow. A station holds two or three compressors in parallel, each between two valves, and a by-pass. A pair
@@ -46,6 +47,7 @@ class Layout:
     line_events: tuple[float, float]  # of the valves at the start and at the end of the second of two lines
     line_reserve: float  # what a section carries beyond its planned flow
     station_reserve: float
+    spacing: float = 1.0  # of junctions, in about 35 km
     unit_flow: float = 1.5  # a compressor's max_flow where one is off, as a multiple of what a station carries then
     by_passes: bool = True  # every station has one
     gated: bool = True  # every delivery has a valve
@@ -86,15 +88,16 @@ class _Plan:
 
     def _junctions(self) -> list[int]:
         """Trunk first, then the branches one after the other."""
-        rng, places = self.rng, []
+        rng, spacing, places = self.rng, self.layout.spacing, []
         x = y = 0.0
         for _ in range(self.layout.trunk):
             places.append((x, y))
-            x, y = x + rng.uniform(28, 42), y + rng.uniform(-14, 14)
+            x, y = x + spacing * rng.uniform(28, 42), y + spacing * rng.uniform(-14, 14)
         for i, (foot, length, _) in enumerate(self.layout.branches):
             x, y = places[foot]
             for _ in range(length):
-                x, y = x + rng.uniform(-4, 16), y + (1 if i % 2 == 0 else -1) * rng.uniform(26, 38)
+                x = x + spacing * rng.uniform(-4, 16)
+                y = y + spacing * (1 if i % 2 == 0 else -1) * rng.uniform(26, 38)
                 places.append((x, y))
         return [self._node(*place) for place in places]
 

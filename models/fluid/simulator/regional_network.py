@@ -33,6 +33,7 @@ LAYOUT = Layout(
     line_events=(0.4, 0.2),
     line_reserve=8.0,
     station_reserve=10.0,
+    spacing=0.5,
     unit_flow=1.0,
     by_passes=False,
     gated=False,
