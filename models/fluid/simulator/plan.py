@@ -48,7 +48,10 @@ class Layout:
     line_reserve: float  # what a section carries beyond its planned flow
     station_reserve: float
     spacing: float = 1.0  # of junctions, in about 35 km
+    drop: float = 0.008  # MPa lost per km at the flow that a line is sized for
+    feeder_km: float = 0.0  # of pipe from a source to its valve; without, there is a short segment
     unit_flow: float = 1.5  # a compressor's max_flow where one is off, as a multiple of what a station carries then
+    city_flow: float = 2.0  # what a control valve takes at a drop of 1 MPa, as a multiple of the city's demand
     by_passes: bool = True  # every station has one
     gated: bool = True  # every delivery has a valve
     ties: tuple[tuple[int, int], ...] = field(default=())  # branches whose ends a line with a switching valve joins
@@ -205,11 +208,19 @@ class _Plan:
         x, y = self.xy[node]
         return self._node(x + self.rng.uniform(-1.5, 1.5), y + self.rng.uniform(-1.5, 1.5))
 
+    def _away(self, node: int, angle: float, length_km: float) -> int:
+        x, y = self.xy[node]
+        return self._node(x + length_km * np.cos(angle), y + length_km * np.sin(angle))
+
     def _source(self, junction: int, flow: float) -> None:
         diameter = self._diameter(flow, 1.0, 6.0, 0.02)
         gate = self._near(self.junctions[junction])
-        plant = self._near(gate)
-        self.rows.lines["H"].append((plant, gate, 400.0, diameter))
+        if self.layout.feeder_km:
+            plant = self._away(gate, self.rng.uniform(0, 2 * np.pi), self.layout.feeder_km)
+            self.rows.lines["P"].append((plant, gate, self.layout.feeder_km * 1e3, diameter))
+        else:
+            plant = self._near(gate)
+            self.rows.lines["H"].append((plant, gate, 400.0, diameter))
         self.rows.add_valve(gate, self.junctions[junction], diameter)
         self.sources.append((plant, flow))
 
@@ -234,7 +245,7 @@ class _Plan:
 
     def _single_line(self, section: _Section, start: int, valve: bool) -> None:
         flow = abs(section.flow) + self.layout.line_reserve
-        diameter = self._diameter(flow, section.length_km, 6.0, 0.008 * section.length_km)
+        diameter = self._diameter(flow, section.length_km, 6.0, self.layout.drop * section.length_km)
         if valve:
             gate = self._near(start)
             self.rows.add_valve(start, gate, diameter)
@@ -245,7 +256,7 @@ class _Plan:
         """Two lines with a valve at both ends; the second may be shut. Returns the tap in the first."""
         end, length = self.junctions[section.end], section.length_km * 1e3
         flow = abs(section.flow) / 2 + 0.75 * self.layout.line_reserve
-        diameter = self._diameter(flow, section.length_km, 6.0, 0.008 * section.length_km)
+        diameter = self._diameter(flow, section.length_km, 6.0, self.layout.drop * section.length_km)
         first, last = self.layout.line_events
         tap = None
         for line in (0, 1):
@@ -263,7 +274,7 @@ class _Plan:
 
     def _tie(self, a: int, b: int) -> None:
         length = self._distance(a, b)
-        diameter = self._diameter(self.layout.tie_flow, length, 6.0, 0.008 * length)
+        diameter = self._diameter(self.layout.tie_flow, length, 6.0, self.layout.drop * length)
         gate = self._near(self.junctions[a])
         self.rows.add_valve(self.junctions[a], gate, diameter, events=self.layout.tie_events)
         self.rows.lines["P"].append((gate, self.junctions[b], length * 1e3, diameter))
@@ -275,7 +286,7 @@ class _Plan:
         outlet = self._near(inlet)
         self.rows.lines["H"].append((self.junctions[junction], inlet, 300.0, self._diameter(flow, 1.0, 6.0, 0.02)))
         for _ in range(2):
-            self.rows.regulators.append((inlet, outlet, round(2.0 * flow, 1), station))
+            self.rows.regulators.append((inlet, outlet, round(self.layout.city_flow * flow, 1), station))
         return outlet
 
     def _delivery(self, node: int, flow: float, pressure: float, metered: bool) -> None:
@@ -285,8 +296,7 @@ class _Plan:
             gate = self._near(node)
             self.rows.add_valve(node, gate, diameter)
             node = gate
-        x, y = self.xy[node]
-        place = self._node(x + length * np.cos(angle), y + length * np.sin(angle))
+        place = self._away(node, angle, length)
         self.rows.lines["P"].append((node, place, length * 1e3, diameter))
         if metered:
             meter = place
