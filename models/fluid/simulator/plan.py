@@ -3,13 +3,13 @@
 A generator with a fixed seed draws them. Diameters follow from the flows that the plan's balance gives.
 
 Most sections between junctions are double lines with a valve at each end, so a line can be shut while the other
-carries the flow. A station holds two or three compressors in parallel, each between two valves, and a by-pass. A pair
-of control valves feeds the deliveries of a city, and every delivery has a lateral pipe.
+carries the flow. A station holds two or three compressors in parallel, each between two valves, and a by-pass or
+none. A pair of control valves feeds the deliveries of a city. Every delivery has a lateral pipe.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,14 +47,14 @@ class Layout:
     line_events: tuple[float, float]  # of the valves at the start and at the end of the second of two lines
     line_reserve: float  # what a section carries beyond its planned flow
     station_reserve: float
-    spacing: float = 1.0  # of junctions, in about 35 km
-    drop: float = 0.008  # MPa lost per km at the flow that a line is sized for
-    feeder_km: float = 0.0  # of pipe from a source to its valve; without, there is a short segment
-    unit_flow: float = 1.5  # a compressor's max_flow where one is off, as a multiple of what a station carries then
-    city_flow: float = 2.0  # what a control valve takes at a drop of 1 MPa, as a multiple of the city's demand
-    by_passes: bool = True  # every station has one
-    gated: bool = True  # every delivery has a valve
-    ties: tuple[tuple[int, int], ...] = field(default=())  # branches whose ends a line with a switching valve joins
+    spacing: float  # of junctions, in 28 to 42 km
+    drop: float  # MPa lost per km at the flow that a line is sized for
+    feeder_km: float  # of pipe from a source to its valve; 0 for a short segment
+    unit_flow: float  # a compressor's max_flow, as a multiple of what it carries while another of its station is off
+    city_flow: float  # what a control valve takes at a drop of 1 MPa, as a multiple of the city's demand
+    by_passes: bool  # of stations
+    gated: bool  # every delivery has a valve
+    ties: tuple[tuple[int, int], ...] = ()  # branches whose ends a line joins, behind a valve that switches
     tie_flow: float = 0.0
     tie_events: float = 0.0
 

@@ -36,6 +36,13 @@ LAYOUT = Layout(
     line_events=(0.12, 0.06),
     line_reserve=20.0,
     station_reserve=80.0,
+    spacing=1.0,
+    drop=0.008,
+    feeder_km=0.0,
+    unit_flow=1.5,
+    city_flow=2.0,
+    by_passes=True,
+    gated=True,
 )
 
 

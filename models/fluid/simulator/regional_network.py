@@ -1,7 +1,8 @@
-"""A regional network: larger than the demo, small enough to train on without a GPU.
+"""A regional network of 877 variables: larger than the demo, small enough to train on without a GPU.
 
-Three stations of two compressors, two pairs of control valves that feed cities, double lines, and a ring that a ball
-valve opens and shuts.
+Three stations of two compressors, two cities behind pairs of control valves, three double lines, and a ring that a ball
+valve opens and shuts. Sources stand behind 10 km of pipe, so the temperature that arrives moves with the flow.
+Compressors and control valves are sized so that the loss of one is felt at the others.
 """
 
 from __future__ import annotations

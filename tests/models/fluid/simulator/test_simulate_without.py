@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -63,7 +64,7 @@ def test_a_day_without_a_kind_of_device(kinds: str, tmp_path: Path, monkeypatch:
     assert np.diff(switches, axis=0).any() == (switches.shape[1] > 0)
 
 
-def _balance(tables: dict[str, pl.DataFrame], document: dict[str, object]) -> tuple[float, float, float]:
+def _balance(tables: dict[str, pl.DataFrame], document: dict[str, Any]) -> tuple[float, float, float]:
     """Normal m3 gained, supplied and delivered from the first minute to the last, as the files say."""
     gas = document["gas"]
     factor = gas["normal_temperature_k"] / (gas["normal_pressure_mpa"] * gas["flow_temperature_k"])
