@@ -9,7 +9,8 @@ compressors each; five pairs of control valves feed city networks; every deliver
 
 from __future__ import annotations
 
-from trunkline.models.fluid.simulator.plan import Layout, draw
+from trunkline.models.fluid.simulator.layout import Layout
+from trunkline.models.fluid.simulator.plan import draw
 from trunkline.models.fluid.simulator.topology import Network
 
 LAYOUT = Layout(

@@ -7,7 +7,8 @@ Compressors and control valves are sized so that the loss of one is felt at the 
 
 from __future__ import annotations
 
-from trunkline.models.fluid.simulator.plan import Layout, draw
+from trunkline.models.fluid.simulator.layout import Layout
+from trunkline.models.fluid.simulator.plan import draw
 from trunkline.models.fluid.simulator.topology import Network
 
 LAYOUT = Layout(
