@@ -65,6 +65,12 @@ class FluidModel(Strict):
         description="deviation, in normalised units, of noise on the input states in training, most of it common to "
         "the minutes of a window, as the error of a rollout is; the target leads back to the true next state",
     )
+    rollout_minutes: int = Field(
+        1,
+        ge=1,
+        le=120,
+        description="minutes that training follows the model's own predictions, with gradients through all of them",
+    )
     linear_skip: bool = Field(
         default=False, description="add to a ridge autoregression, fitted before training; needs data.history >= 2"
     )

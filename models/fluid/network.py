@@ -88,21 +88,46 @@ class FluidDecoder(nn.Module):
         Without target: state(s+1) as predicted, [B, T', Vs] fp32, physical. With it: (sum, count) of the squared error
         in the units of the network's output, two fp32 scalars. The boundary is neither predicted nor in the loss.
         T' = T - window + 1.
+
+        With a target, x may have more minutes than the history, and the target as many more. The model is then rolled
+        out: of those minutes it sees the boundary, and as states its own predictions, through which gradients flow.
         """
         normalised = self.normalization.normalize(x)
-        recent = normalised[:, max(self.window - 2, 0) :]  # all that the base and the dense skip look at
-        base, unit = self._base(recent)
-        hidden = self._decode(normalised)
-        minutes = hidden.shape[1]
-        if target is not None:
-            wanted = (self.normalization.normalize_states(target) - base[:, -minutes:]) / unit
-            if self.dense is None:
-                return self.projection(hidden, wanted, mask)
-            return masked_mse(self.projection(hidden).float() + self.dense(recent)[:, -minutes:], wanted, mask)
-        output = self.projection(hidden).float()
+        if target is None:
+            output, base, unit = self._predict(normalised)
+            return self.normalization.restore_states(base + unit * output)
+        wanted = self.normalization.normalize_states(target)
+        assert mask is not None
+        if x.shape[1] > self.history:
+            return self._rolled_out(normalised, wanted, mask)
+        if self.dense is None:
+            base, unit = self._base(normalised)
+            return self.projection(self._decode(normalised), (wanted - base) / unit, mask)
+        output, base, unit = self._predict(normalised)
+        return masked_mse(output, (wanted - base) / unit, mask)
+
+    def _rolled_out(self, normalised: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        boundary, states = normalised[..., : self.num_boundary], normalised[:, : self.history, self.num_boundary :]
+        minutes = self.history - self.window + 1
+        errors = []
+        for first in range(normalised.shape[1] - self.history + 1):
+            window = torch.cat([boundary[:, first : first + self.history], states], dim=-1)
+            output, base, unit = self._predict(window)
+            new = minutes if first == 0 else 1  # the minutes before them are in the loss already
+            rows = slice(first + minutes - new, first + minutes)
+            target = (wanted[:, rows] - base[:, -new:]) / unit
+            errors.append(masked_mse(output[:, -new:], target, mask[:, rows]))
+            states = torch.cat([states[:, 1:], (base + unit * output)[:, -1:]], dim=1)
+        totals, counts = zip(*errors)
+        return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+    def _predict(self, normalised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, base, unit): the prediction is base + unit * output. [B, T', Vs], the same, [Vs]; fp32."""
+        base, unit = self._base(normalised)
+        output = self.projection(self._decode(normalised)).float()
         if self.dense is not None:
-            output = output + self.dense(recent)[:, -minutes:]
-        return self.normalization.restore_states(base[:, -minutes:] + unit * output)
+            output = output + self.dense(self._recent(normalised))[:, -output.shape[1] :]
+        return output, base, unit
 
     def _decode(self, normalised: Tensor) -> Tensor:
         """[B, T, V] -> [B, T', Vs or D, d_token], what the projection turns into the states."""
@@ -118,13 +143,18 @@ class FluidDecoder(nn.Module):
         return (self.normalization.change.square() + self.input_noise**2).sqrt()
 
     def _base(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        states = normalised[..., self.num_boundary :]
+        minutes = normalised.shape[1] - self.window + 1
+        states = normalised[:, -minutes:, self.num_boundary :]
         base, unit = torch.zeros_like(states), torch.ones_like(self.normalization.change)
         if self.target == "change":
             base, unit = states, self._moves()
         if self.skip is not None:
-            base = self.skip(normalised)
+            base = self.skip(self._recent(normalised))[:, -minutes:]
         return base, unit
+
+    def _recent(self, normalised: Tensor) -> Tensor:
+        """The minutes with a prediction and, where there is one, the minute before them."""
+        return normalised[:, max(self.window - 2, 0) :]
 
 
 class DenseSkip(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline.engine.errors import ConfigError
@@ -48,7 +49,9 @@ class FluidTask(Task):
 
     def dataset(self, split: str) -> FluidWindows:
         """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
-        return FluidWindows(self.store, split, self.data.history, self.data.history - self.model.window + 1)
+        targets = self.data.history - self.model.window + 1
+        ahead = self.model.rollout_minutes - 1 if split == "train" else 0
+        return FluidWindows(self.store, split, self.data.history, targets, ahead)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """{"x": [B, T, V], "target": [B, T', Vs], "mask": [B, T', Vs]}; see trunkline.models.fluid.data."""
@@ -59,11 +62,12 @@ class FluidTask(Task):
         return _mask(batch).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
-        """Squared error summed over the targets present. With noise on the input states, if the options ask for it."""
+        """Squared error summed over the targets present, with noise on the input states if the options ask for it."""
         x = batch["x"]
         if self.model.input_noise:
             num_boundary = self.schema.num_boundary
-            noise = history_noise(batch["draw"], x.shape[1], self.schema.num_states)
+            noise = history_noise(batch["draw"], self.data.history, self.schema.num_states)
+            noise = F.pad(noise, (0, 0, 0, x.shape[1] - self.data.history))  # of later minutes no state is seen
             scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
             x = torch.cat([x[..., :num_boundary], x[..., num_boundary:] + scale * noise], dim=-1)
         total, _ = model(x, batch["target"], _mask(batch))
@@ -111,7 +115,7 @@ class FluidTask(Task):
             values = 2 * d_token * (seen * variables + states) + 2 * d * seen * self.schema.num_boundary
         minute = tokens * per_token + read * 2 * d * d_token + values
         pairs = tokens**2 * history * (history + 1) // 2
-        return 3.0 * (history * minute + layers * 4 * d * pairs)
+        return 3.0 * self.model.rollout_minutes * (history * minute + layers * 4 * d * pairs)
 
     def fingerprint(self) -> str:
         """Names the data set's content."""
