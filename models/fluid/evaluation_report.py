@@ -14,7 +14,7 @@ from trunkline.models.fluid.relative_errors import LEAST, RESOLUTION
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.tally import Evaluation, mean_by_minute
 from trunkline.models.fluid.trained import Trained
-from trunkline.models.fluid.words import QUANTITIES, unit_in_words
+from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, unit_in_words
 
 _MEASURES = ("mae", "rmse", "r2")
 _NAMED = 20
@@ -66,9 +66,9 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         "Each variable in units of its standard deviation on the training days.\n",
         "## Predictions outside physical bounds\n",
         f"{_about_bounds(evaluation, schema)}\n",
-        "## By equipment group, normalised\n",
+        "## By kind of device, normalised\n",
         *(f"### {horizon}\n\n{_markdown(_by_group(of))}\n" for horizon, of in scores.items()),
-        "## By equipment group, physical units\n",
+        "## By kind of device, physical units\n",
         *(f"### {horizon}\n\n{_markdown(_by_unit(of))}\n" for horizon, of in scores.items()),
     ]
     (out / "evaluation.md").write_text("\n".join(parts), encoding="utf-8")
@@ -142,19 +142,19 @@ def _ratio(value: float, other: float) -> str:
 
 def _by_group(by_name: dict[str, Any]) -> Table:
     groups = next(iter(by_name.values()))["normalised"]
-    rows = [["group", *by_name]]
+    rows = [["", *by_name]]
     for group in groups:
         for measure in _MEASURES:
             cells = [_number(of["normalised"][group][measure]) for of in by_name.values()]
-            rows.append([f"{group}, {measure.upper()}", *cells])
+            rows.append([f"{GROUPS_IN_WORDS[group]}, {measure.upper()}", *cells])
     return rows
 
 
 def _by_unit(by_name: dict[str, Any]) -> Table:
-    rows = [["group", *by_name]]
+    rows = [["", *by_name]]
     for group, units in next(iter(by_name.values()))["physical"].items():
         for unit in units:
-            what = f"{group}, {QUANTITIES.get(unit, 'other')}"
+            what = f"{GROUPS_IN_WORDS[group]}, {QUANTITIES.get(unit, 'other')}"
             for measure in _MEASURES:
                 of_unit = f" ({unit_in_words(unit)})" if measure != "r2" else ""
                 cells = [_number(of["physical"][group][unit][measure]) for of in by_name.values()]

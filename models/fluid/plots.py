@@ -24,7 +24,7 @@ from matplotlib.transforms import offset_copy
 from trunkline.engine.record.pictures import INK, picture
 from trunkline.models.fluid.schema import Schema, parse_column
 from trunkline.models.fluid.tally import Evaluation, mean_by_minute
-from trunkline.models.fluid.words import QUANTITIES, in_words, kind_of, shown_unit, unit_in_words
+from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, in_words, kind_of, shown_unit, unit_in_words
 
 _COLOURS = {
     "surrogate": "#c1432b",
@@ -74,13 +74,13 @@ def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
         for axes, unit in zip(panels[0], units):
             curves = {name: mean_by_minute(tally.absolute_by_minute[unit]).numpy() for name, tally in tallies.items()}
             _draw_curves(axes, curves, colours, longest)
-            axes.set_title(f"{QUANTITIES[unit].capitalize()}: mean absolute error")
+            axes.set_title(f"{QUANTITIES[unit].capitalize()}, {longest}: mean absolute error")
             axes.set_ylabel(unit_in_words(unit))
         for axes, horizon in zip(panels[1], rollouts):
             curves = {name: curve.sqrt().numpy() for name, curve in evaluation.by_minute[horizon].items()}
             _draw_curves(axes, curves, colours, horizon)
             axes.set_title(f"All quantities, {horizon}: RMSE")
-            axes.set_ylabel("standard deviations")
+            axes.set_ylabel("standard deviations of each variable")
         _draw_groups(panels[1, len(rollouts)], evaluation, (rollouts or [longest])[0], schema, colours)
         for axes in [*panels[0, len(units) :], *panels[1, len(rollouts) + 1 :]]:
             axes.remove()
@@ -108,10 +108,11 @@ def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schem
     for k, (name, of) in enumerate(scores.items()):
         places = np.arange(len(groups)) + (k - (len(scores) - 1) / 2) * width
         axes.bar(places, [of[group]["rmse"] for group in groups], width, color=colours[name], label=name)
-    axes.set_xticks(range(len(groups)), groups)
+    words = [GROUPS_IN_WORDS[group].replace(" and ", ",\n").replace(" ", "\n") for group in groups]
+    axes.set_xticks(range(len(groups)), words, fontsize=7.5)
     axes.grid(visible=False, axis="x")
-    axes.set_title(f"By file of equipment, {horizon}: RMSE")
-    axes.set_ylabel("standard deviations")
+    axes.set_title(f"By kind of device, {horizon}: RMSE")
+    axes.set_ylabel("standard deviations of each variable")
 
 
 def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Path, title: str) -> None:
@@ -131,7 +132,7 @@ def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Pa
                 if values is not None:
                     first = day.first if line == "surrogate" else 0
                     axes.plot(hours[first:], values[first:, column], color=_COLOURS[line], lw=widths[line], label=line)
-            axes.set_title("\n".join([f"{in_words(name)} ({shown_unit(name)})", *_errors(day, column)]), fontsize=9)
+            axes.set_title("\n".join([f"{in_words(name)} ({shown_unit(name)})", *said_errors(day, column)]), fontsize=9)
             axes.set_xlim(0, 24)
             axes.set_xticks(range(0, 25, 6))
             axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
@@ -146,8 +147,8 @@ def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Pa
         figure.legend(handles, shown, loc="outside lower center", ncols=len(labels))
 
 
-def _errors(day: PredictedDay, column: int) -> list[str]:
-    """A line with both mean absolute errors, where the truth is known."""
+def said_errors(day: PredictedDay, column: int) -> list[str]:
+    """A line with the mean absolute errors of a column over the predicted minutes, where the truth is known."""
     if day.truth is None:
         return []
     truth = day.truth[day.first :, column]

@@ -19,6 +19,11 @@ _DEVICES = {
     "B": "Ball valve", "C": "Compressor", "H": "Short pipe", "N": "Node", "P": "Pipe", "R": "Control valve",
     "T": "Source", "E": "Delivery",
 }  # fmt: skip
+GROUPS_IN_WORDS = {
+    "all": "all", "B": "ball valves", "C": "compressors", "H": "short pipes", "N": "nodes", "P": "pipes",
+    "R": "control valves", "T&E": "sources and deliveries",
+}  # fmt: skip
+"""The output files, by what they are of."""
 _SIDES = {"in": "inlet", "out": "outlet"}
 _SET_POINTS = {
     "SNQ": "set flow", "SP": "set pressure", "SP_out": "set outlet pressure", "SPD": "set outlet pressure",
