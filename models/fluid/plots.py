@@ -62,38 +62,42 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
-    """Errors by minute of the longest rollout, in physical units; below, normalised, by minute and by group."""
-    longest = list(evaluation.tallies)[-1]
+    """Errors by minute of the longest rollout, in physical units; below, normalised, by minute and by kind of device.
+
+    Without rollouts, by kind of device alone.
+    """
+    rollouts = [horizon for horizon in evaluation.tallies if horizon != "1 minute"]
+    longest = rollouts[-1] if rollouts else "1 minute"
     tallies = evaluation.tallies[longest]
     colours = colours_of(tallies)
-    units = [unit for unit in _IN_A_PICTURE if unit in next(iter(tallies.values())).absolute_by_minute]
-    rollouts = [horizon for horizon in ("60 minutes", "whole day") if horizon in evaluation.tallies]
-    columns = max(len(units), len(rollouts) + 1)
-    with picture(path, 4.1 * columns, 6.2) as figure:
-        panels = figure.subplots(2, columns, squeeze=False)
+    found = next(iter(tallies.values())).absolute_by_minute
+    units = [unit for unit in _IN_A_PICTURE if unit in found and rollouts]
+    rows, columns = 1 + bool(units), max(len(units), len(rollouts) + 1)
+    with picture(path, 4.1 * columns, 3.1 * rows + 0.4) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False)
         for axes, unit in zip(panels[0], units):
             curves = {name: mean_by_minute(tally.absolute_by_minute[unit]).numpy() for name, tally in tallies.items()}
             _draw_curves(axes, curves, colours, longest)
             axes.set_title(f"{QUANTITIES[unit].capitalize()}, {longest}: mean absolute error")
             axes.set_ylabel(unit_in_words(unit))
-        for axes, horizon in zip(panels[1], rollouts):
+        for axes, horizon in zip(panels[-1], rollouts):
             curves = {name: curve.sqrt().numpy() for name, curve in evaluation.by_minute[horizon].items()}
             _draw_curves(axes, curves, colours, horizon)
             axes.set_title(f"All quantities, {horizon}: RMSE")
             axes.set_ylabel("standard deviations of each variable")
-        _draw_groups(panels[1, len(rollouts)], evaluation, (rollouts or [longest])[0], schema, colours)
-        for axes in [*panels[0, len(units) :], *panels[1, len(rollouts) + 1 :]]:
+        groups = panels[-1, len(rollouts)]
+        _draw_groups(groups, evaluation, (rollouts or [longest])[0], schema, colours)
+        for axes in [*(panels[0, len(units) :] if units else ()), *panels[-1, len(rollouts) + 1 :]]:
             axes.remove()
-        handles, labels = panels[1, len(rollouts)].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        handles, labels = groups.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 3)
 
 
 def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], colours: dict[str, str], horizon: str) -> None:
     hours = horizon == "whole day"
-    marker = "o" if horizon == "1 minute" else ""
-    for name, curve in curves.items():
+    for k, (name, curve) in enumerate(curves.items()):
         time = np.arange(1, len(curve) + 1) / (60 if hours else 1)
-        axes.plot(time, curve, marker=marker, color=colours[name], lw=1.6, label=name)
+        axes.plot(time, curve, color=colours[name], lw=1.6, label=name, zorder=3 - 0.1 * k)  # the first in front
     axes.set_xlabel("hours since the start" if hours else "minutes since the start")
     axes.set_xlim(0, time[-1])
     axes.set_ylim(bottom=0)
@@ -108,8 +112,8 @@ def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schem
     for k, (name, of) in enumerate(scores.items()):
         places = np.arange(len(groups)) + (k - (len(scores) - 1) / 2) * width
         axes.bar(places, [of[group]["rmse"] for group in groups], width, color=colours[name], label=name)
-    words = [GROUPS_IN_WORDS[group].replace(" and ", ",\n").replace(" ", "\n") for group in groups]
-    axes.set_xticks(range(len(groups)), words, fontsize=7.5)
+    words = [GROUPS_IN_WORDS[group].replace(" and ", ",\n") for group in groups]
+    axes.set_xticks(range(len(groups)), words, fontsize=7.5, rotation=30, ha="right", rotation_mode="anchor")
     axes.grid(visible=False, axis="x")
     axes.set_title(f"By kind of device, {horizon}: RMSE")
     axes.set_ylabel("standard deviations of each variable")

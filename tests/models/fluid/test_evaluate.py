@@ -200,6 +200,8 @@ def test_six_forecasters_have_a_column_and_a_colour_each(copying, tmp_path):
     plot_evaluation(many, SCHEMA, tmp_path / "x.png")
     assert f"|  | {' | '.join([*SIX, 'another', 'and another'])} |" in (tmp_path / "evaluation.md").read_text()
     assert len(set(colours_of([*SIX, "another", "and another"]).values())) == 8
+    plot_evaluation(replace(many, tallies={"1 minute": tallies["1 minute"]}), SCHEMA, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size < (tmp_path / "x.png").stat().st_size, "bars alone"
 
 
 def test_a_split_without_outputs_and_a_foreign_store_are_named(trained, store, tmp_path):
