@@ -93,7 +93,7 @@ def evaluate(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and write evaluation.{md,json,png}; prints the first table. Returns the exit status."""
+    """Evaluate and write evaluation.{md,json,png}; prints the tables over all devices. Returns the exit status."""
     out = made_folder(arguments.out)
     trained = load_trained(arguments.run, arguments.device)
     store = Store.open(arguments.store or trained.data.store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trunkline.models.fluid.bounds import BOUNDS
 from trunkline.models.fluid.metrics import ALL
 from trunkline.models.fluid.relative_errors import LEAST, RESOLUTION
 from trunkline.models.fluid.schema import Schema
-from trunkline.models.fluid.tally import Evaluation, mean_by_minute
+from trunkline.models.fluid.tally import Evaluation, Tally, mean_by_minute
 from trunkline.models.fluid.trained import Trained
 from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, unit_in_words
 
@@ -59,7 +60,8 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         "## Physical units\n",
         "Over all devices. Pressures are absolute; Nm3 are cubic metres at 0 degC and 101.325 kPa. A relative error is "
         f"|predicted - true| / |true|, where the truth is at least {LEAST['m3/s']:g} Nm3/s or {LEAST['MPa']:g} MPa. "
-        f"Half of the values are less off than the median, which is right to {RESOLUTION:.2%} of itself.\n",
+        f"Half of the values are less off than the median, which is right to {RESOLUTION:.2%} of itself. Where little "
+        "moves for hours, it says more of calm than of switches: read it beside MAE and RMSE.\n",
         *(f"### {horizon}\n\n{_markdown(_physical(evaluation, scores, horizon))}\n" for horizon in scores),
         "## Normalised: RMSE in standard deviations\n",
         f"{_markdown(overview)}\n",
@@ -78,7 +80,7 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
     return f"{physical}\n\nRMSE in standard deviations\n{_text(overview)}"
 
 
-def _each(evaluation: Evaluation, what: Any) -> dict[str, Any]:
+def _each(evaluation: Evaluation, what: Callable[[Tally], Any]) -> dict[str, Any]:
     """`what` of each tally, by horizon and forecaster."""
     return {horizon: {name: what(tally) for name, tally in of.items()} for horizon, of in evaluation.tallies.items()}
 
@@ -101,9 +103,9 @@ def _about_bounds(evaluation: Evaluation, schema: Schema) -> str:
         for name, tally in of.items()
         if (line := tally.outside.line(schema))
     ]
-    return (
-        "\n".join(lines) or "None: no pressure, power or linepack below 0, no temperature below -50 or above 150 degC."
-    )
+    low, high = BOUNDS["t"]
+    none = f"None: no pressure, power or linepack below 0, no temperature below {low:g} or above {high:g} degC."
+    return "\n".join(lines) or none
 
 
 def _physical(
