@@ -254,9 +254,9 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"places": DEVICES, "window": 2}, {"places": DEVICES, "window": 3}])
 def test_a_rollout_in_the_loss_is_the_model_fed_with_its_own_predictions(options):
-    model = decoder(target="change", linear_skip=True, dense_skip=8, **options).double()
+    model = decoder(target="change", linear_skip=True, dense_skip=8, **options)
     ahead = 4
-    x = torch.cat([window(model), window(model, seed=5), window(model, seed=6)], dim=1)[:, : T + ahead].double()
+    x = torch.cat([window(model), window(model, seed=5), window(model, seed=6)], dim=1)[:, : T + ahead]
     target = x[:, model.window - 1 :, VB:] + 0.1
     mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) > 0.3
     total, count = model(x, target.masked_fill(~mask, float("nan")), mask)
@@ -267,7 +267,7 @@ def test_a_rollout_in_the_loss_is_the_model_fed_with_its_own_predictions(options
         states = torch.cat([states[:, 1:], predicted[-1][:, -1:]], dim=1)
         predicted.append(model(torch.cat([x[:, minute : minute + T, :VB], states], dim=-1))[:, -1:])
     error = (torch.cat(predicted, dim=1) - target) / unit
-    torch.testing.assert_close(total, error[mask].square().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, error[mask].square().sum(), rtol=1e-4, atol=0)
     assert count == mask.sum()
     total.backward()
     seen_later = x.clone()
