@@ -144,7 +144,11 @@ class Task(ABC):
         return self.loss(model, batch) | {"weight": self.weight(batch)}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
-        """Metrics by name, from sums over the whole validation set. The default divides each by the weight."""
+        """Metrics by name, from sums over the whole validation set. The default divides each by the weight.
+
+        A name may have parts and end in a unit, "rmse/P/MPa": see engine/record/metric_panels.py for what is drawn
+        together.
+        """
         return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
 
     def show(self, sums: Sums, folder: Path) -> None:

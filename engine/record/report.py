@@ -21,11 +21,12 @@ from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import read_object
 from trunkline.engine.record.boards import PICTURES, SHOWN
+from trunkline.engine.record.metric_panels import metric_panels
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels
 from trunkline.engine.record.tables import markdown
 
-MAX_PANELS = 8
+MAX_PANELS = 20
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def write_report(run_folder: Path) -> Path:
         report.mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(f"{report}: cannot be made ({error.strerror}); move away what is there") from error
-    pictures = _draw(history, config, report)
+    panels = metric_panels({key: history.series("val", key) for key in history.keys("val") if key != "loss"})
+    pictures = _draw(history, config, report, panels[:MAX_PANELS])
     summary = report / "summary.md"
-    text = _summary(run_folder, history, config, plan, pictures)
+    text = _summary(run_folder, history, config, plan, pictures, len(panels))
     replace_whole(summary, text)
     return summary
 
@@ -95,7 +97,7 @@ def _best(history: History, config: dict[str, Any]) -> tuple[str, Series, int | 
     return name, series, order[0][1] if order else None
 
 
-def _draw(history: History, config: dict[str, Any], report: Path) -> list[str]:
+def _draw(history: History, config: dict[str, Any], report: Path, metrics: list[Panel]) -> list[str]:
     """Draw what there is to draw. Returns the names of the files written."""
     name, deciding, best_step = _best(history, config)
     skipped = history.series("skipped", "skipped_steps").steps
@@ -107,7 +109,7 @@ def _draw(history: History, config: dict[str, Any], report: Path) -> list[str]:
     pictures = {
         "loss.png": [Panel("loss", loss, smoothed=True)]
         + ([] if name == "loss" else [Panel(f"{name} on validation", {"validation": deciding})]),
-        "metrics.png": _metric_panels(history),
+        "metrics.png": metrics,
         "learning_rate.png": [training("learning rate", "lr")],
         "gradient_norm.png": [training("gradient norm before clipping", "grad_norm", smoothed=True)],
         "throughput.png": [
@@ -136,28 +138,13 @@ def _rate(key: str) -> str:
     return f"{key.removesuffix('_per_s').replace('_', ' ')}/s"
 
 
-def _metric_panels(history: History) -> list[Panel]:
-    """One panel for each overall metric, with its parts ("mse/P") and what it is compared with ("persistence_mse").
-
-    Parts of one name without an overall value ("rewards/chosen", "rewards/rejected") share a panel too.
-    """
-    names = [key for key in history.keys("val") if key != "loss"]
-    wholes = dict.fromkeys(name.split("/")[0] for name in names)
-    overall = [name for name in wholes if not any(name.endswith(f"_{other}") for other in names)]
-    panels = []
-    for name in overall[:MAX_PANELS]:
-        curves = {"validation": history.series("val", name)} if name in names else {}
-        for other in names:
-            if other.endswith(f"_{name}") and "/" not in other:
-                curves[f"{other.removesuffix(f'_{name}')} (compared)"] = history.series("val", other)
-            elif other.count("/") == 1 and other.startswith(f"{name}/"):
-                curves[other.removeprefix(f"{name}/")] = history.series("val", other)
-        panels.append(Panel(name, curves))
-    return panels
-
-
 def _summary(
-    run_folder: Path, history: History, config: dict[str, Any], plan: dict[str, Any], pictures: Sequence[str]
+    run_folder: Path,
+    history: History,
+    config: dict[str, Any],
+    plan: dict[str, Any],
+    pictures: Sequence[str],
+    panels: int,
 ) -> str:
     workload = config.get("workload", "unknown workload")
     facts = _facts(history, config, plan, _saved_step(run_folder))
@@ -165,6 +152,10 @@ def _summary(
     if not history.rows:
         parts.append("Nothing was logged: the run ended before its first line of metrics.jsonl.")
     parts += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
+    if panels > MAX_PANELS:
+        parts.append(
+            f"Of {panels} panels of metrics the first {MAX_PANELS} are drawn; the table has the others' values."
+        )
     if metrics := _metrics_table(history, config):
         parts += ["## Validation", metrics]
     shown = run_folder / SHOWN

@@ -50,7 +50,8 @@ def plot_panels(
     last_step = max(series.steps[-1] for panel in drawn for series in panel.curves.values() if series.steps)
     columns = 1 if len(drawn) <= 2 else 2
     rows = -(-len(drawn) // columns)
-    width, height = (8.0, 3.0 * rows + 0.3) if columns == 1 else (11.0, 2.7 * rows + 0.3)
+    wide = 14.0 if any(len(panel.curves) > 5 for panel in drawn) else 11.0  # their legends stand beside the axes
+    width, height = (8.0, 3.0 * rows + 0.3) if columns == 1 else (wide, 2.7 * rows + 0.3)
     with picture(path, width, height, **{"legend.fontsize": 7.5}) as figure:
         for index, panel in enumerate(drawn):
             axes = figure.add_subplot(rows, columns, index + 1)

@@ -49,6 +49,12 @@ class FluidModel(Strict):
     num_layers: int | None = Field(None, ge=1)
     d_ff: int | None = Field(None, ge=1)
     d_token: int | None = Field(None, ge=1)
+    tokens: Literal["scalar", "device"] = Field(
+        "scalar", description="whether a token is a value, or a device with all its values"
+    )
+    window: int = Field(
+        1, ge=1, description='minutes that a token looks back, with tokens "device"; at most data.history'
+    )
     target: Literal["level", "change"] = Field(
         "level", description="whether the output is the next state or its change since the last minute"
     )
@@ -58,6 +64,12 @@ class FluidModel(Strict):
         le=1.0,
         description="deviation, in normalised units, of noise on the input states in training, most of it common to "
         "the minutes of a window, as the error of a rollout is; the target leads back to the true next state",
+    )
+    rollout_minutes: int = Field(
+        1,
+        ge=1,
+        le=120,
+        description="minutes that training follows the model's own predictions, with gradients through all of them",
     )
     linear_skip: bool = Field(
         default=False, description="add to a ridge autoregression, fitted before training; needs data.history >= 2"
@@ -91,6 +103,8 @@ class FluidModel(Strict):
         missing = [name for name in DecoderShape._fields if name not in given]
         if self.preset is None and missing:
             raise ValueError(f"give a preset ({', '.join(PRESETS)}) or all widths; {', '.join(missing)} is missing")
+        if self.window > 1 and self.tokens == "scalar":
+            raise ValueError(f'window is {self.window}, and a token of one value has no window: set tokens to "device"')
         shape = self.shape
         if shape.d_model % (2 * shape.num_heads) or not 16 <= shape.d_model // shape.num_heads <= 256:
             raise ValueError(

@@ -13,21 +13,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import made_folder
 from trunkline.models.fluid.baselines.catalog import baselines_of
+from trunkline.models.fluid.copies import copied_states
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.flags import HORIZONS
-from trunkline.models.fluid.metrics import Errors, Evaluation
-from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.plots import plot_evaluation
 from trunkline.models.fluid.rollout import Forecaster, Surrogate, rollout, starts, take_windows
 from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.tally import Evaluation, Tally, Yardstick
 from trunkline.models.fluid.trained import Trained, load_trained
 
 MODEL, RIDGE = "surrogate", "ridge"
@@ -67,7 +65,8 @@ def evaluate(
     history = max(forecaster.history for forecaster in forecasters.values())
     penalty = others.facts.get(RIDGE, {}).get("penalty")
 
-    result = Evaluation(split, cases, {}, {}, penalty)
+    result = Evaluation(split, cases, penalty, copied_states(store))
+    yardstick = Yardstick(normalization, store.schema, result.copied)
     for horizon in horizons:
         steps, every = {
             "1 minute": (1, 1),
@@ -76,7 +75,7 @@ def evaluate(
         }[horizon]
         places = [(case, row) for case in cases for row in starts(store.minutes, history, steps, every)]
         size = max(1, min(batch_size, _VALUES_AT_ONCE // (store.schema.num_states * (history + steps))))
-        score = _Score(normalization, steps)
+        tallies: dict[str, Tally] = {}
         for first in tqdm(range(0, len(places), size), desc=horizon, unit="batch", disable=not progress):
             boundary, states = take_windows(store, split, places[first : first + size], history + steps, device)
             for name, forecaster in forecasters.items():
@@ -90,36 +89,14 @@ def evaluate(
                     missing=normalization.state_offset,
                     progress=title,
                 )
-                score.add(name, predicted, states[:, history:])
-        result.errors[horizon], result.by_minute[horizon] = score.errors, score.by_minute()
+                tally = Tally.of(predicted, states[:, history:], yardstick)
+                tallies[name] = tallies[name] + tally if name in tallies else tally
+        result.tallies[horizon] = tallies
     return result
 
 
-class _Score:
-    """Sums over the batches of a horizon, for each forecaster."""
-
-    def __init__(self, normalization: Normalization, steps: int) -> None:
-        self.errors: dict[str, Errors] = {}
-        self._normalization, self._steps = normalization, steps
-        self._squared: dict[str, Tensor] = {}
-        self._count: dict[str, Tensor] = {}
-
-    def add(self, name: str, predicted: Tensor, truth: Tensor) -> None:
-        """predicted, truth [B, S, Vs]; NaN in the truth is left out."""
-        mask = ~truth.isnan()
-        errors = Errors.of(predicted, truth, mask, self._normalization)
-        self.errors[name] = self.errors[name] + errors if name in self.errors else errors
-        scaled = ((predicted - truth) / self._normalization.state_scale).masked_fill(~mask, 0).double()
-        zero = torch.zeros(self._steps, dtype=torch.float64, device=truth.device)
-        self._squared[name] = self._squared.get(name, zero) + scaled.square().sum((0, 2))
-        self._count[name] = self._count.get(name, zero) + mask.sum((0, 2))
-
-    def by_minute(self) -> dict[str, Tensor]:
-        return {name: (self._squared[name] / self._count[name].clamp(min=1)).cpu() for name in self._squared}
-
-
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and write evaluation.{md,json,png}; prints the first table. Returns the exit status."""
+    """Evaluate and write evaluation.{md,json,png}; prints the tables over all devices. Returns the exit status."""
     out = made_folder(arguments.out)
     trained = load_trained(arguments.run, arguments.device)
     store = Store.open(arguments.store or trained.data.store)

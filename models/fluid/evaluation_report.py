@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trunkline.engine.record.tables import Table, markdown
-from trunkline.models.fluid.metrics import ALL, Evaluation
+from trunkline.models.fluid.bounds import BOUNDS
+from trunkline.models.fluid.metrics import ALL
+from trunkline.models.fluid.relative_errors import LEAST, RESOLUTION
+from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.tally import Evaluation, Tally, mean_by_minute
 from trunkline.models.fluid.trained import Trained
+from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, unit_in_words
+
+_MEASURES = ("mae", "rmse", "r2")
+_NAMED = 20
 
 
 def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
-    """Write both files into `out`; returns the first table, as text."""
-    scores = {
-        horizon: {name: errors.scores(trained.schema) for name, errors in by_name.items()}
-        for horizon, by_name in evaluation.errors.items()
-    }
+    """Write both files into `out`; returns the overviews in physical units and normalised, as text."""
+    schema = trained.schema
+    scores = evaluation.scores(schema)
     record = {
         "weights": str(trained.folder),
         "facts": trained.facts,
@@ -25,67 +32,144 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         "cases": evaluation.cases,
         "history_minutes": trained.data.history,
         "ridge_penalty": evaluation.ridge_penalty,
+        "copied_from_set_points": evaluation.copied,
         "scores": scores,
-        "rmse_by_minute": {
-            horizon: {name: curve.sqrt().tolist() for name, curve in curves.items()}
-            for horizon, curves in evaluation.by_minute.items()
+        "scores_with_copies": evaluation.scores(schema, with_copies=True),
+        "relative_errors": {
+            "least_magnitude": LEAST,
+            "resolution": RESOLUTION,
+            **_each(evaluation, lambda tally: {unit: errors.summary() for unit, errors in tally.relative.items()}),
         },
+        "outside_bounds": {
+            "bounds": BOUNDS,
+            **_each(evaluation, lambda tally: tally.outside.by_column(schema)),
+        },
+        "rmse_by_minute": _each(evaluation, lambda tally: mean_by_minute(tally.by_minute).sqrt().tolist()),
+        "mae_by_minute": _each(
+            evaluation,
+            lambda tally: {unit: mean_by_minute(sums).tolist() for unit, sums in tally.absolute_by_minute.items()},
+        ),
     }
     (out / "evaluation.json").write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
     overview = _overview(scores)
     parts = [
         "# Evaluation\n",
-        f"Weights: `{trained.folder}`. Split `{evaluation.split}`: {len(evaluation.cases)} days. Errors are over all "
-        "variables in units of their standard deviation on the training days, unless a unit is given.\n",
-        "## RMSE by horizon\n",
-        f"{markdown(overview, align='right')}\n",
-        "## By equipment group, normalised\n",
-        *(f"### {horizon}\n\n{markdown(_by_group(values), align='right')}\n" for horizon, values in scores.items()),
-        "## By equipment group, physical units\n",
-        *(f"### {horizon}\n\n{markdown(_by_unit(values), align='right')}\n" for horizon, values in scores.items()),
+        f"Weights: `{trained.folder}`. Split `{evaluation.split}`: {len(evaluation.cases)} days. All forecasters begin "
+        "with the same true minutes and know the set-points ahead; persistence says that nothing changes.\n",
+        _about_copies(evaluation.copied, schema),
+        "## Physical units\n",
+        "Over all devices. Pressures are absolute; Nm3 are cubic metres at 0 degC and 101.325 kPa. A relative error is "
+        f"|predicted - true| / |true|, where the truth is at least {LEAST['m3/s']:g} Nm3/s or {LEAST['MPa']:g} MPa. "
+        f"Half of the values are less off than the median, which is right to {RESOLUTION:.2%} of itself. Where little "
+        "moves for hours, it says more of calm than of switches: read it beside MAE and RMSE.\n",
+        *(f"### {horizon}\n\n{_markdown(_physical(evaluation, scores, horizon))}\n" for horizon in scores),
+        "## Normalised: RMSE in standard deviations\n",
+        f"{_markdown(overview)}\n",
+        "Each variable in units of its standard deviation on the training days.\n",
+        "## Predictions outside physical bounds\n",
+        f"{_about_bounds(evaluation, schema)}\n",
+        "## By kind of device, normalised\n",
+        *(f"### {horizon}\n\n{_markdown(_by_group(of))}\n" for horizon, of in scores.items()),
+        "## By kind of device, physical units\n",
+        *(f"### {horizon}\n\n{_markdown(_by_unit(of))}\n" for horizon, of in scores.items()),
     ]
     (out / "evaluation.md").write_text("\n".join(parts), encoding="utf-8")
-    return _text(overview)
+    physical = "\n\n".join(
+        f"{horizon}\n{_text(_physical(evaluation, scores, horizon, ('mae',)))}" for horizon in scores
+    )
+    return f"{physical}\n\nRMSE in standard deviations\n{_text(overview)}"
 
 
-def _overview(scores: dict[str, Any]) -> Table:
-    names = list(next(iter(scores.values())))
-    others = names[1:]
-    rows = [["horizon", *names, *(f"{names[0]} / {other}" for other in others)]]
-    for horizon, by_name in scores.items():
-        rmse = {name: by_name[name]["normalised"][ALL]["rmse"] for name in names}
-        ratios = [_number(rmse[names[0]] / rmse[other]) if rmse[other] else "-" for other in others]
-        rows.append([horizon, *(_number(rmse[name]) for name in names), *ratios])
+def _each(evaluation: Evaluation, what: Callable[[Tally], Any]) -> dict[str, Any]:
+    """`what` of each tally, by horizon and forecaster."""
+    return {horizon: {name: what(tally) for name, tally in of.items()} for horizon, of in evaluation.tallies.items()}
+
+
+def _about_copies(copied: dict[str, str], schema: Schema) -> str:
+    if not copied:
+        return f"All {schema.num_states} output columns are scored: none of them only copies a set-point.\n"
+    named = [f"`{state}` (`{set_point}`)" for state, set_point in copied.items()]
+    more = f" and {len(named) - _NAMED} more, in evaluation.json" if len(named) > _NAMED else ""
+    return (
+        f"{len(named)} of {schema.num_states} output columns only copy a set-point on the training days, and no score "
+        f"counts them: {', '.join(named[:_NAMED])}{more}. evaluation.json has the scores with them, too.\n"
+    )
+
+
+def _about_bounds(evaluation: Evaluation, schema: Schema) -> str:
+    lines = [
+        f"- {horizon}, {name}: {line}."
+        for horizon, of in evaluation.tallies.items()
+        for name, tally in of.items()
+        if (line := tally.outside.line(schema))
+    ]
+    low, high = BOUNDS["t"]
+    none = f"None: no pressure, power or linepack below 0, no temperature below {low:g} or above {high:g} degC."
+    return "\n".join(lines) or none
+
+
+def _physical(
+    evaluation: Evaluation, scores: dict[str, Any], horizon: str, measures: tuple[str, ...] = ("mae", "rmse")
+) -> Table:
+    """A line for each quantity and measure; a median of the relative errors under those that have one."""
+    tallies = evaluation.tallies[horizon]
+    found = {name: of["physical"].get(ALL, {}) for name, of in scores[horizon].items()}
+    there = dict.fromkeys(unit for of in found.values() for unit in of)
+    rows = [["", *found]]
+    for unit in sorted(there, key=lambda unit: [*QUANTITIES, unit].index(unit)):
+        what = QUANTITIES.get(unit, "other")
+        for measure in measures:
+            label = f"{what}, {measure.upper()} ({unit_in_words(unit)})"
+            rows.append([label, *(_number(of[unit][measure]) for of in found.values())])
+        if unit in LEAST:
+            medians = [tallies[name].relative[unit].median() for name in found]
+            rows.append([f"{what}, median relative error (%)", *(_number(100 * median) for median in medians)])
     return rows
 
 
+def _overview(scores: dict[str, Any]) -> Table:
+    """RMSE, and how the first forecaster's compares with the best of the others."""
+    first, *others = next(iter(scores.values()))
+    rows = [["horizon", first, *others, *([f"{first} / best other"] if others else [])]]
+    for horizon, by_name in scores.items():
+        rmse = {name: of["normalised"].get(ALL, {}).get("rmse", math.nan) for name, of in by_name.items()}
+        best = min((rmse[other] for other in others if math.isfinite(rmse[other])), default=0.0)
+        rows.append([horizon, *map(_number, rmse.values()), *([_ratio(rmse[first], best)] if others else [])])
+    return rows
+
+
+def _ratio(value: float, other: float) -> str:
+    return _number(value / other) if other else "-"
+
+
 def _by_group(by_name: dict[str, Any]) -> Table:
-    names = list(by_name)
-    measures = ["rmse", "mae", "mse", "r2"]
-    header = ["group", *(f"{name} {measure.upper()}" for measure in measures for name in names)]
-    groups = by_name[names[0]]["normalised"]
-    return [
-        header,
-        *(
-            [group, *(_number(by_name[name]["normalised"][group][m]) for m in measures for name in names)]
-            for group in groups
-        ),
-    ]
+    groups = next(iter(by_name.values()))["normalised"]
+    rows = [["", *by_name]]
+    for group in groups:
+        for measure in _MEASURES:
+            cells = [_number(of["normalised"][group][measure]) for of in by_name.values()]
+            rows.append([f"{GROUPS_IN_WORDS[group]}, {measure.upper()}", *cells])
+    return rows
 
 
 def _by_unit(by_name: dict[str, Any]) -> Table:
-    names = list(by_name)
-    measures = ["rmse", "mae", "mse", "r2"]
-    rows = [["group", "unit", *(f"{name} {measure.upper()}" for measure in measures for name in names)]]
-    for group, units in by_name[names[0]]["physical"].items():
+    rows = [["", *by_name]]
+    for group, units in next(iter(by_name.values()))["physical"].items():
         for unit in units:
-            cells = [_number(by_name[name]["physical"][group][unit][m]) for m in measures for name in names]
-            rows.append([group, unit, *cells])
+            what = f"{GROUPS_IN_WORDS[group]}, {QUANTITIES.get(unit, 'other')}"
+            for measure in _MEASURES:
+                of_unit = f" ({unit_in_words(unit)})" if measure != "r2" else ""
+                cells = [_number(of["physical"][group][unit][measure]) for of in by_name.values()]
+                rows.append([f"{what}, {measure.upper()}{of_unit}", *cells])
     return rows
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _markdown(table: Table) -> str:
+    return markdown(table, align="right")
 
 
 def _text(table: Table) -> str:

@@ -21,7 +21,9 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/prepare.py fluid`."""
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--source", type=Path, metavar="ROOT", help="CSV cases: ROOT/{train,test}/<case>/*.csv")
-    work.add_argument("--simulate", choices=["demo", "reference"], help="write CSV cases of a simulated network")
+    work.add_argument(
+        "--simulate", choices=["demo", "regional", "reference"], help="write CSV cases of a simulated network"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seed", type=int, default=42, help="chooses the validation cases, or the simulated days")
     parser.add_argument("--workers", type=int, metavar="N", help="cases read at a time (default: one for each core)")

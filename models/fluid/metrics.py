@@ -9,6 +9,7 @@ and degrees do not add. R2 = 1 - SSE / SST, where SST is about the mean of each 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -59,20 +60,21 @@ class Errors:
         """Inverse of `as_sums`."""
         return cls(**{name: sums[f"{prefix}.{name}"].cpu() for name in _ADDITIVE}, scale=scale.double().cpu())
 
-    def scores(self, schema: Schema) -> dict[str, Any]:
+    def scores(self, schema: Schema, left_out: Collection[str] = ()) -> dict[str, Any]:
         """{"normalised": {"all" or group: scores}, "physical": {"all" or group: {unit: scores}}}.
 
-        Groups without variables or values are left out.
+        Groups without variables or values are left out, and the columns of these names.
         """
+        scored = torch.tensor([name not in left_out for name in schema.states])
         normalised: dict[str, Scores] = {}
         physical: dict[str, dict[str, Scores]] = {}
         for group, columns in {ALL: slice(None), **schema.group_slices}.items():
             chosen = torch.zeros(schema.num_states, dtype=torch.bool)
-            chosen[columns] = True
+            chosen[columns] = scored[columns]
             if not self.count[chosen].sum():
                 continue
             normalised[group] = self._scores(chosen, torch.ones_like(self.scale))
-            for name, members in _units(schema).items():
+            for name, members in units(schema).items():
                 if self.count[chosen & members].sum():
                     physical.setdefault(group, {})[name] = self._scores(chosen & members, self.scale)
         return {"normalised": normalised, "physical": physical}
@@ -106,18 +108,7 @@ def _suffix(group: str) -> str:
     return "" if group == ALL else f"/{group}"
 
 
-def _units(schema: Schema) -> dict[str, Tensor]:
+def units(schema: Schema) -> dict[str, Tensor]:
     """Which state variables are in each unit: {"MPa": bool [Vs], ...}, in order of first appearance."""
     names = [unit(parse_column(column)[1]) or "?" for column in schema.states]
     return {name: torch.tensor([other == name for other in names]) for name in dict.fromkeys(names)}
-
-
-@dataclass
-class Evaluation:
-    """Errors by horizon and forecaster, and mean squared errors [S] by minute of the rollout, normalised."""
-
-    split: str
-    cases: list[str]
-    errors: dict[str, dict[str, Errors]]
-    by_minute: dict[str, dict[str, Tensor]]
-    ridge_penalty: float | None

@@ -1,10 +1,11 @@
-"""FluidDecoder: a Transformer whose tokens are single measurements of a gas network, minute after minute.
+"""FluidDecoder: a Transformer over the tokens of a gas network, minute after minute.
 
-    x [B, T, V] -> one token a scalar, [B, T*V, d_model] -> blocks -> [B, T, Vs], the state one minute later
+    tokens "scalar"    x [B, T, V] -> one token a value,  [B, T*V, d_model]  -> blocks -> [B, T, Vs]
+    tokens "device"    x [B, T, V] -> one token a device, [B, T'*D, d_model] -> blocks -> [B, T', Vs]
 
-A token at minute s attends to every token, boundary and device, at minutes <= s (attention that is block-causal with
-block V). The boundary's tokens carry the set-points of minute s+1, which are known. The network's output u becomes the
-prediction in normalised units as  base + unit * u:
+The result is the state one minute later. T' = T - window + 1. A token at minute s attends to every token at minutes
+<= s (attention that is block-causal with block V or D). The set-points of minute s+1, which are known, stand in the
+tokens of minute s. The network's output u becomes the prediction in normalised units as  base + unit * u:
 
     target "level"    base = 0                        unit = 1
     target "change"   base = the state at minute s    unit = the size of a minute's change and of the input noise
@@ -14,22 +15,27 @@ prediction in normalised units as  base + unit * u:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trunkline.kernels.attention import flash_attention
-from trunkline.kernels.linear_masked_mse import linear_masked_mse
 from trunkline.kernels.masked_mse import masked_mse
 from trunkline.models.fluid.config import DecoderShape
+from trunkline.models.fluid.device_tokens import DeviceEmbedding, DeviceProjection, Places
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import RidgeAutoregression, two_minutes
+from trunkline.models.fluid.scalar_tokens import Projection, TokenEmbedding
 
 
 class FluidDecoder(nn.Module):
-    """The surrogate. Inputs and predictions are in physical units; normalisation statistics are buffers of it."""
+    """The surrogate. Inputs and predictions are in physical units; normalisation statistics are buffers of it.
+
+    places: where the devices' columns stand, for tokens "device"; None for tokens "scalar"
+    window: minutes that a device's token looks back, 1 for its own only
+    """
 
     _no_split_modules: ClassVar[list[str]] = ["DecoderBlock"]
 
@@ -44,19 +50,31 @@ class FluidDecoder(nn.Module):
         input_noise: float = 0.0,
         linear_skip: bool = False,
         dense_skip: int = 0,
+        places: Places | None = None,
+        window: int = 1,
     ) -> None:
         super().__init__()
         self.shape, self.history, self.target, self.input_noise = shape, history, target, input_noise
-        self.num_boundary, self.num_states = num_boundary, num_states
+        self.num_boundary, self.num_states, self.window = num_boundary, num_states, window
         num_variables = num_boundary + num_states
         self.normalization = Normalization(num_boundary, num_states)
         self.skip = RidgeAutoregression(num_boundary, num_states) if linear_skip else None
         self.dense = DenseSkip(num_boundary, num_states, dense_skip) if dense_skip else None
-        self.embedding = TokenEmbedding(shape, history, num_variables)
-        self.blocks = nn.ModuleList(DecoderBlock(shape, num_variables) for _ in range(shape.num_layers))
+        self.embedding: TokenEmbedding | DeviceEmbedding
+        self.projection: Projection | DeviceProjection
+        if places is None:
+            tokens, self.first_state = num_variables, num_boundary
+            self.embedding = TokenEmbedding(shape, history, num_variables)
+        else:
+            tokens, self.first_state = places.num_devices, 0
+            self.embedding = DeviceEmbedding(shape, places, num_boundary, window, history - window + 1)
+        self.tokens_per_minute = tokens
+        self.blocks = nn.ModuleList(DecoderBlock(shape, tokens) for _ in range(shape.num_layers))
         self.norm = nn.LayerNorm(shape.d_model)
         self.head = nn.Sequential(nn.Linear(shape.d_model, shape.d_token), nn.GELU(), nn.LayerNorm(shape.d_token))
-        self.projection = Projection(shape.d_token)
+        self.projection = (
+            Projection(shape.d_token) if places is None else DeviceProjection(shape.d_token, places.outputs)
+        )
 
     def forward(
         self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
@@ -64,43 +82,79 @@ class FluidDecoder(nn.Module):
         """The next states, or, given a target, the loss.
 
         x       [B, T, V] fp32, physical: boundary(s+1) then state(s) for T minutes s; NaN where missing
-        target  [B, T, Vs] fp32, physical: state(s+1); anything where `mask` is false
-        mask    [B, T, Vs] bool: whether the target is present
+        target  [B, T', Vs] fp32, physical: state(s+1) of the last T' minutes; anything where `mask` is false
+        mask    [B, T', Vs] bool: whether the target is present
 
-        Without target: state(s+1) as predicted, [B, T, Vs] fp32, physical. With it: (sum, count) of the squared error
+        Without target: state(s+1) as predicted, [B, T', Vs] fp32, physical. With it: (sum, count) of the squared error
         in the units of the network's output, two fp32 scalars. The boundary is neither predicted nor in the loss.
+        T' = T - window + 1.
+
+        With a target, x may have more minutes than the history, and the target as many more. The model is then rolled
+        out: of those minutes it sees the boundary, and as states its own predictions, through which gradients flow.
         """
         normalised = self.normalization.normalize(x)
+        if target is None:
+            output, base, unit = self._predict(normalised)
+            return self.normalization.restore_states(base + unit * output)
+        wanted = self.normalization.normalize_states(target)
+        assert mask is not None
+        if x.shape[1] > self.history:
+            return self._rolled_out(normalised, wanted, mask)
+        if self.dense is None:
+            base, unit = self._base(normalised)
+            return self.projection(self._decode(normalised), (wanted - base) / unit, mask)
+        output, base, unit = self._predict(normalised)
+        return masked_mse(output, (wanted - base) / unit, mask)
+
+    def _rolled_out(self, normalised: Tensor, wanted: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        boundary, states = normalised[..., : self.num_boundary], normalised[:, : self.history, self.num_boundary :]
+        minutes = self.history - self.window + 1
+        errors = []
+        for first in range(normalised.shape[1] - self.history + 1):
+            window = torch.cat([boundary[:, first : first + self.history], states], dim=-1)
+            output, base, unit = self._predict(window)
+            new = minutes if first == 0 else 1  # the minutes before them are in the loss already
+            rows = slice(first + minutes - new, first + minutes)
+            target = (wanted[:, rows] - base[:, -new:]) / unit
+            errors.append(masked_mse(output[:, -new:], target, mask[:, rows]))
+            states = torch.cat([states[:, 1:], (base + unit * output)[:, -1:]], dim=1)
+        totals, counts = zip(*errors)
+        return torch.stack(totals).sum(), torch.stack(counts).sum()
+
+    def _predict(self, normalised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, base, unit): the prediction is base + unit * output. [B, T', Vs], the same, [Vs]; fp32."""
         base, unit = self._base(normalised)
-        hidden = self._decode(normalised)
-        if target is not None:
-            wanted = (self.normalization.normalize_states(target) - base) / unit
-            if self.dense is None:
-                return self.projection(hidden, wanted, mask)
-            return masked_mse(self.projection(hidden).float() + self.dense(normalised), wanted, mask)
-        output = self.projection(hidden).float()
+        output = self.projection(self._decode(normalised)).float()
         if self.dense is not None:
-            output = output + self.dense(normalised)
-        return self.normalization.restore_states(base + unit * output)
+            output = output + self.dense(self._recent(normalised))[:, -output.shape[1] :]
+        return output, base, unit
 
     def _decode(self, normalised: Tensor) -> Tensor:
-        """[B, T, V] -> [B, T, Vs, d_token], what the projection turns into one number a state."""
-        B, T, V = normalised.shape
-        tokens = self.embedding(normalised)
+        """[B, T, V] -> [B, T', Vs or D, d_token], what the projection turns into the states."""
+        tokens = self.embedding(normalised, self._moves())
         for block in self.blocks:
             tokens = block(tokens)
-        states = tokens.view(B, T, V, -1)[:, :, self.num_boundary :]
+        B, _, d = tokens.shape
+        states = tokens.view(B, -1, self.tokens_per_minute, d)[:, :, self.first_state :]
         return self.head(self.norm(states))
 
+    def _moves(self) -> Tensor:
+        """[Vs], normalised: what a state moves in a minute, and the noise on it."""
+        return (self.normalization.change.square() + self.input_noise**2).sqrt()
+
     def _base(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
-        states = normalised[..., self.num_boundary :]
+        minutes = normalised.shape[1] - self.window + 1
+        states = normalised[:, -minutes:, self.num_boundary :]
         base, unit = torch.zeros_like(states), torch.ones_like(self.normalization.change)
         if self.target == "change":
-            base = states
-            unit = (self.normalization.change.square() + self.input_noise**2).sqrt()
+            base, unit = states, self._moves()
         if self.skip is not None:
-            base = self.skip(normalised)
+            base = self.skip(self._recent(normalised))[:, -minutes:]
         return base, unit
+
+    def _recent(self, normalised: Tensor) -> Tensor:
+        """The minutes with a prediction and, where there is one, the minute before them."""
+        return normalised[:, max(self.window - 2, 0) :]
 
 
 class DenseSkip(nn.Module):
@@ -121,63 +175,12 @@ class DenseSkip(nn.Module):
         return self.leave(F.gelu(self.middle(F.gelu(self.enter(features))))).float()
 
 
-class TokenEmbedding(nn.Module):
-    """One token a scalar: Linear(1 -> p), GELU, LayerNorm, Linear(p -> d), plus encodings of minute and variable."""
-
-    def __init__(self, shape: DecoderShape, history: int, num_variables: int) -> None:
-        super().__init__()
-        self.value = _Fp32Linear(1, shape.d_token)
-        self.norm = nn.LayerNorm(shape.d_token)
-        self.out = nn.Linear(shape.d_token, shape.d_model)
-        self.position = Encodings(history, num_variables, shape.d_model)
-
-    def forward(self, normalised: Tensor) -> Tensor:
-        """[B, T, V] -> [B, T*V, d]."""
-        features = F.gelu(self.value(normalised[..., None])).to(self.out.weight.dtype)
-        return self.position(self.out(self.norm(features))).flatten(1, 2)
-
-
-class _Fp32Linear(nn.Linear):
-    """Reads its input in fp32 also where the rest runs in bf16: a minute's change hides in the lower bits."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
-
-
-class Encodings(nn.Module):
-    """Adds fixed sinusoids of the minute and of the variable (Vaswani et al., 2017).
-
-    Their wavelengths differ, so that no two pairs of minute and variable have the same sum.
-    """
-
-    minute: Tensor
-    variable: Tensor
-
-    def __init__(self, history: int, num_variables: int, d_model: int) -> None:
-        super().__init__()
-        self.register_buffer("minute", sinusoids(history, d_model, 100.0), persistent=False)
-        # the longest wavelength spans the variables: with longer ones, most channels would tell no two of them apart
-        self.register_buffer("variable", sinusoids(num_variables, d_model, float(num_variables)), persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T, V, d]."""
-        return tokens + (self.minute[: tokens.shape[1], None] + self.variable).to(tokens.dtype)
-
-
-def sinusoids(count: int, width: int, base: float) -> Tensor:
-    """[count, width] fp32: sines in the first half, cosines in the second, wavelengths from 2 pi to 2 pi base."""
-    rates = base ** (-torch.arange(width // 2, dtype=torch.float64) / max(width // 2 - 1, 1))
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
-
-
 class DecoderBlock(nn.Module):
     """Post-norm: x = norm(x + attention(x)), x = norm(x + feed_forward(x))."""
 
-    def __init__(self, shape: DecoderShape, num_variables: int) -> None:
+    def __init__(self, shape: DecoderShape, tokens_per_minute: int) -> None:
         super().__init__()
-        self.num_heads, self.num_variables = shape.num_heads, num_variables
+        self.num_heads, self.tokens_per_minute = shape.num_heads, tokens_per_minute
         self.qkv = nn.Linear(shape.d_model, 3 * shape.d_model)
         self.out = nn.Linear(shape.d_model, shape.d_model)
         self.attention_norm = nn.LayerNorm(shape.d_model)
@@ -186,26 +189,9 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(shape.d_model)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T*V, d] -> the same."""
+        """[B, N, d] -> the same."""
         B, N, d = tokens.shape
         q, k, v = self.qkv(tokens).view(B, N, 3, self.num_heads, d // self.num_heads).unbind(2)
-        attended = flash_attention(q, k, v, causal_block=self.num_variables).reshape(B, N, d)
+        attended = flash_attention(q, k, v, causal_block=self.tokens_per_minute).reshape(B, N, d)
         tokens = self.attention_norm(tokens + self.out(attended))
         return self.feed_forward_norm(tokens + self.down(F.gelu(self.up(tokens))))
-
-
-class Projection(nn.Linear):
-    """Linear(p -> 1), or that and the loss in one pass.
-
-    It is a module of its own so that an engine which gathers weights module by module (ZeRO 3) has them here in both
-    cases.
-    """
-
-    def __init__(self, d_token: int) -> None:
-        super().__init__(d_token, 1)
-
-    def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """input [..., p] -> [...], or (sum, count) against target [...] where `mask` [...] is true."""
-        if target is None:
-            return super().forward(input).squeeze(-1)
-        return linear_masked_mse(input, self.weight[0], self.bias, target, mask)

@@ -1,13 +1,15 @@
 """Pictures of the surrogate: errors, predicted variables, a map of the network.
 
 plot_evaluation(evaluation, schema, path)
-plot_variables(day, names, schema, path)
-plot_map(network, values, label, path)
+plot_variables(day, names, schema, path, title)
+plot_map(network, values, label, path, title)
 most_moving(day, schema, scale, count)
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,21 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
 from trunkline.engine.record.pictures import INK, picture
-from trunkline.models.fluid.metrics import Evaluation
-from trunkline.models.fluid.schema import Schema, parse_column, unit
+from trunkline.models.fluid.schema import Schema, parse_column
+from trunkline.models.fluid.tally import Evaluation, mean_by_minute
+from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, in_words, kind_of, shown_unit, unit_in_words
 
-_COLOURS = {"surrogate": "#c1432b", "ridge": "#3b6ea5", "persistence": "#8c8c8c", "truth": INK}
-_QUANTITIES = {
-    "p": "pressure",
-    "q": "flow",
-    "t": "temperature",
-    "pwr": "power",
-    "inv": "linepack",
+_COLOURS = {
+    "surrogate": "#c1432b",
+    "ridge": "#3b6ea5",
+    "ridge with switches": "#7fb2dd",
+    "ridge + MLP": "#2e8b57",
+    "graph network": "#edae49",
+    "persistence": "#8c8c8c",
+    "truth": INK,
 }
+_FURTHER = ("#8d6a9f", "#00798c", "#b5651d", "#c77dba", "#7f9c3f", "#5f6caf")
+_IN_A_PICTURE = ("MPa", "m3/s", "degC")
 _SIGNALS_PER_QUANTITY = 2
 _SAME_SIGNAL = 0.98
 _STILL = 1e-4  # normalised: moves below are those of the files' decimals
@@ -38,75 +44,99 @@ _STILL = 1e-4  # normalised: moves below are those of the files' decimals
 
 @dataclass(frozen=True)
 class PredictedDay:
-    """prediction, persistence and, if known, truth: [M, Vs]. Row i is minute i + 1; rows before `first` are given."""
+    """prediction, persistence and, if known, truth: [M, Vs]; boundary [M, Vb]: the set-points. Row i is minute i + 1;
+    rows before `first` are given."""
 
     prediction: np.ndarray
     persistence: np.ndarray
     truth: np.ndarray | None
+    boundary: np.ndarray
     first: int
 
 
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each forecaster, whatever it is called."""
+    names = list(names)
+    unknown = [name for name in names if name not in _COLOURS]
+    return {name: _COLOURS.get(name) or _FURTHER[unknown.index(name) % len(_FURTHER)] for name in names}
+
+
 def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
-    """RMSE by minute of the rollouts, and by equipment group."""
-    horizons = [horizon for horizon in ("60 minutes", "whole day") if horizon in evaluation.errors]
-    bars = horizons[0] if horizons else next(iter(evaluation.errors))
-    with picture(path, 4.1 * (len(horizons) + 1), 3.4) as figure:
-        panels = figure.subplots(1, len(horizons) + 1, squeeze=False)[0]
-        for axes, horizon in zip(panels, horizons):
-            curves = evaluation.by_minute[horizon]
-            hours = horizon == "whole day"
-            for name, curve in curves.items():
-                time = np.arange(1, len(curve) + 1) / (60 if hours else 1)
-                axes.plot(time, curve.sqrt().numpy(), color=_COLOURS[name], lw=1.6, label=name)
-            axes.set_title(f"Rollout of {'a whole day' if hours else '60 minutes'}")
-            axes.set_xlabel("hours since the start" if hours else "minutes since the start")
-            axes.set_ylabel("RMSE (standard deviations)")
-            axes.set_xlim(0, time[-1])
-            axes.set_ylim(bottom=0)
-            if hours:
-                axes.set_xticks(range(0, 25, 6))
-        _draw_groups(panels[-1], evaluation, bars, schema)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    """Errors by minute of the longest rollout, in physical units; below, normalised, by minute and by kind of device.
+
+    Without rollouts, by kind of device alone.
+    """
+    rollouts = [horizon for horizon in evaluation.tallies if horizon != "1 minute"]
+    longest = rollouts[-1] if rollouts else "1 minute"
+    tallies = evaluation.tallies[longest]
+    colours = colours_of(tallies)
+    found = next(iter(tallies.values())).absolute_by_minute
+    units = [unit for unit in _IN_A_PICTURE if unit in found and rollouts]
+    rows, columns = 1 + bool(units), max(len(units), len(rollouts) + 1)
+    with picture(path, 4.1 * columns, 3.1 * rows + 0.4) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes, unit in zip(panels[0], units):
+            curves = {name: mean_by_minute(tally.absolute_by_minute[unit]).numpy() for name, tally in tallies.items()}
+            _draw_curves(axes, curves, colours, longest)
+            axes.set_title(f"{QUANTITIES[unit].capitalize()}, {longest}: mean absolute error")
+            axes.set_ylabel(unit_in_words(unit))
+        for axes, horizon in zip(panels[-1], rollouts):
+            curves = {name: curve.sqrt().numpy() for name, curve in evaluation.by_minute[horizon].items()}
+            _draw_curves(axes, curves, colours, horizon)
+            axes.set_title(f"All quantities, {horizon}: RMSE")
+            axes.set_ylabel("standard deviations of each variable")
+        groups = panels[-1, len(rollouts)]
+        _draw_groups(groups, evaluation, (rollouts or [longest])[0], schema, colours)
+        for axes in [*(panels[0, len(units) :] if units else ()), *panels[-1, len(rollouts) + 1 :]]:
+            axes.remove()
+        handles, labels = groups.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if columns > 1 else 3)
 
 
-def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schema) -> None:
-    names = list(evaluation.errors[horizon])
-    scores = {name: errors.scores(schema)["normalised"] for name, errors in evaluation.errors[horizon].items()}
-    groups = list(scores[names[0]])
-    width = 0.8 / len(names)
-    for k, name in enumerate(names):
-        places = np.arange(len(groups)) + (k - (len(names) - 1) / 2) * width
-        axes.bar(places, [scores[name][g]["rmse"] for g in groups], width, color=_COLOURS[name], label=name)
-    axes.set_xticks(range(len(groups)), groups)
+def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], colours: dict[str, str], horizon: str) -> None:
+    hours = horizon == "whole day"
+    for k, (name, curve) in enumerate(curves.items()):
+        time = np.arange(1, len(curve) + 1) / (60 if hours else 1)
+        axes.plot(time, curve, color=colours[name], lw=1.6, label=name, zorder=3 - 0.1 * k)  # the first in front
+    axes.set_xlabel("hours since the start" if hours else "minutes since the start")
+    axes.set_xlim(0, time[-1])
+    axes.set_ylim(bottom=0)
+    if hours:
+        axes.set_xticks(range(0, 25, 6))
+
+
+def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schema, colours: dict[str, str]) -> None:
+    scores = {name: of["normalised"] for name, of in evaluation.scores(schema)[horizon].items()}
+    groups = list(next(iter(scores.values())))
+    width = 0.8 / len(scores)
+    for k, (name, of) in enumerate(scores.items()):
+        places = np.arange(len(groups)) + (k - (len(scores) - 1) / 2) * width
+        axes.bar(places, [of[group]["rmse"] for group in groups], width, color=colours[name], label=name)
+    words = [GROUPS_IN_WORDS[group].replace(" and ", ",\n") for group in groups]
+    axes.set_xticks(range(len(groups)), words, fontsize=7.5, rotation=30, ha="right", rotation_mode="anchor")
     axes.grid(visible=False, axis="x")
-    axes.set_title(f"By equipment group, {horizon}")
-    axes.set_ylabel("RMSE (standard deviations)")
+    axes.set_title(f"By kind of device, {horizon}: RMSE")
+    axes.set_ylabel("standard deviations of each variable")
 
 
 def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Path, title: str) -> None:
-    """One panel a variable over the hours of the day: prediction, persistence and, if known, the truth."""
+    """One panel a variable over the hours of the day: prediction, persistence and, if known, the truth and the mean
+    absolute errors of both over the predicted minutes."""
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
-    with picture(path, 3.7 * columns + 0.6, 2.3 * rows + 0.7) as figure:
+    lines = {"persistence": day.persistence, "truth": day.truth, "surrogate": day.prediction}
+    widths = {"persistence": 1.2, "truth": 2.2, "surrogate": 1.3}
+    with picture(path, 3.9 * columns + 0.6, 2.6 * rows + 0.7) as figure:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
         hours = np.arange(1, len(day.prediction) + 1) / 60
         for axes, name in zip(panels.flat, names):
             column = schema.states.index(name)
-            axes.plot(hours, day.persistence[:, column], color=_COLOURS["persistence"], lw=1.2, label="persistence")
-            if day.truth is not None:
-                axes.plot(hours, day.truth[:, column], color=_COLOURS["truth"], lw=2.2, label="truth")
-            axes.plot(
-                hours[day.first :],
-                day.prediction[day.first :, column],
-                color=_COLOURS["surrogate"],
-                lw=1.3,
-                label="surrogate",
-            )
-            quantity = parse_column(name)[1]
-            axes.set_title(name)
-            axes.set_ylabel(f"{_quantity(quantity)} ({unit(quantity) or '?'})")
+            for line, values in lines.items():
+                if values is not None:
+                    first = day.first if line == "surrogate" else 0
+                    axes.plot(hours[first:], values[first:, column], color=_COLOURS[line], lw=widths[line], label=line)
+            axes.set_title("\n".join([f"{in_words(name)} ({shown_unit(name)})", *said_errors(day, column)]), fontsize=9)
             axes.set_xlim(0, 24)
             axes.set_xticks(range(0, 25, 6))
             axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
@@ -117,32 +147,53 @@ def plot_variables(day: PredictedDay, names: list[str], schema: Schema, path: Pa
                 axes.set_xlabel("hour of the day")
                 axes.tick_params(labelbottom=True)
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        shown = ["persistence (nothing changes)" if label == "persistence" else label for label in labels]
+        figure.legend(handles, shown, loc="outside lower center", ncols=len(labels))
 
 
-def _quantity(name: str) -> str:
-    base, _, side = name.partition("_")
-    what = _QUANTITIES.get(base, base)
-    return f"{what} {side}" if side else what
+def said_errors(day: PredictedDay, column: int) -> list[str]:
+    """A line with the mean absolute errors of a column over the predicted minutes, where the truth is known."""
+    if day.truth is None:
+        return []
+    truth = day.truth[day.first :, column]
+    if np.isnan(truth).all():
+        return []
+    surrogate, persistence = (
+        np.nanmean(np.abs(values[day.first :, column] - truth, dtype=np.float64))
+        for values in (day.prediction, day.persistence)
+    )
+    return [f"mean absolute error {surrogate:.3g}, of persistence {persistence:.3g}"]
 
 
 def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int) -> list[str]:
-    """The variables that move most over the day, in normalised units: at most two of a quantity, no signal twice."""
+    """The variables that move most over the day, in normalised units, of as many kinds of device as there are.
+
+    At most two of a quantity; no signal twice, and none that a set-point shows already.
+    """
     values = day.prediction if day.truth is None else np.where(np.isnan(day.truth), day.prediction, day.truth)
     moves = np.nan_to_num(np.std(values, axis=0, dtype=np.float64) / scale)
+    known = _signals(day.boundary)
+    kinds = [kind_of(name) for name in schema.states]
+    quantities = [parse_column(name)[1].split("_")[0] for name in schema.states]
+    left = [int(column) for column in np.argsort(-moves) if moves[column] >= _STILL]
     chosen: list[int] = []
-    of_quantity: dict[str, int] = {}
-    for column in np.argsort(-moves):
-        if len(chosen) == count or moves[column] < _STILL:
-            break
-        quantity = parse_column(schema.states[column])[1].split("_")[0]
-        if of_quantity.get(quantity, 0) == _SIGNALS_PER_QUANTITY:
-            continue
-        if any(abs(np.corrcoef(values[:, column], values[:, other])[0, 1]) > _SAME_SIGNAL for other in chosen):
-            continue
-        chosen.append(int(column))
-        of_quantity[quantity] = of_quantity.get(quantity, 0) + 1
+    while left and len(chosen) < count:
+        of_kind = Counter(kinds[column] for column in chosen)
+        column = min(left, key=lambda column: of_kind[kinds[column]])  # of equals, the one that moves most
+        left.remove(column)
+        signal = _signals(values[:, [column]])
+        if sum(quantities[other] == quantities[column] for other in chosen) == _SIGNALS_PER_QUANTITY:
+            left = [other for other in left if quantities[other] != quantities[column]]
+        elif np.abs(signal.T @ known).max(initial=0) <= _SAME_SIGNAL:
+            chosen.append(column)
+            known = np.concatenate([known, signal], axis=1)
     return [schema.states[column] for column in chosen]
+
+
+def _signals(values: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and length 1, or 0 where nothing moves: products of two are correlations."""
+    centred = values - values.mean(axis=0, dtype=np.float64)
+    return centred / np.maximum(np.sqrt(np.square(centred).sum(axis=0)), 1e-12)
 
 
 def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path: Path, title: str) -> bool:

@@ -23,6 +23,7 @@ import torch
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import made_folder
+from trunkline.models.fluid.bounds import BOUNDS, Outside
 from trunkline.models.fluid.csv.cases import read_case
 from trunkline.models.fluid.metrics import Errors
 from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
@@ -135,24 +136,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     prediction = predict_day(trained, case.boundary, start, progress=True)
     persistence = np.broadcast_to(start.states[-1], prediction.shape)
-    day = PredictedDay(prediction, persistence, case.state, start.minute)
+    day = PredictedDay(prediction, persistence, case.state, case.boundary[: len(prediction)], start.minute)
     write_day(arguments.out, case.day, prediction, schema)
+    outside = Outside.of(torch.from_numpy(prediction[start.minute :]), schema)
+    print(f"bounds: {outside.line(schema) or 'every predicted value lies within the physical ones'}")
     record = {
         "weights": str(trained.folder),
         "case": str(arguments.case),
+        "day": case.day.isoformat(),
         "start": start.source,
         "first_predicted_minute": start.minute + 1,
         "scores": _scores(day, trained),
+        "outside_bounds": {"bounds": BOUNDS, "columns": outside.by_column(schema)},
     }
     (arguments.out / "prediction.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     scale = normalization.state_scale.cpu().numpy()
     names = arguments.variables or most_moving(day, schema, scale, _VARIABLES)
-    title = (
-        f"{arguments.case.name}: a day from {_clock(start.minute)} on, predicted from its start and its boundary alone"
+    title = f"{case.day} ({arguments.case.name}), predicted from {_clock(start.minute)} on"
+    plot_variables(
+        day, names, schema, arguments.out / "variables.png", f"{title}: its set-points are known, nothing else"
     )
-    plot_variables(day, names, schema, arguments.out / "variables.png", title)
-    drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png") else "")
+    drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png", title) else "")
     print(f"wrote {', '.join(GROUPS)}.csv, {drawn} to {arguments.out}")
     return 0
 
@@ -171,17 +176,17 @@ def _scores(day: PredictedDay, trained: Trained) -> dict[str, dict[str, float]] 
     }
 
 
-def _draw_map(day: PredictedDay, trained: Trained, path: Path) -> bool:
+def _draw_map(day: PredictedDay, trained: Trained, path: Path, title: str) -> bool:
     if trained.network is None:
         return False
     pressures = {name.removesuffix("_p"): k for k, name in enumerate(trained.schema.states) if name.endswith("_p")}
     prediction = day.prediction[day.first :]
     if day.truth is None:
         values = {node: float(prediction[:, k].mean()) for node, k in pressures.items()}
-        return plot_map(trained.network, values, "mean pressure (MPa)", path, "Predicted pressure, mean of the day")
+        return plot_map(trained.network, values, "mean pressure (MPa)", path, f"{title}: pressure")
     error = 1000 * np.abs(prediction - day.truth[day.first :])
     values = {node: float(np.nan_to_num(np.nanmean(error[:, k]))) for node, k in pressures.items()}
-    return plot_map(trained.network, values, "mean absolute error (kPa)", path, "Pressure error over the day")
+    return plot_map(trained.network, values, "mean absolute error (kPa)", path, f"{title}: error of pressures")
 
 
 def _clock(minute: int) -> str:

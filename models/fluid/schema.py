@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.reading import read_json, reason
@@ -147,6 +147,27 @@ class Schema:
             raise DataError(f"{path}: cannot be read as a schema: {reason(error)}") from error
         except DataError as error:
             raise DataError(f"{path}: cannot be read as a schema: {error}") from error
+
+
+class Device(NamedTuple):
+    """A device: its type letter, and where its columns stand in the boundary [Vb] and in the state vector [Vs]."""
+
+    name: str
+    kind: str
+    boundary: tuple[int, ...]
+    states: tuple[int, ...]
+
+
+def devices(schema: Schema) -> list[Device]:
+    """The devices of a network, in the order in which its columns name them first."""
+    columns: dict[str, tuple[list[int], list[int]]] = {}
+    for k, name in enumerate(schema.columns):
+        boundary, states = columns.setdefault(parse_column(name)[0], ([], []))
+        if k < schema.num_boundary:
+            boundary.append(k)
+        else:
+            states.append(k - schema.num_boundary)
+    return [Device(name, name.split("_")[0], tuple(b), tuple(s)) for name, (b, s) in columns.items()]
 
 
 def _is_names(value: Any) -> TypeGuard[list[str]]:

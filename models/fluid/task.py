@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trunkline.engine.data.randomness import normal
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.data import FluidWindows, Sample, collate
+from trunkline.models.fluid.device_tokens import Places, spans
 from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
 from trunkline.models.fluid.network import FluidDecoder
+from trunkline.models.fluid.noise import history_noise
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import JITTER, NormalEquations
+from trunkline.models.fluid.ridge import NormalEquations
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
@@ -47,10 +49,12 @@ class FluidTask(Task):
 
     def dataset(self, split: str) -> FluidWindows:
         """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
-        return FluidWindows(self.store, split, self.data.history)
+        targets = self.data.history - self.model.window + 1
+        ahead = self.model.rollout_minutes - 1 if split == "train" else 0
+        return FluidWindows(self.store, split, self.data.history, targets, ahead)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """{"x": [B, T, V], "target": [B, T, Vs], "mask": [B, T, Vs]}; see trunkline.models.fluid.data."""
+        """{"x": [B, T, V], "target": [B, T', Vs], "mask": [B, T', Vs]}; see trunkline.models.fluid.data."""
         return collate(samples)
 
     def weight(self, batch: Batch) -> Tensor:
@@ -58,12 +62,12 @@ class FluidTask(Task):
         return _mask(batch).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
-        """Squared error summed over the targets present. With noise on the input states, if the options ask for it."""
+        """Squared error summed over the targets present, with noise on the input states if the options ask for it."""
         x = batch["x"]
         if self.model.input_noise:
             num_boundary = self.schema.num_boundary
-            drift = normal(batch["draw"], (1, self.schema.num_states))
-            noise = drift + JITTER * normal(batch["draw"], (x.shape[1], self.schema.num_states), stream=1)
+            noise = history_noise(batch["draw"], self.data.history, self.schema.num_states)
+            noise = F.pad(noise, (0, 0, 0, x.shape[1] - self.data.history))  # of later minutes no state is seen
             scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
             x = torch.cat([x[..., :num_boundary], x[..., num_boundary:] + scale * noise], dim=-1)
         total, _ = model(x, batch["target"], _mask(batch))
@@ -99,11 +103,19 @@ class FluidTask(Task):
     def flops_per_sample(self) -> float:
         """The decoder's matrix products and visible attention pairs, forward and backward (three times forward)."""
         d, _, layers, d_ff, d_token = self.model.shape
-        history, variables, states = self.data.history, self.schema.num_variables, self.schema.num_states
-        per_token = 2 * (d_token + d_token * d) + layers * 2 * (4 * d * d + 2 * d * d_ff)
-        per_state = 2 * (d * d_token + d_token)
-        pairs = variables**2 * history * (history + 1) // 2
-        return 3.0 * (history * (variables * per_token + states * per_state) + layers * 4 * d * pairs)
+        variables, states = self.schema.num_variables, self.schema.num_states
+        per_token = 2 * d_token * d + layers * 2 * (4 * d * d + 2 * d * d_ff)
+        if self.model.tokens == "scalar":
+            history, tokens, read = self.data.history, variables, states
+            values = 2 * d_token * (variables + states)
+        else:
+            places = Places.of(self.schema)
+            history, tokens = self.data.history - self.model.window + 1, places.num_devices
+            read, seen = tokens, len(spans(self.model.window))
+            values = 2 * d_token * (seen * variables + states) + 2 * d * seen * self.schema.num_boundary
+        minute = tokens * per_token + read * 2 * d * d_token + values
+        pairs = tokens**2 * history * (history + 1) // 2
+        return 3.0 * self.model.rollout_minutes * (history * minute + layers * 4 * d * pairs)
 
     def fingerprint(self) -> str:
         """Names the data set's content."""
@@ -131,6 +143,11 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
     """A decoder of the configured shape for a network's columns; its statistics are yet to be filled in."""
     if model.linear_skip and data.history < 2:
         raise ConfigError("model.linear_skip looks at the last two minutes: set data.history to 2 or more, not 1")
+    if model.window > data.history:
+        raise ConfigError(
+            f"model.window is {model.window} minutes, and the model sees {data.history}: set data.history to "
+            f"{model.window} or more"
+        )
     return FluidDecoder(
         model.shape,
         num_boundary=schema.num_boundary,
@@ -140,6 +157,8 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
         input_noise=model.input_noise,
         linear_skip=model.linear_skip,
         dense_skip=model.dense_skip,
+        places=Places.of(schema) if model.tokens == "device" else None,
+        window=model.window,
     )
 
 

@@ -19,13 +19,15 @@ def run(tmp_path):
 def test_writes_tables_and_a_picture(run, capsys):
     assert main(["--run", str(run), "--device", "cpu", "--max-cases", "1", "--horizons", "60 minutes"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split()[:3] == ["horizon", "surrogate", "ridge"]
+    lines = printed.splitlines()
+    assert lines[0] == "60 minutes"
+    assert lines[1].split()[:2] == ["surrogate", "ridge"]
     record = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert list(record["scores"]) == ["60 minutes"]
     assert record["cases"] == ["case_0000"]
     assert record["facts"] == {"step": 7}
     assert (run / "evaluation" / "evaluation.png").stat().st_size > 10_000
-    assert "By equipment group" in (run / "evaluation" / "evaluation.md").read_text()
+    assert "By kind of device" in (run / "evaluation" / "evaluation.md").read_text()
 
 
 @pytest.mark.parametrize(

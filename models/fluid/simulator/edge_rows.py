@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from trunkline.models.fluid.simulator.topology import Lines, Stations
+from trunkline.models.fluid.simulator.topology import Lines
 
 
 @dataclass
@@ -33,15 +31,4 @@ class EdgeRows:
 
     def lines_of(self, kind: str) -> Lines:
         """Pipes "P", short segments "H" or valves "B", their lengths in whole metres."""
-        start, end, length, diameter = (np.array(column) for column in zip(*self.lines[kind]))
-        return Lines(start, end, np.round(length), diameter)
-
-
-def stations_of(
-    edges: list[tuple[int, int, float, int]], low: float, high: float, ratio: float, events: float
-) -> Stations:
-    """Compressors or regulators with set pressures of `low` to `high` MPa."""
-    start, end, max_flow, station = (np.array(column) for column in zip(*edges))
-    setpoint = np.tile([low, high], (len(edges), 1))
-    full = np.full(len(edges), 1.0)
-    return Stations(start, end, setpoint, ratio * full, max_flow, events * full, station)
+        return Lines.of([(a, b, float(round(length)), diameter) for a, b, length, diameter in self.lines[kind]])

@@ -225,7 +225,7 @@ class Hydraulics:
             for on, setpoint, rise, max_flow in self._compressors
         ]
         rows += [regulator(*next(stations), on, setpoint, loss, smoothing) for on, setpoint, loss in self._regulators]
-        f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = zip(*rows)
+        f[n + lines :], self._by_p1[lines:], self._by_p2[lines:], self._by_m[lines:] = np.reshape(rows, (-1, 4)).T
         return f
 
     def _dense(self) -> Callable[[Array], Array]:

@@ -3,276 +3,50 @@
 It has 572 nodes, 230 pipes, 32 short segments, 343 ball valves,
 23 compressors, 10 control valves, 7 sources and 122 deliveries.
 
-A trunk of 27 junctions and four branches of 25 more are joined by 51 sections. Most are double lines with a valve at
-each end, so a line can be shut while the other carries the flow. Nine stations hold two or three compressors each;
-five pairs of control valves feed city networks; every delivery has a valve and a lateral pipe. The plan is drawn by a
-generator with a fixed seed, and diameters follow from the flows that the plan's balance gives.
+A trunk of 27 junctions and four branches of 25 more are joined by 51 sections. Nine stations hold two or three
+compressors each; five pairs of control valves feed city networks; every delivery has a valve.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from trunkline.models.fluid.simulator.layout import Layout
+from trunkline.models.fluid.simulator.plan import draw
+from trunkline.models.fluid.simulator.topology import Network
 
-import numpy as np
-
-from trunkline.models.fluid.simulator.edge_rows import EdgeRows, stations_of
-from trunkline.models.fluid.simulator.gas import Gas, darcy_friction
-from trunkline.models.fluid.simulator.topology import ROUGHNESS_M, Network
-
-DIAMETERS = np.array([0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4])
-BRANCHES = ((5, 7, True), (11, 6, False), (16, 6, True), (22, 6, False))  # junction of the trunk, length, flows inwards
-TRUNK = 27
-UNITS = {0: 3, 2: 2, 4: 3, 8: 3, 13: 3, 16: 2, 19: 3}  # compressors at junctions of the trunk
-BRANCH_UNITS = ((1, 1, 2), (3, 1, 2))  # branch, its section, compressors
-SUPPLY = {"trunk": {0: 430.0, 2: 120.0, 14: 100.0, 20: 100.0, 26: 110.0}, "branch": {0: 160.0, 2: 160.0}}
-SINGLE = 12  # sections of one line
-TAPS = 18  # deliveries in the middle of a line
-CITIES = (3, 7, 12, 17, 24)  # junctions of the trunk
-CITY_DELIVERIES = 4
-METERED = 11  # the largest deliveries have a short segment
-NUM_DELIVERIES = 122
+LAYOUT = Layout(
+    name="reference",
+    seed=572,
+    trunk=27,
+    branches=((5, 7, True), (11, 6, False), (16, 6, True), (22, 6, False)),
+    units={0: 3, 2: 2, 4: 3, 8: 3, 13: 3, 16: 2, 19: 3},
+    branch_units={(1, 1): 2, (3, 1): 2},
+    supply={0: 430.0, 2: 120.0, 14: 100.0, 20: 100.0, 26: 110.0},
+    branch_supply={0: 160.0, 2: 160.0},
+    deliveries=122,
+    cities=(3, 7, 12, 17, 24),
+    city_deliveries=4,
+    single=12,
+    taps=18,
+    metered=11,
+    source_pressure=(5.9, 6.2),
+    compressor_set=(7.0, 7.5),
+    max_ratio=1.7,
+    city_set=(3.4, 3.9),
+    compressor_events=0.4,
+    city_events=0.6,
+    line_events=(0.12, 0.06),
+    line_reserve=20.0,
+    station_reserve=80.0,
+    spacing=1.0,
+    drop=0.008,
+    feeder_km=0.0,
+    unit_flow=1.5,
+    city_flow=2.0,
+    by_passes=True,
+    gated=True,
+)
 
 
 def reference() -> Network:
     """The reference network; the same at every call."""
-    return _Plan().network()
-
-
-@dataclass
-class _Section:
-    start: int  # junctions, in the direction of the planned flow
-    end: int
-    length_km: float
-    units: int = 0
-    flow: float = 0.0
-
-
-class _Plan:
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(572)
-        self.gas = Gas()
-        self.xy: list[tuple[float, float]] = []
-        self.rows = EdgeRows()
-        self.deliveries: list[tuple[int, float]] = []
-        self.sources: list[tuple[int, float]] = []
-        self.junctions = self._junctions()
-        self.sections = self._sections()
-
-    def _node(self, x: float, y: float) -> int:
-        self.xy.append((x, y))
-        return len(self.xy) - 1
-
-    def _junctions(self) -> list[int]:
-        """Trunk first, then the branches one after the other."""
-        rng, places = self.rng, []
-        x = y = 0.0
-        for _ in range(TRUNK):
-            places.append((x, y))
-            x, y = x + rng.uniform(28, 42), y + rng.uniform(-14, 14)
-        for i, (foot, length, _) in enumerate(BRANCHES):
-            x, y = places[foot]
-            for _ in range(length):
-                x, y = x + rng.uniform(-4, 16), y + (1 if i % 2 == 0 else -1) * rng.uniform(26, 38)
-                places.append((x, y))
-        return [self._node(*place) for place in places]
-
-    def _branch(self, i: int) -> list[int]:
-        """The junctions of branch i, from its foot on the trunk."""
-        first = TRUNK + sum(length for _, length, _ in BRANCHES[:i])
-        return [BRANCHES[i][0], *range(first, first + BRANCHES[i][1])]
-
-    def _sections(self) -> list[_Section]:
-        sections = [_Section(j, j + 1, self._distance(j, j + 1), UNITS.get(j, 0)) for j in range(TRUNK - 1)]
-        units = {(branch, k): count for branch, k, count in BRANCH_UNITS}
-        for i, (_, length, inwards) in enumerate(BRANCHES):
-            path = self._branch(i)
-            for k in range(length):
-                a, b = (path[k + 1], path[k]) if inwards else (path[k], path[k + 1])
-                sections.append(_Section(a, b, self._distance(a, b), units.get((i, k), 0)))
-        return sections
-
-    def _distance(self, a: int, b: int) -> float:
-        return float(np.hypot(*np.subtract(self.xy[a], self.xy[b]))) * 1.05
-
-    def _demands(self) -> tuple[np.ndarray, np.ndarray]:
-        """What each delivery takes and the junction that it is planned at; cities come last."""
-        rng = self.rng
-        weight = np.full(len(self.junctions), 1.0)
-        for i, (_, _, inwards) in enumerate(BRANCHES):
-            weight[self._branch(i)[1:]] = 0.5 if inwards else 1.4
-        count = NUM_DELIVERIES - len(CITIES) * CITY_DELIVERIES
-        at = np.concatenate([np.arange(len(weight)), rng.choice(len(weight), count - len(weight))])
-        at = np.concatenate([at, np.repeat(CITIES, CITY_DELIVERIES)])
-        taken = weight[at] * rng.lognormal(0.0, 0.6, len(at))
-        total = sum(sum(part.values()) for part in SUPPLY.values())
-        return np.round(taken * total / taken.sum(), 2), at
-
-    def network(self) -> Network:
-        demand, at = self._demands()
-        balance = np.bincount(at, -demand, len(self.junctions))
-        supplies = dict(SUPPLY["trunk"])
-        supplies |= {self._branch(i)[-1]: flow for i, flow in SUPPLY["branch"].items()}
-        for junction, flow in supplies.items():
-            balance[junction] += flow
-        self._plan_flows(balance)
-        for junction, flow in supplies.items():
-            self._source(junction, flow)
-
-        leaving = {}
-        for station, section in enumerate([section for section in self.sections if section.units]):
-            leaving[id(section)] = self._compressors(section, station)
-        order = np.argsort([abs(section.flow) for section in self.sections])
-        single = {int(i) for i in order[:SINGLE]}
-        taps = self.rng.choice([i for i in range(len(self.sections)) if i not in single], TAPS, replace=False)
-        middles: dict[int, list[int]] = {}
-        for i, section in enumerate(self.sections):
-            start = leaving.get(id(section), self.junctions[section.start])
-            if i in single:
-                self._single_line(section, start, valve=i in order[:3])
-            else:
-                tap = self._double_line(section, start, tapped=i in taps)
-                if tap is not None:
-                    middles.setdefault(section.start, []).append(tap)
-        cities = {
-            junction: self._city(junction, k, demand[at == junction][-CITY_DELIVERIES:])
-            for k, junction in enumerate(CITIES)
-        }
-        first_city = len(demand) - len(CITIES) * CITY_DELIVERIES
-        largest = set(np.argsort(-demand)[:METERED].tolist())
-        for i, (flow, junction) in enumerate(zip(demand.tolist(), at.tolist())):
-            if i >= first_city:
-                self._delivery(cities[junction], flow, 3.6, i in largest)
-            elif middles.get(junction) and i >= len(self.junctions):
-                self._delivery(middles[junction].pop(), flow, 5.0, i in largest)
-            else:
-                self._delivery(self.junctions[junction], flow, 5.0, i in largest)
-        return self._assemble()
-
-    def _plan_flows(self, balance: np.ndarray) -> None:
-        """Flows of the tree of sections that carry each junction's surplus."""
-        rest, open_sections = balance.copy(), list(self.sections)
-        while open_sections:
-            ends = np.bincount([j for s in open_sections for j in (s.start, s.end)], minlength=len(rest))
-            for section in list(open_sections):
-                for leaf, other, sign in ((section.start, section.end, 1.0), (section.end, section.start, -1.0)):
-                    if ends[leaf] == 1 and section in open_sections:
-                        section.flow = sign * rest[leaf]
-                        rest[other] += rest[leaf]
-                        open_sections.remove(section)
-                        ends[leaf] -= 1
-                        ends[other] -= 1
-
-    def _diameter(self, flow: float, length_km: float, pressure: float, drop: float) -> float:
-        """The smallest that carries `flow` over the length with no more than `drop` MPa lost."""
-        friction = darcy_friction(DIAMETERS, ROUGHNESS_M)
-        lost = self.gas.resistance(np.array(length_km * 1e3), DIAMETERS, friction) * flow**2 * 0.9 / (2 * pressure)
-        fits = np.flatnonzero(lost <= drop)
-        return float(DIAMETERS[fits[0] if len(fits) else -1])
-
-    def _near(self, node: int) -> int:
-        """A new node a few hundred metres away, so that a map can show both."""
-        x, y = self.xy[node]
-        return self._node(x + self.rng.uniform(-1.5, 1.5), y + self.rng.uniform(-1.5, 1.5))
-
-    def _source(self, junction: int, flow: float) -> None:
-        diameter = self._diameter(flow, 1.0, 6.0, 0.02)
-        gate = self._near(self.junctions[junction])
-        plant = self._near(gate)
-        self.rows.lines["H"].append((plant, gate, 400.0, diameter))
-        self.rows.add_valve(gate, self.junctions[junction], diameter)
-        self.sources.append((plant, flow))
-
-    def _compressors(self, section: _Section, station: int) -> int:
-        """A station at the section's start; returns its outlet."""
-        flow = max(section.flow, 60.0)
-        diameter = self._diameter(flow, 1.0, 6.0, 0.02)
-        inlet = self._near(self.junctions[section.start])
-        outlet = self._near(inlet)
-        self.rows.lines["H"].append((self.junctions[section.start], inlet, 300.0, diameter))
-        for _ in range(section.units):
-            unit = len(self.rows.compressors)
-            a, b = self._near(inlet), self._near(outlet)
-            self.rows.add_valve(inlet, a, diameter, unit=unit)
-            self.rows.add_valve(b, outlet, diameter, unit=unit)
-            self.rows.compressors.append((a, b, round(1.5 * (flow + 80.0) / (section.units - 1), 1), station))
-        self.rows.add_valve(inlet, outlet, diameter, by_pass=station)
-        return outlet
-
-    def _single_line(self, section: _Section, start: int, valve: bool) -> None:
-        diameter = self._diameter(abs(section.flow) + 20.0, section.length_km, 6.0, 0.008 * section.length_km)
-        if valve:
-            gate = self._near(start)
-            self.rows.add_valve(start, gate, diameter)
-            start = gate
-        self.rows.lines["P"].append((start, self.junctions[section.end], section.length_km * 1e3, diameter))
-
-    def _double_line(self, section: _Section, start: int, tapped: bool) -> int | None:
-        """Two lines with a valve at both ends; the second may be shut. Returns the tap in the first."""
-        end, length = self.junctions[section.end], section.length_km * 1e3
-        diameter = self._diameter(abs(section.flow) / 2 + 15.0, section.length_km, 6.0, 0.008 * section.length_km)
-        tap = None
-        for line in (0, 1):
-            a, b = self._near(start), self._near(end)
-            self.rows.add_valve(start, a, diameter, events=0.12 * line)
-            self.rows.add_valve(b, end, diameter, events=0.06 * line)
-            if tapped and line == 0:
-                share = self.rng.uniform(0.35, 0.65)
-                (x1, y1), (x2, y2) = self.xy[a], self.xy[b]
-                tap = self._node(x1 + share * (x2 - x1), y1 + share * (y2 - y1))
-                self.rows.lines["P"] += [(a, tap, length * share, diameter), (tap, b, length * (1 - share), diameter)]
-            else:
-                self.rows.lines["P"].append((a, b, length, diameter))
-        return tap
-
-    def _city(self, junction: int, station: int, demand: np.ndarray) -> int:
-        """A pair of control valves behind a short segment; returns the low pressure node."""
-        flow = float(demand.sum())
-        inlet = self._near(self.junctions[junction])
-        outlet = self._near(inlet)
-        self.rows.lines["H"].append((self.junctions[junction], inlet, 300.0, self._diameter(flow, 1.0, 6.0, 0.02)))
-        for _ in range(2):
-            self.rows.regulators.append((inlet, outlet, round(2.0 * flow, 1), station))
-        return outlet
-
-    def _delivery(self, node: int, flow: float, pressure: float, metered: bool) -> None:
-        angle, length = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(3.0, 14.0)
-        diameter = self._diameter(1.4 * flow, length, pressure, 0.15)
-        gate = self._near(node)
-        x, y = self.xy[gate]
-        place = self._node(x + length * np.cos(angle), y + length * np.sin(angle))
-        self.rows.add_valve(node, gate, diameter)
-        self.rows.lines["P"].append((gate, place, length * 1e3, diameter))
-        if metered:
-            meter = place
-            place = self._near(meter)
-            self.rows.lines["H"].append((meter, place, 200.0, diameter))
-        self.deliveries.append((place, flow))
-
-    def _assemble(self) -> Network:
-        rows = self.rows
-        source_node, source_flow = (np.array(column) for column in zip(*self.sources))
-        delivery_node, delivery_flow = (np.array(column) for column in zip(*self.deliveries))
-        x, y = np.array(self.xy).T
-        return Network(
-            name="reference",
-            gas=self.gas,
-            x_km=np.round(x, 3),
-            y_km=np.round(y, 3),
-            station_volume=np.full(len(self.xy), 20.0),
-            pipes=rows.lines_of("P"),
-            shorts=rows.lines_of("H"),
-            valves=rows.lines_of("B"),
-            valve_open=np.array(rows.valve_open),
-            valve_events=np.array(rows.valve_events),
-            valve_unit=np.array(rows.valve_unit),
-            valve_by_pass=np.array(rows.valve_by_pass),
-            compressors=stations_of(rows.compressors, 7.0, 7.5, 1.7, 0.4),
-            regulators=stations_of(rows.regulators, 3.4, 3.9, 1.0, 0.6),
-            source_node=source_node,
-            source_flow=source_flow,
-            source_temperature=np.round(self.rng.uniform(10, 25, len(source_node)), 1),
-            pressure_source=0,
-            source_pressure=np.array([5.9, 6.2]),
-            delivery_node=delivery_node,
-            delivery_flow=delivery_flow,
-        )
+    return draw(LAYOUT)

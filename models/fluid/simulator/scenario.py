@@ -6,7 +6,9 @@ later. Switches (compressors, control valves, ball valves) come at random slots,
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -65,7 +67,7 @@ class Day:
         sources = self.source_flow.copy()
         sources[:, network.pressure_source] = self.source_pressure
         pairs = [
-            np.stack([on, value], axis=2).reshape(len(on), -1)
+            np.stack([on, value], axis=2).reshape(len(on), 2 * on.shape[1])
             for on, value in (
                 (self.compressor_on, self.compressor_set),
                 (self.regulator_on, self.regulator_set),
@@ -97,9 +99,17 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
     compressor_on = _switched(rng, np.ones(len(compressors)), compressors.events, 4)
     opening = _switched(rng, network.valve_open, network.valve_events, 8)
     regulator_on = _switched(rng, np.ones(len(regulators)), regulators.events, 4)
-    if not any(np.diff(switch[BEFORE:], axis=0).any() for switch in (compressor_on, opening, regulator_on)):
+    switches = (
+        (compressor_on, compressors.events),
+        (opening, network.valve_events),
+        (regulator_on, regulators.events),
+    )
+    if not any(np.diff(switch[BEFORE:], axis=0).any() for switch, _ in switches):
         start = BEFORE + SLOT_ROWS * int(rng.integers(1, 7))
-        compressor_on[start : start + 4, 0] = 1.0 - compressor_on[start, 0]
+        able = ((switch, device) for switch, events in switches for device in np.flatnonzero(events))
+        for switch, device in islice(able, 1):
+            switch[start : start + 4, device] = 1.0 - switch[start, device]
+    compressor_on = _one_on(compressors, compressor_on, by_passed=set(network.valve_by_pass.tolist()))
     return Day(
         source_flow=np.round(supply, 4),
         source_pressure=np.round(pressure, 4),
@@ -114,7 +124,7 @@ def random_day(network: Network, rng: np.random.Generator) -> Day:
 
 def _set_pressures(rng: np.random.Generator, stations: Stations) -> Array:
     """[rows, K], the same for all devices of a station: around a level of the day, within the device's range."""
-    count = int(stations.station.max()) + 1
+    count = stations.num_stations
     level = rng.random(count)
     share = np.clip(level + rng.uniform(-0.25, 0.25, (BEFORE + ROWS, count)), 0.0, 1.0)
     share = _held(share, _changes(rng, count, 0.4))[:, stations.station]
@@ -133,12 +143,12 @@ def _interlocked(network: Network, opening: Array, compressor_on: Array) -> Arra
     return opening
 
 
-def _one_on(regulators: Stations, on: Array) -> Array:
-    """Of several control valves in parallel one stays on, since nothing else feeds what lies behind them."""
+def _one_on(devices: Stations, on: Array, by_passed: Set[int] = frozenset()) -> Array:
+    """Of several devices in parallel one stays on, unless a by-pass feeds what lies behind them."""
     on = on.copy()
-    for station in range(int(regulators.station.max()) + 1):
-        members = np.flatnonzero(regulators.station == station)
-        if len(members) > 1:
+    for station in range(devices.num_stations):
+        members = np.flatnonzero(devices.station == station)
+        if len(members) > 1 and station not in by_passed:
             starved = ~on[:, members].any(axis=1)
             on[starved, members[0]] = 1.0
     return on

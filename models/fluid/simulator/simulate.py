@@ -4,6 +4,7 @@
 
     <out>/network.json                                      the network and what made the folder
     <out>/{train,test}/case_0001/{Boundary,B,C,H,N,P,R,T&E}.csv
+                                                            a kind of device that the network lacks has no file
 
 Boundary.csv has a row every 30 minutes from 0:00; the others one a minute, 0:01 to 24:00. The row of a minute is the
 state at its end, under the set-points in force at that minute. Flows are means over the minute, so linepack changes by
@@ -36,11 +37,12 @@ from trunkline.models.fluid.simulator import scenario
 from trunkline.models.fluid.simulator.gas import Array
 from trunkline.models.fluid.simulator.hydraulics import EQUATIONS
 from trunkline.models.fluid.simulator.reference_network import reference
+from trunkline.models.fluid.simulator.regional_network import regional
 from trunkline.models.fluid.simulator.scenario import Day, random_day
 from trunkline.models.fluid.simulator.topology import Network, demo
 from trunkline.models.fluid.simulator.transient import MINUTES, Record, run_day
 
-NETWORKS = {"demo": demo, "reference": reference}
+NETWORKS = {"demo": demo, "regional": regional, "reference": reference}
 FORMAT = 1
 DRAFT = ".network.json.draft"
 DECIMALS = {"p": 6, "q": 5, "t": 4, "pwr": 3, "inv": 2}
@@ -56,7 +58,7 @@ def simulate(
     boundary_only_tests: bool = False,
     workers: int | None = None,
 ) -> None:
-    """Writes `cases` training and `test_cases` test days of a network ("demo", "reference") into `out`.
+    """Writes `cases` training and `test_cases` test days of a network (a name of NETWORKS) into `out`.
 
     Test days carry outputs too, unless `boundary_only_tests`. Called again on a folder of the same network and seed, it
     adds the cases that are missing. `workers` processes work at once, one for each processor by default.
@@ -229,6 +231,8 @@ def _write_boundary(path: Path, network: Network, day: Day, date: datetime.datet
 def _write_outputs(folder: Path, network: Network, record: Record, date: datetime.datetime) -> None:
     times = _times(date, range(1, MINUTES + 1))
     for name, table in outputs(network, record).items():
+        if not table:
+            continue
         columns: dict[str, Any] = {"TIME": times}
         for column, values in table.items():
             decimals = DECIMALS[column.split("_")[2]]

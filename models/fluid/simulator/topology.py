@@ -29,6 +29,12 @@ class Lines:
     length: Array
     diameter: Array
 
+    @classmethod
+    def of(cls, rows: list[tuple[int, int, float, float]]) -> Lines:
+        """Lines of (start, end, length, diameter), any number of them."""
+        start, end, length, diameter = np.array(rows, dtype=float).reshape(-1, 4).T
+        return cls(start.astype(np.intp), end.astype(np.intp), length, diameter)
+
     @property
     def friction(self) -> Array:
         """Darcy friction factor."""
@@ -58,6 +64,27 @@ class Stations:
     max_flow: Array
     events: Array  # how many times a day each is switched off for a while
     station: Index  # those of one station share their set pressure
+
+    @classmethod
+    def of(
+        cls, rows: list[tuple[int, int, float, int]], setpoint: tuple[float, float], max_ratio: float, events: float
+    ) -> Stations:
+        """Devices of (start, end, max_flow, station), any number of them, alike in the rest."""
+        start, end, max_flow, station = np.array(rows, dtype=float).reshape(-1, 4).T
+        full = np.ones(len(rows))
+        return cls(
+            start=start.astype(np.intp),
+            end=end.astype(np.intp),
+            setpoint=np.tile(setpoint, (len(rows), 1)),
+            max_ratio=max_ratio * full,
+            max_flow=max_flow,
+            events=events * full,
+            station=station.astype(np.intp),
+        )
+
+    @property
+    def num_stations(self) -> int:
+        return int(self.station.max(initial=-1)) + 1
 
     def __len__(self) -> int:
         return len(self.start)
@@ -173,26 +200,6 @@ class Network:
         }
 
 
-def _lines(rows: list[tuple[int, int, float, float]]) -> Lines:
-    start, end, length, diameter = (np.array(column) for column in zip(*rows))
-    return Lines(start.astype(np.intp), end.astype(np.intp), length.astype(float), diameter.astype(float))
-
-
-def _station(
-    start: int, end: int, setpoint: tuple[float, float], max_ratio: float, max_flow: float, events: float
-) -> Stations:
-    """A station of one device."""
-    return Stations(
-        np.array([start]),
-        np.array([end]),
-        np.array([setpoint]),
-        np.array([max_ratio]),
-        np.array([max_flow]),
-        np.array([events]),
-        np.array([0]),
-    )
-
-
 def demo() -> Network:
     """A source at set pressure, a compressor, two parallel lines (one behind a ball valve) and two deliveries in a ring
     that a control valve can feed: 7 nodes, 94 variables.
@@ -207,15 +214,15 @@ def demo() -> Network:
         x_km=np.array([0.0, 2.0, 4.0, 45.0, 47.0, 70.0, 75.0]),
         y_km=np.array([0.0, 0.0, -6.0, 0.0, -6.0, 15.0, -8.0]),
         station_volume=np.full(7, 20.0),
-        pipes=_lines([(1, 3, 35e3, 0.65), (2, 3, 35e3, 0.6), (3, 5, 25e3, 0.65), (4, 6, 20e3, 0.7)]),
-        shorts=_lines([(5, 6, 2000.0, 0.21)]),
-        valves=_lines([(1, 2, 100.0, 0.35)]),
+        pipes=Lines.of([(1, 3, 35e3, 0.65), (2, 3, 35e3, 0.6), (3, 5, 25e3, 0.65), (4, 6, 20e3, 0.7)]),
+        shorts=Lines.of([(5, 6, 2000.0, 0.21)]),
+        valves=Lines.of([(1, 2, 100.0, 0.35)]),
         valve_open=np.array([1.0]),
         valve_events=np.array([1.2]),
         valve_unit=np.array([-1]),
         valve_by_pass=np.array([-1]),
-        compressors=_station(0, 1, (6.0, 6.5), 1.8, 220.0, 1.2),
-        regulators=_station(3, 4, (4.8, 5.3), 1.0, 60.0, 1.2),
+        compressors=Stations.of([(0, 1, 220.0, 0)], (6.0, 6.5), 1.8, 1.2),
+        regulators=Stations.of([(3, 4, 60.0, 0)], (4.8, 5.3), 1.0, 1.2),
         source_node=np.array([0, 3]),
         source_flow=np.array([90.0, 25.0]),
         source_temperature=np.array([18.0, 25.0]),

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from trunkline.engine.errors import DataError
-from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
-from trunkline.engine.record.report import History, _metric_panels, write_report
+from trunkline.engine.record.metrics_file import MetricsFile
+from trunkline.engine.record.report import write_report
 from trunkline.engine.record.report_plots import Panel, Series, plot_panels, smooth
 
 CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
@@ -77,17 +77,6 @@ def test_every_picture_that_the_summary_shows_is_one(report: Path) -> None:
         pixels = imread(report / name)
         assert min(pixels.shape[:2]) > 200
         assert pixels.std() > 0.01
-
-
-def test_metrics_with_parts_share_a_panel_with_or_without_a_whole(tmp_path: Path) -> None:
-    file = MetricsFile.open(tmp_path / "metrics.jsonl")
-    rewards = {"rewards/chosen": 1.0, "rewards/rejected": -1.0}
-    file.log(1, "val", {"loss": 1.0, "rmse": 2.0, "rmse/P": 3.0, "mean_rmse": 4.0, **rewards})
-    file.close()
-    panels = {
-        panel.title: list(panel.curves) for panel in _metric_panels(History(read_metrics(tmp_path / "metrics.jsonl")))
-    }
-    assert panels == {"rmse": ["validation", "P", "mean (compared)"], "rewards": ["chosen", "rejected"]}
 
 
 def test_a_metric_that_should_grow_is_best_where_it_is_largest(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Evaluation: which minutes are scored, against scores worked out apart from it; the files it writes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from tests.models.fluid.trained_run import write_run
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.evaluate import HORIZONS, evaluate
 from trunkline.models.fluid.evaluation_report import write_report
-from trunkline.models.fluid.plots import plot_evaluation
+from trunkline.models.fluid.plots import colours_of, plot_evaluation
+from trunkline.models.fluid.relative_errors import LEAST, RESOLUTION
 from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.store_writer import write_store
+from trunkline.models.fluid.tally import Tally, Yardstick, mean_by_minute
 from trunkline.models.fluid.trained import load_trained
 
 CPU = torch.device("cpu")
 T = 3
+SIX = ("surrogate", "ridge", "ridge with switches", "ridge + MLP", "graph network", "persistence")
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +95,124 @@ def test_baselines_that_are_asked_for(trained, store):
 
 def test_report_and_picture(result, trained, tmp_path):
     text = write_report(result, trained, tmp_path)
-    assert text.splitlines()[0].split()[:4] == ["horizon", "surrogate", "ridge", "persistence"]
-    assert len(text.splitlines()) == 4
+    names = ["surrogate", "ridge", "persistence"]
+    lines = text.splitlines()
+    assert lines[1].split() == names
+    assert [line for line in lines if line in HORIZONS] == list(HORIZONS)
+    assert lines[-4].split() == ["horizon", *names, "surrogate", "/", "best", "other"]
     record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["copied_from_set_points"] == {}
+    assert record["scores_with_copies"] == record["scores"]
     for horizon in HORIZONS:
-        for name in ("surrogate", "ridge", "persistence"):
+        for name in names:
             scores = record["scores"][horizon][name]
             assert scores["normalised"]["all"]["rmse"] == pytest.approx(rmse(result, horizon, name))
             assert set(scores["physical"]["P"]) == {"MPa", "m3"}
     markdown = (tmp_path / "evaluation.md").read_text()
     assert f"{rmse(result, '60 minutes', 'surrogate'):.4g}" in markdown
-    assert "| T&E | m3/s |" in markdown
+    assert "All 8 output columns are scored" in markdown
+    assert "| sources and deliveries, flow, MAE (Nm3/s) |" in markdown
+    assert "m3/s" not in markdown.replace("Nm3/s", "")
     plot_evaluation(result, SCHEMA, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def copying(tmp_path_factory):
+    """Two of the eight states copy a set-point; the other six, and persistence, are known by hand."""
+    root = tmp_path_factory.mktemp("copying")
+    splits, seed = {}, 0
+    for split, count in (("train", 3), ("test", 2)):
+        splits[split] = {}
+        for number in range(count):
+            boundary, state = day(seed := seed + 1, 240)
+            state[:, COPIED] = boundary
+            splits[split][f"case_{number}"] = (boundary, state)
+    write_store(root / "store", SCHEMA, splits)
+    write_run(root / "run", root / "store", history=T)
+    trained = load_trained(root / "run", CPU)
+    result = evaluate(trained, Store.open(root / "store"), "test", with_ridge=False)
+    states = [state for _, state in splits["test"].values()]
+    windows = [(c[r + T - 1], c[r + T : r + T + 60]) for c in states for r in range(0, 240 - T - 60 + 1, 60)]
+    last, truth = (np.stack(part).astype(np.float64) for part in zip(*windows))
+    return trained, result, np.broadcast_to(last[:, None], truth.shape), truth
+
+
+COPIED = [SCHEMA.states.index(name) for name in ("N_001_p", "E_001_q")]
+OTHERS = [k for k in range(8) if k not in COPIED]
+
+
+def test_no_score_counts_what_only_copies_a_set_point(copying):
+    trained, result, last, truth = copying
+    assert result.copied == {"N_001_p": "T_001:SP", "E_001_q": "E_001:SNQ"}
+    error = last - truth
+    scaled = error / trained.model.normalization.state_scale.numpy()
+    for with_copies, columns in ((False, OTHERS), (True, list(range(8)))):
+        scores = result.scores(SCHEMA, with_copies)["60 minutes"]["persistence"]
+        want = np.square(scaled[..., columns]).mean()
+        assert scores["normalised"]["all"]["mse"] == pytest.approx(want, rel=1e-4)
+    scores = result.scores(SCHEMA)["60 minutes"]["persistence"]
+    assert "T&E" not in scores["normalised"], "its one column is a copy"
+    pressures = [k for k in OTHERS if "_p" in SCHEMA.states[k]]
+    assert scores["physical"]["all"]["MPa"]["mae"] == pytest.approx(np.abs(error[..., pressures]).mean(), rel=1e-4)
+    by_minute = result.by_minute["60 minutes"]["persistence"]
+    np.testing.assert_allclose(by_minute, np.square(scaled[..., OTHERS]).mean((0, 2)), rtol=1e-4)
+    sums = result.tallies["60 minutes"]["persistence"].absolute_by_minute
+    assert set(sums) == {"MPa", "m3/s", "degC", "m3"}
+    np.testing.assert_allclose(mean_by_minute(sums["MPa"]), np.abs(error[..., pressures]).mean((0, 2)), rtol=1e-4)
+
+
+def test_medians_and_copies_stand_in_the_report(copying, tmp_path):
+    trained, result, last, truth = copying
+    write_report(result, trained, tmp_path)
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    markdown = (tmp_path / "evaluation.md").read_text()
+    for unit, letter, what in (("MPa", "p", "pressure"), ("m3/s", "q", "flow")):
+        columns = [k for k in OTHERS if f"_{letter}" in SCHEMA.states[k]]
+        error, size = np.abs(last - truth)[..., columns], np.abs(truth[..., columns])
+        want = np.median((error / size)[size >= LEAST[unit]])
+        found = record["relative_errors"]["60 minutes"]["persistence"][unit]
+        assert found["median"] == pytest.approx(want, rel=1.1 * RESOLUTION)
+        assert found["values"] + found["left_out"] == error.size
+        assert found["left_out"] == (size < LEAST[unit]).sum()
+        assert f"| {what}, median relative error (%) | " in markdown
+    assert record["copied_from_set_points"] == result.copied
+    for key, with_copies in (("scores", False), ("scores_with_copies", True)):
+        want = result.scores(SCHEMA, with_copies)["60 minutes"]["persistence"]["normalised"]["all"]["rmse"]
+        assert record[key]["60 minutes"]["persistence"]["normalised"]["all"]["rmse"] == pytest.approx(want)
+    assert "2 of 8 output columns only copy a set-point" in markdown
+    assert "`N_001_p` (`T_001:SP`), `E_001_q` (`E_001:SNQ`)" in markdown
+    assert markdown.index("## Physical units") < markdown.index("## Normalised")
+
+
+def test_predictions_outside_bounds_are_counted_in_the_report(copying, tmp_path):
+    trained, result, _, truth = copying
+    write_report(result, trained, tmp_path)
+    assert "None: no pressure, power or linepack below 0" in (tmp_path / "evaluation.md").read_text()
+    low = torch.from_numpy(truth).float()
+    low[0, :5, SCHEMA.states.index("P_001_inv")] = -3.0
+    yardstick = Yardstick(trained.model.normalization, SCHEMA, result.copied)
+    tallies = {"60 minutes": {"surrogate": Tally.of(low, torch.from_numpy(truth).float(), yardstick)}}
+    write_report(replace(result, tallies=tallies), trained, tmp_path)
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -3.0}}
+    line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -3 Nm3, bound 0)."
+    assert line in (tmp_path / "evaluation.md").read_text().splitlines()
+
+
+def test_six_forecasters_have_a_column_and_a_colour_each(copying, tmp_path):
+    trained, result, *_ = copying
+    tallies = {
+        horizon: dict.fromkeys((*SIX, "another", "and another"), of["persistence"])
+        for horizon, of in result.tallies.items()
+    }
+    many = replace(result, tallies=tallies)
+    write_report(many, trained, tmp_path)
+    plot_evaluation(many, SCHEMA, tmp_path / "x.png")
+    assert f"|  | {' | '.join([*SIX, 'another', 'and another'])} |" in (tmp_path / "evaluation.md").read_text()
+    assert len(set(colours_of([*SIX, "another", "and another"]).values())) == 8
+    plot_evaluation(replace(many, tallies={"1 minute": tallies["1 minute"]}), SCHEMA, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size < (tmp_path / "x.png").stat().st_size, "bars alone"
 
 
 def test_a_split_without_outputs_and_a_foreign_store_are_named(trained, store, tmp_path):

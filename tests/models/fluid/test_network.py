@@ -7,7 +7,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from trunkline.kernels import triton_path
 from trunkline.models.fluid.config import PRESETS, DecoderShape
-from trunkline.models.fluid.network import Encodings, FluidDecoder, Projection
+from trunkline.models.fluid.device_tokens import Places
+from trunkline.models.fluid.network import FluidDecoder
+from trunkline.models.fluid.scalar_tokens import Encodings, Projection
 
 SHAPE = DecoderShape(32, 2, 2, 64, 16)
 B, T, VB, VS = 2, 3, 4, 9
@@ -19,6 +21,12 @@ PARAMETERS = {
     "large": 57_298_177,
     "xl": 152_210_433,
 }
+
+
+DEVICES = Places(  # three of one kind, of which one value is steered; a valve without measurements; a lone pipe
+    inputs=(((0, 4, 7), (1, 5, 12), (2, 8, 9)), ((3,),), ((6, 10, 11),)),
+    outputs=(((0, 3), (1, 8), (4, 5)), ((),), ((2, 6, 7),)),
+)
 
 
 def decoder(seed=0, **options):
@@ -33,6 +41,9 @@ def decoder(seed=0, **options):
         model.skip.bias.copy_(torch.randn_like(model.skip.bias) * 0.1)
     if model.dense is not None:
         torch.nn.init.normal_(model.dense.leave.weight)
+    if model.window > 1 or "places" in options:
+        for name, parameter in model.projection.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if "weight" in name else 0.1)
     return model
 
 
@@ -48,6 +59,10 @@ OPTIONS = [
     {"linear_skip": True},
     {"target": "change", "linear_skip": True},
     {"target": "change", "linear_skip": True, "dense_skip": 8},
+    {"places": DEVICES},
+    {"places": DEVICES, "window": 2, "target": "change", "input_noise": 0.02},
+    {"places": DEVICES, "window": 2, "target": "change", "linear_skip": True, "dense_skip": 8},
+    {"places": DEVICES, "window": 3, "target": "change", "linear_skip": True},
 ]
 
 
@@ -63,13 +78,14 @@ def test_nothing_at_a_later_minute_reaches_an_earlier_one(options):
     model = decoder(**options)
     x = window(model)
     before = model(x)
-    assert before.shape == (B, T, VS)
-    for minute in range(1, T):
+    early = model.window - 1  # minutes without a prediction
+    assert before.shape == (B, T - early, VS)
+    for minute in range(1 + early, T):
         later = x.clone()
         later[:, minute:] += 1
-        after = model(later)
-        assert torch.equal(after[:, :minute], before[:, :minute])
-        assert not torch.isclose(after[:, minute:], before[:, minute:]).any()
+        after, cut = model(later), minute - early
+        assert torch.equal(after[:, :cut], before[:, :cut])
+        assert not torch.isclose(after[:, cut:], before[:, cut:]).any()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -84,8 +100,9 @@ def test_every_boundary_value_moves_every_prediction_of_its_minute(options):
         assert (difference > 1e-9).all(), f"boundary column {column} does not reach some device"
 
 
-def test_every_device_of_a_minute_reaches_every_other():
-    model = decoder()
+@pytest.mark.parametrize("options", [{}, {"places": DEVICES}])
+def test_every_device_of_a_minute_reaches_every_other(options):
+    model = decoder(**options)
     x = window(model)
     before = model(x)
     moved = x.clone()
@@ -97,8 +114,8 @@ def test_every_device_of_a_minute_reaches_every_other():
 def test_the_loss_is_the_masked_squared_error_of_the_prediction(options):
     model = decoder(**options)
     x = window(model)
-    target = window(model, seed=2)[..., VB:]
-    mask = torch.rand(B, T, VS, generator=torch.Generator().manual_seed(3)) > 0.3
+    target = window(model, seed=2)[:, model.window - 1 :, VB:]
+    mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) > 0.3
     total, count = model(x, target.masked_fill(~mask, float("nan")), mask)
     unit = torch.ones(VS)
     if model.target == "change":
@@ -149,10 +166,11 @@ def test_statistics_stay_fp32_when_the_model_is_cast():
         assert torch.equal(model.state_dict()[name], buffer)
 
 
+@pytest.mark.parametrize("tokens", [{}, {"places": DEVICES, "window": 2}])
 @pytest.mark.parametrize("cast", ["autocast", "weights"])
-def test_bf16_trains_and_predicts_close_to_fp32(cast):
-    model = decoder(target="change")
-    x, target = window(model), window(model, seed=2)[..., VB:]
+def test_bf16_trains_and_predicts_close_to_fp32(cast, tokens):
+    model = decoder(target="change", **tokens)
+    x, target = window(model), window(model, seed=2)[:, model.window - 1 :, VB:]
     want = model(x)
     if cast == "weights":
         model.to(torch.bfloat16)
@@ -188,8 +206,9 @@ def test_a_step_lowers_the_loss():
     assert losses == sorted(losses, reverse=True)
 
 
-def test_compiles_without_graph_breaks():
-    model = decoder(target="change", linear_skip=True)
+@pytest.mark.parametrize("tokens", [{}, {"places": DEVICES, "window": 2}])
+def test_compiles_without_graph_breaks(tokens):
+    model = decoder(target="change", linear_skip=True, **tokens)
     x = window(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -231,3 +250,26 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
     gib = (peak + inside_an_operator + kept_a_parameter * PARAMETERS["large"]) / 2**30
     print(f"large, micro-batch {micro_batch}: {gib:.1f} GiB")
     assert gib == pytest.approx(32.4, rel=0.02)  # as docs/measured.md says
+
+
+@pytest.mark.parametrize("options", [{}, {"places": DEVICES, "window": 2}, {"places": DEVICES, "window": 3}])
+def test_a_rollout_in_the_loss_is_the_model_fed_with_its_own_predictions(options):
+    model = decoder(target="change", linear_skip=True, dense_skip=8, **options)
+    ahead = 4
+    x = torch.cat([window(model), window(model, seed=5), window(model, seed=6)], dim=1)[:, : T + ahead]
+    target = x[:, model.window - 1 :, VB:] + 0.1
+    mask = torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    total, count = model(x, target.masked_fill(~mask, float("nan")), mask)
+    unit = (model.normalization.change.square() + model.input_noise**2).sqrt() * model.normalization.state_scale
+    states = x[:, :T, VB:]
+    predicted = [model(x[:, :T])]
+    for minute in range(1, ahead + 1):
+        states = torch.cat([states[:, 1:], predicted[-1][:, -1:]], dim=1)
+        predicted.append(model(torch.cat([x[:, minute : minute + T, :VB], states], dim=-1))[:, -1:])
+    error = (torch.cat(predicted, dim=1) - target) / unit
+    torch.testing.assert_close(total, error[mask].square().sum(), rtol=1e-4, atol=0)
+    assert count == mask.sum()
+    total.backward()
+    seen_later = x.clone()
+    seen_later[:, T:, VB:] += 1
+    assert torch.equal(model(seen_later, target, mask)[0], model(x, target, mask)[0]), "later states are not seen"

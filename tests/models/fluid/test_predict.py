@@ -125,7 +125,10 @@ def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, monkeypa
     for picture in ("variables.png", "map.png"):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     record = json.loads((out / "prediction.json").read_text())
-    assert record["start"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert record["start"] in printed
+    assert "bounds: every predicted value lies within the physical ones" in printed
+    assert record["outside_bounds"]["columns"] == {}
     if case == "bare":
         assert "nearest" in record["start"]
         assert record["scores"] is None
@@ -133,6 +136,33 @@ def test_the_launcher_writes_files_and_pictures(root, tmp_path, capsys, monkeypa
     else:
         assert record["scores"]["surrogate"]["rmse"] < 0.05 < record["scores"]["persistence"]["rmse"]
         assert record["first_predicted_minute"] == T + 1
+
+
+def test_values_outside_physical_bounds_are_counted_and_written_as_they_are(root, tmp_path, capsys, monkeypatch):
+    from trunkline.launchers.predict import main
+
+    monkeypatch.setattr(predict, "MINUTES", 100)
+    case, out = tmp_path / "case_0001", tmp_path / "out"
+    case.mkdir()
+    lines = (root / "bare" / "Boundary.csv").read_text().splitlines()
+    cells = [line.split(",") for line in lines[1:]]
+    lost = [",".join([time, "-900", flow]) for time, _, flow in cells]  # a pressure that no source has
+    (case / "Boundary.csv").write_text("\n".join([lines[0], *lost]) + "\n")
+    assert main(["--run", str(root / "run"), "--case", str(case), "--out", str(out), "--device", "cpu"]) == 0
+    record = json.loads((out / "prediction.json").read_text())
+    bounds = {"p": (0, np.inf), "inv": (0, np.inf), "t": (-50, 150)}
+    want = {}
+    for group in GROUPS:
+        for name, values in pl.read_csv(out / f"{group}.csv").drop("TIME").to_dict().items():
+            low, high = bounds.get(name.split("_")[2], (-np.inf, np.inf))
+            beyond = np.maximum(low - values.to_numpy(), values.to_numpy() - high)
+            if (beyond > 0).any():
+                want[name] = {"values": int((beyond > 0).sum()), "worst": pytest.approx(values[int(beyond.argmax())])}
+    assert len(want) > 2
+    assert record["outside_bounds"]["columns"] == want
+    assert record["day"] == "2025-01-31"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bounds: ")]
+    assert f"{sum(of['values'] for of in want.values()):,} values outside physical bounds" in line
 
 
 def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):

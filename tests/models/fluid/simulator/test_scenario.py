@@ -59,6 +59,18 @@ def test_one_of_the_control_valves_of_a_city_is_always_on() -> None:
         assert len(on) == BEFORE + ROWS
 
 
+def test_a_station_without_by_pass_keeps_a_compressor_on() -> None:
+    network = NETWORKS["regional"]()
+    station = network.compressors.station
+    assert (network.valve_by_pass < 0).all()
+    switched = 0
+    for seed in range(30):
+        on = random_day(network, np.random.default_rng(seed)).compressor_on
+        assert all(on[:, station == k].any(axis=1).all() for k in set(station.tolist()))
+        switched += int(np.abs(np.diff(on, axis=0)).sum())
+    assert switched > 60
+
+
 def test_source_and_demand_of_a_network_nearly_balance() -> None:
     for name in NETWORKS:
         network = NETWORKS[name]()

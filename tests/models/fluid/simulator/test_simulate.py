@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -20,6 +21,7 @@ import polars as pl
 import pytest
 
 from trunkline.engine.errors import ConfigError, DataError, TrunklineError
+from trunkline.models.fluid.flags import prepare
 from trunkline.models.fluid.simulator.scenario import random_day
 from trunkline.models.fluid.simulator.simulate import NETWORKS, outputs, simulate
 from trunkline.models.fluid.simulator.topology import Network
@@ -243,10 +245,17 @@ def test_a_worker_that_is_killed_is_told_in_one_message(tmp_path: Path) -> None:
     assert all(len(list(case.iterdir())) == 8 for case in (tmp_path / "out/train").iterdir())
 
 
+def test_prepare_offers_every_network() -> None:
+    parser = argparse.ArgumentParser()
+    prepare(parser)
+    (offered,) = [action.choices for action in parser._actions if action.dest == "simulate"]
+    assert list(offered) == list(NETWORKS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"network": "demoo"}, "choose one of demo, reference"),
+        ({"network": "demoo"}, "choose one of demo, regional, reference"),
         ({"cases": 0}, "at least one"),
         ({"cases": -1}, "at least one|0 or greater"),
         ({"seed": -5}, "seed -5"),

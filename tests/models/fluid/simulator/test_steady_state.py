@@ -175,7 +175,7 @@ def _boundary(network: Network, day: Day, row: int) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, dict[str, Any]]:
-    """network.json of both networks."""
+    """network.json of every network."""
     return {name: json.loads(describe(name, seed=0)) for name in NETWORKS}
 
 
@@ -208,13 +208,15 @@ def test_demo_settles_to_the_independent_steady_state(setting: str, document: di
     assert flow < 1e-3
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_reference_settles_to_the_independent_steady_state(seed: int, document: dict[str, dict[str, Any]]) -> None:
-    network, row = NETWORKS["reference"](), scenario.BEFORE + 20
+@pytest.mark.parametrize(("name", "seed"), [("reference", 0), ("reference", 1), ("regional", 0), ("regional", 1)])
+def test_a_whole_network_settles_to_the_independent_steady_state(
+    name: str, seed: int, document: dict[str, dict[str, Any]]
+) -> None:
+    network, row = NETWORKS[name](), scenario.BEFORE + 20
     day = random_day(network, np.random.default_rng(seed))
     record = _settled(network, day, row)
     assert np.abs(record.p[-1] - record.p[-3]).max() < 1e-3, "nothing has moved for two days"
-    pressure, flow = _compare(network, record, SteadyState(document["reference"], _boundary(network, day, row)))
+    pressure, flow = _compare(network, record, SteadyState(document[name], _boundary(network, day, row)))
     assert pressure < 1e-3
     assert flow < 1e-3
 

@@ -1,4 +1,4 @@
-"""The two networks: counts, connections and what network.json says."""
+"""The networks: counts, connections and what network.json says."""
 
 from __future__ import annotations
 

@@ -1,0 +1,34 @@
+"""Noise on the input states in training, as the errors of a rollout are.
+
+A rollout's error is the same on neighbouring minutes, but for a little, and less and less the same on older ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trunkline.engine.data.randomness import normal
+from trunkline.models.fluid.device_tokens import spans
+from trunkline.models.fluid.ridge import JITTER
+
+_KEPT = 0.8
+
+
+def history_noise(draw: Tensor, minutes: int, num_states: int) -> Tensor:
+    """[B, minutes, num_states] fp32 for keys [B]; the last minute is the newest. Its variance is 1 + JITTER^2.
+
+    A drift, of variance 1, and JITTER times a noise of each minute alone. The drift is the same on the newest two
+    minutes; on each span of older ones, which double in length (1, 2, 4, ... minutes), its correlation with the next
+    newer is 0.8. Both are constant within a span.
+    """
+    ages = spans(minutes)
+    drift = normal(draw, (len(ages), num_states))
+    alone = normal(draw, (len(ages), num_states), stream=1)
+    parts = []
+    level = drift[:, 0]
+    for k, (first, last) in enumerate(ages):
+        if k > 1:
+            level = _KEPT * level + (1 - _KEPT**2) ** 0.5 * drift[:, k]
+        parts.append((level + JITTER * alone[:, k])[:, None].expand(-1, last - first, -1))
+    return torch.cat(parts[::-1], dim=1)

@@ -1,0 +1,118 @@
+"""Tokens of devices: which columns they hold, what they know of older minutes, what they share."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.fluid.toy_network import SCHEMA
+from trunkline.models.fluid.config import DecoderShape
+from trunkline.models.fluid.device_tokens import DeviceEmbedding, DeviceProjection, Places, spans, summaries
+from trunkline.models.fluid.schema import Schema, devices, parse_column
+
+
+def test_a_device_has_its_set_points_and_its_states():
+    found = {device.name: device for device in devices(SCHEMA)}
+    assert list(found) == ["T_001", "E_001", "B_001", "H_001", "N_001", "N_002", "P_001"]
+    assert found["E_001"] == ("E_001", "E", (1,), (7,))
+    assert found["B_001"] == ("B_001", "B", (), (0, 1))
+    for device in found.values():
+        named = [SCHEMA.boundary[k] for k in device.boundary] + [SCHEMA.states[k] for k in device.states]
+        assert {parse_column(name)[0] for name in named} == {device.name}
+
+
+def test_every_column_stands_once_and_devices_of_one_kind_have_the_same_quantities():
+    schema = Schema(
+        ("C_001:ST", "C_001:SP_out", "C_002:SP_out", "C_002:ST", "E_001:SNQ"),
+        {
+            "B": (),
+            "C": ("C_001_q", "C_002_q"),
+            "H": (),
+            "N": ("N_001_p", "N_002_p"),
+            "P": (),
+            "R": (),
+            "T&E": ("E_001_q",),
+        },
+    )
+    places = Places.of(schema)
+    assert sorted(k for kind in places.inputs for device in kind for k in device) == list(range(10))
+    assert sorted(k for kind in places.outputs for device in kind for k in device) == list(range(5))
+    for inputs, outputs in zip(places.inputs, places.outputs):
+        quantities = {tuple(parse_column(schema.columns[k])[1] for k in device) for device in inputs}
+        assert len(quantities) == 1
+        for device, states in zip(inputs, outputs):
+            assert [k - 5 for k in device if k >= 5] == list(states)
+    assert ((1, 0, 5), (2, 3, 6)) in places.inputs, "the columns of a kind stand in one order, whatever the files' is"
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (1, [(0, 1)]),
+        (2, [(0, 1), (1, 2)]),
+        (3, [(0, 1), (1, 2), (2, 3)]),
+        (12, [(0, 1), (1, 2), (2, 4), (4, 8), (8, 12)]),
+    ],
+)
+def test_spans_double_and_end_with_the_window(window, expected):
+    assert spans(window) == expected
+
+
+@pytest.mark.parametrize(("minutes", "window"), [(3, 1), (4, 2), (13, 13), (20, 12)])
+def test_older_minutes_are_seen_as_means_of_spans_less_the_value_now(minutes, window):
+    x = torch.randn(2, minutes, 5, dtype=torch.float64)
+    unit = torch.rand(5, dtype=torch.float64) + 0.5
+    got = summaries(x, window, unit).numpy()
+    values = x.numpy()
+    assert got.shape == (2, minutes - window + 1, 5, len(spans(window)))
+    for row in range(minutes - window + 1):
+        now = row + window - 1
+        np.testing.assert_allclose(got[:, row, :, 0], values[:, now])
+        for k, (first, last) in enumerate(spans(window)[1:], start=1):
+            older = np.mean([values[:, now - age] for age in range(first, last)], axis=0)
+            age = np.mean(range(first, last))
+            np.testing.assert_allclose(got[:, row, :, k], (values[:, now] - older) / (unit.numpy() * age**0.5))
+
+
+def test_devices_of_one_kind_share_weights_and_are_told_apart():
+    torch.manual_seed(0)
+    places = Places(inputs=(((0, 3), (1, 4)), ((2, 5),)), outputs=(((0,), (1,)), ((2,),)))
+    shape = DecoderShape(32, 2, 1, 32, 16)
+    embedding = DeviceEmbedding(shape, places, num_boundary=3, window=1, minutes=1)
+    x = torch.randn(1, 1, 6)
+    swapped = x[..., [1, 0, 2, 4, 3, 5]]
+    moves = torch.ones(3)
+    with torch.no_grad():
+        embedding.set_points.weight.zero_()
+        one, other = embedding(x, moves)[0], embedding(swapped, moves)[0]
+        assert not torch.allclose(one[0], other[1], atol=1e-3)
+        embedding.device.zero_()
+        one, other = embedding(x, moves)[0], embedding(swapped, moves)[0]
+    torch.testing.assert_close(one[[0, 1, 2]], other[[1, 0, 2]])
+
+
+def test_values_come_out_in_the_order_of_the_states():
+    projection = DeviceProjection(4, (((5, 0), (2, 1)), ((),), ((3, 4),)))
+    for k, kind in enumerate(projection.kinds):
+        for parameter in kind.parameters():
+            torch.nn.init.normal_(parameter, mean=float(k))
+    tokens = torch.randn(2, 3, 4, 4)
+    got = projection(tokens)
+    first, last = projection.kinds[0], projection.kinds[2]
+    want = torch.zeros(2, 3, 6)
+    want[..., [5, 0]], want[..., [2, 1]] = first(tokens[:, :, 0]), first(tokens[:, :, 1])
+    want[..., [3, 4]] = last(tokens[:, :, 3])
+    torch.testing.assert_close(got, want)
+
+
+def test_a_new_projection_says_nothing():
+    """Training then starts from the base: the state itself, or the autoregression."""
+    assert not DeviceProjection(4, (((0, 1),),))(torch.randn(1, 1, 1, 4)).any()
+
+
+def test_a_minute_s_change_reaches_a_bf16_model():
+    shape = DecoderShape(32, 2, 1, 32, 16)
+    places = Places(inputs=(((0, 1),),), outputs=(((0,),),))
+    embedding = DeviceEmbedding(shape, places, num_boundary=1, window=2, minutes=1).to(torch.bfloat16)
+    still = torch.tensor([[[0.5, 1.0], [0.5, 1.0]]])
+    moved = torch.tensor([[[0.5, 1.0 - 2**-12], [0.5, 1.0]]])
+    assert (embedding(still, torch.tensor([2**-9])) != embedding(moved, torch.tensor([2**-9]))).any()
