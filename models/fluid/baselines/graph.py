@@ -19,6 +19,7 @@ costs some ten times that of the MLP for each window. Width 32, decay of weights
     2 rounds, rate .006, average .998                 .0625  .1670  .2187
     2 rounds, rate .01, average .998                  .0718  .1824  .2446
     1 round, rate .006, average .998                  .0744  .1775  .2415
+    as it is, after 60 s                              .0532  .1507  .2005
 """
 
 from __future__ import annotations

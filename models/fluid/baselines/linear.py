@@ -2,7 +2,8 @@
 
     state(s+1) - state(s)  =  W [boundary(s+1), state(s), state(s-1), boundary(s)] + b      in normalised units
 
-boundary(s) says what has just been switched: without it the error at a minute is half as large again.
+boundary(s) says what has just been switched. On the demo's validation days RMSE at a minute, 60 minutes and a day is
+.0828, .2446 and .3511 with it, .1255, .2802 and .3734 without. Three or five minutes of history gained nothing more.
 """
 
 from __future__ import annotations

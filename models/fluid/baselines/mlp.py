@@ -20,6 +20,7 @@ line changes what it says of the first, or of the one that it names.
     b, rate .003, ridge fitted with noise .03 and not .1         40 s     .0407  .1267  .1760
     b, network sees boundary(s)                                  45 s     .0525  .1305  .1633
     b, network and ridge see it, ridge fitted with noise .03     45 s     .0448  .1366  .1877
+    as it is: b, ridge fitted with noise .03                     60 s     .0379  .1161  .1579
 """
 
 from __future__ import annotations

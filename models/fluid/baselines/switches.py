@@ -7,6 +7,10 @@ The switches are the set-points :ST (a station is on) and :FR (a valve is open) 
 training days, at minutes s+1 and s. It is still a closed form: the products are features like others. Rollouts are
 stable only if noise on the input states is added, in closed form too; which is chosen with the penalty.
 
+On the demo's validation days RMSE at a minute, 60 minutes and a day is .0672, .1749 and .2662; with the switches of
+minute s+1 alone it is .0673, .5213 and 1.626 at the same penalty and noise, with pairs of those .0717, .1854 and .2837
+at their best.
+
 K switches make 2 V (1 + 2 K) features. Where these are more than MOST_FEATURES, a switch is multiplied with the columns
 of its own device alone, in which what it does is felt first. Where even the normal equations of those take more than
 MOST_BYTES, the baseline is refused.
