@@ -21,7 +21,7 @@ from trunkline.models.fluid.baselines.kept import digest, folder_of, keep, kept,
 from trunkline.models.fluid.baselines.linear import LinearAutoregression, Persistence, all_columns, fit_linear
 from trunkline.models.fluid.baselines.mlp import MLP, mlp
 from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, features_of, train
-from trunkline.models.fluid.baselines.switches import NOISES, interactions
+from trunkline.models.fluid.baselines.switches import NOISES, interactions, limits
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import Features
 from trunkline.models.fluid.rollout import Forecaster
@@ -41,10 +41,14 @@ _FORMAT = 1  # of what is kept: to be raised when the same settings come to mean
 
 @dataclass(frozen=True)
 class Linear:
-    """A closed form over `features(store)`, which raises ConfigError for a data set that has none."""
+    """A closed form over `features(store)`, which raises ConfigError for a data set that has none.
+
+    limits: what a user must be told of the features of a data set, or nothing
+    """
 
     features: Callable[[Store], Features]
     noises: Sequence[float]
+    limits: Callable[[Store], str] = lambda store: ""
 
     def about(self) -> dict[str, Any]:
         return {"noises": list(self.noises)}
@@ -79,7 +83,7 @@ class Network:
 
 KINDS: dict[str, Linear | Network] = {
     "ridge": Linear(all_columns, (0.0,)),
-    "switches": Linear(interactions, NOISES),
+    "switches": Linear(interactions, NOISES, limits),
     "mlp": Network(mlp, MLP),
     "graph": Network(graph, GRAPH),
 }
@@ -133,6 +137,9 @@ def baselines_of(
             if names is not None:
                 raise
             found.notes.append(f"without {title}: {error}")
+        else:
+            if isinstance(kind, Linear) and (said := kind.limits(store)):
+                found.notes.append(said)
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from tests.models.fluid.baselines.switched_network import switched_day, write_switched_store
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
+from trunkline.models.fluid.baselines import switches
 from trunkline.models.fluid.baselines.catalog import baselines_of
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.store import Store
@@ -141,6 +142,13 @@ def test_where_nothing_can_be_written_they_are_fitted_each_time_and_it_is_said_o
         (note,) = again.notes
         assert f"{store.root / 'baselines'}: cannot be written" in note
         assert torch.equal(said(again)["ridge"], said(fitted[1])["ridge"])
+
+
+def test_a_limit_of_the_products_is_said(tmp_path, monkeypatch):
+    store = write_switched_store(tmp_path)
+    monkeypatch.setattr(switches, "MOST_FEATURES", 47)
+    (note,) = baselines_of(store, normalization_of(store), ("switches",)).notes
+    assert "its own device alone" in note
 
 
 def test_what_does_not_fit_the_data_is_left_out_with_a_note_unless_it_was_asked_for(tmp_path):

@@ -9,7 +9,7 @@ from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
 from trunkline.models.fluid.baselines import switches
 from trunkline.models.fluid.baselines.linear import all_columns, fit_linear
-from trunkline.models.fluid.baselines.switches import interactions
+from trunkline.models.fluid.baselines.switches import interactions, limits
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import NormalEquations
 from trunkline.models.fluid.rollout import rollout
@@ -43,7 +43,10 @@ def test_every_column_meets_the_switch_of_both_minutes(store):
 
 
 def test_with_too_many_products_a_switch_meets_its_own_device_alone(store, monkeypatch):
+    assert not limits(store)
     monkeypatch.setattr(switches, "MOST_FEATURES", 47)
+    assert "each of the 1 switches" in limits(store)
+    assert "there would be 48 features" in limits(store)
     features = interactions(store)
     assert {Z[k] for k in features.first} == {"C_001:ST"}
     assert {Z[k] for k in features.second} == {"C_001:ST", "C_001_q"}
