@@ -2,7 +2,7 @@
 
 Everything else about V is derived from it.
 
-GROUPS                     the seven output files, in the order in which their columns make the state vector
+GROUPS                     the output files, in the order in which their columns make the state vector
 MINUTES                    rows of an output file: one day, 0:01 ... 24:00
 Schema                     boundary and output columns of a network
 devices(schema)            each device with its places in the boundary and in the state vector
@@ -82,7 +82,7 @@ class Schema:
 
     boundary: columns of Boundary.csv, such as "B_001:FR"
     groups: columns of each output file, such as {"B": ("B_001_p_in", ...), ..., "T&E": (...)}; every group is a key,
-        a network without such devices has an empty tuple there
+        a network without such devices has an empty tuple there, and needs no such file
 
     A variable is a column. V variables are the boundary columns followed by the output columns (the state vector),
     group after group in the order of GROUPS.
@@ -123,6 +123,11 @@ class Schema:
     @property
     def num_variables(self) -> int:
         return len(self.columns)
+
+    @property
+    def present_groups(self) -> tuple[str, ...]:
+        """The groups that the network has, each with a file of its own."""
+        return tuple(group for group in GROUPS if self.groups[group])
 
     @cached_property
     def group_slices(self) -> dict[str, slice]:
