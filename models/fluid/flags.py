@@ -60,7 +60,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 def predict(parser: argparse.ArgumentParser) -> None:
     """This workload's own flags of `launchers/predict.py`."""
     parser.add_argument("--case", type=Path, required=True, help="folder with Boundary.csv, and outputs where known")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the seven CSV files and the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the CSV files and the pictures")
     parser.add_argument("--start", type=Path, help="folder of a case whose last minutes are the start")
     parser.add_argument("--start-minute", type=int, default=MINUTES, help="with --start: its minute, 1440 unless given")
     parser.add_argument(

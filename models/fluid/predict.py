@@ -28,7 +28,7 @@ from trunkline.models.fluid.csv.cases import read_case
 from trunkline.models.fluid.metrics import Errors
 from trunkline.models.fluid.plots import PredictedDay, most_moving, plot_map, plot_variables
 from trunkline.models.fluid.rollout import Surrogate, rollout
-from trunkline.models.fluid.schema import GROUPS, MINUTES, Schema
+from trunkline.models.fluid.schema import MINUTES, Schema
 from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.trained import Trained, load_trained
 
@@ -102,11 +102,12 @@ def nearest_start(store: Store, schema: Schema, boundary: np.ndarray, scale: np.
 
 
 def write_day(folder: Path, day: date, states: np.ndarray, schema: Schema) -> None:
-    """The seven output files of a day, in the layout of the inputs: TIME, then the columns in the schema's order."""
+    """The output files of a day, one a group that the network has, in the layout of the inputs: TIME, then the columns
+    in the schema's order."""
     midnight = datetime(day.year, day.month, day.day)
     moments = [midnight + timedelta(minutes=minute) for minute in range(1, MINUTES + 1)]
     times = [f"{t.year}/{t.month}/{t.day} {t.hour}:{t.minute:02d}" for t in moments]
-    for group in GROUPS:
+    for group in schema.present_groups:
         values = states[:, schema.group_slices[group]]
         columns = {name: values[:, k] for k, name in enumerate(schema.groups[group])}
         pl.DataFrame({"TIME": times, **columns}).write_csv(folder / f"{group}.csv")
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         day, names, schema, arguments.out / "variables.png", f"{title}: its set-points are known, nothing else"
     )
     drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png", title) else "")
-    print(f"wrote {', '.join(GROUPS)}.csv, {drawn} to {arguments.out}")
+    print(f"wrote {', '.join(schema.present_groups)}.csv, {drawn} to {arguments.out}")
     return 0
 
 

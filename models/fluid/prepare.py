@@ -23,7 +23,7 @@ from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import only_writer, replace_whole
 from trunkline.models.fluid.conversion import convert_all
 from trunkline.models.fluid.csv.source import SourceCase, agree_on_schema, find_cases, stamp
-from trunkline.models.fluid.schema import Schema
+from trunkline.models.fluid.schema import GROUPS, Schema
 from trunkline.models.fluid.store import SPLITS, Store
 from trunkline.models.fluid.store_writer import begin_store, finish_store, is_finished, read_case
 
@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     store = Store.open(arguments.out)
     counts = ", ".join(f"{len(store.cases(split))} {split}" for split in SPLITS)
     print(f"{arguments.out}: {counts} cases of {store.schema.num_variables} variables")
+    absent = [group for group in GROUPS if group not in store.schema.present_groups]
+    if absent:
+        print(f"no columns of the groups {', '.join(absent)}: taken as a network without such devices")
     empty = [name for name, count in zip(store.schema.columns, store.statistics["count"]) if count == 0]
     if empty:
         print(f"columns without any value in the training cases: {', '.join(empty[:10])}{' ...' * (len(empty) > 10)}")

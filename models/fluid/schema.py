@@ -2,10 +2,12 @@
 
 Everything else about V is derived from it.
 
-GROUPS                     the seven output files, in the order in which their columns make the state vector
+GROUPS                     the output files, in the order in which their columns make the state vector
 MINUTES                    rows of an output file: one day, 0:01 ... 24:00
 Schema                     boundary and output columns of a network
+devices(schema)            each device with its places in the boundary and in the state vector
 parse_column(name)         "B_001_p_in" or "B_001:FR" -> (device "B_001", quantity "p_in" or "FR")
+kind(device)               "B_001" -> "B"
 unit(quantity)             "p_in" -> "MPa"
 """
 
@@ -28,8 +30,12 @@ MINUTES = 1440
 
 _VERSION = 1
 _MAX_BYTES = 64 << 20
-_BOUNDARY_COLUMN = re.compile(r"([^_:\s]+_[^_:\s]+):(\S+)")
-_STATE_COLUMN = re.compile(r"([^_:\s]+_[^_:\s]+)_(\S+)")
+_COLUMN_LAYOUTS = (
+    re.compile(r"([^_:\s]+_[^:\s]+):(\S+)"),  # B_001:FR, C_Waidhaus_1:ST
+    re.compile(r"([^_:\s]+_[^:\s]+)_((?:p|q|t|pwr|inv)(?:_in|_out)?)"),  # B_001_p_in, C_Waidhaus_1_p_in
+    re.compile(r"([^_:\s]+_\d+)_([^\d_:\s][^:\s]*)"),  # another quantity: P_001_flow_rate
+    re.compile(r"([^_:\s]+_[^_:\s]+)_([^\d_:\s][^_:\s]*)"),  # P_north_colour; P_north_1_colour could be either
+)
 _UNITS = {
     "p": "MPa",
     "q": "m3/s",
@@ -45,14 +51,24 @@ _UNITS = {
 
 
 def parse_column(name: str) -> tuple[str, str]:
-    """(device, quantity) of a column name. Raises DataError for a name of neither layout."""
-    match = _BOUNDARY_COLUMN.fullmatch(name) or _STATE_COLUMN.fullmatch(name)
+    """(device, quantity) of a column name. Raises DataError for a name of neither layout.
+
+    A device's name may hold underscores, since the known quantities end a column's name in one way only. A quantity
+    that is not known must show where it begins: after a number, or as the only word after the device's.
+    """
+    match = next(filter(None, (layout.fullmatch(name) for layout in _COLUMN_LAYOUTS)), None)
     if match is None:
         raise DataError(
-            f"column {name!r} is neither 'DEVICE_NUMBER:PARAMETER' (Boundary.csv, such as B_001:FR) "
-            "nor 'DEVICE_NUMBER_quantity' (an output file, such as B_001_p_in): rename it"
+            f"column {name!r} is neither 'DEVICE_NUMBER:PARAMETER' (Boundary.csv, such as B_001:FR) nor "
+            "'DEVICE_NUMBER_quantity' (an output file, such as B_001_p_in): rename it; where the device's own name "
+            "has underscores, the quantity must be p, q, t, pwr or inv, with _in or _out or without"
         )
     return match[1], match[2]
+
+
+def kind(device: str) -> str:
+    """What a device is: the letter, or letters, before the first underscore of its name ("C_Waidhaus_1" -> "C")."""
+    return device.partition("_")[0]
 
 
 def unit(quantity: str) -> str:
@@ -66,7 +82,7 @@ class Schema:
 
     boundary: columns of Boundary.csv, such as "B_001:FR"
     groups: columns of each output file, such as {"B": ("B_001_p_in", ...), ..., "T&E": (...)}; every group is a key,
-        a network without such devices has an empty tuple there
+        a network without such devices has an empty tuple there, and needs no such file
 
     A variable is a column. V variables are the boundary columns followed by the output columns (the state vector),
     group after group in the order of GROUPS.
@@ -107,6 +123,11 @@ class Schema:
     @property
     def num_variables(self) -> int:
         return len(self.columns)
+
+    @property
+    def present_groups(self) -> tuple[str, ...]:
+        """The groups that the network has, each with a file of its own."""
+        return tuple(group for group in GROUPS if self.groups[group])
 
     @cached_property
     def group_slices(self) -> dict[str, slice]:
@@ -150,7 +171,7 @@ class Schema:
 
 
 class Device(NamedTuple):
-    """A device: its type letter, and where its columns stand in the boundary [Vb] and in the state vector [Vs]."""
+    """A device's columns: `boundary` are places in the boundary vector, `states` in the state vector, ascending."""
 
     name: str
     kind: str
@@ -158,16 +179,15 @@ class Device(NamedTuple):
     states: tuple[int, ...]
 
 
-def devices(schema: Schema) -> list[Device]:
-    """The devices of a network, in the order in which its columns name them first."""
-    columns: dict[str, tuple[list[int], list[int]]] = {}
-    for k, name in enumerate(schema.columns):
-        boundary, states = columns.setdefault(parse_column(name)[0], ([], []))
-        if k < schema.num_boundary:
-            boundary.append(k)
-        else:
-            states.append(k - schema.num_boundary)
-    return [Device(name, name.split("_")[0], tuple(b), tuple(s)) for name, (b, s) in columns.items()]
+def devices(schema: Schema) -> tuple[Device, ...]:
+    """The devices of a network, in the order in which the V columns name them first: boundary, then states."""
+    places: dict[str, tuple[list[int], list[int]]] = {}
+    for part, columns in enumerate((schema.boundary, schema.states)):
+        for place, column in enumerate(columns):
+            places.setdefault(parse_column(column)[0], ([], []))[part].append(place)
+    return tuple(
+        Device(name, kind(name), tuple(boundary), tuple(states)) for name, (boundary, states) in places.items()
+    )
 
 
 def _is_names(value: Any) -> TypeGuard[list[str]]:

@@ -99,7 +99,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _any_order(columns: Columns) -> str:
-    return _digest({name: sorted(names) for name, names in columns.items()})
+    return _digest({name: sorted(names) for name, names in columns.items() if names})
 
 
 def _digest(value: Any) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -182,10 +183,25 @@ def test_the_columns_of_most_cases_count(tmp_path: Path) -> None:
 def test_training_cases_need_outputs(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     write_case(source / "train/case_0009", outputs=False)
-    with pytest.raises(
-        DataError, match=r"train/case_0009/B\.csv: missing \(and C\.csv, .*\): a case with outputs needs"
-    ):
+    with pytest.raises(DataError, match=r"train/case_0009: has no output file, which a case with outputs needs"):
         prepare(source, tmp_path / "store", workers=1)
+
+
+def test_a_network_without_heaters_needs_no_file_of_them(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trunkline.launchers.prepare import main
+
+    prepare(source, tmp_path / "with", workers=1)
+    shutil.copytree(source, tmp_path / "source")
+    for path in (tmp_path / "source").rglob("H.csv"):
+        path.unlink()
+    assert main(["fluid", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "without")]) == 0
+    assert "no columns of the groups H: taken as a network without such devices" in capsys.readouterr().out
+    one, two = (Store.open(tmp_path / name) for name in ("with", "without"))
+    assert one.schema == two.schema
+    for case in one.cases("train"):
+        np.testing.assert_array_equal(one.state("train", case), two.state("train", case))
 
 
 def test_with_no_good_case_there_is_no_store(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trunkline.engine.errors import DataError
-from trunkline.models.fluid.schema import GROUPS, Schema, parse_column, unit
+from trunkline.models.fluid.schema import GROUPS, Device, Schema, devices, kind, parse_column, unit
 
 GROUPED = {"B": ("B_001_p_in", "B_001_p_out"), "C": ("C_001_pwr",), "H": (), "N": ("N_001_p",), "P": ("P_001_inv",)} | {
     "R": ("R_001_q",),
@@ -41,6 +41,15 @@ def test_the_state_vector_follows_the_files() -> None:
         ("C_001_pwr", "C_001", "pwr", "kW"),
         ("P_001_inv", "P_001", "inv", "m3"),
         ("X_1_colour", "X_1", "colour", ""),
+        ("X_north_colour", "X_north", "colour", ""),
+        ("P_001_flow_rate", "P_001", "flow_rate", ""),
+        ("C_Waidhaus_1_p_in", "C_Waidhaus_1", "p_in", "MPa"),
+        ("C_Waidhaus_1_pwr", "C_Waidhaus_1", "pwr", "kW"),
+        ("C_Waidhaus_1:SP_out", "C_Waidhaus_1", "SP_out", "MPa"),
+        ("N_Bad_Hall_p", "N_Bad_Hall", "p", "MPa"),
+        ("P_Bad_Hall_in_t_out", "P_Bad_Hall_in", "t_out", "degC"),
+        ("P_p_q_t", "P_p_q", "t", "degC"),
+        ("R_001_2_q", "R_001_2", "q", "m3/s"),
     ],
 )
 def test_a_column_tells_its_device_and_quantity(name: str, device: str, quantity: str, of: str) -> None:
@@ -48,7 +57,36 @@ def test_a_column_tells_its_device_and_quantity(name: str, device: str, quantity
     assert unit(quantity) == of
 
 
-@pytest.mark.parametrize("name", ["pressure", "B_001", "B_001:", ":FR", "_001_p", "B_001 _p", ""])
+def test_a_device_is_of_the_kind_that_its_name_begins_with() -> None:
+    assert [kind(device) for device in ("B_001", "C_Waidhaus_1", "T_007")] == ["B", "C", "T"]
+
+
+def test_devices_know_their_places_in_both_vectors() -> None:
+    boundary = ("B_2:FR", "T_001:SNQ", "C_Wald_1:ST", "E_003:SNQ", "C_Wald_1:SP_out")
+    groups = dict.fromkeys(GROUPS, ()) | {
+        "B": ("B_1_p_in", "B_2_p_in", "B_1_q_out", "B_2_q_out"),
+        "C": ("C_Wald_1_p_in", "C_Wald_1_pwr"),
+        "N": ("N_Wald_1_p",),
+        "T&E": ("E_003_p", "T_001_p", "E_003_q"),
+    }
+    schema = Schema(boundary, groups)
+    assert devices(schema) == (
+        Device("B_2", "B", (0,), (1, 3)),
+        Device("T_001", "T", (1,), (8,)),
+        Device("C_Wald_1", "C", (2, 4), (4, 5)),
+        Device("E_003", "E", (3,), (7, 9)),
+        Device("B_1", "B", (), (0, 2)),
+        Device("N_Wald_1", "N", (), (6,)),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pressure", "B_001", "B_001:", ":FR", "_001_p", "B_001 _p", ""),
+        *("C_Waidhaus_1_speed", "P_1_2_colour", "N_Bad_Hall_in", "B_001_x:"),
+    ],
+)
 def test_a_column_of_another_layout_is_refused(name: str) -> None:
     with pytest.raises(DataError, match="rename it"):
         parse_column(name)

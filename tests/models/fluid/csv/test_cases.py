@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.models.fluid.csv_tree import COLUMNS, OUTPUT_FILES, STATES, Edit, lines, output, set_point, write_case
+from tests.models.fluid.csv_tree import COLUMNS, OUTPUT_FILES, STATES, Edit, lines, output, set_point, time, write_case
 from trunkline.engine.errors import DataError
 from trunkline.models.fluid.csv.cases import check_columns, hold, read_case, read_columns, schema_of
 from trunkline.models.fluid.schema import GROUPS, Schema
@@ -50,6 +50,45 @@ def test_a_switch_is_never_between_its_values(tmp_path: Path) -> None:
 
     opening = read_case(write_case(tmp_path, edits={"Boundary": switch}), SCHEMA).boundary[:, 0]
     assert opening.tolist() == [0.0] * 179 + [1.0] * 1261  # opened at 3:00: minute 180, row 179
+
+
+def _rows(minutes: list[int]) -> Edit:
+    """Rows of Boundary.csv at these minutes, row k with the values of `set_point(., k)`."""
+
+    def edit(text: list[str]) -> list[str]:
+        return [text[0], *(f"{time(m)},{set_point(0, k)},{set_point(1, k)}" for k, m in enumerate(minutes))]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "minutes",
+    [
+        pytest.param([*range(0, 1440, 60)], id="hourly"),
+        pytest.param([*range(0, 1441, 15)], id="15 minutes, with 24:00"),
+        pytest.param([*range(1441)], id="every minute"),
+        pytest.param([0], id="one row"),
+        pytest.param([*range(0, 1440, 30), 247], id="a switch between the rows"),
+        pytest.param([0, 200, 201, 365, 730, 900, 1080], id="irregular"),
+        pytest.param([0, 720], id="two rows"),
+    ],
+)
+def test_set_points_hold_whatever_their_step(tmp_path: Path, minutes: list[int]) -> None:
+    minutes = sorted(minutes)
+    boundary = read_case(write_case(tmp_path, edits={"Boundary": _rows(minutes)}, outputs=False), SCHEMA).boundary
+    for minute in range(1, 1441):
+        row = max(k for k, m in enumerate(minutes) if m <= minute)
+        assert boundary[minute - 1].tolist() == [set_point(0, row), set_point(1, row)]
+
+
+def test_irregular_set_points_in_another_order_of_columns(tmp_path: Path) -> None:
+    def swap(text: list[str]) -> list[str]:
+        return [",".join(line.split(",")[k] for k in (0, 2, 1)) for line in _rows([0, 100, 900])(text)]
+
+    boundary = read_case(write_case(tmp_path, edits={"Boundary": swap}, outputs=False), SCHEMA).boundary
+    assert boundary[[0, 98, 99, 898, 899, 1439]].tolist() == [
+        [set_point(0, row), set_point(1, row)] for row in (0, 0, 1, 1, 2, 2)
+    ]
 
 
 @given(
@@ -132,9 +171,7 @@ def test_an_empty_output_cell_is_a_missing_value(tmp_path: Path) -> None:
 def test_a_case_without_outputs_has_no_state(tmp_path: Path) -> None:
     write_case(tmp_path, outputs=False)
     assert read_case(tmp_path, SCHEMA).state is None
-    with pytest.raises(
-        DataError, match=r"B\.csv: missing \(and C\.csv, .*\): a case with outputs needs Boundary\.csv, B"
-    ):
+    with pytest.raises(DataError, match=r"has no output file, .*: add those of B\.csv, C\.csv, .*T&E\.csv that"):
         read_case(tmp_path, SCHEMA, outputs=True)
 
 
@@ -241,15 +278,66 @@ BAD: dict[str, tuple[str, Edit, str]] = {
     "boundary gap": (
         "Boundary",
         lambda t: t[:9] + t[10:],
-        r"line 10, .*'2025/1/1 4:30' where 4:00 is next: rows are missing",
+        r"line 10, .*4:30 where 4:00 is next: rows are 30 minutes apart, and some are missing before it; add them",
     ),
-    "boundary hourly": ("Boundary", lambda t: [t[0], *t[1::2]], r"'2025/1/1 1:00' where 0:30 is next"),
-    "boundary by minute": (
+    "boundary two gaps": ("Boundary", lambda t: t[:9] + t[10:30] + t[32:], r"line 10, .*4:30 where 4:00 is next"),
+    "boundary short": (
         "Boundary",
-        _cell(3, 0, "2025/1/1 0:29"),
-        r"'2025/1/1 0:29' where 0:30 is next: rows are 30",
+        lambda t: t[:-1],
+        r"line 48: the file ends with 23:00, .* 30 minutes apart: .* repeat the last row at 23:30",
     ),
-    "boundary short": ("Boundary", lambda t: t[:-1], r"ends with 23:00: 47 rows where 48 are needed, up to 23:30"),
+    "boundary late": (
+        "Boundary",
+        lambda t: [t[0], *t[2:]],
+        r"line 2, .*'2025/1/1 0:30' in the first row: it must be 0:00",
+    ),
+    "boundary twice": (
+        "Boundary",
+        lambda t: [*t[:9], *t[8:]],
+        r"line 10, .*'2025/1/1 3:30' is a duplicate of the line",
+    ),
+    "boundary unordered": (
+        "Boundary",
+        lambda t: [*t[:8], t[9], t[8], *t[10:]],
+        r"line 10, .*'2025/1/1 3:30' is earlier than the line before",
+    ),
+    "boundary of two days": (
+        "Boundary",
+        lambda t: [*t, "2025/1/2 0:30,1,1"],
+        r"line 50, .*'2025/1/2 0:30' is past the day of the first row",
+    ),
+    "boundary empty file": ("Boundary", lambda t: t[:1], r"line 2: no rows after the header, where set-points are"),
+    "every 5 minutes": (
+        "P",
+        lambda t: [t[0], *t[5::5]],
+        r"P\.csv: the rows are 5 minutes apart, where the state of every minute is needed, 0:01 to 24:00",
+    ),
+    "every hour from 0:00": (
+        "P",
+        lambda t: [t[0], "2025/1/1 0:00,1", *t[60:-1:60]],
+        r"P\.csv: the rows are 60 minutes apart",
+    ),
+    "seconds": (
+        "P",
+        _cell(3, 0, "2025/1/1 0:01:30"),
+        r"line 3, .* where rows have seconds, keep those of whole minutes",
+    ),
+    "quoted, decimal comma": (
+        "B",
+        _cell(17, 2, '"5,7252"'),
+        r"line 17, column 'B_001_q_out': '5,7252' stands in quotes and has a decimal comma: write .* without quotes",
+    ),
+    "quoted": (
+        "B",
+        _cell(17, 1, '"5.7252"'),
+        r"line 17, column 'B_001_p_in': '5\.7252' stands in quotes: write numbers",
+    ),
+    "quote left open": ("B", _cell(17, 2, '"5.7'), r"line 17, column 'B_001_q_out': '5\.7' stands in quotes: write"),
+    "quoted names": (
+        "B",
+        lambda t: [",".join(f'"{name}"' for name in t[0].split(",")), *t[1:]],
+        r"B\.csv: line 1: the names stand in quotes: write the file without quotes",
+    ),
 }
 
 
@@ -262,12 +350,25 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, name: str) -> Non
     assert str(error.value).startswith(str(tmp_path / f"{file}.csv"))
 
 
-@pytest.mark.parametrize("file", ["Boundary", *OUTPUT_FILES])
+@pytest.mark.parametrize("file", ["Boundary", *(file for file in OUTPUT_FILES if COLUMNS[file])])
 def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
     write_case(tmp_path)
     (tmp_path / f"{file}.csv").unlink()
-    with pytest.raises(DataError, match=rf"{file}\.csv: missing: a case with outputs needs Boundary\.csv, B\.csv"):
+    with pytest.raises(DataError, match=rf"/{file}\.csv: missing: .*add"):
         read_case(tmp_path, SCHEMA)
+    if file != "Boundary":
+        columns = read_columns(tmp_path)
+        assert file not in columns
+        with pytest.raises(DataError, match=rf"/{file}\.csv: missing: .*add it, or leave the case out"):
+            check_columns(columns, SCHEMA, tmp_path)
+
+
+def test_a_group_that_the_network_lacks_needs_no_file(tmp_path: Path) -> None:
+    expected = read_case(write_case(tmp_path / "with"), SCHEMA)
+    (write_case(tmp_path / "without") / "H.csv").unlink()
+    case = read_case(tmp_path / "without", SCHEMA, outputs=True)
+    np.testing.assert_array_equal(case.state, expected.state)
+    assert schema_of(read_columns(tmp_path / "without")) == SCHEMA
 
 
 @pytest.mark.parametrize("file", ["Boundary", "P"])

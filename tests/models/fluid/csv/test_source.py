@@ -84,9 +84,35 @@ def test_the_columns_of_most_cases_are_the_schema(tmp_path: Path) -> None:
 def test_no_readable_headers_are_an_error(tmp_path: Path) -> None:
     write_source(tmp_path, train=2, test=0)
     for number in (1, 2):
-        (tmp_path / f"train/case_{number:04d}/P.csv").unlink()
-    with pytest.raises(DataError, match=r"case_0001/P\.csv: missing"):
+        (tmp_path / f"train/case_{number:04d}/Boundary.csv").unlink()
+    with pytest.raises(DataError, match=r"case_0001/Boundary\.csv: missing"):
         agree_on_schema(find_cases(tmp_path, 0.1, 42))
+
+
+@pytest.mark.parametrize("few", [("case_0003",), ("case_0001", "case_0002", "case_0004")])
+def test_a_file_that_most_cases_have_is_needed_in_each(tmp_path: Path, few: tuple[str, ...]) -> None:
+    write_source(tmp_path, train=4, test=1)
+    for name in few:
+        (tmp_path / "train" / name / "P.csv").unlink()
+    for case in (tmp_path / "train").iterdir():
+        (case / "H.csv").unlink()
+    schema, bad = agree_on_schema(find_cases(tmp_path, 0.1, 42))
+    assert schema.groups["H"] == ()
+    if len(few) == 1:
+        assert schema.states == tuple(STATES)
+        assert list(bad) == ["train/case_0003"]
+        assert "case_0003/P.csv: missing: a case with outputs needs" in str(bad["train/case_0003"])
+    else:
+        assert schema.groups["P"] == ()
+        assert list(bad) == ["train/case_0003"]
+        assert "case_0003/P.csv: line 1: column 'P_001_inv' is not expected" in str(bad["train/case_0003"])
+
+
+def test_an_empty_file_and_none_are_the_same_columns(tmp_path: Path) -> None:
+    write_source(tmp_path, train=3, test=0)
+    (tmp_path / "train/case_0002/H.csv").unlink()
+    schema, bad = agree_on_schema(find_cases(tmp_path, 0.1, 42))
+    assert (schema.states, bad) == (tuple(STATES), {})
 
 
 def test_a_stamp_changes_with_the_files(tmp_path: Path) -> None:
