@@ -55,6 +55,11 @@ class FluidModel(Strict):
     window: int = Field(
         1, ge=1, description='minutes that a token looks back, with tokens "device"; at most data.history'
     )
+    own_weights: bool = Field(
+        default=False,
+        description='with tokens "device", whether each device has an embedding and a head of its own, for networks of '
+        "some dozens; else devices with the same quantities share them",
+    )
     target: Literal["level", "change"] = Field(
         "level", description="whether the output is the next state or its change since the last minute"
     )
@@ -103,8 +108,10 @@ class FluidModel(Strict):
         missing = [name for name in DecoderShape._fields if name not in given]
         if self.preset is None and missing:
             raise ValueError(f"give a preset ({', '.join(PRESETS)}) or all widths; {', '.join(missing)} is missing")
-        if self.window > 1 and self.tokens == "scalar":
-            raise ValueError(f'window is {self.window}, and a token of one value has no window: set tokens to "device"')
+        if self.tokens == "scalar" and (self.window > 1 or self.own_weights):
+            raise ValueError(
+                'window and own_weights are of tokens that are devices: set tokens to "device", or leave them out'
+            )
         shape = self.shape
         if shape.d_model % (2 * shape.num_heads) or not 16 <= shape.d_model // shape.num_heads <= 256:
             raise ValueError(

@@ -43,15 +43,18 @@ class Places:
     outputs: tuple[tuple[tuple[int, ...], ...], ...]
 
     @classmethod
-    def of(cls, schema: Schema) -> Places:
-        """The devices of a schema. Those of one letter and with the same quantities are of one kind."""
+    def of(cls, schema: Schema, own_weights: bool = False) -> Places:
+        """The devices of a schema. Those of one letter and with the same quantities are of one kind.
+
+        own_weights: each device is a kind of its own
+        """
         kinds: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         quantities = [parse_column(name)[1] for name in schema.columns]
         for device in devices(schema):
             boundary = sorted(device.boundary, key=quantities.__getitem__)
             states = sorted((schema.num_boundary + k for k in device.states), key=quantities.__getitem__)
             columns = (*boundary, *states)
-            kind = (device.kind, *(quantities[k] for k in columns))
+            kind = (device.name if own_weights else device.kind, *(quantities[k] for k in columns))
             kinds.setdefault(kind, []).append((columns, tuple(k - schema.num_boundary for k in states)))
         members = kinds.values()
         return cls(
@@ -62,6 +65,11 @@ class Places:
     @property
     def num_devices(self) -> int:
         return sum(map(len, self.inputs))
+
+    def among_filled_up(self) -> Tensor:
+        """[D] int64: where the devices stand if each kind is filled up to the most devices that one has."""
+        most = max(map(len, self.inputs))
+        return torch.cat([k * most + torch.arange(len(kind)) for k, kind in enumerate(self.inputs)])
 
 
 def spans(window: int) -> list[tuple[int, int]]:
@@ -85,61 +93,98 @@ def summaries(normalised: Tensor, window: int, unit: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-class DeviceEmbedding(nn.Module):
-    """Linear(values -> p) of the device's kind, GELU, LayerNorm, Linear(p -> d), plus set-points, device and minute."""
+class KindLinear(nn.Module):
+    """A Linear for each of K kinds, as one product: [K, M, most inputs] -> [K, M, most outputs].
 
+    What a kind does not have of inputs must be zero, and of outputs is not to be read.
+    """
+
+    def __init__(self, inputs: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        bounds = torch.tensor(inputs).clamp(min=1).rsqrt()[:, None, None]  # as nn.Linear draws
+        self.weight = nn.Parameter(torch.empty(len(inputs), max(inputs), outputs).uniform_(-1, 1) * bounds)
+        self.bias = nn.Parameter(torch.empty(len(inputs), 1, outputs).uniform_(-1, 1) * bounds)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In the dtype of the input, which may be wider than that of the weights."""
+        with torch.autocast(input.device.type, enabled=False):
+            return torch.baddbmm(self.bias.to(input.dtype), input, self.weight.to(input.dtype))
+
+
+class DeviceEmbedding(nn.Module):
+    """Linear(values -> p) of the device's kind, GELU, LayerNorm, Linear(p -> d), plus set-points, device and minute.
+
+    Kinds are filled up to the most devices and the most values that one has.
+    """
+
+    slots: Tensor
+    places: Tensor
     minute: Tensor
 
     def __init__(self, shape: DecoderShape, places: Places, num_boundary: int, window: int, minutes: int) -> None:
         super().__init__()
         self.num_boundary, self.window = num_boundary, window
         count = len(spans(window))
-        self.kinds = nn.ModuleList(Fp32Linear(count * len(each[0]), shape.d_token) for each in places.inputs)
+        self.kinds = KindLinear([count * len(each[0]) for each in places.inputs], shape.d_token)
         self.norm = nn.LayerNorm(shape.d_token)
         self.out = nn.Linear(shape.d_token, shape.d_model)
         self.set_points = Fp32Linear(count * num_boundary, shape.d_model)
         self.device = nn.Parameter(torch.randn(places.num_devices, shape.d_model) / 2)
-        for k, columns in enumerate(places.inputs):
-            self.register_buffer(f"columns_{k}", torch.tensor(columns), persistent=False)
+        self.register_buffer("slots", filled_up(places.inputs), persistent=False)
+        self.register_buffer("places", places.among_filled_up(), persistent=False)
         self.register_buffer("minute", sinusoids(minutes, shape.d_model, 100.0), persistent=False)
 
     def forward(self, normalised: Tensor, moves: Tensor) -> Tensor:
         """normalised [B, T, V]; moves [Vs], of a state in a minute -> [B, T'*D, d]."""
         seen = summaries(normalised, self.window, F.pad(moves, (self.num_boundary, 0), value=1.0))
-        B, minutes = seen.shape[:2]
-        values = [
-            kind(seen[:, :, getattr(self, f"columns_{k}")].flatten(3)) for k, kind in enumerate(self.kinds)
-        ]  # of each kind [B, T', D_k, p]
-        dtype = self.out.weight.dtype
-        tokens = self.out(self.norm(F.gelu(torch.cat(values, dim=2)).to(dtype)))
-        around = self.set_points(seen[:, :, : self.num_boundary].flatten(2)).to(dtype)
-        place = self.device + self.minute[:minutes, None].to(dtype)
-        return (tokens + around[:, :, None] + place).view(B, -1, tokens.shape[-1])
+        B, minutes, _, count = seen.shape
+        seen = seen.flatten(0, 1)
+        kinds, devices, slots = self.slots.shape
+        values = F.pad(seen, (0, 0, 0, 1))[:, self.slots]  # [M, K, devices, slots, count]; slot -1 is the filling, 0
+        values = self.kinds(values.transpose(0, 1).reshape(kinds, -1, slots * count))
+        values = values.view(kinds, len(seen), devices, -1).transpose(0, 1).flatten(1, 2)[:, self.places]
+        tokens = self.out(self.norm(F.gelu(values).to(self.out.weight.dtype)))
+        around = self.set_points(seen[:, : self.num_boundary].flatten(1)).to(tokens.dtype)
+        tokens = tokens + around[:, None] + self.device
+        place = self.minute[:minutes, None].to(tokens.dtype)
+        return (tokens.view(B, minutes, *tokens.shape[1:]) + place).flatten(1, 2)
 
 
 class DeviceProjection(nn.Module):
-    """Linear(p -> states) of the device's kind, or that and the loss."""
+    """Linear(p -> states) of the device's kind, or that and the loss. A new one says nothing: 0."""
 
+    places: Tensor
     order: Tensor
 
-    def __init__(self, d_token: int, outputs: Sequence[Sequence[Sequence[int]]]) -> None:
+    def __init__(self, d_token: int, places: Places) -> None:
         super().__init__()
-        self.counts = [len(each) for each in outputs]
-        # a device that is only steered, such as a valve without measurements, has no states
-        self.kinds = nn.ModuleList(nn.Linear(d_token, len(each[0])) if each[0] else _Nothing() for each in outputs)
-        for kind in self.kinds:
-            for parameter in kind.parameters():
-                nn.init.zeros_(parameter)
-        given = torch.tensor([state for each in outputs for device in each for state in device])
-        self.register_buffer("order", given.argsort(), persistent=False)
+        most = max(len(each[0]) for each in places.outputs)
+        self.kinds = KindLinear([d_token] * len(places.outputs), most)
+        nn.init.zeros_(self.kinds.weight)
+        nn.init.zeros_(self.kinds.bias)
+        outputs = filled_up(places.outputs, most)
+        devices = torch.zeros(outputs.shape[:2], dtype=torch.int64)  # a filling stands for the first device
+        devices.view(-1)[places.among_filled_up()] = torch.arange(places.num_devices)
+        self.register_buffer("places", devices, persistent=False)
+        read = outputs.flatten() >= 0
+        order = torch.empty(int(read.sum()), dtype=torch.int64)
+        order[outputs.flatten()[read]] = read.nonzero()[:, 0]
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """input [B, T', D, p] -> [B, T', Vs], or (sum, count) against target [B, T', Vs] where `mask` is true."""
-        parts = input.split(self.counts, dim=2)
-        values = torch.cat([kind(part).flatten(2) for kind, part in zip(self.kinds, parts)], dim=2)[..., self.order]
+        tokens = input.flatten(0, 1)
+        kinds, devices = self.places.shape
+        values = self.kinds(tokens[:, self.places].transpose(0, 1).reshape(kinds, -1, tokens.shape[-1]))
+        values = values.view(kinds, len(tokens), devices, -1).transpose(0, 1).flatten(1)[:, self.order]
+        values = values.view(*input.shape[:2], -1)
         return values if target is None else masked_mse(values.float(), target, mask)
 
 
-class _Nothing(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return input[..., :0]
+def filled_up(kinds: Sequence[Sequence[Sequence[int]]], most: int | None = None) -> Tensor:
+    """[K, most devices, most values] int64 of [K][D_k][S_k]; -1 where a kind has fewer."""
+    most = max(len(kind[0]) for kind in kinds) if most is None else most
+    filled = torch.full((len(kinds), max(map(len, kinds)), most), -1)
+    for k, kind in enumerate(kinds):
+        filled[k, : len(kind), : len(kind[0])] = torch.tensor(kind).view(len(kind), -1)
+    return filled

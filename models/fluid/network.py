@@ -72,9 +72,7 @@ class FluidDecoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(shape, tokens) for _ in range(shape.num_layers))
         self.norm = nn.LayerNorm(shape.d_model)
         self.head = nn.Sequential(nn.Linear(shape.d_model, shape.d_token), nn.GELU(), nn.LayerNorm(shape.d_token))
-        self.projection = (
-            Projection(shape.d_token) if places is None else DeviceProjection(shape.d_token, places.outputs)
-        )
+        self.projection = Projection(shape.d_token) if places is None else DeviceProjection(shape.d_token, places)
 
     def forward(
         self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None

@@ -25,6 +25,7 @@ from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
 SKIP_PENALTY = 1e-6
+_SKIP_NOISE = 0.3  # of the input noise: fitted with all of it, the autoregression pulls to the mean
 
 
 class FluidTask(Task):
@@ -44,7 +45,7 @@ class FluidTask(Task):
         model.normalization.load_state_dict(self.normalization.state_dict())
         if model.skip is not None:
             equations = NormalEquations.over_training_split(self.store, self.normalization)
-            model.skip.load_state_dict(equations.solve(SKIP_PENALTY, self.model.input_noise).state_dict())
+            model.skip.load_state_dict(equations.solve(SKIP_PENALTY, _SKIP_NOISE * self.model.input_noise).state_dict())
         return model
 
     def dataset(self, split: str) -> FluidWindows:
@@ -157,7 +158,7 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
         input_noise=model.input_noise,
         linear_skip=model.linear_skip,
         dense_skip=model.dense_skip,
-        places=Places.of(schema) if model.tokens == "device" else None,
+        places=Places.of(schema, model.own_weights) if model.tokens == "device" else None,
         window=model.window,
     )
 

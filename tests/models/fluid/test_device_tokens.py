@@ -90,23 +90,56 @@ def test_devices_of_one_kind_share_weights_and_are_told_apart():
     torch.testing.assert_close(one[[0, 1, 2]], other[[1, 0, 2]])
 
 
+PLACES = Places(
+    inputs=(((0, 8), (1, 9)), ((2,),), ((3, 10),), ((4, 5), (6, 7))),
+    outputs=(((5, 0), (2, 1)), ((),), ((3, 4),), ((6,), (7,))),
+)
+
+
 def test_values_come_out_in_the_order_of_the_states():
-    projection = DeviceProjection(4, (((5, 0), (2, 1)), ((),), ((3, 4),)))
-    for k, kind in enumerate(projection.kinds):
-        for parameter in kind.parameters():
-            torch.nn.init.normal_(parameter, mean=float(k))
-    tokens = torch.randn(2, 3, 4, 4)
+    projection = DeviceProjection(4, PLACES)
+    for parameter in projection.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens = torch.randn(2, 3, 6, 4)
     got = projection(tokens)
-    first, last = projection.kinds[0], projection.kinds[2]
-    want = torch.zeros(2, 3, 6)
-    want[..., [5, 0]], want[..., [2, 1]] = first(tokens[:, :, 0]), first(tokens[:, :, 1])
-    want[..., [3, 4]] = last(tokens[:, :, 3])
+    want = torch.empty(2, 3, 8)
+    device = 0
+    for k, kind in enumerate(PLACES.outputs):
+        for states in kind:
+            values = tokens[:, :, device] @ projection.kinds.weight[k] + projection.kinds.bias[k]
+            for slot, state in enumerate(states):
+                want[..., state] = values[..., slot]
+            device += 1
     torch.testing.assert_close(got, want)
+
+
+def test_a_device_s_values_meet_the_weights_of_its_kind():
+    torch.manual_seed(0)
+    shape = DecoderShape(32, 2, 1, 32, 16)
+    embedding = DeviceEmbedding(shape, PLACES, num_boundary=8, window=1, minutes=2)
+    x = torch.randn(3, 2, 11)
+    got = embedding(x, torch.ones(3))
+    device = 0
+    want = torch.empty(3, 2, 6, 32)
+    for k, kind in enumerate(PLACES.inputs):
+        for columns in kind:
+            weight = embedding.kinds.weight[k, : len(columns)]
+            values = embedding.norm(torch.nn.functional.gelu(x[..., list(columns)] @ weight + embedding.kinds.bias[k]))
+            want[:, :, device] = embedding.out(values) + embedding.set_points(x[..., :8]) + embedding.device[device]
+            device += 1
+    want += embedding.minute[:, None]
+    torch.testing.assert_close(got, want.flatten(1, 2))
+
+
+def test_each_device_may_have_weights_of_its_own():
+    own = Places.of(SCHEMA, own_weights=True)
+    assert [len(kind) for kind in own.inputs] == [1] * 7
+    assert sorted(k for kind in own.outputs for device in kind for k in device) == list(range(8))
 
 
 def test_a_new_projection_says_nothing():
     """Training then starts from the base: the state itself, or the autoregression."""
-    assert not DeviceProjection(4, (((0, 1),),))(torch.randn(1, 1, 1, 4)).any()
+    assert not DeviceProjection(4, PLACES)(torch.randn(1, 1, 6, 4)).any()
 
 
 def test_a_minute_s_change_reaches_a_bf16_model():
