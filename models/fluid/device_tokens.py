@@ -1,7 +1,7 @@
 """Tokens that are devices: what a FluidDecoder reads and writes where model.tokens is "device".
 
     Places             which columns belong to which device, and which devices share weights
-    DeviceEmbedding    one token a device and minute: [B, T, V] -> [B, T'*D, d]
+    DeviceEmbedding    one token a device and minute: [B, T', V, n] -> [B, T'*D, d]
     DeviceProjection   the values of each device from its token, or the loss
     summaries          what a token knows of the minutes before its own
 
@@ -123,7 +123,7 @@ class DeviceEmbedding(nn.Module):
 
     def __init__(self, shape: DecoderShape, places: Places, num_boundary: int, window: int, minutes: int) -> None:
         super().__init__()
-        self.num_boundary, self.window = num_boundary, window
+        self.num_boundary = num_boundary
         count = len(spans(window))
         self.kinds = KindLinear([count * len(each[0]) for each in places.inputs], shape.d_token)
         self.norm = nn.LayerNorm(shape.d_token)
@@ -134,9 +134,8 @@ class DeviceEmbedding(nn.Module):
         self.register_buffer("places", places.among_filled_up(), persistent=False)
         self.register_buffer("minute", sinusoids(minutes, shape.d_model, 100.0), persistent=False)
 
-    def forward(self, normalised: Tensor, moves: Tensor) -> Tensor:
-        """normalised [B, T, V]; moves [Vs], of a state in a minute -> [B, T'*D, d]."""
-        seen = summaries(normalised, self.window, F.pad(moves, (self.num_boundary, 0), value=1.0))
+    def forward(self, seen: Tensor) -> Tensor:
+        """What `summaries` gives, [B, T', V, n] -> [B, T'*D, d]."""
         B, minutes, _, count = seen.shape
         seen = seen.flatten(0, 1)
         kinds, devices, slots = self.slots.shape

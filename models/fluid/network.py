@@ -10,7 +10,7 @@ tokens of minute s. The network's output u becomes the prediction in normalised 
     target "level"    base = 0                        unit = 1
     target "change"   base = the state at minute s    unit = the size of a minute's change and of the input noise
     linear skip       base = what the ridge autoregression of trunkline.models.fluid.ridge predicts
-    dense skip        u    = the decoder's output + that of a small network over all values of two minutes
+    dense skip        u    = the decoder's output + that of a small network over all values at once
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trunkline.kernels.attention import flash_attention
 from trunkline.kernels.masked_mse import masked_mse
 from trunkline.models.fluid.config import DecoderShape
-from trunkline.models.fluid.device_tokens import DeviceEmbedding, DeviceProjection, Places
+from trunkline.models.fluid.device_tokens import DeviceEmbedding, DeviceProjection, Places, spans, summaries
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import RidgeAutoregression, two_minutes
 from trunkline.models.fluid.scalar_tokens import Projection, TokenEmbedding
@@ -59,7 +59,9 @@ class FluidDecoder(nn.Module):
         num_variables = num_boundary + num_states
         self.normalization = Normalization(num_boundary, num_states)
         self.skip = RidgeAutoregression(num_boundary, num_states) if linear_skip else None
-        self.dense = DenseSkip(num_boundary, num_states, dense_skip) if dense_skip else None
+        self.by_device = places is not None
+        features = num_variables * len(spans(window)) if self.by_device else num_variables + num_states
+        self.dense = DenseSkip(features, num_states, dense_skip) if dense_skip else None
         self.embedding: TokenEmbedding | DeviceEmbedding
         self.projection: Projection | DeviceProjection
         if places is None:
@@ -100,7 +102,7 @@ class FluidDecoder(nn.Module):
             return self._rolled_out(normalised, wanted, mask)
         if self.dense is None:
             base, unit = self._base(normalised)
-            return self.projection(self._decode(normalised), (wanted - base) / unit, mask)
+            return self.projection(self._decode(self._seen(normalised)), (wanted - base) / unit, mask)
         output, base, unit = self._predict(normalised)
         return masked_mse(output, (wanted - base) / unit, mask)
 
@@ -122,14 +124,22 @@ class FluidDecoder(nn.Module):
     def _predict(self, normalised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(output, base, unit): the prediction is base + unit * output. [B, T', Vs], the same, [Vs]; fp32."""
         base, unit = self._base(normalised)
-        output = self.projection(self._decode(normalised)).float()
+        seen = self._seen(normalised)
+        output = self.projection(self._decode(seen)).float()
         if self.dense is not None:
-            output = output + self.dense(self._recent(normalised))[:, -output.shape[1] :]
+            output = output + self.dense(seen if self.by_device else two_minutes(normalised, self.num_boundary))
         return output, base, unit
 
-    def _decode(self, normalised: Tensor) -> Tensor:
-        """[B, T, V] -> [B, T', Vs or D, d_token], what the projection turns into the states."""
-        tokens = self.embedding(normalised, self._moves())
+    def _seen(self, normalised: Tensor) -> Tensor:
+        """What tokens are made of: the values [B, T, V], or [B, T', V, n] with what they moved before."""
+        if not self.by_device:
+            return normalised
+        unit = F.pad(self._moves(), (self.num_boundary, 0), value=1.0)
+        return summaries(normalised, self.window, unit)
+
+    def _decode(self, seen: Tensor) -> Tensor:
+        """What `_seen` gave -> [B, T', Vs or D, d_token], what the projection turns into the states."""
+        tokens = self.embedding(seen)
         for block in self.blocks:
             tokens = block(tokens)
         B, _, d = tokens.shape
@@ -147,29 +157,28 @@ class FluidDecoder(nn.Module):
         if self.target == "change":
             base, unit = states, self._moves()
         if self.skip is not None:
-            base = self.skip(self._recent(normalised))[:, -minutes:]
+            # the minutes with a prediction and, where there is one, the minute before them
+            base = self.skip(normalised[:, max(self.window - 2, 0) :])[:, -minutes:]
         return base, unit
-
-    def _recent(self, normalised: Tensor) -> Tensor:
-        """The minutes with a prediction and, where there is one, the minute before them."""
-        return normalised[:, max(self.window - 2, 0) :]
 
 
 class DenseSkip(nn.Module):
-    """Linear, GELU, Linear, GELU, Linear over boundary(s+1), state(s) and state(s-1). Starts as zero."""
+    """Linear, GELU, Linear, GELU, Linear over all values of a minute and what it knows before. Starts as zero.
 
-    def __init__(self, num_boundary: int, num_states: int, width: int) -> None:
+    With tokens "scalar" it sees boundary(s+1), state(s) and state(s-1); with "device", what the tokens see.
+    """
+
+    def __init__(self, num_features: int, num_states: int, width: int) -> None:
         super().__init__()
-        self.num_boundary = num_boundary
-        self.enter = nn.Linear(num_boundary + 2 * num_states, width)
+        self.enter = nn.Linear(num_features, width)
         self.middle = nn.Linear(width, width)
         self.leave = nn.Linear(width, num_states)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, normalised: Tensor) -> Tensor:
-        """[B, T, V] -> [B, T, Vs] fp32."""
-        features = two_minutes(normalised, self.num_boundary).to(self.enter.weight.dtype)
+    def forward(self, seen: Tensor) -> Tensor:
+        """[B, T, features] or [B, T, V, n] -> [B, T, Vs] fp32."""
+        features = seen.flatten(2).to(self.enter.weight.dtype)
         return self.leave(F.gelu(self.middle(F.gelu(self.enter(features))))).float()
 
 

@@ -26,7 +26,7 @@ class TokenEmbedding(nn.Module):
         self.out = nn.Linear(shape.d_token, shape.d_model)
         self.position = Encodings(history, num_variables, shape.d_model)
 
-    def forward(self, normalised: Tensor, _moves: Tensor) -> Tensor:
+    def forward(self, normalised: Tensor) -> Tensor:
         """[B, T, V] -> [B, T*V, d]."""
         features = F.gelu(self.value(normalised[..., None])).to(self.out.weight.dtype)
         return self.position(self.out(self.norm(features))).flatten(1, 2)

@@ -102,19 +102,23 @@ class FluidTask(Task):
         return DIRECTIONS.get(metric.split("/")[0])
 
     def flops_per_sample(self) -> float:
-        """The decoder's matrix products and visible attention pairs, forward and backward (three times forward)."""
+        """Matrix products and visible attention pairs, forward and backward (three times forward).
+
+        The ridge autoregression, which has no gradient, is left out.
+        """
         d, _, layers, d_ff, d_token = self.model.shape
         variables, states = self.schema.num_variables, self.schema.num_states
         per_token = 2 * d_token * d + layers * 2 * (4 * d * d + 2 * d * d_ff)
         if self.model.tokens == "scalar":
-            history, tokens, read = self.data.history, variables, states
+            history, tokens, read, features = self.data.history, variables, states, variables + states
             values = 2 * d_token * (variables + states)
         else:
-            places = Places.of(self.schema)
-            history, tokens = self.data.history - self.model.window + 1, places.num_devices
-            read, seen = tokens, len(spans(self.model.window))
-            values = 2 * d_token * (seen * variables + states) + 2 * d * seen * self.schema.num_boundary
-        minute = tokens * per_token + read * 2 * d * d_token + values
+            places, seen = Places.of(self.schema), len(spans(self.model.window))
+            history, tokens, features = self.data.history - self.model.window + 1, places.num_devices, seen * variables
+            read, values = tokens, 2 * d_token * (features + states) + 2 * d * seen * self.schema.num_boundary
+        width = self.model.dense_skip
+        dense = 2 * width * (features + width + states)
+        minute = tokens * per_token + read * 2 * d * d_token + values + dense
         pairs = tokens**2 * history * (history + 1) // 2
         return 3.0 * self.model.rollout_minutes * (history * minute + layers * 4 * d * pairs)
 

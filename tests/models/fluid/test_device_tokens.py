@@ -80,13 +80,12 @@ def test_devices_of_one_kind_share_weights_and_are_told_apart():
     embedding = DeviceEmbedding(shape, places, num_boundary=3, window=1, minutes=1)
     x = torch.randn(1, 1, 6)
     swapped = x[..., [1, 0, 2, 4, 3, 5]]
-    moves = torch.ones(3)
     with torch.no_grad():
         embedding.set_points.weight.zero_()
-        one, other = embedding(x, moves)[0], embedding(swapped, moves)[0]
+        one, other = embedding(x[..., None])[0], embedding(swapped[..., None])[0]
         assert not torch.allclose(one[0], other[1], atol=1e-3)
         embedding.device.zero_()
-        one, other = embedding(x, moves)[0], embedding(swapped, moves)[0]
+        one, other = embedding(x[..., None])[0], embedding(swapped[..., None])[0]
     torch.testing.assert_close(one[[0, 1, 2]], other[[1, 0, 2]])
 
 
@@ -118,7 +117,7 @@ def test_a_device_s_values_meet_the_weights_of_its_kind():
     shape = DecoderShape(32, 2, 1, 32, 16)
     embedding = DeviceEmbedding(shape, PLACES, num_boundary=8, window=1, minutes=2)
     x = torch.randn(3, 2, 11)
-    got = embedding(x, torch.ones(3))
+    got = embedding(x[..., None])
     device = 0
     want = torch.empty(3, 2, 6, 32)
     for k, kind in enumerate(PLACES.inputs):
@@ -148,4 +147,5 @@ def test_a_minute_s_change_reaches_a_bf16_model():
     embedding = DeviceEmbedding(shape, places, num_boundary=1, window=2, minutes=1).to(torch.bfloat16)
     still = torch.tensor([[[0.5, 1.0], [0.5, 1.0]]])
     moved = torch.tensor([[[0.5, 1.0 - 2**-12], [0.5, 1.0]]])
-    assert (embedding(still, torch.tensor([2**-9])) != embedding(moved, torch.tensor([2**-9]))).any()
+    unit = torch.tensor([1.0, 2**-9])
+    assert (embedding(summaries(still, 2, unit)) != embedding(summaries(moved, 2, unit))).any()
