@@ -43,6 +43,9 @@ class FluidData(Strict):
 class FluidModel(Strict):
     """The decoder: a preset, or the five widths; and what it predicts."""
 
+    path: FolderPath | None = Field(
+        None, description="folder of a trained run whose weights training starts from; the model must be the same"
+    )
     preset: Literal["nano", "tiny", "small", "medium", "large", "xl"] | None = None
     d_model: int | None = Field(None, ge=16)
     num_heads: int | None = Field(None, ge=1)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.checkpoint.trained import trained_sections
+from trunkline.engine.checkpoint.weights import load_weights
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.data import FluidWindows, Sample, collate
@@ -25,6 +27,7 @@ from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
 SKIP_PENALTY = 1e-6
+_TRAINING_ONLY = ("path", "rollout_minutes")  # of the model's keys, those that its weights do not depend on
 _SKIP_NOISE = 0.3  # of the input noise: fitted with all of it, the autoregression pulls to the mean
 
 
@@ -47,6 +50,21 @@ class FluidTask(Task):
             equations = NormalEquations.over_training_split(self.store, self.normalization)
             model.skip.load_state_dict(equations.solve(SKIP_PENALTY, _SKIP_NOISE * self.model.input_noise).state_dict())
         return model
+
+    def initialize(self, model: nn.Module) -> None:
+        """The weights of `model.path`, and their normalisation. Raises CheckpointError, ConfigError or DataError."""
+        if self.model.path is None:
+            return
+        folder, _, other = trained_sections(Path(self.model.path), "fluid", FluidData, FluidModel)
+        if Schema.read(folder) != self.schema:
+            raise DataError(f"model.path: {folder} was trained on other columns than {self.store.root} has")
+        ours, theirs = (section.in_full().model_dump() for section in (self.model, other))
+        for key, value in theirs.items():
+            if ours[key] != value and key not in _TRAINING_ONLY:
+                raise ConfigError(
+                    f"model.path: {folder} has model.{key} {value!r}, and this run {ours[key]!r}: use {value!r}"
+                )
+        load_weights(model, folder)
 
     def dataset(self, split: str) -> FluidWindows:
         """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from tests.models.fluid.toy_network import SCHEMA, write_toy_store
+from tests.models.fluid.trained_run import write_run
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import add_sums
 from trunkline.models.fluid.config import FluidData, FluidModel
@@ -195,3 +197,37 @@ def test_what_does_not_fit_is_named(store, tmp_path):
 )
 def test_the_direction_of_a_score_holds_for_its_parts(store, metric, direction):
     assert make(store).direction(metric) == direction
+
+
+def test_training_starts_from_the_weights_of_a_run(store, tmp_path):
+    options = {"tokens": "device", "window": 2, "target": "change", "input_noise": 0.1}
+    write_run(tmp_path / "run", store, linear_skip=False, **options)
+    with safe_open(tmp_path / "run/best/model.safetensors", "pt") as file:
+        want = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    task = make(store, path=str(tmp_path / "run"), rollout_minutes=4, **options)
+    torch.manual_seed(9)
+    model = task.build_model()
+    assert not torch.equal(model.embedding.device, want["embedding.device"])
+    task.initialize(model)
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+    other = make(store, path=str(tmp_path / "run"), **(options | {"input_noise": 0.2}))
+    with pytest.raises(ConfigError, match=r"model.input_noise 0.1, and this run 0.2: use 0.1"):
+        other.initialize(other.build_model())
+
+
+def test_a_window_of_training_holds_what_a_rollout_needs(store):
+    options = {"tokens": "device", "window": 2, "target": "change", "input_noise": 0.1}
+    task = make(store, history=3, rollout_minutes=5, **options)
+    one = batch(task)
+    assert one["x"].shape == (3, 7, 10)
+    assert one["target"].shape == (3, 6, 8)
+    assert len(task.dataset("train")) == 6 * (240 - 7)
+    assert task.weight(one) == 3 * 6 * 8
+    model = task.build_model()
+    total = task.loss(model, one)["loss"]
+    total.backward()
+    assert total > 0
+    assert model.projection.kinds.weight.grad.abs().sum() > 0
+    assert batch(task, split="val")["x"].shape == (3, 3, 10), "validation is of the next minute"
+    with pytest.raises(DataError, match=r"1 to 119, since a case has 240 minutes of which .* takes 120"):
+        make(store, history=121, rollout_minutes=120).dataset("train")

@@ -43,8 +43,8 @@ def write_run(run: Path, store: Path, history: int = 3, **model: Any) -> FluidTa
     task = FluidTask(data, options)
     torch.manual_seed(0)
     network = task.build_model()
-    torch.nn.init.zeros_(network.projection.weight)
-    torch.nn.init.zeros_(network.projection.bias)
+    for parameter in network.projection.parameters():
+        torch.nn.init.zeros_(parameter)
     best = run / "best"
     best.mkdir(parents=True)
     config = {"workload": "fluid", "data": data.model_dump(), "model": options.model_dump()}
