@@ -31,7 +31,8 @@ run := runs/$(WORKLOAD)-demo
 
 train: train-$(WORKLOAD)
 
-# fluid: days of a simulated gas network, a surrogate of it, and a day that the surrogate has not seen
+# fluid: days of a simulated gas network, a surrogate of it, first of the next minute and then of rollouts, what else one
+# would try, and a day that the surrogate has not seen
 csv := data/fluid-demo/csv
 store := data/fluid-demo/store
 cases := 60
@@ -39,14 +40,17 @@ test_cases := 8
 simulated := $(csv)/.simulated-$(cases)-$(test_cases)
 unseen := $(csv)/test/case_0001
 
+train_days = $(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --resume auto --config configs/fluid
+
 .PHONY: train-fluid
 train-fluid: $(store)/store.json
-	$(VENV)/bin/deepspeed --num_gpus 2 launchers/train.py --config configs/fluid/demo.json --output-dir $(run) --resume auto
-	$(python) launchers/evaluate.py --run $(run)
-	$(python) launchers/predict.py --run $(run) --case $(unseen) --out $(run)/prediction
-	@echo; echo "Training: $(run)/report/summary.md   evaluation: $(run)/evaluation/"
+	$(train_days)/demo.json --output-dir $(run)/minute
+	$(train_days)/demo-rollout.json --output-dir $(run)/rollout
+	$(python) launchers/evaluate.py --run $(run)/rollout --baselines persistence ridge switches mlp
+	$(python) launchers/predict.py --run $(run)/rollout --case $(unseen) --out $(run)/rollout/prediction
+	@echo; echo "Training: $(run)/rollout/report/summary.md   evaluation: $(run)/rollout/evaluation/"
 	@echo "A day that was not trained on, predicted from its first minutes and its boundary conditions:"
-	@ls $(run)/prediction/*.png
+	@ls $(run)/rollout/prediction/*.png
 
 $(simulated): | $(VENV)/.installed
 	$(python) launchers/prepare.py fluid --simulate demo --cases $(cases) --test-cases $(test_cases) --out $(csv)

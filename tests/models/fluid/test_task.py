@@ -229,5 +229,5 @@ def test_a_window_of_training_holds_what_a_rollout_needs(store):
     assert total > 0
     assert model.projection.kinds.weight.grad.abs().sum() > 0
     assert batch(task, split="val")["x"].shape == (3, 3, 10), "validation is of the next minute"
-    with pytest.raises(DataError, match=r"1 to 119, since a case has 240 minutes of which .* takes 120"):
+    with pytest.raises(DataError, match=r"1 to 120, since a case has 240 minutes of which .* takes 120"):
         make(store, history=121, rollout_minutes=120).dataset("train")
