@@ -102,7 +102,8 @@ class Task(ABC):
     def initialize(self, model: nn.Module) -> None:
         """Put the weights that training starts from into what `build_model` returned, where they are not those.
 
-        Called where no checkpoint is loaded into it. The default leaves it as it is. Raises CheckpointError.
+        Called where no checkpoint is loaded into it. The default leaves it as it is. Raises CheckpointError,
+        ConfigError or DataError.
         """
         return None
 

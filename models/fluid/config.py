@@ -85,8 +85,8 @@ class FluidModel(Strict):
     dense_skip: int = Field(
         0,
         ge=0,
-        description="hidden width of a small network beside the decoder that sees all values of two minutes at once, "
-        "0 for none: for small gas networks and short trainings, in which tokens of one value learn slowly",
+        description="hidden width of a small network beside the decoder that sees all values at once, 0 for none: for "
+        "small gas networks and short trainings, in which the tokens of a Transformer learn slowly",
     )
 
     @property

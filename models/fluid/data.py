@@ -5,7 +5,7 @@
 
 Set-points are known one minute ahead, so the tokens of minute s are boundary(s+1) and state(s), and they predict
 state(s+1). A window of history T ends at minute t: s runs over t-T+1 ... t. Each of the last T' has its own target. For
-training on rollouts, a window goes on for some minutes after t, and each of them has a target too.
+training on rollouts, a window has some minutes more, and each of them has a target too.
 """
 
 from __future__ import annotations

@@ -44,17 +44,18 @@ class Places:
 
     @classmethod
     def of(cls, schema: Schema, own_weights: bool = False) -> Places:
-        """The devices of a schema. Those of one letter and with the same quantities are of one kind.
+        """The devices of a schema. Those of one letter and with the same set-points and states are of one kind.
 
         own_weights: each device is a kind of its own
         """
-        kinds: dict[tuple[str, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        kinds: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         quantities = [parse_column(name)[1] for name in schema.columns]
         for device in devices(schema):
             boundary = sorted(device.boundary, key=quantities.__getitem__)
             states = sorted((schema.num_boundary + k for k in device.states), key=quantities.__getitem__)
             columns = (*boundary, *states)
-            kind = (device.name if own_weights else device.kind, *(quantities[k] for k in columns))
+            set_points, measured = (tuple(quantities[k] for k in part) for part in (boundary, states))
+            kind = (device.name if own_weights else device.kind, set_points, measured)
             kinds.setdefault(kind, []).append((columns, tuple(k - schema.num_boundary for k in states)))
         members = kinds.values()
         return cls(
@@ -167,7 +168,7 @@ class DeviceProjection(nn.Module):
         self.register_buffer("places", devices, persistent=False)
         read = outputs.flatten() >= 0
         order = torch.empty(int(read.sum()), dtype=torch.int64)
-        order[outputs.flatten()[read]] = read.nonzero()[:, 0]
+        order[outputs.flatten()[read]] = read.nonzero()[:, 0]  # each state has its place, since each has a device
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Any:

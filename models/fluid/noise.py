@@ -18,9 +18,9 @@ _KEPT = 0.8
 def history_noise(draw: Tensor, minutes: int, num_states: int) -> Tensor:
     """[B, minutes, num_states] fp32 for keys [B]; the last minute is the newest. Its variance is 1 + JITTER^2.
 
-    A drift, of variance 1, and JITTER times a noise of each minute alone. The drift is the same on the newest two
+    A drift, of variance 1, and JITTER times a noise of each span alone. The drift is the same on the newest two
     minutes; on each span of older ones, which double in length (1, 2, 4, ... minutes), its correlation with the next
-    newer is 0.8. Both are constant within a span.
+    newer is 0.8. Both are the same on all minutes of a span.
     """
     ages = spans(minutes)
     drift = normal(draw, (len(ages), num_states))

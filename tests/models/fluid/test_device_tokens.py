@@ -44,6 +44,17 @@ def test_every_column_stands_once_and_devices_of_one_kind_have_the_same_quantiti
     assert ((1, 0, 5), (2, 3, 6)) in places.inputs, "the columns of a kind stand in one order, whatever the files' is"
 
 
+def test_a_set_point_and_a_state_of_one_name_do_not_make_one_kind():
+    schema = Schema(
+        ("T_001:p",),
+        {"B": (), "C": (), "H": (), "N": ("N_001_p",), "P": (), "R": (), "T&E": ("T_001_q", "T_002_p", "T_002_q")},
+    )
+    places = Places.of(schema)
+    assert len(places.inputs) == 3
+    assert sorted(k for kind in places.outputs for device in kind for k in device) == list(range(4))
+    assert DeviceProjection(4, places)(torch.randn(1, 1, 3, 4)).shape == (1, 1, 4)
+
+
 @pytest.mark.parametrize(
     ("window", "expected"),
     [

@@ -213,6 +213,10 @@ def test_training_starts_from_the_weights_of_a_run(store, tmp_path):
     other = make(store, path=str(tmp_path / "run"), **(options | {"input_noise": 0.2}))
     with pytest.raises(ConfigError, match=r"model.input_noise 0.1, and this run 0.2: use 0.1"):
         other.initialize(other.build_model())
+    write_toy_store(tmp_path / "more", cases=(7, 1, 1))
+    other = make(tmp_path / "more", path=str(tmp_path / "run"), **options)
+    with pytest.raises(DataError, match="was trained on other days"):
+        other.initialize(other.build_model())
 
 
 def test_a_window_of_training_holds_what_a_rollout_needs(store):
@@ -223,11 +227,36 @@ def test_a_window_of_training_holds_what_a_rollout_needs(store):
     assert one["target"].shape == (3, 6, 8)
     assert len(task.dataset("train")) == 6 * (240 - 7)
     assert task.weight(one) == 3 * 6 * 8
-    model = task.build_model()
-    total = task.loss(model, one)["loss"]
-    total.backward()
-    assert total > 0
-    assert model.projection.kinds.weight.grad.abs().sum() > 0
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, target, mask):
+            seen.append(x - one["x"])
+            return x.new_zeros(()), mask.sum()
+
+    task.loss(Spy(), one)
+    (noise,) = seen
+    assert noise[:, :3, 2:].abs().min() > 0
+    assert not noise[:, 3:].any(), "no noise on minutes of which no state is seen"
     assert batch(task, split="val")["x"].shape == (3, 3, 10), "validation is of the next minute"
     with pytest.raises(DataError, match=r"1 to 120, since a case has 240 minutes of which .* takes 120"):
         make(store, history=121, rollout_minutes=120).dataset("train")
+
+
+def test_flops_count_minutes_and_rollouts(store):
+    options = {"tokens": "device", "window": 2}
+    one, three, rolled = (
+        make(store, history=history, rollout_minutes=minutes, **options).flops_per_sample()
+        for history, minutes in ((2, 1), (4, 1), (4, 5))
+    )
+    attention = 3 * 4 * 32 * 7**2  # one layer, tokens of one minute that see one minute
+    assert three == pytest.approx(3 * (one - attention) + 6 * attention)
+    assert rolled == pytest.approx(5 * three)
+
+
+def test_what_a_model_of_tokens_needs_is_named(store):
+    with pytest.raises(ConfigError, match=r"model.window is 4 .*set data.history to 4"):
+        make(store, history=3, tokens="device", window=4).build_model()
+    for wrong in ({"window": 2}, {"own_weights": True}):
+        with pytest.raises(ValueError, match="set tokens to"):
+            make(store, **wrong)
