@@ -61,7 +61,7 @@ def evaluate(
     others = baselines_of(store, normalization, baselines, baseline_minutes, without=ridges, progress=progress)
     for note in others.notes:
         print(note, file=sys.stderr)
-    forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model), **others.forecasters}
+    forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model, trained.data.history), **others.forecasters}
     history = max(forecaster.history for forecaster in forecasters.values())
     penalty = others.facts.get(RIDGE, {}).get("penalty")
 

@@ -55,7 +55,7 @@ def predict_day(trained: Trained, boundary: np.ndarray, start: Start, progress: 
     model = trained.model
     device = model.normalization.scale.device
     predicted = rollout(
-        Surrogate(model),
+        Surrogate(model, trained.data.history),
         torch.from_numpy(boundary[np.maximum(minutes - 1, 0)])[None].to(device),
         torch.from_numpy(start.states)[None].to(device),
         missing=model.normalization.state_offset,

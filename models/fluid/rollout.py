@@ -11,10 +11,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.fluid.store import Store
 
 
@@ -30,8 +29,8 @@ class Forecaster(Protocol):
 class Surrogate:
     """A trained decoder as a forecaster."""
 
-    def __init__(self, model: FluidDecoder) -> None:
-        self._model, self.history = model, model.history
+    def __init__(self, model: nn.Module, history: int) -> None:
+        self._model, self.history = model, history
 
     def next_state(self, window: Tensor) -> Tensor:
         return self._model(window)[:, -1]

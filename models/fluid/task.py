@@ -23,6 +23,7 @@ from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.fluid.noise import history_noise
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.ridge import NormalEquations
+from trunkline.models.fluid.rollout import Surrogate, rollout
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
@@ -86,8 +87,7 @@ class FluidTask(Task):
     def dataset(self, split: str) -> FluidWindows:
         """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
         targets = self.data.history - self.model.window + 1
-        ahead = self.model.rollout_minutes - 1 if split == "train" else 0
-        return FluidWindows(self.store, split, self.data.history, targets, ahead)
+        return FluidWindows(self.store, split, self.data.history, targets, self.model.rollout_minutes - 1)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """{"x": [B, T + ahead, V], "target" and "mask": [B, T' + ahead, Vs]}; see trunkline.models.fluid.data."""
@@ -110,31 +110,45 @@ class FluidTask(Task):
         return {"loss": total}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        """One-minute errors of the model, and of persistence, at the last minute of each window."""
-        target, mask = batch["target"][:, -1], _mask(batch)[:, -1]
-        last = batch["x"][:, -1, self.schema.num_boundary :]
+        """Errors of the minute after the history, of the model and of persistence; and, where the model is trained on
+        rollouts, of all minutes of them."""
+        history, minutes = self.data.history, self.model.rollout_minutes
+        target, mask = batch["target"][:, -minutes:], _mask(batch)[:, -minutes:]
+        boundary, states = batch["x"].split([self.schema.num_boundary, self.schema.num_states], dim=-1)
         normalization = self.normalization.to(target.device)
+        predicted = rollout(
+            Surrogate(model, history),
+            F.pad(boundary, (0, 0, 1, 0)),  # that of a window's first minute is not looked at
+            states[:, :history],
+            missing=normalization.state_offset,
+        )
+        last = states[:, history - 1]
         last = torch.where(last.isnan(), normalization.state_offset, last)
-        return {
-            **Errors.of(model(batch["x"])[:, -1], target, mask, normalization).as_sums("model"),
-            **Errors.of(last, target, mask, normalization).as_sums("persistence"),
+        errors = {
+            "model": Errors.of(predicted[:, 0], target[:, 0], mask[:, 0], normalization),
+            "persistence": Errors.of(last, target[:, 0], mask[:, 0], normalization),
         }
+        if minutes > 1:
+            errors["rollout"] = Errors.of(predicted, target, mask, normalization)
+        return {name: value for kind, each in errors.items() for name, value in each.as_sums(kind).items()}
 
     def summarize(self, sums: Sums) -> dict[str, float]:
         """ "mse", "mae", "rmse", "r2" (normalised), each also by group ("mse/P") and, physical, by unit ("rmse/P/MPa").
 
-        The same for persistence, as "persistence_mse" and so on.
+        The same for persistence, as "persistence_mse" and so on, and for rollouts of `rollout_minutes`, "rollout_mse".
         """
         scale = self.normalization.state_scale
-        model, persistence = (Errors.from_sums(sums, name, scale) for name in ("model", "persistence"))
-        return {
-            **flat_scores(model.scores(self.schema)),
-            **flat_scores(persistence.scores(self.schema), "persistence_"),
-        }
+        prefixes = {"model": "", "persistence": "persistence_"}
+        if self.model.rollout_minutes > 1:
+            prefixes["rollout"] = "rollout_"
+        scores: dict[str, float] = {}
+        for kind, prefix in prefixes.items():
+            scores |= flat_scores(Errors.from_sums(sums, kind, scale).scores(self.schema), prefix)
+        return scores
 
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Errors are better low and R2 high, of each group and unit too. Persistence does not depend on the model."""
-        return DIRECTIONS.get(metric.split("/")[0])
+        return DIRECTIONS.get(metric.removeprefix("rollout_").split("/")[0])
 
     def flops_per_sample(self) -> float:
         """Matrix products and visible attention pairs, forward and backward (three times forward).

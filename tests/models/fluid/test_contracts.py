@@ -45,7 +45,7 @@ def case(
         "model": MODEL,
         "training": {
             "steps": 6, "eval_every": 3, "eval_samples": 40, "save_every": 3, "log_every": 1, "trackers": [],
-            "ema": {"decay": 0.5}, "best": {"metric": "mse"},
+            "ema": {"decay": 0.5}, "best": {"metric": "rollout_mse"},
         },
         "deepspeed": {
             "train_batch_size": 4,
@@ -70,7 +70,7 @@ def train(rank: int, world_size: int, cases: list[Case]) -> None:
 
 def losses(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] if row["split"] == "train" else row["mse"] for row in rows if row["split"] in ("train", "val")]
+    return [row["loss"] if row["split"] == "train" else row["rollout_mse"] for row in rows if row["split"] in ("train", "val")]
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,6 @@ def test_a_window_of_training_holds_what_a_rollout_needs(store):
     (noise,) = seen
     assert noise[:, :3, 2:].abs().min() > 0
     assert not noise[:, 3:].any(), "no noise on minutes of which no state is seen"
-    assert batch(task, split="val")["x"].shape == (3, 3, 10), "validation is of the next minute"
     with pytest.raises(DataError, match=r"1 to 120, since a case has 240 minutes of which .* takes 120"):
         make(store, history=121, rollout_minutes=120).dataset("train")
 
@@ -260,3 +259,26 @@ def test_what_a_model_of_tokens_needs_is_named(store):
     for wrong in ({"window": 2}, {"own_weights": True}):
         with pytest.raises(ValueError, match="set tokens to"):
             make(store, **wrong)
+
+
+def test_evaluation_of_a_model_trained_on_rollouts_is_of_their_minutes_too(store):
+    options = {"target": "change", "input_noise": 0.1, "linear_skip": True}
+    task, one_minute = make(store, rollout_minutes=4, **options), make(store, **options)
+    model = task.build_model()
+    for parameter in model.projection.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    indices = (0, 40, 200)
+    one = batch(task, indices, split="val")
+    scores = task.summarize(task.evaluate(model, one))
+    plain = one_minute.summarize(one_minute.evaluate(model, batch(one_minute, indices, split="val")))
+    # sample i of each has the same first row, since the indices lie in the first day
+    assert scores["mse"] == pytest.approx(plain["mse"], rel=1e-5)
+    assert scores["persistence_mse"] == pytest.approx(plain["persistence_mse"])
+    states, errors = one["x"][:, :3, 2:], []
+    for minute in range(4):
+        predicted = model(torch.cat([one["x"][:, minute : minute + 3, :2], states], dim=-1))[:, -1]
+        errors.append((predicted - one["target"][:, 2 + minute]) / task.normalization.state_scale)
+        states = torch.cat([states[:, 1:], predicted[:, None]], dim=1)
+    assert scores["rollout_mse"] == pytest.approx(torch.stack(errors).square().mean().item(), rel=1e-4)
+    assert task.direction("rollout_mse") == "min"
+    assert task.direction("rollout_r2/P") == "max"
