@@ -70,7 +70,8 @@ def train(rank: int, world_size: int, cases: list[Case]) -> None:
 
 def losses(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] if row["split"] == "train" else row["rollout_mse"] for row in rows if row["split"] in ("train", "val")]
+    kept = {"train": "loss", "val": "rollout_mse"}
+    return [row[kept[row["split"]]] for row in rows if row["split"] in kept]
 
 
 @pytest.fixture(scope="module")
