@@ -168,15 +168,22 @@ def said_errors(day: PredictedDay, column: int) -> list[str]:
 def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int) -> list[str]:
     """The variables that move most over the day, in normalised units, of as many kinds of device as there are.
 
-    At most two of a quantity; no signal twice, and none that a set-point shows already.
+    At most two of a quantity; no signal twice, and none that a set-point shows already, unless there is no other. Empty
+    only if nothing moves.
     """
     values = day.prediction if day.truth is None else np.where(np.isnan(day.truth), day.prediction, day.truth)
     moves = np.nan_to_num(np.std(values, axis=0, dtype=np.float64) / scale)
-    known = _signals(day.boundary)
+    moving = [int(column) for column in np.argsort(-moves) if moves[column] >= _STILL]
+    chosen = _chosen(values, moving, _signals(day.boundary), schema, count)
+    chosen = chosen or _chosen(values, moving, _signals(day.boundary[:, :0]), schema, count)
+    return [schema.states[column] for column in chosen]
+
+
+def _chosen(values: np.ndarray, left: list[int], known: np.ndarray, schema: Schema, count: int) -> list[int]:
+    """Up to `count` of the columns `left`, those that move most first, that show none of the signals `known`."""
     kinds = [kind_of(name) for name in schema.states]
     quantities = [parse_column(name)[1].split("_")[0] for name in schema.states]
-    left = [int(column) for column in np.argsort(-moves) if moves[column] >= _STILL]
-    chosen: list[int] = []
+    left, chosen = list(left), list[int]()
     while left and len(chosen) < count:
         of_kind = Counter(kinds[column] for column in chosen)
         column = min(left, key=lambda column: of_kind[kinds[column]])  # of equals, the one that moves most
@@ -187,7 +194,7 @@ def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int
         elif np.abs(signal.T @ known).max(initial=0) <= _SAME_SIGNAL:
             chosen.append(column)
             known = np.concatenate([known, signal], axis=1)
-    return [schema.states[column] for column in chosen]
+    return chosen
 
 
 def _signals(values: np.ndarray) -> np.ndarray:

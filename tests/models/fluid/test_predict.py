@@ -167,6 +167,20 @@ def test_values_outside_physical_bounds_are_counted_and_written_as_they_are(root
     assert f"{sum(of['values'] for of in want.values()):,} values outside physical bounds" in line
 
 
+def test_where_no_variable_moves_none_is_drawn_unless_it_is_named(root, tmp_path, capsys, short_day):
+    from trunkline.launchers.predict import main
+
+    write_run(tmp_path / "run", root / "store", linear_skip=False)  # a head of zeros says that nothing changes
+    out = tmp_path / "out"
+    arguments = ["--run", str(tmp_path / "run"), "--case", str(root / "bare"), "--out", str(out), "--device", "cpu"]
+    assert main(arguments) == 0
+    assert "variables.png is not drawn, since no variable moves" in capsys.readouterr().out
+    assert not (out / "variables.png").exists()
+    assert (out / "map.png").exists()
+    assert main([*arguments, "--variables", "N_001_p"]) == 0
+    assert (out / "variables.png").exists()
+
+
 def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
     from trunkline.launchers.predict import main
 
