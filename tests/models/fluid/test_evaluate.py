@@ -93,6 +93,27 @@ def test_baselines_that_are_asked_for(trained, store):
     ], "the network is kept by now"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--no-ridge", "--baselines", "persistence", "ridge"],
+            "--no-ridge leaves out what --baselines ridge asks for",
+        ),
+        (["--no-ridge", "--baselines", "switches"], "--no-ridge leaves out what --baselines switches asks for"),
+        (["--baseline-minutes", "5"], "--baseline-minutes 5: --baselines asks for no network"),
+        (["--baseline-minutes", "0.5", "--baselines", "ridge"], "add mlp or graph to --baselines"),
+    ],
+)
+def test_flags_that_contradict_one_another_are_named(trained, tmp_path, capsys, flags, message):
+    from trunkline.launchers.evaluate import main
+
+    run = ["--run", str(trained.folder.parent), "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*run, "--horizons", "60 minutes", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists()
+
+
 def test_report_and_picture(result, trained, tmp_path):
     text = write_report(result, trained, tmp_path)
     names = ["surrogate", "ridge", "persistence"]
