@@ -36,6 +36,8 @@ TITLES = {
 }
 """What each is called in tables, in their order."""
 DEFAULT_MINUTES = 1.0
+FEW_STEPS = 100
+"""A network that trained fewer says nothing of what networks can do."""
 _FORMAT = 1  # of what is kept: to be raised when the same settings come to mean something else
 
 
@@ -138,9 +140,15 @@ def baselines_of(
                 raise
             found.notes.append(f"without {title}: {error}")
         else:
-            if isinstance(kind, Linear) and (said := kind.limits(store)):
-                found.notes.append(said)
+            said = kind.limits(store) if isinstance(kind, Linear) else _few_steps(title, found.facts[title]["steps"])
+            found.notes.extend([said] if said else [])
     return found
+
+
+def _few_steps(title: str, steps: int) -> str:
+    if steps >= FEW_STEPS:
+        return ""
+    return f"{title}: trained for {steps} steps only, which makes it no fair comparison: raise --baseline-minutes"
 
 
 def _one(

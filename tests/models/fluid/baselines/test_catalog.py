@@ -9,13 +9,21 @@ import torch
 from tests.models.fluid.baselines.switched_network import switched_day, write_switched_store
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
-from trunkline.models.fluid.baselines import switches
+from trunkline.models.fluid.baselines import catalog, switches
 from trunkline.models.fluid.baselines.catalog import baselines_of
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.store import Store
 
 MINUTES = 0.004
 NETWORKS = ("mlp", "graph")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps_are_enough():
+    """Networks here train for a moment. The one test of what is said then has the true number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "FEW_STEPS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,17 @@ def test_networks_are_in_the_default_only_once_they_are_kept(tmp_path):
     longer = baselines_of(store, normalization_of(store), ("mlp",), 2 * MINUTES)
     assert longer.facts["ridge + MLP"] != asked.facts["ridge + MLP"]
     assert baselines_of(store, normalization_of(store)).facts["ridge + MLP"] == longer.facts["ridge + MLP"]
+
+
+def test_a_network_of_few_steps_is_named_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "FEW_STEPS", 100)
+    store = write_switched_store(tmp_path)
+    found = baselines_of(store, normalization_of(store), ("persistence", "mlp"), 1e-9)
+    assert found.facts["ridge + MLP"]["steps"] == 0
+    (note,) = found.notes
+    assert note.startswith("ridge + MLP: trained for 0 steps only")
+    assert "--baseline-minutes" in note
+    assert baselines_of(store, normalization_of(store), ("mlp",)).notes == [note], "of what is kept, too"
 
 
 def test_another_normalisation_has_its_own(fitted, store):
