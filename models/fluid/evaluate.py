@@ -28,7 +28,7 @@ from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.tally import Evaluation, Tally, Yardstick
 from trunkline.models.fluid.trained import Trained, load_trained
 
-MODEL, RIDGE = "surrogate", "ridge"
+MODEL = "surrogate"
 RIDGES, NETWORKS = ("ridge", "switches"), ("mlp", "graph")
 _VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
 
@@ -68,9 +68,8 @@ def evaluate(
         print(note, file=sys.stderr)
     forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model), **others.forecasters}
     history = max(forecaster.history for forecaster in forecasters.values())
-    penalty = others.facts.get(RIDGE, {}).get("penalty")
 
-    result = Evaluation(split, cases, penalty, copied_states(store))
+    result = Evaluation(split, cases, copied_states(store), others.facts)
     yardstick = Yardstick(normalization, store.schema, result.copied)
     for horizon in horizons:
         steps, every = {

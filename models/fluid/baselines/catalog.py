@@ -176,7 +176,8 @@ def _one(
     budget = Budget(60 * about.get("minutes", math.inf))
     module, fit = kind.fit(store, copy.deepcopy(normalization), budget, device, progress)
     seconds = time.perf_counter() - began
-    facts = {**fit, "seconds": seconds, "threads": torch.get_num_threads(), "device": device.type}
+    allowed = {"minutes": about["minutes"]} if "minutes" in about else {}
+    facts = {**fit, **allowed, "seconds": seconds, "threads": torch.get_num_threads(), "device": device.type}
     try:
         keep(folder, about, module, facts)
     except (OSError, DataError) as error:

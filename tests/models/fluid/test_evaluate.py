@@ -93,6 +93,29 @@ def test_baselines_that_are_asked_for(trained, store):
     ], "the network is kept by now"
 
 
+def test_the_report_says_how_each_baseline_was_fitted(trained, store, tmp_path):
+    options = {"horizons": ["60 minutes"], "baselines": ["persistence", "ridge", "mlp"], "baseline_minutes": 0.002}
+    write_report(evaluate(trained, store, "test", **options), trained, tmp_path)
+    facts = json.loads((tmp_path / "evaluation.json").read_text())["baselines"]
+    assert list(facts) == ["ridge", "ridge + MLP"], "persistence has none"
+    assert {"penalty", "noise", "seconds", "threads", "device"} <= set(facts["ridge"])
+    ridge, network = facts.values()
+    assert network["minutes"] == 0.002
+    assert network["days"] == 6
+    assert network["steps"] > 0
+    assert network["threads"] == torch.get_num_threads()
+    lines = (tmp_path / "evaluation.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("- ridge: ")]
+    assert line.startswith(
+        f"- ridge: penalty {ridge['penalty']:g}, noise 0, fitted in {ridge['seconds']:.3g} s altogether"
+    )
+    (line,) = [line for line in lines if line.startswith("- ridge + MLP: ")]
+    assert line.startswith(
+        f"- ridge + MLP: 0.002 minutes of training allowed, {network['steps']:,} steps, the best after "
+    )
+    assert ", 6 training days, fitted in " in line
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
