@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     persistence = np.broadcast_to(start.states[-1], prediction.shape)
     day = PredictedDay(prediction, persistence, case.state, case.boundary[: len(prediction)], start.minute)
     write_day(arguments.out, case.day, prediction, schema)
-    outside = Outside.of(torch.from_numpy(prediction[start.minute :]), schema)
+    outside = Outside.of(torch.from_numpy(prediction[start.minute :]), schema, normalization.state_scale.cpu())
     print(f"bounds: {outside.line(schema) or 'every predicted value lies within the physical ones'}")
     record = {
         "weights": str(trained.folder),

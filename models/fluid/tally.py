@@ -65,7 +65,7 @@ class Tally:
         error, mask = predicted - truth, ~truth.isnan()
         return cls(
             Errors.of(predicted, truth, mask, by.normalization),
-            Outside.of(predicted, by.schema),
+            Outside.of(predicted, by.schema, by.normalization.state_scale),
             _by_minute((error / by.normalization.state_scale).square(), mask & by.scored),
             {unit: _by_minute(error[..., at].abs(), mask[..., at]) for unit, at in by.columns.items()},
             {

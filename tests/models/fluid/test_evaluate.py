@@ -234,13 +234,13 @@ def test_predictions_outside_bounds_are_counted_in_the_report(copying, tmp_path)
     write_report(result, trained, tmp_path)
     assert "None: no pressure, power or linepack below 0" in (tmp_path / "evaluation.md").read_text()
     low = torch.from_numpy(truth).float()
-    low[0, :5, SCHEMA.states.index("P_001_inv")] = -3.0
+    low[0, :5, SCHEMA.states.index("P_001_inv")] = -300.0
     yardstick = Yardstick(trained.model.normalization, SCHEMA, result.copied)
     tallies = {"60 minutes": {"surrogate": Tally.of(low, torch.from_numpy(truth).float(), yardstick)}}
     write_report(replace(result, tallies=tallies), trained, tmp_path)
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -3.0}}
-    line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -3 Nm3, bound 0)."
+    assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -300.0}}
+    line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -300 Nm3, bound 0)."
     assert line in (tmp_path / "evaluation.md").read_text().splitlines()
 
 
