@@ -86,6 +86,7 @@ def test_baselines_that_are_asked_for(trained, store):
     options = {"horizons": ["60 minutes"], "baselines": ["persistence", "mlp"], "baseline_minutes": 0.001}
     result = evaluate(trained, store, "test", **options)
     assert list(result.errors["60 minutes"]) == ["surrogate", "ridge + MLP", "persistence"]
+    assert result.baselines["ridge + MLP"]["steps"] > 0
     assert list(evaluate(trained, store, "test", with_ridge=False, horizons=["1 minute"]).errors["1 minute"]) == [
         "surrogate",
         "ridge + MLP",

@@ -62,6 +62,7 @@ def test_titles_stand_in_the_order_of_tables(fitted):
     _, found = fitted
     assert list(found.forecasters) == ["ridge", "ridge with switches", "ridge + MLP", "graph network", "persistence"]
     assert not found.notes
+    assert all(found.facts[title]["steps"] > 0 for title in ("ridge + MLP", "graph network"))
 
 
 def test_what_is_kept_is_not_fitted_again_and_says_the_same(fitted, store):
