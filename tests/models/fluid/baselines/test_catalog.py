@@ -11,6 +11,7 @@ from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
 from trunkline.models.fluid.baselines import catalog, switches
 from trunkline.models.fluid.baselines.catalog import baselines_of
+from trunkline.models.fluid.baselines.graph import ROUNDS
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.store import Store
 
@@ -104,6 +105,28 @@ def test_another_normalisation_has_its_own(fitted, store):
     other = Normalization(2, 6).fit(store.statistics, "minmax")
     assert list(baselines_of(store, other).forecasters) == ["ridge", "ridge with switches", "persistence"]
     assert len(list((store.root / "baselines").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "value"),
+    [
+        ("ridge", "PENALTIES", (1e-3,)),
+        ("ridge", "DEFAULT_PENALTY", 1e-3),
+        ("switches", "JITTER", 0.5),
+        ("mlp", "RIDGE_PENALTY", 1e-3),
+        ("graph", "JITTER", 0.5),
+    ],
+)
+def test_other_constants_make_another_baseline(store, monkeypatch, name, constant, value):
+    assert len(list((store.root / "baselines").glob(f"{name}-*"))) == 1
+    monkeypatch.setattr(catalog, constant, value)
+    baselines_of(store, normalization_of(store), (name,), MINUTES)
+    assert len(list((store.root / "baselines").glob(f"{name}-*"))) == 2
+
+
+def test_the_rounds_of_messages_are_part_of_what_is_kept(store):
+    (record,) = (store.root / "baselines").glob("graph-*/baseline.json")
+    assert json.loads(record.read_text())["about"]["rounds"] == ROUNDS
 
 
 def cut(folder):
