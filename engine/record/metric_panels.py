@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from trunkline.engine.record.report_plots import Panel, Series
 
-UNITS = ("MPa", "m3/s", "m3", "degC", "kW")
-"""What is a unit where it ends a name, and not a part."""
+UNITS = ("MPa", "m3/s", "m3", "degC", "kW", "-", "?")
+"""What is a unit where it ends a name, and not a part; "-" is none, "?" is one that is not known."""
 SHARES = ("accuracies", "accuracy")
 """Parts that are shares, and so no values of their measure: "rewards/accuracies"."""
 

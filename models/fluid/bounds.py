@@ -1,12 +1,13 @@
 """Predictions that no gas network can show: counted and named, never clipped.
 
-    Outside.of(predicted, schema)    how many values of each column lie outside its bounds, and the worst of them
-    a + b                            of the predictions of both
-    a.by_column(schema)              {"C_001_pwr": {"values": 12, "worst": -300.0}}
-    a.line(schema)                   the same in one line to read
+    Outside.of(predicted, schema, scale)   how many values of each column lie outside its bounds, and the worst of them
+    a + b                                  of the predictions of both
+    a.by_column(schema)                    {"C_001_pwr": {"values": 12, "worst": -300.0}}
+    a.line(schema)                         the same in one line to read
 
 Pressures are absolute, temperatures those of gas in pipes in the ground and behind compressors and valves. A flow may
-have either sign. What is no number is outside of any bounds.
+have either sign. What is no number is outside of any bounds. A value that misses a bound by no more than SLACK of its
+column's deviation lies on it: a compressor that is off has 0 kW, and a network says so to within rounding only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "p": (0.0, None), "t": (-50.0, 150.0), "pwr": (0.0, None), "inv": (0.0, None)
 }  # fmt: skip
 """The least and, if any, the greatest possible value of a quantity: MPa, degC, kW, m3."""
+SLACK = 1e-3
 _NAMED = 3
 
 
@@ -36,13 +38,14 @@ class Outside:
     worst: Tensor
 
     @classmethod
-    def of(cls, predicted: Tensor, schema: Schema) -> Outside:
-        """predicted: [..., Vs], physical."""
+    def of(cls, predicted: Tensor, schema: Schema, scale: Tensor) -> Outside:
+        """predicted: [..., Vs], physical; scale [Vs]: the columns' deviations."""
         bounds = torch.tensor([_bounds(name) for name in schema.states], device=predicted.device).T
         flat = predicted.reshape(-1, schema.num_states)
         beyond = torch.maximum(bounds[0] - flat, flat - bounds[1]).masked_fill(~flat.isfinite(), math.inf)
-        excess, row = beyond.clamp(min=0).max(dim=0)
-        return cls((beyond > 0).sum(0).cpu(), excess.cpu(), flat.gather(0, row[None])[0].cpu())
+        outside = beyond > SLACK * scale
+        excess, row = beyond.masked_fill(~outside, 0).max(dim=0)
+        return cls(outside.sum(0).cpu(), excess.cpu(), flat.gather(0, row[None])[0].cpu())
 
     def __add__(self, other: Outside) -> Outside:
         more = other.excess > self.excess

@@ -17,6 +17,7 @@ from trunkline.models.fluid.store import Store
 
 EQUAL = 0.01
 """How far a copy may be from its set-point, in standard deviations of the state."""
+_VALUES_AT_ONCE = 16 << 20  # of pairs in some rows
 
 
 def copied_states(store: Store) -> dict[str, str]:
@@ -38,7 +39,9 @@ def copied_states(store: Store) -> dict[str, str]:
         rows = places[places // minutes == number] % minutes
         boundary, state = store.boundary("train", case)[rows], np.asarray(store.state("train", case))[rows]
         present += (~np.isnan(state)).sum(axis=0)
-        for some in (slice(0, 1), slice(1, None)):  # one row alone rules out nearly all pairs
+        first = 0
+        while first < len(rows):  # a few rows rule out nearly all pairs, and then many rows fit
+            some = slice(first, first := first + max(1, _VALUES_AT_ONCE // max(1, len(states))))
             apart = np.abs(state[some][:, states] - boundary[some][:, set_points]) > allowed[states]
             equal = ~apart.any(axis=0)
             set_points, states = set_points[equal], states[equal]

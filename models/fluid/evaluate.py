@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from trunkline.engine.checkpoint.weights import described
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import made_folder
 from trunkline.models.fluid.baselines.catalog import baselines_of
 from trunkline.models.fluid.copies import copied_states
@@ -28,7 +28,8 @@ from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.tally import Evaluation, Tally, Yardstick
 from trunkline.models.fluid.trained import Trained, load_trained
 
-MODEL, RIDGE = "surrogate", "ridge"
+MODEL = "surrogate"
+RIDGES, NETWORKS = ("ridge", "switches"), ("mlp", "graph")
 _VALUES_AT_ONCE = 32 << 20  # of a batch's states; fp64 sums over them take some times that
 
 
@@ -45,7 +46,11 @@ def evaluate(
     horizons: Sequence[str] = HORIZONS,
     progress: bool = False,
 ) -> Evaluation:
-    """Errors on the cases of a split that have outputs. Raises DataError if none has, or if the store does not fit."""
+    """Errors on the cases of a split that have outputs. Raises DataError if none has, or if the store does not fit.
+
+    Raises ConfigError for baselines that contradict the other two options about them.
+    """
+    _check_options(with_ridge, baselines or (), baseline_minutes)
     if store.schema != trained.schema:
         raise DataError(f"{store.root}: has other columns than the data {trained.folder} was trained on")
     cases = [case for case in store.cases(split) if store.has_state(split, case)][:max_cases]
@@ -57,15 +62,14 @@ def evaluate(
     store.verify(array.name for array in store.arrays_of(split, cases))
     normalization = trained.model.normalization
     device = normalization.scale.device
-    ridges = () if with_ridge else ("ridge", "switches")
-    others = baselines_of(store, normalization, baselines, baseline_minutes, without=ridges, progress=progress)
+    without = () if with_ridge else RIDGES
+    others = baselines_of(store, normalization, baselines, baseline_minutes, without=without, progress=progress)
     for note in others.notes:
         print(note, file=sys.stderr)
     forecasters: dict[str, Forecaster] = {MODEL: Surrogate(trained.model, trained.data.history), **others.forecasters}
     history = max(forecaster.history for forecaster in forecasters.values())
-    penalty = others.facts.get(RIDGE, {}).get("penalty")
 
-    result = Evaluation(split, cases, penalty, copied_states(store))
+    result = Evaluation(split, cases, copied_states(store), others.facts)
     yardstick = Yardstick(normalization, store.schema, result.copied)
     for horizon in horizons:
         steps, every = {
@@ -93,6 +97,17 @@ def evaluate(
                 tallies[name] = tallies[name] + tally if name in tallies else tally
         result.tallies[horizon] = tallies
     return result
+
+
+def _check_options(with_ridge: bool, baselines: Sequence[str], minutes: float | None) -> None:
+    ridges = [name for name in baselines if name in RIDGES]
+    if ridges and not with_ridge:
+        raise ConfigError(f"--no-ridge leaves out what --baselines {' '.join(ridges)} asks for: drop one of them")
+    if minutes is not None and not any(name in NETWORKS for name in baselines):
+        raise ConfigError(
+            f"--baseline-minutes {minutes:g}: --baselines asks for no network that would train so long: add "
+            f"{' or '.join(NETWORKS)} to --baselines, or leave --baseline-minutes out"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:

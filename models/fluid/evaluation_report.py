@@ -19,6 +19,18 @@ from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, unit_in_wo
 
 _MEASURES = ("mae", "rmse", "r2")
 _NAMED = 20
+_FACTS = {
+    "penalty": "penalty {:g}",
+    "noise": "noise {:g}",
+    "minutes": "{:g} minutes of training allowed",
+    "steps": "{:,} steps",
+    "best_step": "the best after {:,}",
+    "days": "{:,} training days",
+    "seconds": "fitted in {:.3g} s altogether",
+    "threads": "threads: {}",
+    "device": "device: {}",
+}
+"""What is said of a baseline's fit, where it is known."""
 
 
 def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
@@ -31,7 +43,7 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         "split": evaluation.split,
         "cases": evaluation.cases,
         "history_minutes": trained.data.history,
-        "ridge_penalty": evaluation.ridge_penalty,
+        "baselines": evaluation.baselines,
         "copied_from_set_points": evaluation.copied,
         "scores": scores,
         "scores_with_copies": evaluation.scores(schema, with_copies=True),
@@ -56,6 +68,7 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
         "# Evaluation\n",
         f"Weights: `{trained.folder}`. Split `{evaluation.split}`: {len(evaluation.cases)} days. All forecasters begin "
         "with the same true minutes and know the set-points ahead; persistence says that nothing changes.\n",
+        _about_baselines(evaluation.baselines),
         _about_copies(evaluation.copied, schema),
         "## Physical units\n",
         "Over all devices. Pressures are absolute; Nm3 are cubic metres at 0 degC and 101.325 kPa. A relative error is "
@@ -83,6 +96,13 @@ def write_report(evaluation: Evaluation, trained: Trained, out: Path) -> str:
 def _each(evaluation: Evaluation, what: Callable[[Tally], Any]) -> dict[str, Any]:
     """`what` of each tally, by horizon and forecaster."""
     return {horizon: {name: what(tally) for name, tally in of.items()} for horizon, of in evaluation.tallies.items()}
+
+
+def _about_baselines(baselines: dict[str, dict[str, Any]]) -> str:
+    return "".join(
+        f"- {name}: {', '.join(words.format(facts[key]) for key, words in _FACTS.items() if key in facts)}.\n"
+        for name, facts in baselines.items()
+    )
 
 
 def _about_copies(copied: dict[str, str], schema: Schema) -> str:

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 
 from trunkline.engine.record.pictures import INK, picture
-from trunkline.models.fluid.schema import Schema, parse_column
+from trunkline.models.fluid.schema import Schema, kind, parse_column
 from trunkline.models.fluid.tally import Evaluation, mean_by_minute
-from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, in_words, kind_of, shown_unit, unit_in_words
+from trunkline.models.fluid.words import GROUPS_IN_WORDS, QUANTITIES, in_words, shown_unit, unit_in_words
 
 _COLOURS = {
     "surrogate": "#c1432b",
@@ -168,15 +168,22 @@ def said_errors(day: PredictedDay, column: int) -> list[str]:
 def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int) -> list[str]:
     """The variables that move most over the day, in normalised units, of as many kinds of device as there are.
 
-    At most two of a quantity; no signal twice, and none that a set-point shows already.
+    At most two of a quantity; no signal twice, and none that a set-point shows already, unless there is no other. Empty
+    only if nothing moves.
     """
     values = day.prediction if day.truth is None else np.where(np.isnan(day.truth), day.prediction, day.truth)
     moves = np.nan_to_num(np.std(values, axis=0, dtype=np.float64) / scale)
-    known = _signals(day.boundary)
-    kinds = [kind_of(name) for name in schema.states]
+    moving = [int(column) for column in np.argsort(-moves) if moves[column] >= _STILL]
+    chosen = _chosen(values, moving, _signals(day.boundary), schema, count)
+    chosen = chosen or _chosen(values, moving, _signals(day.boundary[:, :0]), schema, count)
+    return [schema.states[column] for column in chosen]
+
+
+def _chosen(values: np.ndarray, left: list[int], known: np.ndarray, schema: Schema, count: int) -> list[int]:
+    """Up to `count` of the columns `left`, those that move most first, that show none of the signals `known`."""
+    kinds = [kind(parse_column(name)[0]) for name in schema.states]
     quantities = [parse_column(name)[1].split("_")[0] for name in schema.states]
-    left = [int(column) for column in np.argsort(-moves) if moves[column] >= _STILL]
-    chosen: list[int] = []
+    left, chosen = list(left), list[int]()
     while left and len(chosen) < count:
         of_kind = Counter(kinds[column] for column in chosen)
         column = min(left, key=lambda column: of_kind[kinds[column]])  # of equals, the one that moves most
@@ -187,7 +194,7 @@ def most_moving(day: PredictedDay, schema: Schema, scale: np.ndarray, count: int
         elif np.abs(signal.T @ known).max(initial=0) <= _SAME_SIGNAL:
             chosen.append(column)
             known = np.concatenate([known, signal], axis=1)
-    return [schema.states[column] for column in chosen]
+    return chosen
 
 
 def _signals(values: np.ndarray) -> np.ndarray:
@@ -207,8 +214,8 @@ def plot_map(network: dict[str, Any], values: dict[str, float], label: str, path
         return False
     edges = list(network.get("pipes", []))
     devices = network.get("devices", {})
-    for kind in ("H", "B", "C", "R"):
-        edges += devices.get(kind, [])
+    for letter in ("H", "B", "C", "R"):
+        edges += devices.get(letter, [])
     edges = [edge for edge in edges if edge.get("from") in places and edge.get("to") in places]
     x, y = np.array(list(places.values())).T
     span = (np.ptp(x) or 1.0, np.ptp(y) or 1.0)
@@ -247,20 +254,20 @@ def _draw_devices(figure: Figure, axes: Axes, devices: dict[str, Any], places: d
         "T": ("source", "P", "#2e8b57"),
         "E": ("delivery", "v", "#3b6ea5"),
     }
-    for kind, (title, marker, colour) in kinds.items():
+    for letter, (title, marker, colour) in kinds.items():
         spots = []
-        for device in devices.get(kind, []):
+        for device in devices.get(letter, []):
             if device.get("node") in places:
                 x, y = places[device["node"]]
                 spots.append((x, y))
             elif device.get("from") in places and device.get("to") in places:
                 (x1, y1), (x2, y2) = places[device["from"]], places[device["to"]]
                 spots.append(((x1 + x2) / 2, (y1 + y2) / 2))
-        if not spots or (crowd and kind in "BE"):
+        if not spots or (crowd and letter in "BE"):
             continue
         x, y = np.array(spots).T
         # beside the node, which would hide it
-        aside = {"T": -9, "E": 9}.get(kind, 0)
+        aside = {"T": -9, "E": 9}.get(letter, 0)
         shift = offset_copy(axes.transData, figure, aside, -abs(aside), "points")
         axes.scatter(
             x, y, marker=marker, s=22 if crowd else 70, c=colour, edgecolors="#222222", linewidths=0.6, label=title,

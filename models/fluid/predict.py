@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     persistence = np.broadcast_to(start.states[-1], prediction.shape)
     day = PredictedDay(prediction, persistence, case.state, case.boundary[: len(prediction)], start.minute)
     write_day(arguments.out, case.day, prediction, schema)
-    outside = Outside.of(torch.from_numpy(prediction[start.minute :]), schema)
+    outside = Outside.of(torch.from_numpy(prediction[start.minute :]), schema, normalization.state_scale.cpu())
     print(f"bounds: {outside.line(schema) or 'every predicted value lies within the physical ones'}")
     record = {
         "weights": str(trained.folder),
@@ -155,11 +155,17 @@ def run(arguments: argparse.Namespace) -> int:
     scale = normalization.state_scale.cpu().numpy()
     names = arguments.variables or most_moving(day, schema, scale, _VARIABLES)
     title = f"{case.day} ({arguments.case.name}), predicted from {_clock(start.minute)} on"
-    plot_variables(
-        day, names, schema, arguments.out / "variables.png", f"{title}: its set-points are known, nothing else"
-    )
-    drawn = "variables.png" + (" and map.png" if _draw_map(day, trained, arguments.out / "map.png", title) else "")
-    print(f"wrote {', '.join(schema.present_groups)}.csv, {drawn} to {arguments.out}")
+    pictures = []
+    if names:
+        said = f"{title}: its set-points are known, nothing else"
+        plot_variables(day, names, schema, arguments.out / "variables.png", said)
+        pictures.append("variables.png")
+    else:
+        print("variables.png is not drawn, since no variable moves on this day: --variables draws those that it names")
+    if _draw_map(day, trained, arguments.out / "map.png", title):
+        pictures.append("map.png")
+    drawn = f", {' and '.join(pictures)}" if pictures else ""
+    print(f"wrote {', '.join(schema.present_groups)}.csv{drawn} to {arguments.out}")
     return 0
 
 

@@ -22,7 +22,7 @@ from trunkline.engine.data.store_writer import PART, PARTIAL, Part
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import only_writer, replace_whole
 from trunkline.models.fluid.conversion import convert_all
-from trunkline.models.fluid.csv.source import SourceCase, agree_on_schema, find_cases, stamp
+from trunkline.models.fluid.csv.source import SourceCase, agree_on_schema, find_cases, stamp, uneven_boundaries
 from trunkline.models.fluid.schema import GROUPS, Schema
 from trunkline.models.fluid.store import SPLITS, Store
 from trunkline.models.fluid.store_writer import begin_store, finish_store, is_finished, read_case
@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
             skip_bad_cases=arguments.skip_bad_cases,
             progress=True,
         )
+        cases = find_cases(arguments.source, arguments.val_fraction, arguments.seed)
+        usual, uneven = uneven_boundaries([case for case in cases if case.key not in skipped])
     except OSError as error:  # a full disk, a folder that must not be written
         raise DataError(
             f"{error}: mend that and run the same command again, which continues where it stopped"
@@ -60,6 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
     empty = [name for name, count in zip(store.schema.columns, store.statistics["count"]) if count == 0]
     if empty:
         print(f"columns without any value in the training cases: {', '.join(empty[:10])}{' ...' * (len(empty) > 10)}")
+    if uneven:
+        named = ", ".join(f"{key} ({count})" for key, count in list(uneven.items())[:10])
+        print(
+            f"Boundary.csv has {usual} rows in most cases, another number in {len(uneven)}: {named}"
+            f"{' ...' * (len(uneven) > 10)}: each row holds until the next, so check that none is missing"
+        )
     if skipped:
         print(f"left out {len(skipped)} bad cases (also in {arguments.out / 'store.json'}):")
         for case, reason in skipped.items():

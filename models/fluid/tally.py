@@ -65,7 +65,7 @@ class Tally:
         error, mask = predicted - truth, ~truth.isnan()
         return cls(
             Errors.of(predicted, truth, mask, by.normalization),
-            Outside.of(predicted, by.schema),
+            Outside.of(predicted, by.schema, by.normalization.state_scale),
             _by_minute((error / by.normalization.state_scale).square(), mask & by.scored),
             {unit: _by_minute(error[..., at].abs(), mask[..., at]) for unit, at in by.columns.items()},
             {
@@ -96,12 +96,15 @@ def mean_by_minute(sums: Tensor) -> Tensor:
 
 @dataclass
 class Evaluation:
-    """Tallies by horizon and forecaster. copied: states that only copy a set-point, with its name."""
+    """Tallies by horizon and forecaster.
+
+    copied: states that only copy a set-point, with its name. baselines: facts of the fits, by forecaster
+    """
 
     split: str
     cases: list[str]
-    ridge_penalty: float | None
     copied: dict[str, str]
+    baselines: dict[str, dict[str, Any]]
     tallies: dict[str, dict[str, Tally]] = field(default_factory=dict)
 
     @property

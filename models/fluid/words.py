@@ -2,7 +2,6 @@
 
     in_words("C_001_p_out")     "Compressor C_001: outlet pressure"
     shown_unit("C_001_q_in")    "Nm3/s"
-    kind_of("T_001_q")          "T"
 
 Flows and linepack are normal cubic metres (0 degC, 101.325 kPa). Column names, and metrics named after a unit, keep its
 plain name, "m3/s", so that a run can be compared with older ones.
@@ -10,7 +9,7 @@ plain name, "m3/s", so that a run can be compared with older ones.
 
 from __future__ import annotations
 
-from trunkline.models.fluid.schema import parse_column, unit
+from trunkline.models.fluid.schema import kind, parse_column, unit
 
 QUANTITIES = {"MPa": "pressure", "m3/s": "flow", "degC": "temperature", "kW": "power", "m3": "linepack"}
 """What is measured in a unit, in the order in which tables show them."""
@@ -41,11 +40,6 @@ def shown_unit(column: str) -> str:
     return unit_in_words(unit(parse_column(column)[1]))
 
 
-def kind_of(column: str) -> str:
-    """The letter of the device's kind."""
-    return parse_column(column)[0].split("_")[0]
-
-
 def in_words(column: str) -> str:
     """Kind and name of the device, and what is measured there. What has no word keeps its code."""
     device, quantity = parse_column(column)
@@ -53,4 +47,4 @@ def in_words(column: str) -> str:
     what = _SET_POINTS.get(quantity) or " ".join(
         filter(None, [_SIDES.get(side, side), QUANTITIES.get(unit(quantity), base)])
     )
-    return f"{_DEVICES.get(kind_of(column), '')} {device}: {what}".lstrip()
+    return f"{_DEVICES.get(kind(device), '')} {device}: {what}".lstrip()

@@ -16,14 +16,21 @@ import torch
 from torch import nn
 
 from trunkline.engine.errors import ConfigError, DataError
-from trunkline.models.fluid.baselines.graph import GRAPH, graph
+from trunkline.models.fluid.baselines.graph import GRAPH, ROUNDS, graph
 from trunkline.models.fluid.baselines.kept import digest, folder_of, keep, kept, minutes_kept
-from trunkline.models.fluid.baselines.linear import LinearAutoregression, Persistence, all_columns, fit_linear
+from trunkline.models.fluid.baselines.linear import (
+    DEFAULT_PENALTY,
+    PENALTIES,
+    LinearAutoregression,
+    Persistence,
+    all_columns,
+    fit_linear,
+)
 from trunkline.models.fluid.baselines.mlp import MLP, mlp
-from trunkline.models.fluid.baselines.residual import Budget, Corrected, Settings, features_of, train
+from trunkline.models.fluid.baselines.residual import RIDGE_PENALTY, Budget, Corrected, Settings, features_of, train
 from trunkline.models.fluid.baselines.switches import NOISES, interactions, limits
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import Features
+from trunkline.models.fluid.ridge import JITTER, Features
 from trunkline.models.fluid.rollout import Forecaster
 from trunkline.models.fluid.store import Store
 
@@ -36,6 +43,8 @@ TITLES = {
 }
 """What each is called in tables, in their order."""
 DEFAULT_MINUTES = 1.0
+FEW_STEPS = 100
+"""A network that trained fewer says nothing of what networks can do."""
 _FORMAT = 1  # of what is kept: to be raised when the same settings come to mean something else
 
 
@@ -51,7 +60,7 @@ class Linear:
     limits: Callable[[Store], str] = lambda store: ""
 
     def about(self) -> dict[str, Any]:
-        return {"noises": list(self.noises)}
+        return {"noises": list(self.noises), "penalties": list(PENALTIES), "default_penalty": DEFAULT_PENALTY}
 
     def empty(self, store: Store, normalization: Normalization) -> LinearAutoregression:
         return LinearAutoregression(normalization, self.features(store))
@@ -64,13 +73,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Network:
-    """A network beside a ridge; `make(store)` raises ConfigError for a data set that it cannot be made for."""
+    """A network beside a ridge; `make(store)` raises ConfigError for a data set that it cannot be made for.
+
+    shape: what else than the settings decides the network
+    """
 
     make: Callable[[Store], nn.Module]
     settings: Settings
+    shape: dict[str, Any] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
-        return asdict(self.settings)
+        return {**asdict(self.settings), **self.shape, "ridge_penalty": RIDGE_PENALTY}
 
     def empty(self, store: Store, normalization: Normalization) -> Corrected:
         return Corrected(normalization, features_of(store.schema), self.make(store), self.settings.noise)
@@ -85,7 +98,7 @@ KINDS: dict[str, Linear | Network] = {
     "ridge": Linear(all_columns, (0.0,)),
     "switches": Linear(interactions, NOISES, limits),
     "mlp": Network(mlp, MLP),
-    "graph": Network(graph, GRAPH),
+    "graph": Network(graph, GRAPH, {"rounds": ROUNDS}),
 }
 
 
@@ -123,7 +136,8 @@ def baselines_of(
             found.forecasters[title] = Persistence(store.schema.num_boundary)
             continue
         kind = KINDS[name]
-        about = {"format": _FORMAT, "store": store.fingerprint, "normalization": digest(normalization), **kind.about()}
+        data = {"store": store.fingerprint, "normalization": digest(normalization)}
+        about = {"format": _FORMAT, **data, "jitter": JITTER, **kind.about()}
         if isinstance(kind, Network):
             same = minutes_kept(store.root, name, about, found.notes)
             if names is None and not same:
@@ -138,9 +152,15 @@ def baselines_of(
                 raise
             found.notes.append(f"without {title}: {error}")
         else:
-            if isinstance(kind, Linear) and (said := kind.limits(store)):
-                found.notes.append(said)
+            said = kind.limits(store) if isinstance(kind, Linear) else _few_steps(title, found.facts[title]["steps"])
+            found.notes.extend([said] if said else [])
     return found
+
+
+def _few_steps(title: str, steps: int) -> str:
+    if steps >= FEW_STEPS:
+        return ""
+    return f"{title}: trained for {steps} steps only, which makes it no fair comparison: raise --baseline-minutes"
 
 
 def _one(
@@ -168,7 +188,8 @@ def _one(
     budget = Budget(60 * about.get("minutes", math.inf))
     module, fit = kind.fit(store, copy.deepcopy(normalization), budget, device, progress)
     seconds = time.perf_counter() - began
-    facts = {**fit, "seconds": seconds, "threads": torch.get_num_threads(), "device": device.type}
+    allowed = {"minutes": about["minutes"]} if "minutes" in about else {}
+    facts = {**fit, **allowed, "seconds": seconds, "threads": torch.get_num_threads(), "device": device.type}
     try:
         keep(folder, about, module, facts)
     except (OSError, DataError) as error:

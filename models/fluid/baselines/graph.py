@@ -24,6 +24,7 @@ costs some ten times that of the MLP for each window. Width 32, decay of weights
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.reading import read_object, reason
 from trunkline.models.fluid.baselines.residual import Settings
-from trunkline.models.fluid.schema import Schema, parse_column
+from trunkline.models.fluid.schema import Schema, devices
 from trunkline.models.fluid.store import Store
 
 GRAPH = Settings(width=32, learning_rate=6e-3, weight_decay=0.1, batch_size=64, average=0.998)
@@ -59,13 +60,13 @@ class GraphNetwork(nn.Module):
         self.register_buffer("arrange", _places(outputs, schema.num_states), persistent=False)
         self.register_buffer("source", edges[0], persistent=False)
         self.register_buffer("target", edges[1] * _KINDS + edges[2], persistent=False)
-        devices, slots = inputs.shape
-        self.encode = nn.Parameter(torch.randn(devices, slots, width) / slots**0.5)
-        self.name = nn.Parameter(torch.randn(devices, width) / width**0.5)
+        count, slots = inputs.shape
+        self.encode = nn.Parameter(torch.randn(count, slots, width) / slots**0.5)
+        self.name = nn.Parameter(torch.randn(count, width) / width**0.5)
         self.set_points = nn.Linear(schema.num_boundary, width)
         self.rounds = nn.ModuleList(_Round(width) for _ in range(rounds))
         self.norm = nn.LayerNorm(width)
-        self.decode = nn.Parameter(torch.zeros(devices, width, outputs.shape[1]))
+        self.decode = nn.Parameter(torch.zeros(count, width, outputs.shape[1]))
 
     def forward(self, z: Tensor) -> Tensor:
         padded = F.pad(z, (0, 1))  # what a device lacks to the most columns is 0
@@ -103,25 +104,20 @@ def graph(store: Store) -> GraphNetwork:
     return GraphNetwork(store.schema, edges_of(path, store.schema), GRAPH.width, ROUNDS)
 
 
-def devices_of(schema: Schema) -> list[str]:
-    """All devices that have a column, in order of first appearance."""
-    return list(dict.fromkeys(parse_column(name)[0] for name in schema.columns))
-
-
 def edges_of(path: Path, schema: Schema) -> Tensor:
     """int64 [3, E]: from device, to device and kind of each edge, in both directions. Raises ConfigError.
 
     Devices without a column in the data are passed over.
     """
-    number = {name: k for k, name in enumerate(devices_of(schema))}
+    number = {device.name: k for k, device in enumerate(devices(schema))}
     edges = []
     try:
         network = read_object(path, _LARGEST_NETWORK)
-        devices: list[dict[str, Any]] = [
+        joined: list[dict[str, Any]] = [
             *network["pipes"],
             *(each for its in network["devices"].values() for each in its),
         ]
-        for device in devices:
+        for device in joined:
             ends = [(device["from"], 0), (device["to"], 2)] if "from" in device else [(device["node"], 4)]
             for node, kind in ends:
                 if device["name"] in number and node in number:
@@ -138,16 +134,17 @@ def edges_of(path: Path, schema: Schema) -> Tensor:
 
 def _columns_of_devices(schema: Schema) -> tuple[Tensor, Tensor]:
     """Places in z of each device's columns [D, S], and its states' places [D, S']; a place past the end fills up."""
-    number = {name: k for k, name in enumerate(devices_of(schema))}
+    its, states, num_boundary = devices(schema), schema.num_states, schema.num_boundary
+    seen = [
+        [*device.boundary, *(start + k for start in (num_boundary, num_boundary + states) for k in device.states)]
+        for device in its
+    ]
+    return _filled(seen, num_boundary + 2 * states), _filled([device.states for device in its], states)
 
-    def places(columns: tuple[str, ...]) -> Tensor:
-        own: list[list[int]] = [[] for _ in number]
-        for k, name in enumerate(columns):
-            own[number[parse_column(name)[0]]].append(k)
-        most = max(map(len, own))
-        return torch.tensor([[*each, *[len(columns)] * (most - len(each))] for each in own])
 
-    return places((*schema.columns, *schema.states)), places(schema.states)
+def _filled(places: Sequence[Sequence[int]], end: int) -> Tensor:
+    most = max(map(len, places))
+    return torch.tensor([[*each, *[end] * (most - len(each))] for each in places])
 
 
 def _places(outputs: Tensor, num_states: int) -> Tensor:

@@ -57,7 +57,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a network trains: seconds on the clock, validation included, or, for the same weights again, steps."""
+    """How long a network trains: seconds on the clock, or, for the same weights again, steps.
+
+    The clock runs during validation, but not yet while the ridge is fitted and the days are loaded.
+    """
 
     seconds: float = math.inf
     steps: float = math.inf
@@ -116,7 +119,6 @@ def train(
 
     Raises DataError if no training case has outputs.
     """
-    since = time.perf_counter()
     features = features_of(store.schema)
     equations = NormalEquations.over_training_split(store, normalization, features=features)
     with _seeded(settings.seed):
@@ -130,6 +132,7 @@ def train(
     best: dict[str, Tensor] = {}
     best_error, best_step, step = math.inf, 0, 0
     due, validation_s = list(_VALIDATED_AT), 0.0
+    since = time.perf_counter()
     bar = tqdm(total=100, desc="training", unit="%", disable=not progress, leave=False)
     while due:
         spent = budget.spent(since - validation_s, step)

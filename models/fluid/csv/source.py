@@ -2,6 +2,7 @@
 
 find_cases(source, val_fraction, seed)   every case folder and the split that it goes to
 agree_on_schema(cases)                   the columns that most cases have, and the cases that differ
+uneven_boundaries(cases)                 the cases whose Boundary.csv has another number of rows than most
 stamp(case, schema)                      tells later whether the case's files have changed
 """
 
@@ -81,6 +82,16 @@ def agree_on_schema(cases: list[SourceCase]) -> tuple[Schema, dict[str, DataErro
     return schema, bad
 
 
+def uneven_boundaries(cases: list[SourceCase]) -> tuple[int, dict[str, int]]:
+    """How many rows Boundary.csv has in most cases, and in each case, by key, where it has another number.
+
+    Since a row holds until the next, a file that lost some can be read all the same.
+    """
+    rows = {case.key: _rows(case.folder / f"{BOUNDARY}.csv") for case in cases}
+    usual = Counter(rows.values()).most_common(1)[0][0]
+    return usual, {key: count for key, count in rows.items() if count != usual}
+
+
 def stamp(case: SourceCase, schema: Schema) -> dict[str, Any]:
     """What a stored case remembers of the files it was read from: their sizes, times and columns."""
     files = {}
@@ -90,6 +101,10 @@ def stamp(case: SourceCase, schema: Schema) -> dict[str, Any]:
             status = path.stat()
             files[path.name] = [status.st_size, status.st_mtime_ns]
     return {"files": files, "columns": _digest(schema.to_json())}
+
+
+def _rows(path: Path) -> int:
+    return len(path.read_bytes().strip().splitlines()) - 1
 
 
 def _folders(folder: Path) -> list[Path]:

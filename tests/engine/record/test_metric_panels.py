@@ -40,6 +40,14 @@ def test_each_unit_has_its_own_panel_with_its_parts_and_what_it_is_compared_with
     }
 
 
+def test_what_has_no_unit_or_no_known_one_has_a_panel_too() -> None:
+    assert panels("rmse", "rmse/-", "rmse/B/-", "rmse/?", "rmse/N/?") == {
+        "rmse": ["validation"],
+        "rmse (-)": ["validation", "B"],
+        "rmse (?)": ["validation", "N"],
+    }
+
+
 def test_every_curve_is_that_of_its_name() -> None:
     curves = {name: Series([1], [float(k)]) for k, name in enumerate(["rmse/kW", "mean_rmse/kW", "rmse/C/kW"])}
     (panel,) = metric_panels(curves)

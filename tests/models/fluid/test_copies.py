@@ -1,11 +1,14 @@
 """Which states are copies of set-points: each near miss by itself, and all pairs against a plain search."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from tests.models.fluid.toy_network import SCHEMA, day
-from trunkline.models.fluid import statistics
+from trunkline.models.fluid import copies, statistics
 from trunkline.models.fluid.copies import EQUAL, copied_states
+from trunkline.models.fluid.schema import GROUPS, Schema
 from trunkline.models.fluid.store_writer import write_store
 
 MINUTES, CASES = 240, 3
@@ -60,6 +63,27 @@ def test_missing_values_contradict_nothing_unless_most_are_missing(tmp_path):
         state[::3, at("N_001_p")] = np.nan
         state[10:, at("E_001_q")] = np.nan
     assert found(tmp_path, cases) == {"N_001_p": "T_001:SP"}
+
+
+def test_rows_without_values_cost_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "_VALUES_AT_ONCE", 1 << 16, raising=False)
+    count = 100
+    rng = np.random.default_rng(0)
+    boundary, state = (rng.normal(size=(MINUTES, count)).astype(np.float32) for _ in range(2))
+    state[:, 7] = boundary[:, 3]
+    state[:5] = np.nan
+    schema = Schema(
+        tuple(f"T_{k:03d}:SP" for k in range(count)),
+        {**dict.fromkeys(GROUPS, ()), "N": tuple(f"N_{k:03d}_p" for k in range(count))},
+    )
+    store = write_store(tmp_path, schema, {"train": {"case_0": (boundary, state)}})
+    tracemalloc.start()
+    try:
+        assert copied_states(store) == {"N_007_p": "T_003:SP"}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20, "all pairs in all rows are 9 MiB"
 
 
 def test_what_never_moves_is_no_copy(tmp_path):

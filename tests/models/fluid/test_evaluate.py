@@ -86,11 +86,56 @@ def test_baselines_that_are_asked_for(trained, store):
     options = {"horizons": ["60 minutes"], "baselines": ["persistence", "mlp"], "baseline_minutes": 0.001}
     result = evaluate(trained, store, "test", **options)
     assert list(result.errors["60 minutes"]) == ["surrogate", "ridge + MLP", "persistence"]
+    assert result.baselines["ridge + MLP"]["steps"] > 0
     assert list(evaluate(trained, store, "test", with_ridge=False, horizons=["1 minute"]).errors["1 minute"]) == [
         "surrogate",
         "ridge + MLP",
         "persistence",
     ], "the network is kept by now"
+
+
+def test_the_report_says_how_each_baseline_was_fitted(trained, store, tmp_path):
+    options = {"horizons": ["60 minutes"], "baselines": ["persistence", "ridge", "mlp"], "baseline_minutes": 0.002}
+    write_report(evaluate(trained, store, "test", **options), trained, tmp_path)
+    facts = json.loads((tmp_path / "evaluation.json").read_text())["baselines"]
+    assert list(facts) == ["ridge", "ridge + MLP"], "persistence has none"
+    assert {"penalty", "noise", "seconds", "threads", "device"} <= set(facts["ridge"])
+    ridge, network = facts.values()
+    assert network["minutes"] == 0.002
+    assert network["days"] == 6
+    assert network["steps"] > 0
+    assert network["threads"] == torch.get_num_threads()
+    lines = (tmp_path / "evaluation.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("- ridge: ")]
+    assert line.startswith(
+        f"- ridge: penalty {ridge['penalty']:g}, noise 0, fitted in {ridge['seconds']:.3g} s altogether"
+    )
+    (line,) = [line for line in lines if line.startswith("- ridge + MLP: ")]
+    assert line.startswith(
+        f"- ridge + MLP: 0.002 minutes of training allowed, {network['steps']:,} steps, the best after "
+    )
+    assert ", 6 training days, fitted in " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--no-ridge", "--baselines", "persistence", "ridge"],
+            "--no-ridge leaves out what --baselines ridge asks for",
+        ),
+        (["--no-ridge", "--baselines", "switches"], "--no-ridge leaves out what --baselines switches asks for"),
+        (["--baseline-minutes", "5"], "--baseline-minutes 5: --baselines asks for no network"),
+        (["--baseline-minutes", "0.5", "--baselines", "ridge"], "add mlp or graph to --baselines"),
+    ],
+)
+def test_flags_that_contradict_one_another_are_named(trained, tmp_path, capsys, flags, message):
+    from trunkline.launchers.evaluate import main
+
+    run = ["--run", str(trained.folder.parent), "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*run, "--horizons", "60 minutes", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_report_and_picture(result, trained, tmp_path):
@@ -190,13 +235,13 @@ def test_predictions_outside_bounds_are_counted_in_the_report(copying, tmp_path)
     write_report(result, trained, tmp_path)
     assert "None: no pressure, power or linepack below 0" in (tmp_path / "evaluation.md").read_text()
     low = torch.from_numpy(truth).float()
-    low[0, :5, SCHEMA.states.index("P_001_inv")] = -3.0
+    low[0, :5, SCHEMA.states.index("P_001_inv")] = -300.0
     yardstick = Yardstick(trained.model.normalization, SCHEMA, result.copied)
     tallies = {"60 minutes": {"surrogate": Tally.of(low, torch.from_numpy(truth).float(), yardstick)}}
     write_report(replace(result, tallies=tallies), trained, tmp_path)
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -3.0}}
-    line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -3 Nm3, bound 0)."
+    assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -300.0}}
+    line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -300 Nm3, bound 0)."
     assert line in (tmp_path / "evaluation.md").read_text().splitlines()
 
 

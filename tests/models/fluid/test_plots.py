@@ -51,6 +51,15 @@ def test_what_a_set_point_shows_already_is_not_chosen():
     assert chosen[0] in most_moving(out, SCHEMA, SCALE, 8)
 
 
+def test_where_every_variable_follows_a_set_point_some_are_chosen_all_the_same():
+    out = predicted()
+    for column in range(8):
+        out.truth[:, column] = (column + 1) * SCALE[column] * out.boundary[:, column % 2]
+    chosen = most_moving(out, SCHEMA, SCALE, 8)
+    assert len(chosen) == 2, "one for each signal"
+    assert {SCHEMA.states.index(name) % 2 for name in chosen} == {0, 1}
+
+
 def test_each_panel_says_both_errors_of_the_predicted_minutes():
     out = predicted()
     column = SCHEMA.states.index("B_001_q_in")

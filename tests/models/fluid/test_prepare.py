@@ -204,6 +204,27 @@ def test_a_network_without_heaters_needs_no_file_of_them(
         np.testing.assert_array_equal(one.state("train", case), two.state("train", case))
 
 
+def test_cases_whose_boundary_has_another_number_of_rows_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trunkline.launchers.prepare import main
+
+    source = write_source(tmp_path / "source", train=4, test=2)
+    command = ["fluid", "--source", str(source), "--out", str(tmp_path / "store"), "--skip-bad-cases"]
+    assert main(command) == 0
+    assert "Boundary.csv" not in capsys.readouterr().out
+    hourly = {"Boundary": lambda text: [text[0], *text[1::2], ""]}
+    write_case(source / "train/case_0002", 2, hourly)
+    write_case(source / "test/case_0002", 2, hourly, outputs=False)
+    (source / "train/case_0003/Boundary.csv").write_text("")
+    for _ in range(2):  # again where all is done already
+        assert main(command) == 0
+        assert (
+            "Boundary.csv has 48 rows in most cases, another number in 2: train/case_0002 (24), test/case_0002 (24): "
+            in capsys.readouterr().out
+        )
+
+
 def test_with_no_good_case_there_is_no_store(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", train=2)
     for number in (1, 2):

@@ -9,13 +9,22 @@ import torch
 from tests.models.fluid.baselines.switched_network import switched_day, write_switched_store
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
-from trunkline.models.fluid.baselines import switches
+from trunkline.models.fluid.baselines import catalog, switches
 from trunkline.models.fluid.baselines.catalog import baselines_of
+from trunkline.models.fluid.baselines.graph import ROUNDS
 from trunkline.models.fluid.normalization import Normalization
 from trunkline.models.fluid.store import Store
 
 MINUTES = 0.004
 NETWORKS = ("mlp", "graph")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps_are_enough():
+    """Networks here train for a moment. The one test of what is said then has the true number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "FEW_STEPS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +63,7 @@ def test_titles_stand_in_the_order_of_tables(fitted):
     _, found = fitted
     assert list(found.forecasters) == ["ridge", "ridge with switches", "ridge + MLP", "graph network", "persistence"]
     assert not found.notes
+    assert all(found.facts[title]["steps"] > 0 for title in ("ridge + MLP", "graph network"))
 
 
 def test_what_is_kept_is_not_fitted_again_and_says_the_same(fitted, store):
@@ -80,10 +90,43 @@ def test_networks_are_in_the_default_only_once_they_are_kept(tmp_path):
     assert baselines_of(store, normalization_of(store)).facts["ridge + MLP"] == longer.facts["ridge + MLP"]
 
 
+def test_a_network_of_few_steps_is_named_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "FEW_STEPS", 100)
+    store = write_switched_store(tmp_path)
+    found = baselines_of(store, normalization_of(store), ("persistence", "mlp"), 1e-9)
+    assert found.facts["ridge + MLP"]["steps"] == 0
+    (note,) = found.notes
+    assert note.startswith("ridge + MLP: trained for 0 steps only")
+    assert "--baseline-minutes" in note
+    assert baselines_of(store, normalization_of(store), ("mlp",)).notes == [note], "of what is kept, too"
+
+
 def test_another_normalisation_has_its_own(fitted, store):
     other = Normalization(2, 6).fit(store.statistics, "minmax")
     assert list(baselines_of(store, other).forecasters) == ["ridge", "ridge with switches", "persistence"]
     assert len(list((store.root / "baselines").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "value"),
+    [
+        ("ridge", "PENALTIES", (1e-3,)),
+        ("ridge", "DEFAULT_PENALTY", 1e-3),
+        ("switches", "JITTER", 0.5),
+        ("mlp", "RIDGE_PENALTY", 1e-3),
+        ("graph", "JITTER", 0.5),
+    ],
+)
+def test_other_constants_make_another_baseline(store, monkeypatch, name, constant, value):
+    assert len(list((store.root / "baselines").glob(f"{name}-*"))) == 1
+    monkeypatch.setattr(catalog, constant, value)
+    baselines_of(store, normalization_of(store), (name,), MINUTES)
+    assert len(list((store.root / "baselines").glob(f"{name}-*"))) == 2
+
+
+def test_the_rounds_of_messages_are_part_of_what_is_kept(store):
+    (record,) = (store.root / "baselines").glob("graph-*/baseline.json")
+    assert json.loads(record.read_text())["about"]["rounds"] == ROUNDS
 
 
 def cut(folder):

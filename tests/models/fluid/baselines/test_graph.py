@@ -7,8 +7,8 @@ import torch
 
 from tests.models.fluid.baselines.switched_network import SCHEMA, write_switched_store
 from trunkline.engine.errors import ConfigError
-from trunkline.models.fluid.baselines.graph import GraphNetwork, devices_of, edges_of, graph
-from trunkline.models.fluid.schema import parse_column
+from trunkline.models.fluid.baselines.graph import GraphNetwork, edges_of, graph
+from trunkline.models.fluid.schema import devices, parse_column
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def store(tmp_path):
 
 
 def test_edges_are_those_of_the_network_in_both_directions(store):
-    names = devices_of(SCHEMA)
+    names = [device.name for device in devices(SCHEMA)]
     assert names == ["C_001", "E_001", "N_001", "N_002", "N_003", "P_001"]
     edges = {(names[a], names[b], kind) for a, b, kind in edges_of(store.root / "network.json", SCHEMA).T.tolist()}
     assert edges == {

@@ -1,6 +1,7 @@
 """A network beside a ridge: what it learns, that it is the same again, and which weights are taken."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def test_it_stops_when_its_seconds_are_spent(store, normalization):
     _, facts = train(store, normalization, small, SETTINGS, Budget(seconds=1e-9), CPU)
     assert facts["steps"] == 0
     assert math.isfinite(facts["validation_mse"])
+
+
+def test_the_clock_starts_with_the_training_itself(store, normalization):
+    def slow() -> nn.Module:
+        time.sleep(0.5)
+        return small()
+
+    _, facts = train(store, normalization, slow, SETTINGS, Budget(seconds=0.5), CPU)
+    assert facts["steps"] > 0
 
 
 def test_the_correction_is_in_units_of_change_and_noise(store, normalization):
