@@ -1,4 +1,4 @@
-"""Evaluation of a trained surrogate on unseen days, beside persistence and ridge autoregression.
+"""Evaluation of a trained surrogate on unseen days, beside the baselines of trunkline.models.fluid.baselines.
 
     evaluate(trained, store, split, ...)   -> Evaluation
     run(arguments)  what launchers/evaluate.py calls
