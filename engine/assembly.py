@@ -149,8 +149,6 @@ class Assembly:
         self.backend.close()
         del self.backend, self.probe, self.average, self.statistics
         gc.collect()
-        if self.config.training.compile:
-            torch.compiler.reset()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         reset_peak_memory(self.ranks.device)  # what is shown is of the present sizes

@@ -18,6 +18,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+_GRAPHS = 64
+"""At most, of a block: by shapes, and for training, evaluation and the probe sample; torch's 8 may be too few."""
+
+
 def apply_options(model: nn.Module, settings: Training) -> nn.Module:
     """The model with the options of the "training" section applied, in place. Raises ConfigError.
 
@@ -28,9 +32,11 @@ def apply_options(model: nn.Module, settings: Training) -> nn.Module:
     if settings.activation_checkpointing and not found:
         raise ConfigError("training.activation_checkpointing: this model names no blocks; set it to false")
     backend = settings.compile if isinstance(settings.compile, str) else "inductor"
+    if settings.compile:
+        torch.compiler.reset()  # the graphs of a model before this one
     for block in found:
         if settings.compile:
-            block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+            block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, recompile_limit=_GRAPHS)
         if settings.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if settings.compile and not found:
