@@ -36,7 +36,9 @@ def apply_options(model: nn.Module, settings: Training) -> nn.Module:
         torch.compiler.reset()  # the graphs of a model before this one
     for block in found:
         if settings.compile:
-            block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, recompile_limit=_GRAPHS)
+            block.forward = torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit
+                block.forward, backend=backend, fullgraph=True, recompile_limit=_GRAPHS
+            )
         if settings.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if settings.compile and not found:
