@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError, DataError, TrunklineError
-from trunkline.engine.machine.stopping import EXIT_CODE, GO_ON
+from trunkline.engine.machine.again import resume_with, typed
+from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
 from trunkline.models.registry import config_sections, make_task, onnx_writer
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, assemble, train. Returns the exit status: 0 done, 2 a user's error, 75 stopped and worth resuming."""
-    return status_of(lambda: _run(sys.argv[1:] if argv is None else argv), on_error=_tell)
+    words = sys.argv[1:] if argv is None else argv
+    with typed(words):
+        return status_of(lambda: _run(words), on_error=_tell)
 
 
 def _tell(error: Exception) -> None:
@@ -133,7 +136,8 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    begin(exit_code=EXIT_CODE, advice=GO_ON)
+    with typed(sys.argv[1:]):
+        begin(exit_code=EXIT_CODE, advice=f"with no step under way: nothing is lost; {resume_with(Path())}")
     status = main()
     _leave()
     sys.exit(status)

@@ -73,7 +73,8 @@ def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
     from trunkline.engine.task import checked_task
 
-    return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
+    with config.naming_origins():
+        return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
 
 
 def weights_task(config: RunConfig) -> Task:

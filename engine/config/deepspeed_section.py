@@ -213,24 +213,24 @@ def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
     """Resolve "auto" and check that the sizes multiply. Raises ConfigError with the numbers and the way out."""
     total, micro = section.train_batch_size, section.train_micro_batch_size_per_gpu
     accumulation = section.gradient_accumulation_steps
+    times = accumulation if isinstance(accumulation, int) else 1
     if total is None:
         assert isinstance(micro, int)
-        total = micro * world_size * (accumulation if isinstance(accumulation, int) else 1)
+        total = micro * world_size * times
     if micro == "auto":
-        share, rest = divmod(total, world_size * (accumulation if isinstance(accumulation, int) else 1))
-        if rest or not share:
+        micro, rest = divmod(total, world_size * times)
+        if rest or not micro:
             raise ConfigError(
-                f"deepspeed.train_batch_size: {total} cannot be shared by {world_size} ranks"
+                f"deepspeed.train_batch_size: {total} samples cannot be shared by {world_size} ranks"
                 + (f" x {accumulation} accumulation steps" if accumulation != "auto" else "")
-                + f"; choose a multiple of {world_size * (accumulation if isinstance(accumulation, int) else 1)}"
+                + f": use {_ways_out(total, 1, world_size, times)}"
             )
-        micro = share
     assert isinstance(micro, int)
     steps, rest = divmod(total, micro * world_size)
     if rest or not steps:
         raise ConfigError(
-            f"deepspeed.train_batch_size: {total} is not a multiple of {micro} samples a micro-batch x {world_size} "
-            f"ranks; use a train_micro_batch_size_per_gpu that divides {total / world_size:g}, or another global batch"
+            f"deepspeed.train_batch_size: {total} is not a multiple of {micro * world_size} (micro-batches of "
+            f"{micro} x {world_size} ranks): use {_ways_out(total, micro, world_size)}"
         )
     if accumulation not in ("auto", steps):
         raise ConfigError(
@@ -238,3 +238,16 @@ def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
             f"{world_size} ranks x {steps}; remove the key: it is derived"
         )
     return BatchSizes(total, micro, steps, world_size)
+
+
+def _ways_out(total: int, micro: int, world_size: int, times: int = 1) -> str:
+    """Sizes that would fit, each with what it is for: a smaller micro-batch, a global batch near by, fewer ranks."""
+    share, rest = divmod(total, world_size * times)
+    smaller = 0 if rest else max((size for size in range(1, micro) if share % size == 0), default=0)
+    least = micro * world_size * times
+    near = dict.fromkeys((max(1, total // least) * least, -(-total // least) * least))
+    ranks = max((count for count in range(1, world_size) if total % (micro * count * times) == 0), default=0)
+    ways = [f"{smaller} for train_micro_batch_size_per_gpu"] * bool(smaller)
+    ways += [f"{' or '.join(map(str, near))} for train_batch_size"]
+    ways += [f"{ranks} rank{'s' * (ranks > 1)}"] * bool(ranks)
+    return ", or ".join(ways)

@@ -10,7 +10,9 @@ in, so that this module knows no workload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from trunkline.engine.config.epochs import Steps, in_steps
 from trunkline.engine.config.meaning import FolderPath
 from trunkline.engine.config.strict import Strict, nearest, show, validated
 from trunkline.engine.config.weights_section import Ema, ParameterRule
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, TrunklineError
 
 
 class Best(Strict):
@@ -179,9 +181,20 @@ class RunConfig:
         """What a message about a dotted key begins with: where its value came from."""
         return whence(key, self.origins, self.source)
 
+    @contextmanager
+    def naming_origins(self) -> Iterator[None]:
+        """Within, an error that begins with one of the configuration's keys is given where its value came from."""
+        try:
+            yield
+        except TrunklineError as error:
+            if (key := _BEGINS_WITH_A_KEY.match(str(error))) is not None:
+                error.args = (f"{self.where(key[0])}: {error}",)
+            raise
+
 
 Sections = Callable[[str], tuple[type[BaseModel], type[BaseModel]]]
 SECTIONS = ("workload", "data", "model", "training", "deepspeed")
+_BEGINS_WITH_A_KEY = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.\w+)+")
 
 
 def load_config(
