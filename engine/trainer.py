@@ -31,7 +31,8 @@ from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import planned_batches, render_summary, sizes_of, total_steps
+from trunkline.engine.plan import planned_batches, sizes_of, total_steps
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main

@@ -152,6 +152,7 @@ def _parser(files: Parser, description: str | None, workload: str | None, flags:
         "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
     )
     parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
+    parser.add_argument("--samples", type=int, help="with --plan: the number of training samples; needs no data then")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.set_defaults(instead=None)
     group = parser.add_argument_group(f"flags of {workload}" if workload else "flags of every workload")
