@@ -28,9 +28,13 @@ _FEW_STEPS = 100
 
 
 def make_plan(
-    task: Task, config: RunConfig, world_size: int, model: nn.Module | MissingDataError, sizes: BatchSizes | None = None,
+    task: Task,
+    config: RunConfig,
+    world_size: int,
+    model: nn.Module | MissingDataError,
+    sizes: BatchSizes | None = None,
     samples: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
     `config` is ready (readiness.py). Batch sizes are the configured ones unless given. Activations are those that
@@ -140,7 +144,8 @@ def _few_steps(config: RunConfig, steps: int, batches: GlobalBatches | None) -> 
     ways = f"raise training.steps to {_FEW_STEPS} or more"
     if config.training.epochs is not None and batches is not None:
         longer = -(-_FEW_STEPS // batches.per_epoch)
-        ways = f"lower deepspeed.train_batch_size, or raise training.epochs ({longer} are {longer * batches.per_epoch} steps)"
+        ways = "lower deepspeed.train_batch_size, or raise training.epochs "
+        ways += f"({longer} are {longer * batches.per_epoch} steps)"
     counted = f"{steps} steps"
     if batches is not None:
         counted = (

@@ -21,6 +21,7 @@ from trunkline.engine.machine.again import resume_with, typed
 from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
+from trunkline.launchers.explain import asked_key, explain
 from trunkline.models.registry import config_sections, make_task, onnx_writer, planned_task
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def _tell(error: Exception) -> None:
 
 
 def _run(words: list[str]) -> int | None:
+    if (key := asked_key(words)) is not None:
+        print(explain(key, words))
+        return 0
     command = parse(words, __doc__)
     arguments = command.arguments
 

@@ -142,8 +142,7 @@ RULES: dict[str, Rule] = {
 
 
 def check_fsdp_section(section: DeepSpeedSection, where: Callable[[str], str], world_size: int) -> None:
-    """Raise ConfigError for what FSDP does not do, all in one message. `where` says where a dotted key's value is from.
-    """
+    """Raise ConfigError for what FSDP does not do, all in one message. `where`: what each line begins with."""
     faults = [(f"deepspeed.{key}", fault) for key, fault in _faults(section, world_size)]
     if faults:
         lines = [f"{where(key)}: {key}: {fault}" for key, fault in faults]

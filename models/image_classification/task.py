@@ -128,8 +128,10 @@ class ImageTask(Task):
         two, three = (
             sum(parameter.numel() for parameter in self._shell_of(classes).parameters()) for classes in (2, 3)
         )
-        return [f"the number of classes is unknown without data: this is of 2; each further one adds {three - two:,} "
-                "parameters"]
+        return [
+            f"the number of classes is unknown without data: this is of 2; each further one adds {three - two:,} "
+            "parameters"
+        ]
 
     def fingerprint(self) -> str:
         """Names the data's content."""

@@ -14,7 +14,7 @@ from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
-from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
+from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel
 from trunkline.models.seq2seq.data import PackedPairs, PairRows, PairSamples
 from trunkline.models.seq2seq.flops import forward_flops
 from trunkline.models.seq2seq.generated import Generated, GeneratedTexts
