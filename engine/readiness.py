@@ -27,7 +27,7 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     or built, and for what the backend does not do.
     """
     if backend == "fsdp":
-        check_fsdp_section(config.deepspeed, config.where("deepspeed"), world_size)
+        check_fsdp_section(config.deepspeed, config.where, world_size)
     try:
         if backend == "deepspeed":
             _check_deepspeed(config.deepspeed)

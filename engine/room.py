@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.memory.shortage import Attempts, Shortage
 from trunkline.engine.ranks.distributed import on_main
@@ -48,7 +49,7 @@ class Room:
         if not shortage.agreed or not (intact or step == run.assembly.first_step):
             why = "the optimizer was changing the parameters" if shortage.agreed else "the other ranks are in the step"
             raise TrunklineError(
-                f"{line}; {why}, so the run ends here; --resume auto --output-dir {run.folder} continues with that"
+                f"{line}; {why}, so the run ends here; to continue with that, {resume_with(run.folder)}"
             )
         run.say(f"warning: {line}")
         self.rebuild()

@@ -16,6 +16,7 @@ from trunkline.engine.checkpoint.weights import save_weights
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.memory.micro_batch import MicroBatches
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank
@@ -82,5 +83,5 @@ class Run:
                 raise
             raise TrunklineError(
                 f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
-                f"; look for the first error above, then resume with --resume auto --output-dir {self.folder}"
+                f"; look for the first error above, then {resume_with(self.folder)}"
             ) from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, MissingDataError
 from trunkline.engine.tracking import Tracking
 from trunkline.engine.whole_state import WholeState
 
@@ -80,6 +80,9 @@ class Task(ABC):
 
     micro_batch_multiple_key: str = ""
     """Which setting decides it, such as "model.batch_norm_group", for messages."""
+
+    assumed: Sequence[str] = ()
+    """Of a task that was made without data: what it takes in their place, for whoever reads its plan."""
 
     tracking: Tracking = Tracking()
     """How TensorBoard, Weights & Biases and MLflow show the run."""
@@ -168,6 +171,14 @@ class Task(ABC):
         """Globs over the names of the buffers that are statistics of the data, changed in place by a forward pass in
         training. The engine makes them the same on every rank (optim/statistics.py). The default names BatchNorm's."""
         return ("*running_mean", "*running_var", "*num_batches_tracked")
+
+    def largest_sample(self) -> Any:
+        """A training sample as large as the configuration allows, for a plan where there are no data.
+
+        Asked of a task that was made without them. Raises MissingDataError where only the data say how large one is, as
+        the default does.
+        """
+        raise MissingDataError(f"the data say how large a sample of {type(self).__name__} is")
 
     def flops_per_sample(self) -> float:
         """Useful floating-point operations of one sample's forward and backward pass, without recomputation.

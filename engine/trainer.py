@@ -26,11 +26,13 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.store import verify_together
 from trunkline.engine.machine import stopping
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import planned_batches, render_summary, sizes_of, total_steps
+from trunkline.engine.plan import planned_batches, sizes_of, total_steps
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main
@@ -76,7 +78,8 @@ class Trainer(Run):
     ) -> None:
         config = with_direction(config, checked_task(task))
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
-        require_boards(config.training.trackers)
+        with config.naming_origins():
+            require_boards(config.training.trackers)
         agree(
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )
@@ -84,7 +87,7 @@ class Trainer(Run):
         self.progress, self.trackers = Progress(), Trackers()
         self.watchdog = Watchdog(folder / ".ranks", ranks, config.training.hang_timeout_s)
         try:
-            with self.starting():
+            with self.starting(), config.naming_origins():
                 self._put_together(backend, resume, accept_new_data)
         except BaseException:
             release(folder)
@@ -172,7 +175,7 @@ class Trainer(Run):
         with stopping.deferred(), in_use(self.folder):
             self.watchdog.start()
             try:
-                with self.naming_a_lost_rank():
+                with self.naming_a_lost_rank(), self.config.naming_origins():
                     try:
                         self._train()
                     except StopRequested:
@@ -197,7 +200,7 @@ class Trainer(Run):
             self.save()
         self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
-        raise stopping.InterruptedRunError(f"by {why} {where}; resume with --resume auto --output-dir {self.folder}")
+        raise stopping.InterruptedRunError(f"by {why} {where}; {resume_with(self.folder)}")
 
     def _train(self) -> None:
         """The loop: read, step, log, evaluate, save."""

@@ -25,7 +25,8 @@ from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
 from trunkline.engine.memory.micro_batch import divisors, resized, ways_out
 from trunkline.engine.memory.shortage import OutOfMemory, Shortage
 from trunkline.engine.optim.parameter_rules import freeze
-from trunkline.engine.plan import activation_bytes, readable_size
+from trunkline.engine.plan_text import readable_size
+from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
 from trunkline.engine.task import Samples, lengths_of

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trunkline.engine.errors import ConfigError, DataError, TrunklineError
-from trunkline.engine.machine.stopping import EXIT_CODE, GO_ON
+from trunkline.engine.machine.again import resume_with, typed
+from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import config_sections, make_task, onnx_writer
+from trunkline.launchers.explain import asked_key, explain
+from trunkline.models.registry import config_sections, make_task, onnx_writer, planned_task
 
 if TYPE_CHECKING:
     from trunkline.engine.config.run_config import RunConfig
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, assemble, train. Returns the exit status: 0 done, 2 a user's error, 75 stopped and worth resuming."""
-    return status_of(lambda: _run(sys.argv[1:] if argv is None else argv), on_error=_tell)
+    words = sys.argv[1:] if argv is None else argv
+    with typed(words):
+        return status_of(lambda: _run(words), on_error=_tell)
 
 
 def _tell(error: Exception) -> None:
@@ -43,6 +47,9 @@ def _tell(error: Exception) -> None:
 
 
 def _run(words: list[str]) -> int | None:
+    if (key := asked_key(words)) is not None:
+        print(explain(key, words))
+        return 0
     command = parse(words, __doc__)
     arguments = command.arguments
 
@@ -56,6 +63,8 @@ def _run(words: list[str]) -> int | None:
             raise ConfigError(f"--world-size {arguments.world_size}: only with --plan; the launcher sets it for a run")
         if (world_size := arguments.world_size) < 1:
             raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
+    if arguments.samples is not None and (not arguments.plan or arguments.samples < 1):
+        raise ConfigError(f"--samples {arguments.samples}: only with --plan, the number of samples to plan for, from 1")
     config = checked(command.draft(world_size), config_sections)
     folder = arguments.output_dir or Path("runs") / config.workload / command.name
     if arguments.instead and not arguments.plan:
@@ -110,17 +119,12 @@ def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> No
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> None:
-    from trunkline.engine.machine.hardware import choose_device
-    from trunkline.engine.optim.parameter_rules import freeze
-    from trunkline.engine.plan import make_plan, planned_batches, render_plan, total_steps
-    from trunkline.engine.readiness import ready
+    from trunkline.engine.plan_text import render_plan
+    from trunkline.engine.preview import preview
 
-    task = make_task(config)
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
-    batches = planned_batches(task, config, world_size)
-    config = config.in_steps(batches.per_epoch)
-    config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
-    plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
+    with config.naming_origins():
+        plan = preview(planned_task(config), config, world_size, backend, arguments.samples)
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else "\n".join([render_plan(plan), *config.notes]))
 
 
@@ -133,7 +137,8 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    begin(exit_code=EXIT_CODE, advice=GO_ON)
+    with typed(sys.argv[1:]):
+        begin(exit_code=EXIT_CODE, advice=f"with no step under way: nothing is lost; {resume_with(Path())}")
     status = main()
     _leave()
     sys.exit(status)

@@ -22,14 +22,19 @@ from trunkline.engine.errors import ConfigError
 COMMAND_LINE = "command line"
 """The origin of what --set has set. That of a flag is the flag."""
 
+EDITORS = "$schema"
+"""A key beside the sections that names a JSON Schema for editors. It is left out of the draft."""
+
 
 class Draft:
     """values: sections as they are in a file; source: the file; origins: dotted key -> where its value is from; notes:
     what to say of them when the run starts."""
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-        self.origins = dict.fromkeys(leaves(values), "file")
+        self.values, self.source = {key: value for key, value in values.items() if key != EDITORS}, source
+        if not isinstance(values.get(EDITORS, ""), str):
+            raise ConfigError(f"{source}: {EDITORS}: expected a path or an address, found {show(values[EDITORS])}")
+        self.origins = dict.fromkeys(leaves(self.values), "file")
         self.notes: list[str] = []
 
     @classmethod

@@ -168,6 +168,13 @@ def _launchers() -> list[psutil.Process]:
     return []
 
 
+def launcher_commands() -> list[list[str]]:
+    """The command lines of these launchers, the nearest first."""
+    with suppress(psutil.Error, OSError):
+        return [process.cmdline() for process in _launchers()]
+    return []
+
+
 def _is_launcher(process: psutil.Process) -> bool:
     with suppress(psutil.Error, OSError):
         if process.name() in _LAUNCHERS:  # slurmstepd writes its step into its command line

@@ -24,7 +24,7 @@ from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import read_object, reason
 from trunkline.engine.memory.shortage import Shortage
-from trunkline.engine.plan import readable_size
+from trunkline.engine.plan_text import readable_size
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 
 MEMORY = "memory.json"

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import pieces_written
 from trunkline.engine.machine.reading import read_object
 from trunkline.engine.ranks.distributed import Ranks
@@ -171,7 +172,7 @@ class Watchdog:
             [
                 f"error: the run hangs: no progress for {self.timeout_s:g} s (training.hang_timeout_s), {who}",
                 *lines,
-                "  Checkpoints are untouched; continue from the last one with --resume auto",
+                f"  Checkpoints are untouched; to continue from the last one, {resume_with(self.folder.parent)}",
             ]
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.checkpoint.trained import trained_sections
 from trunkline.engine.checkpoint.weights import load_weights
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
@@ -184,9 +185,11 @@ class FluidTask(Task):
 
 
 def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
-    """The task for what it says of weights alone: it has no data."""
+    """The task without its data, which are read only where something is asked that needs them."""
     task = object.__new__(FluidTask)
     task.data, task.model = data, model
+    task.store = opened_late(lambda: Store.open(data.store))
+    task.schema = opened_late(lambda: task.store.schema)
     return task
 
 

@@ -14,7 +14,8 @@ import torch
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, planned_batches, render_plan, render_summary
+from trunkline.engine.plan import make_plan, planned_batches
+from trunkline.engine.plan_text import render_plan, render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.readiness import ready
 from trunkline.engine.trainer import Trainer

@@ -305,7 +305,7 @@ def test_the_first_parameter_with_a_broken_gradient_is_named_and_the_run_stops_a
 def test_a_run_never_starts_from_zero_over_checkpoints_of_another(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     train(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; resume it with --resume auto"):
+    with pytest.raises(ConfigError, match=r"holds checkpoints.* of an earlier run; resume with --resume auto"):
         train(tmp_path / "run", config)
 
 
@@ -412,7 +412,7 @@ def test_offloaded_optimizer_states_give_the_same_losses(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("section", "world", "message"),
     [
-        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, 2, "10 is not a multiple of 4"),
+        ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, 2, r"10 is not a multiple of 8 \(micro-batches of 4 x 2 ranks\): use 1 for "),
         ({"train_batch_size": 3, "train_micro_batch_size_per_gpu": "auto"}, 2, "cannot be shared by 2 ranks"),
         ({"train_batch_size": 8, "gradient_accumulation_steps": 3}, 2, "contradicts train_batch_size 8"),
     ],

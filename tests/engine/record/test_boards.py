@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, render_summary
+from trunkline.engine.plan import make_plan
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.record.boards import ShownRun, unused_settings, written_apart
 from trunkline.engine.record.metrics_file import read_metrics
