@@ -85,7 +85,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_toy_store(folder / "store")
     config = json.loads((ROOT / "configs/fluid/nano.json").read_text())
     config["data"] |= {"store": str(folder / "store"), "history": 2}
-    config["training"] |= {"steps": 400, "eval_every": 400, "save_every": 400, "log_every": 1, "eval_samples": 8}
+    config["training"] |= {"steps": 200, "eval_every": 200, "save_every": 200, "log_every": 1, "eval_samples": 8}
     config["training"] |= {"num_workers": 0, "trackers": []}
     config["training"].pop("epochs")
     config["deepspeed"] |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
@@ -114,8 +114,8 @@ def on_this_machine(words: Sequence[str], toy: Path, run: Path, port: int, ranks
     line = shlex.join(words)
     for old, new in (
         (r"(--num_gpus|--nproc_per_node) \d+", rf"\1 {ranks}"),
-        (r"(configs/)?fluid/large(\.json)?(?= |$)", str(toy / "toy.json")),
         (r"runs/fluid/\S*", str(run)),
+        (r"(configs/)?fluid/large(\.json)?(?= |$)", str(toy / "toy.json")),
         (r"node0:\d+", f"127.0.0.1:{port}"),
         (r"--master_addr node0", f"--master_addr 127.0.0.1 --master_port {port}"),
         (r"launchers/train.py", f"launchers/train.py --output-dir {run}"),
@@ -179,7 +179,7 @@ def test_the_job_file_runs_turn_after_turn_to_the_losses_of_the_unbroken_run(toy
     run = tmp_path / "run"
     ((sbatch, *words),) = shown("Slurm", "sbatch")
     words = on_this_machine(words, toy, run, 0)
-    slurm = {"FAKE_SLURM": str(tmp_path), "FAKE_PROGRESS": str(run / "metrics.jsonl"), "FAKE_LIMITS": "20,60"}
+    slurm = {"FAKE_SLURM": str(tmp_path), "FAKE_PROGRESS": str(run / "metrics.jsonl"), "FAKE_LIMITS": "20,80"}
     environment = ENVIRONMENT | slurm | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
     with started([sbatch, "--nodes=2", "--ntasks-per-node=1", *words], env=environment) as job:
         said = job.communicate(timeout=500)[0]
@@ -210,7 +210,7 @@ def test_one_command_line_serves_for_every_turn_on_one_machine_and_on_any_number
             wait_until(lambda process=process: not members(process.pid), 60.0)
         assert process.returncode == (1 if words[0] == "torchrun" else 75), said
         done = len(losses(run))
-    assert done < 400
+    assert done < 200
     assert losses(run) == pytest.approx(losses(toy / "unbroken")[:done], rel=1e-5)
 
 
@@ -234,8 +234,7 @@ def test_two_machines_that_are_this_one_train_as_one_process_does(toy: Path, tmp
     port, run = find_free_port(), tmp_path / "run"
     starts = [on_this_machine(words, toy, run, port, ranks=1) for words in lines]
     starts = [[str(tmp_path / "hosts") if word == "hosts" else word for word in words] for words in starts]
-    flags = ["--set", "training.save_every=400", "--steps", "400"]
-    with started([*starts[0], *flags]) as first, started([*starts[1], *flags]) as second:
+    with started(starts[0]) as first, started(starts[1]) as second:
         said = first.communicate(timeout=400)[0], second.communicate(timeout=60)[0]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert json.loads((run / "plan.json").read_text())["world_size"] == 2
@@ -353,7 +352,7 @@ def test_a_run_takes_the_space_that_the_page_says(toy: Path, tmp_path: Path) -> 
     plan = json.loads((run / "plan.json").read_text())
     kept = [path.parent for path in checkpoints(run)]
     assert len(kept) == 2  # and one more while a new one is written
-    assert plan["checkpoint_bytes"] == 12 * plan["parameters"]
+    assert plan["checkpoint_bytes"] == pytest.approx(12 * plan["parameters"], rel=1e-3)
     for folder in kept:
         assert plan["checkpoint_bytes"] < size(folder) < 1.15 * plan["checkpoint_bytes"]
     for name in ("best", "final"):

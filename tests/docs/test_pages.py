@@ -155,6 +155,32 @@ def test_every_module_that_a_page_runs_is_there() -> None:
             assert importlib.util.find_spec(module), f"{page} runs {module}"
 
 
+def diagrams() -> list[list[tuple[str, str]]]:
+    """The arrows of each diagram of CONTRIBUTING, from file or folder to file or folder. Every line is understood."""
+    node, found = re.compile(r'(\w+)(?:\["([^"]+)"\])?'), []
+    for _, block in re.findall(r"^```mermaid\nflowchart (TD|LR)\n(.*?)^```", read("CONTRIBUTING.md"), re.M | re.S):
+        names: dict[str, str] = {}
+        arrows = []
+        for line in block.splitlines():
+            ends = re.fullmatch(rf"    {node.pattern} -->(?:\|[\w ,-]+\|)? {node.pattern}", line)
+            assert ends, line
+            for name, label in ((ends[1], ends[2]), (ends[3], ends[4])):
+                assert name in names or label, f"{line}: {name} has no label"
+                assert label is None or names.setdefault(name, label) == label
+            arrows.append((names[ends[1]], names[ends[3]]))
+        found.append(arrows)
+    return found
+
+
+def test_the_diagrams_show_files_that_exist_and_imports_that_are_there() -> None:
+    imports, one_step = diagrams()
+    assert not [name for arrow in (*imports, *one_step) for name in arrow if not (ROOT / name).exists()]
+    for start, end in imports:
+        files = [ROOT / start] if start.endswith(".py") else (ROOT / start).rglob("*.py")
+        module = "trunkline." + end.removesuffix(".py").replace("/", ".")
+        assert any(re.search(rf"(from|import) {module}\b", file.read_text()) for file in files), (start, end)
+
+
 def test_a_section_is_read_to_its_end() -> None:
     assert "shutdown-timeout" in section("docs/operating.md", "Signals")
     assert "## " not in section("docs/operating.md", "Signals")
