@@ -10,10 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,17 @@ import yaml
 
 from tests.distributed import find_free_port
 from tests.docs.pages import ROOT, blocks, commands, section
+from tests.docs.programs import ENVIRONMENT, members, started, wait_until
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.launchers import train
 
 PAGE = "docs/operating.md"
-BIN = Path(sys.executable).parent
 STARTS = {
     "python": ["python"],
     "deepspeed": ["deepspeed", "--num_gpus", "2"],
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
 }
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
 def test_the_job_asks_for_its_next_turn_after_status_75_alone(tmp_path: Path) -> None:
@@ -126,41 +123,6 @@ def on_this_machine(words: Sequence[str], toy: Path, run: Path, port: int, ranks
     return shlex.split(line)
 
 
-@contextmanager
-def started(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A program in a session of its own; nothing of it is left afterwards."""
-    given: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT} | options
-    process = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **given
-    )
-    try:
-        yield process
-    finally:
-        for left in members(process.pid):
-            left.kill()
-        process.kill()
-        process.communicate()
-
-
-def members(session: int) -> list[psutil.Process]:
-    """The processes of a session that live."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (OSError, psutil.Error):
-            continue
-    return found
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 240.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def has_begun(run: Path, rows: int = 3) -> bool:
     return (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) >= rows
 
@@ -182,7 +144,7 @@ def test_the_job_file_runs_turn_after_turn_to_the_losses_of_the_unbroken_run(toy
     slurm = {"FAKE_SLURM": str(tmp_path), "FAKE_PROGRESS": str(run / "metrics.jsonl"), "FAKE_LIMITS": "20,80"}
     environment = ENVIRONMENT | slurm | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}"}
     with started([sbatch, "--nodes=2", "--ntasks-per-node=1", *words], env=environment) as job:
-        said = job.communicate(timeout=500)[0]
+        said = job.communicate(timeout=900)[0]
     assert re.findall(r"^turn \d: status \d+", said, re.MULTILINE) == [
         "turn 0: status 75", "turn 1: status 75", "turn 2: status 0"
     ], said  # fmt: skip
@@ -206,8 +168,8 @@ def test_one_command_line_serves_for_every_turn_on_one_machine_and_on_any_number
             wait_until(lambda done=done: has_begun(run, done + 5) or process.poll() is not None)
             for rank in ranks_of(process):
                 rank.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=120)[0]
-            wait_until(lambda process=process: not members(process.pid), 60.0)
+            said = process.communicate(timeout=600)[0]
+            wait_until(lambda process=process: not members(process.pid))
         assert process.returncode == (1 if words[0] == "torchrun" else 75), said
         done = len(losses(run))
     assert done < 200
@@ -235,7 +197,7 @@ def test_two_machines_that_are_this_one_train_as_one_process_does(toy: Path, tmp
     starts = [on_this_machine(words, toy, run, port, ranks=1) for words in lines]
     starts = [[str(tmp_path / "hosts") if word == "hosts" else word for word in words] for words in starts]
     with started(starts[0]) as first, started(starts[1]) as second:
-        said = first.communicate(timeout=400)[0], second.communicate(timeout=60)[0]
+        said = first.communicate(timeout=900)[0], second.communicate(timeout=60)[0]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert json.loads((run / "plan.json").read_text())["world_size"] == 2
     assert losses(run) == pytest.approx(losses(toy / "unbroken"), rel=1e-5)
@@ -264,7 +226,7 @@ def test_launchers_end_with_the_statuses_of_the_table(toy: Path, tmp_path: Path,
 
     def ends(name: str, *flags: str) -> int:
         with started(command(name, *flags)) as process:
-            process.communicate(timeout=240)
+            process.communicate(timeout=600)
             return process.returncode
 
     def is_stopped(name: str, whom: Callable[[subprocess.Popen[str]], Sequence[Any]], number: signal.Signals) -> int:
@@ -272,8 +234,8 @@ def test_launchers_end_with_the_statuses_of_the_table(toy: Path, tmp_path: Path,
             wait_until(lambda: has_begun(tmp_path / name))
             for each in whom(process):
                 each.send_signal(number)
-            process.communicate(timeout=120)
-            wait_until(lambda: not members(process.pid), 60.0)
+            process.communicate(timeout=600)
+            wait_until(lambda: not members(process.pid))
             assert checkpoints(tmp_path / name)
             return process.returncode % 256 if process.returncode >= 0 else 128 - process.returncode
 
@@ -310,7 +272,7 @@ def test_process_1_of_a_container_hears_term(toy: Path, tmp_path: Path, launcher
             assert first.is_running()
             assert not checkpoints(tmp_path / "run")
             return
-        said = process.communicate(timeout=120)[0]
+        said = process.communicate(timeout=600)[0]
     assert process.returncode == status, said
     assert checkpoints(tmp_path / "run")
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import find_free_port
-from tests.docs.pages import ROOT, read
+from tests.docs.pages import read
+from tests.docs.programs import ENVIRONMENT, started, wait_until
 from trunkline.engine.record.metrics_file import read_metrics
 
 PAGE = "docs/your-own-model.md"
-ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}  # fmt: skip
 
 
 def steps() -> list[tuple[str, str]]:
@@ -61,32 +56,28 @@ def test_the_chats_and_the_model_of_the_page_fit_together(tmp_path: Path) -> Non
 def test_every_block_of_the_page_runs_and_the_model_answers(tmp_path: Path) -> None:
     """The first training is interrupted, as the page says. The server is left out where its packages are not there."""
     can_serve = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
-    port, answers, server = find_free_port(), 0, None
-    try:
+    port, answers = find_free_port(), 0
+    with ExitStack() as servers:
         for language, block in steps():
-            words = (
-                [sys.executable, "-c", block] if language == "python" else shlex.split(block.replace("8000", str(port)))
-            )
-            if language == "json" or (words[0] in ("transformers", "curl") and not can_serve):
+            if language == "json":
                 continue
-            process = subprocess.Popen(
-                words, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+            line = shlex.split(block.replace("8000", str(port))) if language == "sh" else []
+            words = line or [sys.executable, "-c", block]
+            if words[0] in ("transformers", "curl") and not can_serve:
+                continue
+            program = started(words, cwd=tmp_path)
             if words[0] == "transformers":
-                server = process
+                servers.enter_context(program)
                 wait_until(lambda: listens(port))
                 continue
             is_first_training = words[:2] == ["trunkline", "train"] and "--plan" not in words
-            if is_first_training:
-                wait_until((tmp_path / "runs/chats/metrics.jsonl").exists)
-                process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=400)[0]
+            with program as process:
+                if is_first_training:
+                    wait_until((tmp_path / "runs/chats/metrics.jsonl").exists)
+                    process.send_signal(signal.SIGINT)
+                said = process.communicate(timeout=900)[0]
             assert process.returncode == (75 if is_first_training else 0), said
             answers += "Paris." in said
-    finally:
-        if server is not None:
-            server.kill()
-            server.communicate()
     assert answers == (3 if can_serve else 2)  # of predict, of Python, of the server
     rows = [row["step"] for row in read_metrics(tmp_path / "runs/chats/metrics.jsonl") if row["split"] == "train"]
     assert rows == list(range(10, 201, 10))
@@ -96,10 +87,3 @@ def test_every_block_of_the_page_runs_and_the_model_answers(tmp_path: Path) -> N
 def listens(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
