@@ -1,0 +1,57 @@
+"""Programs that pages start: as a person would, and nothing of them is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.docs.pages import ROOT
+
+ENVIRONMENT = os.environ | {
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@contextmanager
+def started(command: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A program in a session of its own; nothing of it is left afterwards."""
+    given: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT} | options
+    process = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **given
+    )
+    try:
+        yield process
+    finally:
+        for left in members(process.pid):
+            left.kill()
+        process.kill()
+        process.communicate()
+
+
+def members(session: int) -> list[psutil.Process]:
+    """The processes of a session that live."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 600.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
