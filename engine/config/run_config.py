@@ -65,6 +65,7 @@ class Training(Strict):
     epochs: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     eval_every: Steps = Field(default=500, description="optimizer steps between evaluations, or epochs")
+    eval_at_start: bool = Field(default=False, description="evaluate before the first step too")
     eval_samples: int | None = Field(
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
