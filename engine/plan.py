@@ -74,6 +74,8 @@ def make_plan(
         "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
                           **({f"end of warm-up (step {ramp})": rates[ramp]} if ramp < steps else {}),
                           f"last (step {steps - 1})": rates[steps - 1]},
+        "metric_units": dict(task.metric_units),
+        "validation_loss": task.validation_loss,
         "parameter_rules": planned_rules(model, config, peak),
         "tied_parameters": tied_names(model, config),
         "memory_bytes": states | {"activations": activations},

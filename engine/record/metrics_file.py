@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,20 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, NaN and infinities restored. A torn or damaged line is left out."""
-    rows = []
-    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            row = _parse(line)
-            if row is not None:
-                row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
-                rows.append(row)
+    rows = [row for row in _rows(path) if row is not None]
+    for row in rows:
+        row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
     return rows
+
+
+def damaged_lines(path: Path) -> int:
+    """How many lines `read_metrics` leaves out."""
+    return sum(row is None for row in _rows(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
+        yield from map(_parse, lines)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -55,6 +55,9 @@ class ImageTask(Task):
         self.criterion = Criterion(model.label_smoothing, weights)
         if model.normalization == "batch" and batch_norms(self._shell):
             self.micro_batch_multiple, self.micro_batch_multiple_key = model.batch_norm_group, "model.batch_norm_group"
+        unlike = {"smoothed": model.label_smoothing, "weighted": asked is not None, "mixed": data.augmentation.mixup}
+        if any(unlike.values()):
+            self.validation_loss = f"plain, not {' or '.join(word for word, used in unlike.items() if used)}"
         if data.augmentation.mixup:
             self.micro_batch_multiple = math.lcm(PAIR, self.micro_batch_multiple)
             self.micro_batch_multiple_key = self.micro_batch_multiple_key or "data.augmentation.mixup"
