@@ -58,6 +58,8 @@ def make_plan(
         "grad_accum_steps": sizes.grad_accum_steps,
         **course,
         **weights,
+        "metric_units": dict(task.metric_units),
+        "validation_loss": task.validation_loss,
         "config": decided,
         "origins": dict(sorted(origins.items())),
         "notes": [*unused_settings(config, task.tracking), *task.assumed, *notes],

@@ -65,5 +65,5 @@ class Room:
     def note_sizes(self) -> None:
         """Put the batch sizes in force, which are not the configured ones, into the run's plan and metrics."""
         run, path = self.run, self.run.folder / "plan.json"
-        run.trackers.log(run.progress.step, "memory", run.micro.values())
+        run.log("memory", run.micro.values())
         on_main(lambda: write_json(path, run.assembly.plan), run.ranks, f"{path}: cannot be written")

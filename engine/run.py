@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank
 from trunkline.engine.ranks.lookout import Lookout
 from trunkline.engine.ranks.watchdog import Watchdog
-from trunkline.engine.record.trackers import Trackers
+from trunkline.engine.record.metrics_file import position
+from trunkline.engine.record.trackers import At, Trackers
 from trunkline.engine.task import Samples, Task
 
 
@@ -66,6 +67,11 @@ class Run:
         """Print a line, on one rank."""
         if self.ranks.is_main:
             tqdm.write(line)
+
+    def log(self, split: str, values: Mapping[str, float], facts: At | None = None) -> None:
+        """Hand the values of the present step to the trackers, and to metrics.jsonl where the run is, and `facts`."""
+        at = position(self.progress, self.task.unit, self.batches.per_epoch)
+        self.trackers.log(self.progress.step, split, values, {**at, **(facts or {})})
 
     def save_weights(self, name: str, facts: dict[str, float]) -> str:
         """Write best/ or final/. Called on all ranks. Returns the SHA-256 of the weights."""

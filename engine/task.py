@@ -7,7 +7,7 @@ The engine divides by the weight of the whole global batch, so a step does not d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -87,6 +87,14 @@ class Task(ABC):
     tracking: Tracking = Tracking()
     """How TensorBoard, Weights & Biases and MLflow show the run."""
 
+    metric_units: Mapping[str, str] = {}
+    """The units of metrics, as pictures write them, by what a metric's name ends in after a "/": with {"m3": "Nm3"}
+    "rmse/P/m3" is in Nm3. What has another unit gets axes of its own."""
+
+    validation_loss: str = ""
+    """How the metric "loss" of validation is another quantity than the loss of training, such as "not smoothed". Empty
+    where both are one quantity: they share axes then."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if renamed := _renamed(cls):
@@ -150,8 +158,8 @@ class Task(ABC):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set. The default divides each by the weight.
 
-        A name may have parts and end in a unit, "rmse/P/MPa": see engine/record/metric_panels.py for what is drawn
-        together.
+        A name may have parts and end in one of `metric_units`, "rmse/P/m3": see engine/record/metric_panels.py for what
+        is drawn together.
         """
         return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
 

@@ -43,6 +43,7 @@ from trunkline.engine.ranks.watchdog import Watchdog
 from trunkline.engine.readiness import ready
 from trunkline.engine.record.boards import require_boards
 from trunkline.engine.record.meter import Meter, brief
+from trunkline.engine.record.metrics_file import RESUMED
 from trunkline.engine.record.run_folder import claim, in_use, release
 from trunkline.engine.record.trackers import Trackers, make_trackers
 from trunkline.engine.room import Room
@@ -133,6 +134,7 @@ class Trainer(Run):
         self.assembly.build(self.micro.sizes)
         self.begin("loading the checkpoint" if found is not None else "writing the plan")
         self.progress = self.assembly.restore()
+        self.progress.evaluation_due |= settings.eval_at_start and self.progress.never_judged
         if found is not None:
             self.checkpoints.set_aside_after(self.progress.step)
             other = "" if known[LAYOUT] == found.state[LAYOUT] else f", from {found.state[LAYOUT]} to {known[LAYOUT]}"
@@ -146,6 +148,8 @@ class Trainer(Run):
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self.say(f"note: {note}")
         on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
+        if found is not None:
+            self.log(RESUMED, {}, self.assembly.resumed)
         self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
         self.lookout = Lookout(ranks)
         self.room = Room(self)
@@ -207,7 +211,7 @@ class Trainer(Run):
         progress, every = self.progress, self.config.training
         self.validation.try_out()
         self._settle_best()
-        if progress.evaluation_due:  # a stop broke it off
+        if progress.evaluation_due:  # a stop broke it off, or it is the one at the start
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
                 self.save()
@@ -216,7 +220,7 @@ class Trainer(Run):
             for micro_batches in self._micro_batches():
                 made = self.stepper.make(micro_batches)
                 if made is None:
-                    meter.restart(progress.step)
+                    meter.restart()
                     continue
                 self._log(made, meter, bar)
                 over = progress.step == self.total_steps
@@ -250,10 +254,10 @@ class Trainer(Run):
                     break
 
     def _log(self, made: StepResult, meter: Meter, bar: tqdm[Any]) -> None:
-        meter.add(made.weight)
+        self.progress.count(seconds=meter.add(made.samples, made.weight))
         if values := self.stepper.values(made):
-            values |= meter.read(self.progress.step)
-            self.trackers.log(self.progress.step, "train", values)
+            values |= meter.read()
+            self.log("train", values)
             bar.set_postfix_str(brief(values, self.task.unit), refresh=False)
         bar.update()
 
@@ -289,7 +293,7 @@ class Trainer(Run):
     def _meter(self) -> Meter:
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
         unit, flops = self.task.unit, self.task.flops_per_sample()
-        return Meter(self.micro.sizes, self.ranks.device, self.progress.step, unit, flops, peak)
+        return Meter(self.ranks, unit, flops, peak)
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a run from its configuration, or resume it",
     "evaluate": "evaluate a run on data that it was not trained on",
     "predict": "predict with a run's weights",
+    "compare": "set runs beside each other: what they reached, and how they differ",
     "export": "write a checkpoint's weights as safetensors",
     "doctor": "say whether training can start on this machine",
     "bench": "measure; only in a clone of the repository",

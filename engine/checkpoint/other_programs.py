@@ -30,7 +30,7 @@ from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler
-from trunkline.engine.progress import Progress
+from trunkline.engine.progress import UNCOUNTED, Progress
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.state.whole import read_whole, whole_snapshot
 from trunkline.engine.task import Task
@@ -150,7 +150,7 @@ def start_from(
             snapshot = whole_snapshot(state.parameters, state.buffers, kept)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        trainers = asdict(progress) | identity | {"loss_scaler": {}, "started_from": str(path)}
+        trainers = asdict(progress) | UNCOUNTED | identity | {"loss_scaler": {}, "started_from": str(path)}
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 
     written: list[Path] = []

@@ -69,6 +69,7 @@ class Training(Strict):
     epochs: int | None = Field(default=None, gt=0, description="passes over the training data; give this or steps")
     steps: int | None = Field(default=None, gt=0, description="optimizer steps; give this or epochs")
     eval_every: Steps = Field(default=500, description="optimizer steps between evaluations, or epochs")
+    eval_at_start: bool = Field(default=False, description="evaluate before the first step too")
     eval_samples: int | None = Field(
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )

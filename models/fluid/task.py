@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from trunkline.models.fluid.ridge import NormalEquations
 from trunkline.models.fluid.rollout import Surrogate, rollout
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.words import QUANTITIES, unit_in_words
 
 SKIP_PENALTY = 1e-6
 _TRAINING_ONLY = ("path", "rollout_minutes")  # of the model's keys, those that its weights do not depend on
@@ -39,6 +40,7 @@ class FluidTask(Task):
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
 
     unit = "values"
+    metric_units: ClassVar = {name: unit_in_words(name) or "no unit" for name in (*QUANTITIES, "-", "?")}
 
     def __init__(self, data: FluidData, model: FluidModel) -> None:
         self.data, self.model = data, model

@@ -58,6 +58,9 @@ class ImageTask(Task):
         elif asked is not None:
             weights = given_weights(asked, self.classes)
         self.criterion = Criterion(model.label_smoothing, weights)
+        unlike = {"smoothed": model.label_smoothing, "weighted": asked is not None, "mixed": data.augmentation.mixup}
+        if any(unlike.values()):
+            self.validation_loss = f"plain, not {' or '.join(word for word, used in unlike.items() if used)}"
         self._keep_together()
 
     def _keep_together(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.engine.record.test_metrics_file import strict
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
-from trunkline.engine.record.trackers import Trackers, make_trackers
+from trunkline.engine.record.trackers import At, Trackers, make_trackers
 
 
 class _Away:
@@ -26,7 +26,7 @@ class _Away:
         self.calls, self.first, self.last = 0, first, last
         self.rows: list[tuple[int, dict[str, float]]] = []
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, split: str, values: Mapping[str, float], at: At) -> None:
         self.calls += 1
         if self.first <= self.calls <= self.last:
             raise RuntimeError("the server is gone")
@@ -63,9 +63,9 @@ def test_a_tracker_that_never_works_again_is_named_at_the_end_with_what_it_lacks
 
 def test_a_tracker_that_takes_long_to_fail_is_not_asked_at_every_row() -> None:
     class Slow(_Away):
-        def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        def log(self, step: int, split: str, values: Mapping[str, float], at: At) -> None:
             time.sleep(0.2)
-            super().log(step, split, values)
+            super().log(step, split, values, at)
 
     slow = Slow(1, 10**9)
     trackers = Trackers([slow])
