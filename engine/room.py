@@ -50,7 +50,7 @@ class Room:
             raise TrunklineError(
                 f"{line}; {why}, so the run ends here; --resume auto --output-dir {run.folder} continues with that"
             )
-        run.say(f"warning: {line}")
+        run.warn(line)
         self.rebuild()
         self.note_sizes()
 
