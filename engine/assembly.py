@@ -139,7 +139,7 @@ class Assembly:
             held = Checkpoints(checkpoints.folder.parent / ".held", checkpoints.ranks, keep_last=1)
             # without the probe, whose forward may not pass through the old backend
             state = held.load(held.save(*self.state(progress), probe_loss=math.nan, in_background=False))
-        self._release()
+        self.release()
         self.build(sizes, state)
         if state is not None:
             self._restore(state)
@@ -151,7 +151,10 @@ class Assembly:
         self.statistics.agree()
         self.average.agree(self.statistics.buffers, self.ranks)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let go of the model and all that was made for it, if that is still there."""
+        if not hasattr(self, "backend"):
+            return
         self.backend.close()
         del self.backend, self.probe, self.average, self.statistics
         gc.collect()

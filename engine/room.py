@@ -51,7 +51,7 @@ class Room:
             raise TrunklineError(
                 f"{line}; {why}, so the run ends here; to continue with that, {resume_with(run.folder)}"
             )
-        run.say(f"warning: {line}")
+        run.warn(line)
         self.rebuild()
         self.note_sizes()
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from trunkline.engine.assembly import Assembly
 from trunkline.engine.backends import Backend
 from trunkline.engine.checkpoint.best import BEST
@@ -17,6 +15,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.again import resume_with
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.memory.micro_batch import MicroBatches
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank
@@ -64,9 +63,14 @@ class Run:
         self.watchdog.note(self.progress.step, doing, works=True)
 
     def say(self, line: str) -> None:
-        """Print a line, on one rank."""
+        """Say a line, on one rank."""
         if self.ranks.is_main:
-            tqdm.write(line)
+            LOG.info(line)
+
+    def warn(self, line: str) -> None:
+        """The same of a warning."""
+        if self.ranks.is_main:
+            LOG.warning(line)
 
     def log(self, split: str, values: Mapping[str, float], facts: At | None = None) -> None:
         """Hand the values of the present step to the trackers, and to metrics.jsonl where the run is, and `facts`."""

@@ -207,7 +207,7 @@ class Stepper:
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )
-        run.say(f"warning: {line}, {progress.skipped_steps} in all")
+        run.warn(f"{line}, {progress.skipped_steps} in all")
         run.log("skipped", {"skipped_steps": progress.skipped_steps})
         if progress.skipped_in_a_row >= limit:
             raise TrunklineError(

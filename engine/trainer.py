@@ -29,6 +29,7 @@ from trunkline.engine.machine import stopping
 from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
+from trunkline.engine.machine.log import bars_are_hidden
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
 from trunkline.engine.plan import planned_batches, sizes_of, total_steps
@@ -195,6 +196,11 @@ class Trainer(Run):
                 self.trackers.close()
         return self.progress
 
+    def close(self) -> None:
+        """Let go of the folder and of the model's memory, for a program that does more than this run."""
+        release(self.folder)
+        self.assembly.release()
+
     def _save_and_stop(self) -> NoReturn:
         step, why = self.progress.step, stopping.requested()
         if why is None:
@@ -298,5 +304,5 @@ class Trainer(Run):
     def _bar(self) -> tqdm[Any]:
         return tqdm(
             total=self.total_steps, initial=self.progress.step, desc=f"train {self.config.workload}", unit="step",
-            disable=not self.ranks.is_main, dynamic_ncols=True,
+            disable=not self.ranks.is_main or bars_are_hidden(), dynamic_ncols=True,
         )  # fmt: skip

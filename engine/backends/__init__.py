@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.optim.optimizers import tell_fragments
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment
@@ -113,7 +114,7 @@ def choose_backend(name: str) -> str:
                 f"--backend {name}: deepspeed cannot be imported ({error}); pip install deepspeed, or use fsdp"
             ) from error
         if os.environ.get("RANK", "0") == "0":
-            print(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})", flush=True)
+            LOG.info(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})")
         return "fsdp"
     return "deepspeed"
 

@@ -21,6 +21,8 @@ from trunkline.engine.errors import ConfigError
 
 COMMAND_LINE = "command line"
 """The origin of what --set has set. That of a flag is the flag."""
+SETTINGS = "settings"
+"""The origin of what a Python program has set on top of a file."""
 
 EDITORS = "$schema"
 """A key beside the sections that names a JSON Schema for editors. It is left out of the draft."""
@@ -106,6 +108,8 @@ def whence(key: str, origins: Mapping[str, str], source: str) -> str:
 def _place(key: str, origin: str, source: str) -> str:
     if origin == COMMAND_LINE:
         return "--set"
+    if origin == SETTINGS:
+        return SETTINGS
     other_file = key.startswith("deepspeed.") and origin not in ("file", "default", "auto")
     return origin if origin.startswith("--") or other_file else source
 

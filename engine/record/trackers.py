@@ -14,7 +14,6 @@ Only a tracker that was asked for and is not installed is an error, at the start
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.record.boards import Board, ShownRun, open_board, require_boards
 from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.tracking import Tracking
@@ -217,4 +215,4 @@ def _shown(name: str, run: ShownRun, steps_per_epoch: int) -> Tracker:
 
 
 def _warn(line: str) -> None:
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    LOG.warning(line)

@@ -46,7 +46,7 @@ def test_a_tracker_that_fails_gets_its_rows_later_after_one_warning_and_the_othe
     trackers.close()
     assert away.rows == [(step, {"loss": 1.0 / step}) for step in range(1, 6)]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    message = capsys.readouterr().err
+    message = capsys.readouterr().out
     assert message.count("warning") == 1
     assert "away fails (RuntimeError: the server is gone)" in message
 
@@ -58,7 +58,7 @@ def test_a_tracker_that_never_works_again_is_named_at_the_end_with_what_it_lacks
     for step in range(1, 6):
         trackers.log(step, "train", {"loss": 1.0})
     trackers.close()
-    assert "away did not take the last 4 rows" in capsys.readouterr().err
+    assert "away did not take the last 4 rows" in capsys.readouterr().out
 
 
 def test_a_tracker_that_takes_long_to_fail_is_not_asked_at_every_row() -> None:
@@ -97,7 +97,7 @@ def test_a_row_that_cannot_be_written_at_all_does_not_stand_in_the_way_of_the_ne
     trackers.log(1, "val", {"loss": "many"})  # type: ignore[dict-item]
     trackers.log(2, "val", {"loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
-    assert "metrics.jsonl cannot take the row of step 1" in capsys.readouterr().err
+    assert "metrics.jsonl cannot take the row of step 1" in capsys.readouterr().out
 
 
 @contextmanager
