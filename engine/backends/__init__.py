@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def choose_backend(name: str) -> str:
     if name == "fsdp":
         return name
     try:
-        import deepspeed  # noqa: F401
+        import_deepspeed()
     except ImportError as error:
         if name == "deepspeed":
             raise ConfigError(
@@ -116,6 +117,18 @@ def choose_backend(name: str) -> str:
             print(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})", flush=True)
         return "fsdp"
     return "deepspeed"
+
+
+def import_deepspeed() -> None:
+    """DeepSpeed without MLflow, which takes two seconds and which only its autotuner needs. Raises ImportError."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to Python, a module that there is not
+    try:
+        import deepspeed  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
 
 def prepare_backend(
@@ -130,6 +143,7 @@ def prepare_backend(
         backend = FSDPBackend(model, config, sizes, ranks, total_steps, kept)
     else:
         assert name == "deepspeed"
+        import_deepspeed()
         from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
         backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)
