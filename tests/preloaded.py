@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib
 
+from trunkline.engine.backends import import_deepspeed
+
+import_deepspeed()
 for _name in (
     "trunkline.engine.trainer",
     "torch._inductor",  # this and the next are what deepspeed.initialize imports

@@ -107,3 +107,15 @@ def _look_types_up_once(patch: pytest.MonkeyPatch) -> None:
         vars(self).update(blocks[key], element_ty=element_ty)
 
     patch.setattr(interpreter.tl.block_type, "__init__", make_block_once)
+
+    tensor, made = interpreter.tl.tensor, {}
+    make_tensor = tensor.__init__
+
+    def make_shape_once(self: Any, handle: Any, type: Any) -> None:
+        key = (*type.shape,) if type.is_block() else ()
+        if key not in made:
+            make_tensor(self, handle, type)
+            made[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(made[key], handle=handle, type=type, dtype=type.scalar)
+
+    patch.setattr(tensor, "__init__", make_shape_once)
