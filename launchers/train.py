@@ -22,7 +22,7 @@ from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
 from trunkline.launchers.explain import asked_key, explain
-from trunkline.models.registry import config_sections, make_task, onnx_writer, planned_task
+from trunkline.models.registry import config_sections, onnx_writer, planned_task
 
 if TYPE_CHECKING:
     from trunkline.engine.config.run_config import RunConfig
