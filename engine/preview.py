@@ -1,6 +1,6 @@
 """The plan of a run that is not started: `--plan`, also where there are no data yet.
 
-    plan = preview(task, config, world_size, backend, samples=20_000)     as make_plan gives it
+plan = preview(task, config, world_size, backend, samples=20_000)     as make_plan gives it
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from trunkline.engine.readiness import ready
 from trunkline.engine.task import Task
 
 
-def preview(
-    task: Task, config: RunConfig, world_size: int, backend: str, samples: int | None = None
-) -> dict[str, Any]:
+def preview(task: Task, config: RunConfig, world_size: int, backend: str, samples: int | None = None) -> dict[str, Any]:
     """The plan, with null for what only the data say. Raises ConfigError as a run does before its first step.
 
     samples: stands in for the number of training samples

@@ -1,7 +1,7 @@
 """A data set that is opened when it is first asked for anything, so that what needs none of it can do without.
 
-    store = opened_late(lambda: Store.open(folder))
-    store.fingerprint                                   opens it; raises MissingDataError where there is none
+store = opened_late(lambda: Store.open(folder))
+store.fingerprint                                   opens it; raises MissingDataError where there is none
 """
 
 from __future__ import annotations

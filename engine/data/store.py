@@ -124,7 +124,8 @@ class ArrayStore:
         try:
             if not path.is_file():
                 raise MissingDataError(
-                    f"{root}: no prepared data set here (no {INDEX}): make one with `{cls.prepare} {root}`")
+                    f"{root}: no prepared data set here (no {INDEX}): make one with `{cls.prepare} {root}`"
+                )
             index = read_object(path, MAX_INDEX_BYTES)
             version = index.get("version")
             if type(version) is not int or version not in (1, VERSION):
