@@ -48,6 +48,7 @@ setup(
             "ruff>=0.17",
             "mypy>=2.4",
             "hypothesis>=6.100",
+            "jsonschema>=4.23",  # a judge of the JSON Schemas that is not ours
             "packaging>=22",
             "pandas>=2.2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU

@@ -116,6 +116,9 @@ class Scheduler(Strict):
         return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
 
+_COUNT_OR_AUTO: Json = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"const": "auto", "type": "string"}]}
+
+
 class DeepSpeedSection(Part):
     """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""
 
@@ -123,10 +126,14 @@ class DeepSpeedSection(Part):
         None, gt=0, description="samples of one optimizer step over all ranks: the global batch"
     )
     train_micro_batch_size_per_gpu: int | Literal["auto"] = Field(
-        "auto", description="samples that a rank computes at once; auto: its share of the global batch"
+        "auto",
+        json_schema_extra=_COUNT_OR_AUTO,
+        description="samples that a rank computes at once; auto: its share of the global batch",
     )
     gradient_accumulation_steps: int | Literal["auto"] = Field(
-        "auto", description="micro-batches of a step on each rank; derived from the batch sizes"
+        "auto",
+        json_schema_extra=_COUNT_OR_AUTO,
+        description="micro-batches of a step on each rank; derived from the batch sizes",
     )
     optimizer: Optimizer = Field(description="what changes the weights")
     scheduler: Scheduler | None = Field(None, description="how the learning rate changes; constant if null")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.draft import Draft, leaves, value_at, whence
@@ -65,6 +65,15 @@ class Tracked(Strict):
 
 class Training(Strict):
     """What the engine itself decides. Batch sizes, optimizer, schedule and precision are DeepSpeed's section."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [one], "properties": {one: {"type": "integer"}, other: {"type": "null"}}}
+                for one, other in (("epochs", "steps"), ("steps", "epochs"))
+            ]
+        }
+    )
 
     epochs: int | None = Field(default=None, gt=0, description="passes over the training data; give this or steps")
     steps: int | None = Field(default=None, gt=0, description="optimizer steps; give this or epochs")

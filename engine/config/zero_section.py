@@ -130,7 +130,9 @@ class Zero(Part):
     """ZeRO: what is sharded over the ranks (1 optimizer states, 2 gradients too, 3 parameters too)."""
 
     stage: Annotated[int, AfterValidator(_stage)] = Field(
-        0, description="0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: parameters too"
+        0,
+        json_schema_extra={"enum": [0, 1, 2, 3]},
+        description="0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: parameters too",
     )
     allgather_bucket_size: int | None = Field(
         None, ge=0, description="elements gathered at once; the model's size, at most 5e8, by default"
