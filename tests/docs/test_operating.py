@@ -268,6 +268,7 @@ def can_make_process_namespaces() -> bool:
 )  # fmt: skip
 def test_process_1_of_a_container_hears_term(toy: Path, tmp_path: Path, launcher: str, status: int | None) -> None:
     words = [*STARTS[launcher], "launchers/train.py", "--config", "configs/fluid/large.json", "--steps", "100000"]
+    words += ["--set", "training.save_every=100000"]
     command = on_this_machine(words, toy, tmp_path / "run", find_free_port())
     with started(["unshare", "-p", "-f", "--kill-child", *command]) as process:
         wait_until(lambda: has_begun(tmp_path / "run"))
