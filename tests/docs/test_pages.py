@@ -103,6 +103,8 @@ def parse(launcher: str, words: list[str], workload: str) -> None:
         config = words.index("--config") + 1 if "--config" in words else 0
         if config and not (ROOT / words[config]).is_file() and not (ROOT / f"configs/{words[config]}.json").is_file():
             words = [*words[:config], f"{workload}/demo", *words[config + 1 :]]  # the user's own
+        if not config and words[0] not in workloads() and "--workload" not in words:
+            words = [*words, "--config", f"{workload}/demo"]  # a flag alone
         command_line.parse(words)
     elif launcher == "prepare":
         add_flags(words[0], "prepare", parser)
