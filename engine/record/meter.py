@@ -20,6 +20,9 @@ class Meter:
         peak: the device's peak in FLOP/s, None if it is not known.
     """
 
+    since: float
+    """When the step that is being made began, on a clock that pauses."""
+
     def __init__(self, ranks: Ranks, unit: str, flops: float, peak: float | None) -> None:
         self.ranks, self.unit, self.flops, self.peak = ranks, unit, flops, peak
         self.restart()
@@ -34,7 +37,8 @@ class Meter:
     def add(self, samples: int, weight: float) -> float:
         """Count a step by the samples and the weight of its global batch. Returns the seconds that it took."""
         now = time.perf_counter()
-        seconds, self.since = now - self.since, now
+        seconds = now - self.since
+        self.since = now
         self.steps += 1
         self.samples += samples
         self.weight += weight

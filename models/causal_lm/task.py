@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ class PreferenceTask(LanguageModelTask):
     """Direct preference optimization over pairs of answers to one prompt."""
 
     unit = "pairs"
-    metric_units: ClassVar = {"accuracies": "accuracy, a share"}
+    metric_units: Mapping[str, str] = {"accuracies": "accuracy, a share"}
 
     def __init__(self, data: CausalLMData, model: CausalLMModel) -> None:
         super().__init__(data, model)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class FluidTask(Task):
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
 
     unit = "values"
-    metric_units: ClassVar = {name: unit_in_words(name) or "no unit" for name in (*QUANTITIES, "-", "?")}
+    metric_units: Mapping[str, str] = {name: unit_in_words(name) or "no unit" for name in (*QUANTITIES, "-", "?")}
 
     def __init__(self, data: FluidData, model: FluidModel) -> None:
         self.data, self.model = data, model
