@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Trained:
 
     folder: Path
     step: int
-    train: dict[str, Any]
-    val: dict[str, Any]
-    best: dict[str, float]
+    train: dict[str, Any] = field(repr=False)
+    val: dict[str, Any] = field(repr=False)
+    best: dict[str, float] = field(repr=False)
     best_step: int
 
 
