@@ -1,7 +1,9 @@
-"""Trunkline in Python, `from trunkline import load_config, parse_config, train`; launchers/train.py trains by it, too.
+"""Trunkline in Python: `from trunkline import load_config, parse_config, train`.
 
-trained = train(load_config("fluid/demo", {"training.steps": 20}))
-trained = train(MyTask(), parse_config({"training": {...}, "deepspeed": {...}}), output_dir="runs/mine")
+    trained = train(load_config("fluid/demo", {"training.steps": 20}))
+    trained = train(MyTask(), parse_config({"training": {...}, "deepspeed": {...}}), output_dir="runs/mine")
+
+launchers/train.py trains by the same function.
 """
 
 from __future__ import annotations
