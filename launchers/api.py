@@ -129,8 +129,8 @@ def train(
         TrunklineError: what launchers/train.py prints, of `trunkline.engine.errors`. After an interrupt or a signal,
             when the last step is saved, it is an InterruptedRunError of `trunkline.engine.machine.stopping`.
     """
-    own = None if isinstance(task, RunConfig) and config is None else task
-    config = config if own is not None else task
+    given: tuple[Any, Any] = (None, task) if config is None else (task, config)
+    own, config = given
     if not isinstance(config, RunConfig):
         raise ConfigError(
             "train: expected train(config) or train(task, config), with a config of load_config or parse_config, found "
