@@ -1,7 +1,9 @@
-"""Trunkline in Python, `from trunkline import load_config, parse_config, train`; launchers/train.py trains by it, too.
+"""Trunkline in Python: `from trunkline import load_config, parse_config, train`.
 
-trained = train(load_config("fluid/demo", {"training.steps": 20}))
-trained = train(MyTask(), parse_config({"training": {...}, "deepspeed": {...}}), output_dir="runs/mine")
+    trained = train(load_config("fluid/demo", {"training.steps": 20}))
+    trained = train(MyTask(), parse_config({"training": {...}, "deepspeed": {...}}), output_dir="runs/mine")
+
+launchers/train.py trains by the same function.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,9 @@ class Trained:
 
     folder: Path
     step: int
-    train: dict[str, Any]
-    val: dict[str, Any]
-    best: dict[str, float]
+    train: dict[str, Any] = field(repr=False)
+    val: dict[str, Any] = field(repr=False)
+    best: dict[str, float] = field(repr=False)
     best_step: int
 
 
@@ -127,8 +129,8 @@ def train(
         TrunklineError: what launchers/train.py prints, of `trunkline.engine.errors`. After an interrupt or a signal,
             when the last step is saved, it is an InterruptedRunError of `trunkline.engine.machine.stopping`.
     """
-    own = None if isinstance(task, RunConfig) and config is None else task
-    config = config if own is not None else task
+    given: tuple[Any, Any] = (None, task) if config is None else (task, config)
+    own, config = given
     if not isinstance(config, RunConfig):
         raise ConfigError(
             "train: expected train(config) or train(task, config), with a config of load_config or parse_config, found "

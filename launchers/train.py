@@ -100,7 +100,17 @@ def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> 
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else "\n".join([render_plan(plan), *config.notes]))
 
 
+def _leave() -> None:
+    """Leave the process group, if there still is one."""
+    if "torch" in sys.modules:
+        from trunkline.engine.ranks.distributed import stop
+
+        stop()
+
+
 if __name__ == "__main__":
     with typed(sys.argv[1:]):
         begin(exit_code=EXIT_CODE, advice=f"with no step under way: nothing is lost; {resume_with(Path())}")
-    sys.exit(main())
+    status = main()
+    _leave()
+    sys.exit(status)

@@ -187,15 +187,17 @@ def agree(record: Mapping[str, Any], last: bool = False) -> None:
 
 
 def tell(error: Exception) -> None:
-    """Let the ranks that wait for this one at its start know why it ends, in a few seconds; else do nothing."""
+    """Let the ranks that wait for this one at its start know why it ends, in a few seconds; else do nothing. Telling
+    it twice tells it once."""
     if isinstance(error, DisagreementError):
         return
+    global _meeting
     with contextlib.suppress(TrunklineError, dist.DistError):
-        meeting = _present()
-        if meeting is None and not dist.is_initialized() and (launch := read_launch()).world_size > 1:
-            meeting = _Meeting(_connect(launch, _GRACE_S), launch.rank, launch.world_size, _GRACE_S)
-        if meeting is not None and not meeting.over:
-            meeting.tell(str(error) or type(error).__name__)
+        _meeting = _present()
+        if _meeting is None and not dist.is_initialized() and (launch := read_launch()).world_size > 1:
+            _meeting = _Meeting(_connect(launch, _GRACE_S), launch.rank, launch.world_size, _GRACE_S)
+        if _meeting is not None and not _meeting.over:
+            _meeting.tell(str(error) or type(error).__name__)
 
 
 def _present() -> _Meeting | None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.machine import stopping
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks import agreement
 from trunkline.engine.ranks.launch import local_world_size, read_launch
@@ -119,6 +120,7 @@ def world(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     try:
         yield start(timeout_s)
     except Exception as error:
+        is_ours &= not stopping.is_listening()  # a program prints its message before it leaves those that it waits for
         if not lost_a_rank(error):
             agreement.tell(error)
             raise
