@@ -21,14 +21,14 @@ def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
     """While this module's tests run, the kernels run on CPU tensors, through Triton's interpreter."""
-    with _interpreted():
+    with interpreted():
         yield
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device on which the kernels run: the CPU, through Triton's interpreter, and with `-m gpu` the GPU."""
-    with _interpreted() if request.param == "cpu" else contextlib.nullcontext():
+    with interpreted() if request.param == "cpu" else contextlib.nullcontext():
         yield torch.device(request.param)
 
 
@@ -41,7 +41,8 @@ def overflows_are_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
 
 
 @contextlib.contextmanager
-def _interpreted() -> Iterator[None]:
+def interpreted() -> Iterator[None]:
+    """Within, the kernels run on CPU tensors, as far as tests/interpreted.py has imported them."""
     from trunkline.kernels import triton_path  # not before tests/conftest.py has chosen how
 
     if triton_path.triton is None:
