@@ -270,7 +270,7 @@ make_task = Seq2SeqTask
 class _WithoutData(Seq2SeqTask):
     """What can be said before there are data. Which tokens are marks is of no account."""
 
-    _pad, _eos = 0, 1  # type: ignore[assignment]
+    _pad, _eos = 0, 1
 
     @cached_property
     def _sentinels(self) -> list[int]:
