@@ -32,8 +32,11 @@ _OWN_CLASS = r"^[\w.]+:\w+$"
 def schema(workload: str, data: type[BaseModel], model: type[BaseModel]) -> dict[str, Any]:
     """The schema of a run's file of this workload."""
     models: dict[str, type[BaseModel]] = {
-        "data": data, "model": model, "training": Training, "deepspeed": DeepSpeedSection,
-    }  # fmt: skip
+        "data": data,
+        "model": model,
+        "training": Training,
+        "deepspeed": DeepSpeedSection,
+    }
     found, shared = models_json_schema([(each, "validation") for each in models.values()], schema_generator=_Generator)
     sections = {name: found[each, "validation"] for name, each in models.items()}
     return {

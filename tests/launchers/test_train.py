@@ -216,7 +216,7 @@ BAD_TRAINING = {
     "an unknown optimizer setting": (with_flags("--set", "deepspeed.optimizer.params.momentum=1"), "unknown to AdamW"),
     "an unknown schedule": (with_flags("--set", "deepspeed.scheduler.type=Cosine"), "unknown schedule 'Cosine'"),
     "a metric that nobody measures": (
-        with_flags("--set", "training.best.metric=acc"), "^error: --set: training.best.metric: 'acc' is not measured"),
+        with_flags("--set", "training.best.metric=acc"), "error: --set: training.best.metric: 'acc' is not measured"),
     "a global batch that does not divide": (
         with_flags("--set", "deepspeed.train_batch_size=12"), "^error: --set: deepspeed.train_batch_size: 12 is not"),
     "a key that FSDP refuses": (

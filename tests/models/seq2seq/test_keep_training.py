@@ -109,7 +109,7 @@ def test_a_new_length_and_rate_hold_from_the_present_step(
     assert [row["lr"] for row in third] == pytest.approx([rate(step, 0.001, 27) for step in range(18, 27)], abs=1e-18)
     with pytest.raises(CheckpointError, match="is at step 27, past this run's last step 9"):
         train(tmp_path, *more, "--epochs=1")
-    with pytest.raises(ConfigError, match="of an earlier run; resume it with"):
+    with pytest.raises(ConfigError, match="of an earlier run; resume with --resume auto"):
         train(tmp_path, "--is_keep_training=false", "--epochs=4")
 
 
