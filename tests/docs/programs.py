@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.docs.pages import ROOT
 
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -35,21 +35,20 @@ def started(command: Sequence[str | Path], **options: Any) -> Iterator[subproces
         yield process
     finally:
         for left in members(process.pid):
-            left.kill()
+            with suppress(psutil.Error):
+                left.kill()
         process.kill()
         process.communicate()
 
 
 def members(session: int) -> list[psutil.Process]:
-    """The processes of a session that live."""
-    found = []
+    """The processes of a session that live, and what they have started: torchrun's ranks have sessions of their own."""
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        try:
+        with suppress(OSError, psutil.Error):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (OSError, psutil.Error):
-            continue
-    return found
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 600.0) -> None:

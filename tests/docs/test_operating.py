@@ -166,11 +166,12 @@ def test_one_command_line_serves_for_every_turn_on_one_machine_and_on_any_number
     run, done = tmp_path / "run", 0
     for words in starts:
         with started([*on_this_machine(words, toy, run, find_free_port()), "--steps", "100000"]) as process:
-            wait_until(lambda done=done: has_begun(run, done + 5) or process.poll() is not None)
-            for rank in ranks_of(process):
+            wait_until(lambda done=done: has_begun(run, done + 5))
+            ranks = ranks_of(process)
+            for rank in ranks:
                 rank.send_signal(signal.SIGTERM)
             said = process.communicate(timeout=600)[0]
-            wait_until(lambda process=process: not members(process.pid))
+            assert not psutil.wait_procs(ranks, timeout=600)[1]
         assert process.returncode == (1 if words[0] == "torchrun" else 75), said
         done = len(losses(run))
     unbroken = losses(toy / "unbroken")
@@ -178,13 +179,11 @@ def test_one_command_line_serves_for_every_turn_on_one_machine_and_on_any_number
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes that train: those of the session whose program is launchers/train.py itself."""
-    found = []
-    for member in members(process.pid):
-        with_script = [word for word in member.cmdline() if not word.startswith("-")][1:2]
-        if with_script == ["launchers/train.py"]:
-            found.append(member)
-    return found
+    """The processes that train: those whose program is launchers/train.py itself."""
+    lines = {member: [word for word in member.cmdline() if not word.startswith("-")] for member in members(process.pid)}
+    ranks = [member for member, words in lines.items() if words[1:2] == ["launchers/train.py"]]
+    assert ranks
+    return ranks
 
 
 @pytest.mark.slow
@@ -235,10 +234,11 @@ def test_launchers_end_with_the_statuses_of_the_table(toy: Path, tmp_path: Path,
         flags = ["--steps", "100000", "--set", "training.hang_timeout_s=60"]
         with started(command(name, *flags)) as process:
             wait_until(lambda: has_begun(tmp_path / name))
+            ranks = ranks_of(process)
             for each in whom(process):
                 each.send_signal(number)
             process.communicate(timeout=600)
-            wait_until(lambda: not members(process.pid))
+            assert not psutil.wait_procs(ranks, timeout=600)[1]
             assert bool(checkpoints(tmp_path / name)) == (number != signal.SIGSTOP)
             return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
