@@ -103,7 +103,8 @@ class Assembly:
         if self.found is None:
             return Progress()
         self._restore(self.found)
-        self.resumed = {"from": self.found.state[LAYOUT], "to": self.identity[LAYOUT]}
+        state = self.found.state
+        self.resumed = {"from": state.get("started_from", state[LAYOUT]), "to": self.identity[LAYOUT]}
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
         # what a checkpoint of an earlier version lacks is as it is at the beginning, or not known

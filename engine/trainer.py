@@ -149,7 +149,7 @@ class Trainer(Run):
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self.say(f"note: {note}")
         on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
-        if found is not None:
+        if found is not None and self.progress.step < self.total_steps:
             self.log(RESUMED, {}, self.assembly.resumed)
         self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
         self.lookout = Lookout(ranks)

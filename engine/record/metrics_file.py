@@ -24,8 +24,8 @@ from trunkline.engine.machine.reading import open_regular, parse_json
 from trunkline.engine.progress import Progress
 
 RESUMED = "resumed"
-"""The split of the line that a resume leaves: "from" which layout "to" which and, where the rate is no longer that of
-the schedule before, "lr_before" and "lr_after"."""
+"""The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
+and, where the rate is no longer that of the schedule before, "lr_before" and "lr_after"."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 

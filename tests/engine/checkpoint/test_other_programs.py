@@ -81,8 +81,9 @@ def test_a_run_from_such_a_file_is_the_unbroken_run(tmp_path: Path, unbroken: Pa
     config = configuration(tmp_path, stage, unbroken / "other-5.pt")
     train(tmp_path / f"{backend}-{stage}", config, backend)
     assert_continues(tmp_path, unbroken, [(backend, stage)])
-    rows = [json.loads(line) for line in (tmp_path / f"{backend}-{stage}/metrics.jsonl").read_text().splitlines()]
-    assert min(row["step"] for row in rows) == 6
+    begun, first, *_ = map(json.loads, (tmp_path / f"{backend}-{stage}/metrics.jsonl").read_text().splitlines())
+    assert (begun["split"], begun["step"], begun["from"]) == ("resumed", 5, str(unbroken / "other-5.pt"))
+    assert (first["step"], first["epoch"], "samples_seen" in first) == (6, 1.2, False)  # it was not counted there
 
 
 @pytest.mark.slow

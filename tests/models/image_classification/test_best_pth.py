@@ -122,8 +122,9 @@ def test_a_run_of_the_plain_loop_is_continued_as_if_it_were_unbroken(
     plain.train(2, EPOCHS)
     trainer = train(config, tmp_path / "run")
     assert_same_weights(plain.model, tmp_path / "run/final")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert (min(steps), max(steps)) == (9, 12)
+    begun, *rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (begun["split"], begun["step"], begun["from"]) == ("resumed", 6, str(path))
+    assert [row["step"] for row in rows if row["split"] == "train"] == [9, 12]
     assert f"the run begins with {path}, now {tmp_path}/run/checkpoints/step-00000006" in capsys.readouterr().out
     assert trainer.progress.best != 9.5  # which any evaluation is better than
     assert trainer.total_steps == 12

@@ -83,7 +83,8 @@ def rows_by_epoch(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["step"] % 3 == 0
-        found[row["split"]][row["step"] // 3 - 1] = row
+        if row["split"] != "resumed":
+            found[row["split"]][row["step"] // 3 - 1] = row
     return found
 
 
