@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from trunkline.engine.checkpoint.best import outcome
 from trunkline.engine.config.draft import SETTINGS, Draft
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError, DataError, TrunklineError
+from trunkline.engine.machine import stopping
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, from_main, world
@@ -155,11 +156,14 @@ def train(
                 make_task(config) if own is None else own, config, ranks, folder,
                 backend=backend, resume=resume, accept_new_data=accept_new_data,
             )  # fmt: skip
-            with closing(trainer):
+            try:
                 if find_micro_batch:
                     with trainer.starting():
                         find(trainer)
                 return _finished(trainer)
+            finally:
+                if not stopping.is_listening():  # a program that ends waits for no device that may be stuck
+                    trainer.close()
     finally:
         _training.release()
 
