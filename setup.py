@@ -8,7 +8,9 @@ setup(
     description="A scale-out training engine: DeepSpeed ZeRO first, FSDP2 as the fallback, Triton on the hot paths.",
     license="Apache-2.0",
     packages=find_namespace_packages(include=["trunkline", "trunkline.*"], exclude=["trunkline.benchmarks*"]),
-    package_data={"trunkline": ["configs/*/*.json", "models/*/*.json"]},
+    package_data={
+        "trunkline": ["configs/*.json", "configs/*/*.json", "models/*/*.json", "launchers/skeleton/*.[jmt]*"]
+    },
     entry_points={"console_scripts": ["trunkline = trunkline.launchers.cli:main"]},
     python_requires=">=3.10,<3.14",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
@@ -48,6 +50,7 @@ setup(
             "ruff>=0.17",
             "mypy>=2.4",
             "hypothesis>=6.100",
+            "jsonschema>=4.23",  # a judge of the JSON Schemas that is not ours
             "packaging>=22",
             "pandas>=2.2.2",
             'triton>=3.6 ; platform_system == "Linux"',  # its interpreter runs the kernels where there is no GPU

@@ -55,6 +55,12 @@ def save(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saves", type=int, default=20, help="saves of each kind")
 
 
+def resume_picture(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py resume_picture`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of resume.png and resume.json")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps, 24 or more (120)")
+
+
 def numbers(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py numbers`."""
     parser.add_argument(

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import now, ratio_of
 from trunkline.engine.config.run_config import RunConfig, load_config
-from trunkline.engine.plan import activation_bytes
+from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.task import Batch
 from trunkline.engine.trainer import Trainer

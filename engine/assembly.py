@@ -33,7 +33,7 @@ from trunkline.engine.optim.followed import followed, note_of_change
 from trunkline.engine.optim.parameter_rules import freeze, notes_of_earlier_version, notes_of_resume
 from trunkline.engine.optim.statistics import Statistics
 from trunkline.engine.plan import make_plan
-from trunkline.engine.progress import Progress
+from trunkline.engine.progress import UNCOUNTED, Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, on_main
 from trunkline.engine.ranks.start_facts import tensor_digests
@@ -64,6 +64,8 @@ class Assembly:
         self.task, self.config, self.ranks, self.backend_name = task, config, ranks, backend_name
         self.total_steps, self.identity, self.found, self._begin = total_steps, identity, found, begin
         self.notes: list[str] = []
+        self.resumed: dict[str, str | float] = {}
+        """What `restore` has found, as a line of metrics.jsonl says it: see record/metrics_file.py."""
 
     @property
     def first_step(self) -> int:
@@ -101,13 +103,17 @@ class Assembly:
         if self.found is None:
             return Progress()
         self._restore(self.found)
+        self.resumed = {"from": self.found.state[LAYOUT], "to": self.identity[LAYOUT]}
         if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
-        # what a checkpoint of an earlier version lacks is as it is at the beginning
-        progress = Progress(**{name: self.found.state.get(name, value) for name, value in asdict(Progress()).items()})
+        # what a checkpoint of an earlier version lacks is as it is at the beginning, or not known
+        begin = asdict(Progress()) | UNCOUNTED
+        progress = Progress(**{name: self.found.state.get(name, value) for name, value in begin.items()})
         if "schedule" in self.found.state:
-            now = followed(self.config, self.total_steps)
-            self.notes += note_of_change(self.found.state["schedule"], now, progress.step, self.backend.learning_rate())
+            before, rate = self.found.state["schedule"], self.backend.learning_rate()
+            self.notes += note_of_change(before, followed(self.config, self.total_steps), progress.step, rate)
+            if rate != before["rate"]:
+                self.resumed |= {"lr_before": before["rate"], "lr_after": rate}
         return progress
 
     def applied(self, progress: Progress) -> None:
@@ -133,7 +139,7 @@ class Assembly:
             held = Checkpoints(checkpoints.folder.parent / ".held", checkpoints.ranks, keep_last=1)
             # without the probe, whose forward may not pass through the old backend
             state = held.load(held.save(*self.state(progress), probe_loss=math.nan, in_background=False))
-        self._release()
+        self.release()
         self.build(sizes, state)
         if state is not None:
             self._restore(state)
@@ -145,12 +151,13 @@ class Assembly:
         self.statistics.agree()
         self.average.agree(self.statistics.buffers, self.ranks)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let go of the model and all that was made for it, if that is still there."""
+        if not hasattr(self, "backend"):
+            return
         self.backend.close()
         del self.backend, self.probe, self.average, self.statistics
         gc.collect()
-        if self.config.training.compile:
-            torch.compiler.reset()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         reset_peak_memory(self.ranks.device)  # what is shown is of the present sizes

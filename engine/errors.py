@@ -21,5 +21,9 @@ class DataError(TrunklineError):
     """An input file is missing, damaged or does not have the layout that was promised."""
 
 
+class MissingDataError(DataError):
+    """There are no data where the configuration says that they are. `--plan` can do without."""
+
+
 class CheckpointError(TrunklineError):
     """A checkpoint is damaged, does not fit this run, or none can be loaded though a resume was asked for."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from trunkline.engine.backends import Backend
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.log import LOG, bars_are_hidden
 from trunkline.engine.ranks.distributed import Ranks, gather, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
@@ -58,7 +58,9 @@ def evaluate(
     sums: Sums | None = None
     has_samples = False
     try:
-        for batch in tqdm(loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main)):
+        for batch in tqdm(
+            loader, desc=f"evaluate {split}", leave=False, disable=not (progress and ranks.is_main) or bars_are_hidden()
+        ):
             before_batch()
             has_samples = has_samples or bool(batch["valid"].any())
             sums = add_sums(sums, task.evaluate(model, to_device(batch, ranks.device)))
@@ -76,7 +78,7 @@ def evaluate(
             if not any(show_in.iterdir()):
                 show_in.rmdir()
         except Exception as error:  # a picture is worth no run
-            tqdm.write(f"warning: {show_in}: is not whole ({type(error).__name__}: {error})", file=sys.stderr)
+            LOG.warning(f"{show_in}: is not whole ({type(error).__name__}: {error})")
     return task.summarize(sums)
 
 
@@ -96,24 +98,22 @@ def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) ->
     if not ranks.is_main:
         return
     if broken := [rank for rank, loss in enumerate(by_rank) if loss is not None and not math.isfinite(loss)]:
-        tqdm.write(
-            f"warning: the {split} loss of the samples of ranks {broken} is not finite: none of them counts, or these "
-            "ranks' weights or data are not those of the others",
-            file=sys.stderr,
+        LOG.warning(
+            f"the {split} loss of the samples of ranks {broken} is not finite: none of them counts, or these ranks' "
+            "weights or data are not those of the others"
         )
     if len(losses) < 2:
         return
     mean, spread = statistics.fmean(losses), statistics.pstdev(losses)
     said = f"mean {mean:.6g}, std {spread:.3g}, min {min(losses):.6g}, max {max(losses):.6g}"
-    tqdm.write(f"{split} loss of the ranks' own samples: {said}")
+    LOG.info(f"{split} loss of the ranks' own samples: {said}")
     farthest = max(losses, key=lambda loss: abs(loss - mean))
     if abs(farthest - mean) > _APART * abs(mean):
         # of two ranks, either may be the one that is wrong
         who = f"rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}," if len(losses) > 2 else (
             f"the two ranks' own {split} losses are {losses[0]:.6g} and {losses[1]:.6g},"
         )  # fmt: skip
-        tqdm.write(
-            f"warning: {who} more than {_APART:.0%} off the ranks' mean: each has few samples, or a rank's weights or "
-            "data are not those of the others",
-            file=sys.stderr,
+        LOG.warning(
+            f"{who} more than {_APART:.0%} off the ranks' mean: each has few samples, or a rank's weights or data are "
+            "not those of the others"
         )

@@ -5,84 +5,156 @@ Resolved sizes, memory, steps and learning rates.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from contextlib import suppress
+from typing import Any, overload
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trunkline.engine.config.deepspeed_section import (
-    BatchSizes,
-    batch_sizes,
-    bucket_size,
-    keeps_together,
-    parameter_dtype,
-)
+from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes, bucket_size, keeps_together
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
-from trunkline.engine.config.typed_params import ADAMW_SCALE
 from trunkline.engine.data.order import GlobalBatches
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, MissingDataError
 from trunkline.engine.optim.optimizers import build_optimizer
-from trunkline.engine.optim.parameter_rules import planned_rules, render_rules, tied_names
+from trunkline.engine.optim.parameter_rules import planned_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
+from trunkline.engine.planned_memory import activation_bytes, checkpoint_bytes, state_bytes
 from trunkline.engine.record.boards import unused_settings
 from trunkline.engine.task import Task, lengths_of
 
+_FEW_STEPS = 100
+"""A run of fewer is told so."""
+
 
 def make_plan(
-    task: Task, config: RunConfig, world_size: int, model: nn.Module, sizes: BatchSizes | None = None
+    task: Task,
+    config: RunConfig,
+    world_size: int,
+    model: nn.Module | MissingDataError,
+    sizes: BatchSizes | None = None,
+    samples: int | None = None,
 ) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
     `config` is ready (readiness.py). Batch sizes are the configured ones unless given. Activations are those that
     autograd keeps for one micro-batch, counted by running the loss on fake tensors, which have shapes but no memory;
     null where the model cannot run so.
+
+    Where there are no data, figures that depend on them are null, and "unknown" says why. `samples` stands in for the
+    number of training samples, and an error for a model that cannot be built without data.
     """
     config = with_direction(config, task)
     sizes = sizes or sizes_of(task, config, world_size)
-    batches = planned_batches(task, config, world_size, sizes)
+    unknown: dict[str, str] = {}
+    course, notes = _course(task, config, world_size, sizes, samples, unknown)
+    weights = _weights(task, config, world_size, sizes, model, unknown)
+    decided, origins = _decided(config, sizes, weights["parameters"])
+    return {
+        "workload": config.workload,
+        "world_size": world_size,
+        "global_batch_size": sizes.global_batch_size,
+        "micro_batch_size": sizes.micro_batch_size,
+        "grad_accum_steps": sizes.grad_accum_steps,
+        **course,
+        **weights,
+        "metric_units": dict(task.metric_units),
+        "validation_loss": task.validation_loss,
+        "config": decided,
+        "origins": dict(sorted(origins.items())),
+        "notes": [*unused_settings(config, task.tracking), *task.assumed, *notes],
+        "unknown": unknown,
+    }
+
+
+def _course(
+    task: Task, config: RunConfig, world_size: int, sizes: BatchSizes, samples: int | None, unknown: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Samples, steps and learning rates, and what to say of them."""
+    batches, why = None, ""
+    try:
+        batches = planned_batches(task, config, world_size, sizes, samples)
+    except MissingDataError as error:
+        why = str(error)
     steps = total_steps(config, batches)
+    rates, notes = None, list[str]()
+    if steps is not None and not any(key.startswith("deepspeed.scheduler") for key in lengths_in_epochs(config)):
+        rates, ramp = _rates(config, steps)
+        notes += _endless_warmup(ramp, steps)
+    if steps is not None and steps < _FEW_STEPS:
+        notes.append(_few_steps(config, steps, batches))
+    if batches is None:
+        unknown[f"{'steps' if steps is None else 'epochs'}{' and learning rates' * (rates is None)}"] = why
+    return {
+        "train_samples": batches and batches.num_samples,
+        "steps_per_epoch": batches and batches.per_epoch,
+        "steps": steps,
+        "epochs": steps / batches.per_epoch if batches and steps is not None else config.training.epochs,
+        "in_steps": {key: config.in_force(key) for key in config.in_epochs},
+        "learning_rate": rates,
+    }, notes
+
+
+def _rates(config: RunConfig, steps: int) -> tuple[dict[str, float], int]:
+    """The learning rate at the steps that tell most, and where the warm-up ends."""
     section = config.deepspeed
-    peak = float(section.optimizer.params["lr"])
     ramp = warmup_steps(section.scheduler, steps)
     shown = sorted({0, min(1, steps - 1), min(ramp, steps - 1), steps - 1})
     led = None  # what only DeepSpeed builds is led as AdamW is
     if not section.optimizer.is_deepspeed_only:
         led = build_optimizer([nn.Parameter(torch.zeros(1))], section.optimizer)
-    rates = learning_rates(section.scheduler, peak, steps, shown, led)
+    rates = learning_rates(section.scheduler, float(section.optimizer.params["lr"]), steps, shown, led)
+    return {
+        "step 0": rates[0], "step 1": rates[min(1, steps - 1)],
+        **({f"end of warm-up (step {ramp})": rates[ramp]} if ramp < steps else {}),
+        f"last (step {steps - 1})": rates[steps - 1],
+    }, ramp  # fmt: skip
 
+
+def _weights(
+    task: Task, config: RunConfig, world_size: int, sizes: BatchSizes, model: nn.Module | MissingDataError,
+    unknown: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """What follows from the model's shape."""
+    flops = None
+    with suppress(MissingDataError):
+        flops = task.flops_per_sample()
+    if isinstance(model, MissingDataError):
+        unknown["parameters, memory and checkpoint"] = str(model)
+        names = ("parameters", "trainable_parameters", "parameter_rules", "tied_parameters", "memory_bytes")
+        return dict.fromkeys((*names, "checkpoint_bytes")) | {"flops_per_sample": flops}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    activations = activation_bytes(task, model, config, sizes.micro_batch_size)
-    states = _state_bytes(config, parameters, trainable, world_size)
-    decided, origins = _decided(config, sizes, parameters)
+    activations = None
+    try:
+        activations = activation_bytes(task, model, config, sizes.micro_batch_size)
+    except MissingDataError as error:
+        unknown["memory of activations"] = str(error)
     return {
-        "workload": config.workload,
         "parameters": parameters,
         "trainable_parameters": trainable,
-        "world_size": world_size,
-        "global_batch_size": sizes.global_batch_size,
-        "micro_batch_size": sizes.micro_batch_size,
-        "grad_accum_steps": sizes.grad_accum_steps,
-        "train_samples": batches.num_samples,
-        "steps_per_epoch": batches.per_epoch,
-        "steps": steps,
-        "epochs": steps / batches.per_epoch,
-        "in_steps": {key: config.in_force(key) for key in config.in_epochs},
-        "learning_rate": {"step 0": rates[0], "step 1": rates[min(1, steps - 1)],
-                          **({f"end of warm-up (step {ramp})": rates[ramp]} if ramp < steps else {}),
-                          f"last (step {steps - 1})": rates[steps - 1]},
-        "parameter_rules": planned_rules(model, config, peak),
+        "parameter_rules": planned_rules(model, config, float(config.deepspeed.optimizer.params["lr"])),
         "tied_parameters": tied_names(model, config),
-        "memory_bytes": states | {"activations": activations},
-        "checkpoint_bytes": _checkpoint_bytes(config, parameters, trainable),
-        "flops_per_sample": task.flops_per_sample(),
-        "config": decided,
-        "origins": dict(sorted(origins.items())),
-        "notes": [*unused_settings(config, task.tracking), *_endless_warmup(ramp, steps)],
-    }  # fmt: skip
+        "memory_bytes": state_bytes(config, parameters, trainable, world_size) | {"activations": activations},
+        "checkpoint_bytes": checkpoint_bytes(config, parameters, trainable),
+        "flops_per_sample": flops,
+    }
+
+
+def _few_steps(config: RunConfig, steps: int, batches: GlobalBatches | None) -> str:
+    """That a run is very short, and how it would be longer."""
+    ways = f"raise training.steps to {_FEW_STEPS} or more"
+    if config.training.epochs is not None and batches is not None:
+        longer = -(-_FEW_STEPS // batches.per_epoch)
+        ways = "lower deepspeed.train_batch_size, or raise training.epochs "
+        ways += f"({longer} are {longer * batches.per_epoch} steps)"
+    counted = f"{steps} steps"
+    if batches is not None:
+        counted = (
+            f"{batches.num_samples:,} samples at batch {batches.global_batch_size} are {batches.per_epoch:,} steps an "
+            f"epoch, {steps} in all"
+        )
+    return f"{counted}: few models learn much in fewer than {_FEW_STEPS} steps. To train for longer, {ways}"
 
 
 def _endless_warmup(ramp: int, steps: int) -> list[str]:
@@ -94,11 +166,11 @@ def _endless_warmup(ramp: int, steps: int) -> list[str]:
     ]
 
 
-def _decided(config: RunConfig, sizes: BatchSizes, parameters: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _decided(config: RunConfig, sizes: BatchSizes, parameters: int | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration of record with what ranks and model decide in place of "auto", and the origins of its keys."""
     shown, origins = config.as_dict(), dict(config.origins)
     section = shown["deepspeed"]
-    zero, size = section["zero_optimization"], bucket_size(parameters)
+    zero, size = section["zero_optimization"], "auto" if parameters is None else bucket_size(parameters)
     ranks = {
         "train_micro_batch_size_per_gpu": sizes.micro_batch_size,
         "gradient_accumulation_steps": sizes.grad_accum_steps,
@@ -126,12 +198,17 @@ def sizes_of(task: Task, config: RunConfig, world_size: int) -> BatchSizes:
     return sizes
 
 
-def planned_batches(task: Task, config: RunConfig, world_size: int, sizes: BatchSizes | None = None) -> GlobalBatches:
+def planned_batches(
+    task: Task, config: RunConfig, world_size: int, sizes: BatchSizes | None = None, samples: int | None = None
+) -> GlobalBatches:
     """The global batches of a run on `world_size` ranks. Batch sizes are the configured ones unless given.
 
-    Raises ConfigError, also where samples are to be grouped by length and do not say theirs.
+    `samples` stands in for the training samples, of which then nothing is read. Raises ConfigError, also where samples
+    are to be grouped by length and do not say theirs.
     """
     size = (sizes or sizes_of(task, config, world_size)).global_batch_size
+    if samples is not None:
+        return GlobalBatches(samples, size, config.training.seed)
     dataset, key = task.dataset("train"), "training.group_by_length"
     lengths = lengths_of(dataset) if config.training.group_by_length else None
     if config.training.group_by_length and lengths is None:
@@ -142,141 +219,24 @@ def planned_batches(task: Task, config: RunConfig, world_size: int, sizes: Batch
     return GlobalBatches(len(dataset), size, config.training.seed, lengths)
 
 
-def total_steps(config: RunConfig, batches: GlobalBatches) -> int:
-    """The number of optimizer steps of a run. Raises ConfigError if there are no samples."""
-    if not batches.num_samples:
-        raise ConfigError(f"{config.source}: data: the training split has no samples")
+@overload
+def total_steps(config: RunConfig, batches: GlobalBatches) -> int: ...
+@overload
+def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None: ...
+def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
+    """The number of optimizer steps of a run; None where only samples that are not known decide it.
+
+    Raises ConfigError if there are no samples.
+    """
+    if batches is not None and not batches.num_samples:
+        raise ConfigError(f"{config.where('data')}: data: the training split has no samples")
     settings = config.training
-    return settings.steps if settings.steps is not None else settings.epochs * batches.per_epoch  # type: ignore[operator]
+    if settings.steps is not None or batches is None:
+        return settings.steps
+    assert settings.epochs is not None
+    return settings.epochs * batches.per_epoch
 
 
-def render_plan(plan: dict[str, Any]) -> str:
-    """The plan for a person to read: the summary, then every value of the configuration with its origin."""
-    values = dict(_flat(plan["config"]))
-    width = max(len(key) for key in values)
-    lines = [f"{key:<{width}}  {value!s:<40}  ({plan['origins'].get(key, 'default')})" for key, value in values.items()]
-    return "\n".join([render_summary(plan), "", *lines])
-
-
-def render_summary(plan: dict[str, Any]) -> str:
-    """What a run is, in a few lines."""
-    memory = plan["memory_bytes"]
-    known = [value for value in memory.values() if value is not None]
-    in_steps = plan["in_steps"]
-    frozen = plan["parameters"] - plan["trainable_parameters"]
-    relative = plan["config"]["deepspeed"]["optimizer"]["type"].lower() == ADAMW_SCALE.lower()
-    lines = [
-        f"{plan['workload']}: {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them trained"
-        + (f", {frozen:,} frozen" if frozen else ""),
-        f"batch       {plan['global_batch_size']} = {plan['micro_batch_size']} a micro-batch x {plan['world_size']} "
-        f"ranks x {plan['grad_accum_steps']} accumulation steps",
-        f"steps       {plan['steps']:,} = {plan['epochs']:.4g} epochs of {plan['steps_per_epoch']:,} "
-        f"({plan['train_samples']:,} samples)",
-        *(["in steps    " + ", ".join(f"{key} {steps}" for key, steps in in_steps.items())] if in_steps else []),
-        "lr          "
-        + ", ".join(f"{name} {rate:.3g}" for name, rate in plan["learning_rate"].items())
-        + relative * ", each times the root mean square of the parameter",
-        f"memory      {readable_size(sum(known))} a rank: "
-        + ", ".join(f"{name} {'unknown' if value is None else readable_size(value)}" for name, value in memory.items()),
-        f"checkpoint  {readable_size(plan['checkpoint_bytes'])} in all",
-        *render_rules(plan["parameter_rules"], plan["tied_parameters"]),
-        *(f"note: {line}" for line in plan["notes"]),
-    ]
-    return "\n".join(lines)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        pairs += _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else [(f"{prefix}{key}", item)]
-    return pairs
-
-
-def readable_size(count: float) -> str:
-    """Bytes for a person to read."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def _parameter_bytes(config: RunConfig) -> int:
-    return parameter_dtype(config.deepspeed).itemsize
-
-
-def _optimizer_bytes_a_parameter(config: RunConfig) -> float:
-    """What the optimizer keeps for a parameter, from one step of it on a small one."""
-    if config.deepspeed.optimizer.is_deepspeed_only:
-        return 4.0 if config.deepspeed.optimizer.type.lower() in ("lion", "muon") else 8.0
-    probe = nn.Parameter(torch.zeros(64, 64))
-    optimizer = build_optimizer([probe], config.deepspeed.optimizer)
-    probe.grad = torch.ones_like(probe)
-    optimizer.step()
-    state = optimizer.state[probe].values()
-    return sum(value.numel() * value.element_size() for value in state if torch.is_tensor(value)) / probe.numel()
-
-
-def _state_bytes(config: RunConfig, parameters: int, trainable: int, world_size: int) -> dict[str, int]:
-    """Parameters, gradients, fp32 master weights and optimizer states of one rank under the ZeRO stage."""
-    zero, width = config.deepspeed.zero_optimization, _parameter_bytes(config)
-    shards = [world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    optimizer_on_device = 0 if zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu" else 1
-    # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
-    master = 4 * trainable if width == 2 or zero.stage in (1, 2, 3) else 0
-    average = {"average": math.ceil(4 * trainable / shards[2]) * optimizer_on_device} if config.training.ema else {}
-    return {
-        "parameters": math.ceil(width * parameters / shards[0]),
-        "gradients": math.ceil(width * trainable / shards[1]),
-        "master weights": math.ceil(master / shards[2]) * optimizer_on_device,
-        "optimizer": math.ceil(_optimizer_bytes_a_parameter(config) * trainable / shards[2]) * optimizer_on_device,
-    } | average
-
-
-def _checkpoint_bytes(config: RunConfig, parameters: int, trainable: int) -> int:
-    """All files of one checkpoint over all ranks: every value once, in fp32, with what the optimizer keeps for it."""
-    frozen = _parameter_bytes(config) * (parameters - trainable)
-    average = 4 if config.training.ema else 0
-    return round(frozen + (4 + average + _optimizer_bytes_a_parameter(config)) * trainable)
-
-
-def activation_bytes(task: Task, model: nn.Module, config: RunConfig, micro_batch_size: int) -> int | None:
-    """What autograd keeps for one micro-batch, nothing recomputed; None where the model cannot run on fake tensors."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    batch = task.collate([task.dataset("train")[0]] * micro_batch_size)
-    batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
-    batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a task may hold tensors too
-            faked = _Faked(model, mode, parameter_dtype(config.deepspeed))
-            own = {tensor.untyped_storage()._cdata for tensor in faked.tensors.values()}
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = task.loss(faked, {key: mode.from_tensor(value) for key, value in batch.items()})["loss"]
-            del loss
-    except Exception:  # a model may do what fake tensors cannot; the rest of the plan stands without this figure
-        return None
-    return sum(kept.values())
-
-
-class _Faked(nn.Module):
-    """A model run with fake parameters and buffers in place of its own, which stay untouched."""
-
-    def __init__(self, model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.__dict__["model"] = model  # not a submodule: its real parameters are not this module's
-        self.__dict__["tensors"] = {name: mode.from_tensor(tensor.cpu()) for name, tensor in model.named_buffers()}
-        for name, parameter in model.named_parameters():
-            fake = torch.empty(parameter.shape, dtype=dtype)  # made inside the mode, so it takes no memory
-            self.tensors[name] = fake.requires_grad_(parameter.requires_grad)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.__dict__["model"], self.tensors, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["model"], name)
+def lengths_in_epochs(config: RunConfig) -> list[str]:
+    """The dotted keys that still hold epochs in place of steps."""
+    return list(config.in_steps(1).in_epochs.keys() - config.in_epochs.keys())

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from trunkline.engine.config.run_config import Best, EarlyStopping
 
+UNCOUNTED: dict[str, None] = {"samples_seen": None, "weight_seen": None, "seconds": None}
+"""What a state says of steps that were not counted."""
+
 
 @dataclass
 class Progress:
@@ -37,12 +40,23 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     """All that the best evaluation measured."""
     evaluation_due: bool = False
-    """The evaluation of this step was broken off: it is to be made before the next step."""
+    """The evaluation of this step is still to be made, before the next step."""
+    samples_seen: int | None = 0
+    weight_seen: float | None = 0.0
+    seconds: float | None = field(default=0.0, compare=False)
+    """Of all steps so far, skipped ones too: samples, their weight, and the time of the steps alone. None where the
+    run began in a version that did not count, or in another program."""
 
     def __post_init__(self) -> None:
         if "" in self.since_line:  # where earlier versions put the weight
             sums = dict(self.since_line)
             self.since_line_weight, self.since_line = sums.pop(""), sums
+
+    def count(self, **more: float) -> None:
+        """Add what a step has seen, or how long it took, to what `UNCOUNTED` names."""
+        for name, value in more.items():
+            if (before := getattr(self, name)) is not None:
+                setattr(self, name, before + value)
 
     def judge(self, value: float, best: Best, stopping: EarlyStopping | None) -> bool:
         """Take note of an evaluation's metric at the present step. True if it is the best so far."""
@@ -56,6 +70,11 @@ class Progress:
         if better:
             self.best, self.best_step = value, self.step
         return better
+
+    @property
+    def never_judged(self) -> bool:
+        """Whether nothing has happened yet: no step and no evaluation."""
+        return self.step == 0 and not self.best_metric
 
     @property
     def is_best(self) -> bool:

@@ -27,7 +27,7 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     or built, and for what the backend does not do.
     """
     if backend == "fsdp":
-        check_fsdp_section(config.deepspeed, config.where("deepspeed"), world_size)
+        check_fsdp_section(config.deepspeed, config.where, world_size)
     try:
         if backend == "deepspeed":
             _check_deepspeed(config.deepspeed)
@@ -37,7 +37,21 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     except ConfigError as error:
         key = str(error).partition(":")[0]  # where messages have one
         raise ConfigError(f"{config.where(key)}: {error}") from error
-    return config
+    return replace(config, notes=(*config.notes, *_slow_on_a_cpu(config.deepspeed, device)))
+
+
+def _slow_on_a_cpu(section: DeepSpeedSection, device: torch.device) -> list[str]:
+    """What to do about bf16 on a processor that has to emulate it."""
+    able = torch.cpu.get_capabilities()
+    if device.type != "cpu" or not section.bf16.enabled or any(able.get(name) for name in _BF16_UNITS):
+        return []
+    return [
+        "note: this processor computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"
+    ]
+
+
+_BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+"""Any of them, as torch.cpu.get_capabilities names them on x86-64 and on Arm."""
 
 
 def _check_deepspeed(section: DeepSpeedSection) -> None:

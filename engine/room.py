@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.memory.shortage import Attempts, Shortage
 from trunkline.engine.ranks.distributed import on_main
@@ -48,9 +49,9 @@ class Room:
         if not shortage.agreed or not (intact or step == run.assembly.first_step):
             why = "the optimizer was changing the parameters" if shortage.agreed else "the other ranks are in the step"
             raise TrunklineError(
-                f"{line}; {why}, so the run ends here; --resume auto --output-dir {run.folder} continues with that"
+                f"{line}; {why}, so the run ends here; to continue with that, {resume_with(run.folder)}"
             )
-        run.say(f"warning: {line}")
+        run.warn(line)
         self.rebuild()
         self.note_sizes()
 
@@ -64,5 +65,5 @@ class Room:
     def note_sizes(self) -> None:
         """Put the batch sizes in force, which are not the configured ones, into the run's plan and metrics."""
         run, path = self.run, self.run.folder / "plan.json"
-        run.trackers.log(run.progress.step, "memory", run.micro.values())
+        run.log("memory", run.micro.values())
         on_main(lambda: write_json(path, run.assembly.plan), run.ranks, f"{path}: cannot be written")

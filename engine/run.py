@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
 
 from trunkline.engine.assembly import Assembly
 from trunkline.engine.backends import Backend
@@ -16,12 +14,15 @@ from trunkline.engine.checkpoint.weights import save_weights
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import TrunklineError
+from trunkline.engine.machine.again import resume_with
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.memory.micro_batch import MicroBatches
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank
 from trunkline.engine.ranks.lookout import Lookout
 from trunkline.engine.ranks.watchdog import Watchdog
-from trunkline.engine.record.trackers import Trackers
+from trunkline.engine.record.metrics_file import position
+from trunkline.engine.record.trackers import At, Trackers
 from trunkline.engine.task import Samples, Task
 
 
@@ -62,9 +63,19 @@ class Run:
         self.watchdog.note(self.progress.step, doing, works=True)
 
     def say(self, line: str) -> None:
-        """Print a line, on one rank."""
+        """Say a line, on one rank."""
         if self.ranks.is_main:
-            tqdm.write(line)
+            LOG.info(line)
+
+    def warn(self, line: str) -> None:
+        """The same of a warning."""
+        if self.ranks.is_main:
+            LOG.warning(line)
+
+    def log(self, split: str, values: Mapping[str, float], facts: At | None = None) -> None:
+        """Hand the values of the present step to the trackers, and to metrics.jsonl where the run is, and `facts`."""
+        at = position(self.progress, self.task.unit, self.batches.per_epoch)
+        self.trackers.log(self.progress.step, split, values, {**at, **(facts or {})})
 
     def save_weights(self, name: str, facts: dict[str, float]) -> str:
         """Write best/ or final/. Called on all ranks. Returns the SHA-256 of the weights."""
@@ -82,5 +93,5 @@ class Run:
                 raise
             raise TrunklineError(
                 f"another rank has ended, so this one stops, at step {self.progress.step}: {str(error).splitlines()[0]}"
-                f"; look for the first error above, then resume with --resume auto --output-dir {self.folder}"
+                f"; look for the first error above, then {resume_with(self.folder)}"
             ) from error

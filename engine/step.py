@@ -42,7 +42,7 @@ class StepResult:
     """A step that was made, the same on all ranks but for `sums`.
 
     sums: this rank's, where the step is logged; of all steps since the last line with training.log_means.
-    weight: of the global batch, a scalar on the device.
+    samples, weight: of the global batch, without fillers.
     logged_weight: what the sums are divided by.
     learning_rate: the step's, where it is logged.
     grad_norm: before clipping, a scalar on the device or a float.
@@ -50,7 +50,8 @@ class StepResult:
     """
 
     sums: Sums | None
-    weight: Tensor
+    samples: int
+    weight: float
     logged_weight: Tensor
     learning_rate: float
     grad_norm: Tensor | float
@@ -95,8 +96,10 @@ class Stepper:
             shortage = error.shortage
         else:
             self.room.longest_step = max(longest, self.room.longest_step)
-            progress.step += 1
             stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
+            samples = run.batches.count(progress.step)
+            progress.count(samples_seen=samples, weight_seen=float(weight))
+            progress.step += 1
             if save_failed:
                 run.checkpoints.wait()  # raises it, on all ranks in the same step
             if stepped.skipped:
@@ -107,7 +110,7 @@ class Stepper:
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
             logged, logged_weight = self._logged(sums, weight, is_logged, stepped.skipped)
-            return StepResult(logged, weight, logged_weight, rate, stepped.grad_norm, bool(stop))
+            return StepResult(logged, samples, float(weight), logged_weight, rate, stepped.grad_norm, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
@@ -204,8 +207,8 @@ class Stepper:
         line = (
             f"step {progress.step} skipped, its gradient is not finite ({where}); {progress.skipped_in_a_row} in a row"
         )
-        run.say(f"warning: {line}, {progress.skipped_steps} in all")
-        run.trackers.log(progress.step, "skipped", {"skipped_steps": progress.skipped_steps})
+        run.warn(f"{line}, {progress.skipped_steps} in all")
+        run.log("skipped", {"skipped_steps": progress.skipped_steps})
         if progress.skipped_in_a_row >= limit:
             raise TrunklineError(
                 f"{line}: stopped (training.nonfinite_limit = {limit}); lower deepspeed.optimizer.params.lr, set "

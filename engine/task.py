@@ -7,7 +7,7 @@ The engine divides by the weight of the whole global batch, so a step does not d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, MissingDataError
 from trunkline.engine.tracking import Tracking
 from trunkline.engine.whole_state import WholeState
 
@@ -81,8 +81,19 @@ class Task(ABC):
     micro_batch_multiple_key: str = ""
     """Which setting decides it, such as "model.batch_norm_group", for messages."""
 
+    assumed: Sequence[str] = ()
+    """Of a task that was made without data: what it takes in their place, for whoever reads its plan."""
+
     tracking: Tracking = Tracking()
     """How TensorBoard, Weights & Biases and MLflow show the run."""
+
+    metric_units: Mapping[str, str] = {}
+    """The units of metrics, as pictures write them, by what a metric's name ends in after a "/": with {"m3": "Nm3"}
+    "rmse/P/m3" is in Nm3. What has another unit gets axes of its own."""
+
+    validation_loss: str = ""
+    """How the metric "loss" of validation is another quantity than the loss of training, such as "not smoothed". Empty
+    where both are one quantity: they share axes then."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -147,8 +158,8 @@ class Task(ABC):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set. The default divides each by the weight.
 
-        A name may have parts and end in a unit, "rmse/P/MPa": see engine/record/metric_panels.py for what is drawn
-        together.
+        A name may have parts and end in one of `metric_units`, "rmse/P/m3": see engine/record/metric_panels.py for what
+        is drawn together.
         """
         return {name: float(value / sums["weight"]) for name, value in sums.items() if name != "weight"}
 
@@ -168,6 +179,14 @@ class Task(ABC):
         """Globs over the names of the buffers that are statistics of the data, changed in place by a forward pass in
         training. The engine makes them the same on every rank (optim/statistics.py). The default names BatchNorm's."""
         return ("*running_mean", "*running_var", "*num_batches_tracked")
+
+    def largest_sample(self) -> Any:
+        """A training sample as large as the configuration allows, for a plan where there are no data.
+
+        Asked of a task that was made without them. Raises MissingDataError where only the data say how large one is, as
+        the default does.
+        """
+        raise MissingDataError(f"the data say how large a sample of {type(self).__name__} is")
 
     def flops_per_sample(self) -> float:
         """Useful floating-point operations of one sample's forward and backward pass, without recomputation.

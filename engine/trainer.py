@@ -26,11 +26,14 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.store import verify_together
 from trunkline.engine.machine import stopping
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import write_json
 from trunkline.engine.machine.hardware import peak_flops
+from trunkline.engine.machine.log import bars_are_hidden
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.memory.micro_batch import MicroBatches, memory_facts
-from trunkline.engine.plan import planned_batches, render_summary, sizes_of, total_steps
+from trunkline.engine.plan import planned_batches, sizes_of, total_steps
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, lost_a_rank, on_main
@@ -41,6 +44,7 @@ from trunkline.engine.ranks.watchdog import Watchdog
 from trunkline.engine.readiness import ready
 from trunkline.engine.record.boards import require_boards
 from trunkline.engine.record.meter import Meter, brief
+from trunkline.engine.record.metrics_file import RESUMED
 from trunkline.engine.record.run_folder import claim, in_use, release
 from trunkline.engine.record.trackers import Trackers, make_trackers
 from trunkline.engine.room import Room
@@ -76,7 +80,8 @@ class Trainer(Run):
     ) -> None:
         config = with_direction(config, checked_task(task))
         self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
-        require_boards(config.training.trackers)
+        with config.naming_origins():
+            require_boards(config.training.trackers)
         agree(
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )
@@ -84,7 +89,7 @@ class Trainer(Run):
         self.progress, self.trackers = Progress(), Trackers()
         self.watchdog = Watchdog(folder / ".ranks", ranks, config.training.hang_timeout_s)
         try:
-            with self.starting():
+            with self.starting(), config.naming_origins():
                 self._put_together(backend, resume, accept_new_data)
         except BaseException:
             release(folder)
@@ -130,6 +135,7 @@ class Trainer(Run):
         self.assembly.build(self.micro.sizes)
         self.begin("loading the checkpoint" if found is not None else "writing the plan")
         self.progress = self.assembly.restore()
+        self.progress.evaluation_due |= settings.eval_at_start and self.progress.never_judged
         if found is not None:
             self.checkpoints.set_aside_after(self.progress.step)
             other = "" if known[LAYOUT] == found.state[LAYOUT] else f", from {found.state[LAYOUT]} to {known[LAYOUT]}"
@@ -143,6 +149,8 @@ class Trainer(Run):
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
             self.say(f"note: {note}")
         on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
+        if found is not None:
+            self.log(RESUMED, {}, self.assembly.resumed)
         self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
         self.lookout = Lookout(ranks)
         self.room = Room(self)
@@ -172,7 +180,7 @@ class Trainer(Run):
         with stopping.deferred(), in_use(self.folder):
             self.watchdog.start()
             try:
-                with self.naming_a_lost_rank():
+                with self.naming_a_lost_rank(), self.config.naming_origins():
                     try:
                         self._train()
                     except StopRequested:
@@ -188,6 +196,11 @@ class Trainer(Run):
                 self.trackers.close()
         return self.progress
 
+    def close(self) -> None:
+        """Let go of the folder and of the model's memory, for a program that does more than this run."""
+        release(self.folder)
+        self.assembly.release()
+
     def _save_and_stop(self) -> NoReturn:
         step, why = self.progress.step, stopping.requested()
         if why is None:
@@ -197,14 +210,14 @@ class Trainer(Run):
             self.save()
         self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
-        raise stopping.InterruptedRunError(f"by {why} {where}; resume with --resume auto --output-dir {self.folder}")
+        raise stopping.InterruptedRunError(f"by {why} {where}; {resume_with(self.folder)}")
 
     def _train(self) -> None:
         """The loop: read, step, log, evaluate, save."""
         progress, every = self.progress, self.config.training
         self.validation.try_out()
         self._settle_best()
-        if progress.evaluation_due:  # a stop broke it off
+        if progress.evaluation_due:  # a stop broke it off, or it is the one at the start
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
                 self.save()
@@ -213,7 +226,7 @@ class Trainer(Run):
             for micro_batches in self._micro_batches():
                 made = self.stepper.make(micro_batches)
                 if made is None:
-                    meter.restart(progress.step)
+                    meter.restart()
                     continue
                 self._log(made, meter, bar)
                 over = progress.step == self.total_steps
@@ -247,10 +260,10 @@ class Trainer(Run):
                     break
 
     def _log(self, made: StepResult, meter: Meter, bar: tqdm[Any]) -> None:
-        meter.add(made.weight)
+        self.progress.count(seconds=meter.add(made.samples, made.weight))
         if values := self.stepper.values(made):
-            values |= meter.read(self.progress.step)
-            self.trackers.log(self.progress.step, "train", values)
+            values |= meter.read()
+            self.log("train", values)
             bar.set_postfix_str(brief(values, self.task.unit), refresh=False)
         bar.update()
 
@@ -286,10 +299,10 @@ class Trainer(Run):
     def _meter(self) -> Meter:
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
         unit, flops = self.task.unit, self.task.flops_per_sample()
-        return Meter(self.micro.sizes, self.ranks.device, self.progress.step, unit, flops, peak)
+        return Meter(self.ranks, unit, flops, peak)
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(
             total=self.total_steps, initial=self.progress.step, desc=f"train {self.config.workload}", unit="step",
-            disable=not self.ranks.is_main, dynamic_ncols=True,
+            disable=not self.ranks.is_main or bars_are_hidden(), dynamic_ncols=True,
         )  # fmt: skip

@@ -22,10 +22,12 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.loading import collate
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
+from trunkline.engine.machine.log import bars_are_hidden
 from trunkline.engine.memory.micro_batch import divisors, resized, ways_out
 from trunkline.engine.memory.shortage import OutOfMemory, Shortage
 from trunkline.engine.optim.parameter_rules import freeze
-from trunkline.engine.plan import activation_bytes, readable_size
+from trunkline.engine.plan_text import readable_size
+from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
 from trunkline.engine.task import Samples, lengths_of
@@ -47,9 +49,8 @@ def find_micro_batch(trainer: Trainer) -> None:
     candidates = _not_hopeless(trainer, possible)
     fits, too_large = -1, len(candidates)  # places in the list
     shortage = Shortage("counted memory alone is beyond the device's", agreed=True)
-    with tqdm(
-        total=len(candidates).bit_length(), desc="find micro-batch", unit="trial", disable=not trainer.ranks.is_main
-    ) as bar:
+    hidden = not trainer.ranks.is_main or bars_are_hidden()
+    with tqdm(total=len(candidates).bit_length(), desc="find micro-batch", unit="trial", disable=hidden) as bar:
         while too_large - fits > 1:
             middle = (fits + too_large) // 2
             outcome = _trial(trainer, resized(sizes, candidates[middle]))

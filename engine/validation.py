@@ -30,7 +30,7 @@ class Validation:
         run, settings, progress = self.run, self.run.config.training, self.run.progress
         metrics = self._metrics(settings.eval_samples, run.folder / SHOWN)
         self.room.evaluation_fits = True
-        run.trackers.log(progress.step, "val", metrics)
+        run.log("val", metrics)
         run.trackers.keep(progress.step, run.folder / SHOWN)
         name = settings.best.metric
         better = progress.judge(metrics[name], settings.best, settings.early_stopping)

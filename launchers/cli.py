@@ -10,11 +10,13 @@ COMMANDS = {
     "train": "train a run from its configuration, or resume it",
     "evaluate": "evaluate a run on data that it was not trained on",
     "predict": "predict with a run's weights",
+    "compare": "set runs beside each other: what they reached, and how they differ",
     "export": "write a checkpoint's weights as safetensors",
     "doctor": "say whether training can start on this machine",
+    "new-workload": "write a package with a workload of your own",
     "bench": "measure; only in a clone of the repository",
 }
-"""Name -> what it does. trunkline.launchers.<name> is the program."""
+"""Name -> what it does. trunkline.launchers.<name> is the program, with _ for -."""
 
 
 def main() -> int:
@@ -22,7 +24,7 @@ def main() -> int:
     command, *flags = sys.argv[1:] or [""]
     if command in COMMANDS:
         sys.argv = [f"trunkline {command}", *flags]
-        runpy.run_module(f"trunkline.launchers.{command}", run_name="__main__")
+        runpy.run_module(f"trunkline.launchers.{command.replace('-', '_')}", run_name="__main__")
     elif command in ("-h", "--help"):
         print(_usage())
     else:
@@ -32,7 +34,7 @@ def main() -> int:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    lines = "\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items())
     return f"usage: trunkline <command> [flags]\n\n{lines}\n\ntrunkline <command> --help lists its flags."
 
 

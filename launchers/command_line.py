@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trunkline.engine.config.draft import Draft
 from trunkline.engine.config.flags import LENGTH, Flag, Parser
+from trunkline.engine.config.shipped import shipped
 from trunkline.engine.errors import ConfigError
 from trunkline.models.registry import flags_of, workloads
 
@@ -85,8 +87,7 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
         path, name = _defaults(workload, words)
     if path is None:
         _parser(files, description, workload, LENGTH).parse_args(words)  # --help ends here
-        other = f": {workload} has no defaults" if workload else f", or one of the workloads {', '.join(workloads())}"
-        raise ConfigError(f"give --config FILE{other}")
+        raise ConfigError(f"give --config FILE{f': {workload} has no defaults' if workload else _choices()}")
     file = Draft.read(path, given.deepspeed)
     if given.config is None:  # the workload's own, which no user has written
         file.origins = {key: "default" if origin == "file" else origin for key, origin in file.origins.items()}
@@ -99,6 +100,19 @@ def parse(words: Sequence[str], description: str | None = None) -> Command:
         raise ConfigError(f"{file.where('workload')}: {error}") from error
     flags = (*own, *(flag for flag in LENGTH if flag.name not in {each.name for each in own}))
     return Command(_parser(files, description, held, flags).parse_args(words), file, flags, name)
+
+
+def _choices() -> str:
+    """What can be trained, a line each, and what to type first."""
+    about = shipped()
+    width = max(map(len, about))
+    program = sys.argv[0] if sys.argv[0].startswith("trunkline ") else "python launchers/train.py"
+    return "\n".join([
+        f", or one of the workloads {', '.join(workloads())}. These come with Trunkline:", "",
+        *(f"  {name:<{width}}  {trains}" for name, trains in about.items()), "",
+        f"To try: `{program} --config causal_lm/demo --plan` shows what a run would be and needs no data.",
+        "In a clone `make train` makes data, trains, evaluates and predicts, in minutes.",
+    ])  # fmt: skip
 
 
 def _defaults(workload: str, words: Sequence[str]) -> tuple[Path | None, str]:
@@ -152,6 +166,8 @@ def _parser(files: Parser, description: str | None, workload: str | None, flags:
         "--plan", nargs="?", const="text", choices=["text", "json"], help="show the plan, train nothing"
     )
     parser.add_argument("--world-size", type=int, help="with --plan: the number of ranks to plan for")
+    parser.add_argument("--samples", type=int, help="with --plan: the number of training samples; needs no data then")
+    parser.add_argument("--explain", metavar="KEY", help="say what a key of the configuration is: training.eval_every")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.set_defaults(instead=None)
     group = parser.add_argument_group(f"flags of {workload}" if workload else "flags of every workload")

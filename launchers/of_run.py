@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from trunkline.engine.config.flags import Parser
+from trunkline.engine.errors import ConfigError
 from trunkline.models.registry import add_flags, open_room, workload_of_run, workloads
 
 
@@ -29,7 +31,7 @@ def work_on_run(
     workload = None if run is None else workload_of_run(run)
     parser = Parser(
         description=description,
-        epilog=None if workload else f"The workloads: {', '.join(workloads())}.",
+        epilog=None if workload else _flags_by_workload(room),
         hint=f"the run is one of {workload}" if workload else "",
     )
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, or one with weights, such as best/")
@@ -45,3 +47,14 @@ def work_on_run(
 
     arguments.device = choose_device(arguments.device)
     return open_room(workload, room).run(arguments)
+
+
+def _flags_by_workload(room: str) -> str:
+    """What --help says where no run is named."""
+    lines = ["Further flags, by the workload of the run:"]
+    for name in workloads():
+        parser = Parser(add_help=False)
+        with suppress(ConfigError):  # of a package that has none
+            add_flags(name, room, parser)
+        lines.append(f"  {name}: {' '.join(sorted(parser.options()))}")
+    return "\n".join(lines)

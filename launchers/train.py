@@ -16,11 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trunkline.engine.errors import ConfigError, DataError, TrunklineError
-from trunkline.engine.machine.stopping import EXIT_CODE, GO_ON
+from trunkline.engine.errors import ConfigError, TrunklineError
+from trunkline.engine.machine.again import resume_with, typed
+from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
 from trunkline.launchers.entry import begin, status_of
-from trunkline.models.registry import config_sections, make_task, onnx_writer
+from trunkline.launchers.explain import asked_key, explain
+from trunkline.models.registry import config_sections, onnx_writer, planned_task
 
 if TYPE_CHECKING:
     from trunkline.engine.config.run_config import RunConfig
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, assemble, train. Returns the exit status: 0 done, 2 a user's error, 75 stopped and worth resuming."""
-    return status_of(lambda: _run(sys.argv[1:] if argv is None else argv), on_error=_tell)
+    words = sys.argv[1:] if argv is None else argv
+    with typed(words):
+        return status_of(lambda: _run(words), on_error=_tell)
 
 
 def _tell(error: Exception) -> None:
@@ -43,12 +47,15 @@ def _tell(error: Exception) -> None:
 
 
 def _run(words: list[str]) -> int | None:
+    if (key := asked_key(words)) is not None:
+        print(explain(key, words))
+        return 0
     command = parse(words, __doc__)
     arguments = command.arguments
 
     # imported late, as below: PyTorch and DeepSpeed take seconds, and a wrong flag should be named at once
     from trunkline.engine.config.run_config import checked
-    from trunkline.engine.ranks.distributed import launched_world_size, lost_a_rank
+    from trunkline.engine.ranks.distributed import launched_world_size
 
     world_size = launched_world_size()  # a launch that does not fit together is named before the configuration is
     if arguments.world_size is not None:
@@ -56,76 +63,45 @@ def _run(words: list[str]) -> int | None:
             raise ConfigError(f"--world-size {arguments.world_size}: only with --plan; the launcher sets it for a run")
         if (world_size := arguments.world_size) < 1:
             raise ConfigError(f"--world-size {world_size}: give the number of ranks to plan for, 1 or more")
+    if arguments.samples is not None and (not arguments.plan or arguments.samples < 1):
+        raise ConfigError(f"--samples {arguments.samples}: only with --plan, the number of samples to plan for, from 1")
     config = checked(command.draft(world_size), config_sections)
     folder = arguments.output_dir or Path("runs") / config.workload / command.name
     if arguments.instead and not arguments.plan:
         launcher, *flags = arguments.instead
         return int(import_module(f"trunkline.launchers.{launcher}").main(["--run", str(folder), *flags]))
-    try:
-        _plan(arguments, config, world_size) if arguments.plan else _train(arguments, config, folder)
-    except Exception as error:
-        if lost_a_rank(error):
-            raise TrunklineError(
-                f"another rank has ended during the start, so this one stops: {str(error)[:200]}"
-            ) from error
-        raise
+    _plan(arguments, config, world_size) if arguments.plan else _train(arguments, config, folder)
     return None
 
 
 def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> None:
-    from trunkline.engine.backends import choose_backend
-    from trunkline.engine.checkpoint.best import BEST, outcome
+    from trunkline.engine.checkpoint.best import BEST
     from trunkline.engine.checkpoint.weights import WEIGHTS
-    from trunkline.engine.ranks.agreement import agree
-    from trunkline.engine.ranks.distributed import start
-    from trunkline.engine.record.report import write_report
-    from trunkline.engine.trainer import Trainer
-    from trunkline.engine.trials import find_micro_batch
+    from trunkline.engine.ranks.launch import read_launch
+    from trunkline.launchers.api import train
 
-    backend = choose_backend(arguments.backend)
     write_onnx = onnx_writer(config.workload) if arguments.onnx else None
-    limit_s = config.training.hang_timeout_s
-    ranks = start(limit_s)
-    agree({"--find-micro-batch": arguments.find_micro_batch})
-    resume = str(folder) if arguments.resume is True else arguments.resume or "none"
-    trainer = Trainer(
-        make_task(config), config, ranks, folder,
-        backend=backend, resume=resume, accept_new_data=arguments.accept_new_data,
+    train(
+        config, output_dir=folder, backend=arguments.backend,
+        resume=str(folder) if arguments.resume is True else arguments.resume or "none",
+        accept_new_data=arguments.accept_new_data, find_micro_batch=arguments.find_micro_batch,
     )  # fmt: skip
-    if arguments.find_micro_batch:
-        with trainer.starting():
-            find_micro_batch(trainer)
-    progress = trainer.run()
-    if ranks.is_main:
-        best = trainer.config.training.best
-        try:
-            report = str(write_report(folder).relative_to(folder))
-        except (OSError, DataError) as error:  # the run is done all the same
-            report = (
-                f"no report ({error}); `python -m trunkline.engine.record.report {folder}` writes it once there is room"
-            )
-        print(f"done: {folder} holds {outcome(folder, best, progress, report)}")
-        if write_onnx is not None and (folder / BEST / WEIGHTS).exists():
-            write_onnx(folder / BEST)
+    if write_onnx is not None and read_launch().rank == 0 and (folder / BEST / WEIGHTS).exists():
+        write_onnx(folder / BEST)
 
 
 def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> None:
-    from trunkline.engine.machine.hardware import choose_device
-    from trunkline.engine.optim.parameter_rules import freeze
-    from trunkline.engine.plan import make_plan, planned_batches, render_plan, total_steps
-    from trunkline.engine.readiness import ready
+    from trunkline.engine.plan_text import render_plan
+    from trunkline.engine.preview import preview
 
-    task = make_task(config)
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
-    batches = planned_batches(task, config, world_size)
-    config = config.in_steps(batches.per_epoch)
-    config = ready(config, backend, total_steps(config, batches), world_size, choose_device(None))
-    plan = make_plan(task, config, world_size, freeze(task.build_model(), config))
+    with config.naming_origins():
+        plan = preview(planned_task(config), config, world_size, backend, arguments.samples)
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else "\n".join([render_plan(plan), *config.notes]))
 
 
 def _leave() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there still is one."""
     if "torch" in sys.modules:
         from trunkline.engine.ranks.distributed import stop
 
@@ -133,7 +109,8 @@ def _leave() -> None:
 
 
 if __name__ == "__main__":
-    begin(exit_code=EXIT_CODE, advice=GO_ON)
+    with typed(sys.argv[1:]):
+        begin(exit_code=EXIT_CODE, advice=f"with no step under way: nothing is lost; {resume_with(Path())}")
     status = main()
     _leave()
     sys.exit(status)

@@ -1,7 +1,8 @@
 """The workloads by name: name -> package -> room, a module of the package that every workload has.
 
     config                the "data" and "model" sections: Data and Model, subclasses of Strict
-    task                  make_task(data, model); weights_task(data, model) where the names of weights need no data
+    task                  make_task(data, model); weights_task(data, model) where the names of weights need no data: a
+                          task that raises MissingDataError where it does need them, for --plan too
     prepare, evaluate,
     predict               run(arguments), for the launchers of those names
     onnx                  where there is one, write_onnx(folder), for launchers/export.py --onnx
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from trunkline.engine.config.flags import Flag
 from trunkline.engine.config.json_object import nearest
-from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.engine.errors import CheckpointError, ConfigError, MissingDataError
 from trunkline.engine.machine.reading import read_object, reason
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def make_task(config: RunConfig) -> Task:
     """The task of a run, made from its "data" and "model" sections."""
     from trunkline.engine.task import checked_task
 
-    return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
+    with config.naming_origins():
+        return checked_task(open_room(config.workload, "task").make_task(config.data, config.model))
 
 
 def weights_task(config: RunConfig) -> Task:
@@ -81,7 +83,16 @@ def weights_task(config: RunConfig) -> Task:
     from trunkline.engine.task import checked_task
 
     task = open_room(config.workload, "task")
-    return checked_task(getattr(task, "weights_task", task.make_task)(config.data, config.model))
+    with config.naming_origins():
+        return checked_task(getattr(task, "weights_task", task.make_task)(config.data, config.model))
+
+
+def planned_task(config: RunConfig) -> Task:
+    """The task of a run, or where there are no data the one for what can be said without."""
+    try:
+        return make_task(config)
+    except MissingDataError:
+        return weights_task(config)
 
 
 def flags_of(workload: str) -> tuple[tuple[Flag, ...], Path | None]:

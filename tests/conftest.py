@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import itertools
 import os
 import re
@@ -23,6 +22,7 @@ from _pytest.mark.expression import Expression
 from torch import Tensor
 
 from tests.distributed import find_free_port
+from tests.interpreted import import_interpreted
 
 # the same examples in every run, however busy the machine
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
@@ -30,19 +30,10 @@ hypothesis.settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, so that a run does the same on every machine, and have Triton interpret; unless only GPU tests run.
-
-    Triton looks for TRITON_INTERPRET when it is imported and where a kernel is decorated, so both happen here. Kernels
-    take CPU tensors only under the fixtures of tests/kernels; processes that tests start know nothing of it.
-    """
+    """Hide GPUs, so that a run does the same on every machine, and have Triton interpret; unless only GPU tests run."""
     if not selects_gpu_tests_alone(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            triton_path = importlib.import_module("trunkline.kernels.triton_path")
-            for kernels in ("attention", "column_sums", "linear_masked_mse", "masked_mse"):
-                importlib.import_module(f"trunkline.kernels.{kernels}")
-        triton_path.INTERPRETED = False
+        import_interpreted()
 
 
 def selects_gpu_tests_alone(markexpr: str) -> bool:

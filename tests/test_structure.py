@@ -118,7 +118,8 @@ ENGINE = (
         "state",
         "optim",
     ),
-    *("backends", "evaluation", "plan", "checkpoint", "memory", "readiness", "assembly"),
+    *("backends", "evaluation", "planned_memory", "plan", "plan_text", "checkpoint", "memory", "readiness", "preview"),
+    *("assembly",),
     *("run", "room", "step", "validation", "trainer", "trials"),
 )
 

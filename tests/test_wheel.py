@@ -49,7 +49,8 @@ def _trunkline(site: Path, folder: Path, *argv: str) -> subprocess.CompletedProc
 
 def test_the_wheel_holds_the_code_and_the_configurations_and_nothing_else(wheel: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    wanted = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")}
+    kinds = (".py", ".json", ".md", ".toml")
+    wanted = {path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in kinds}
     assert files == {"trunkline/__init__.py"} | {f"trunkline/{path.relative_to(ROOT).as_posix()}" for path in wanted}
 
 

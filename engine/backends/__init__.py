@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.optim.optimizers import tell_fragments
 from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment
@@ -106,16 +108,28 @@ def choose_backend(name: str) -> str:
     if name == "fsdp":
         return name
     try:
-        import deepspeed  # noqa: F401
+        import_deepspeed()
     except ImportError as error:
         if name == "deepspeed":
             raise ConfigError(
                 f"--backend {name}: deepspeed cannot be imported ({error}); pip install deepspeed, or use fsdp"
             ) from error
         if os.environ.get("RANK", "0") == "0":
-            print(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})", flush=True)
+            LOG.info(f"--backend auto: training with fsdp, because deepspeed cannot be imported ({error})")
         return "fsdp"
     return "deepspeed"
+
+
+def import_deepspeed() -> None:
+    """DeepSpeed without MLflow, which takes two seconds and which only its autotuner needs. Raises ImportError."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to Python, a module that there is not
+    try:
+        import deepspeed  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
 
 def prepare_backend(
@@ -130,6 +144,7 @@ def prepare_backend(
         backend = FSDPBackend(model, config, sizes, ranks, total_steps, kept)
     else:
         assert name == "deepspeed"
+        import_deepspeed()
         from trunkline.engine.backends.deepspeed import DeepSpeedBackend
 
         backend = DeepSpeedBackend(model, config, sizes, ranks, total_steps, kept)

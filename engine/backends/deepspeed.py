@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline.engine.backends import Stepped
+from trunkline.engine.backends.model_options import blocks
 from trunkline.engine.backends.zero_layout import ZeroLayout
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
@@ -101,6 +102,9 @@ class DeepSpeedBackend:
         quiet()
         join(ranks.device)
         section = config.deepspeed
+        if config.training.compile:  # ZeRO 3 gathers a whole block then, for its hooks must stand around a graph
+            for block in blocks(model):
+                deepspeed.utils.set_z3_leaf_module(block, True)
         optimizer = None if section.optimizer.is_deepspeed_only else partial(build_optimizer, section=section.optimizer)
         weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]

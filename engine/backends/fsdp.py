@@ -56,7 +56,7 @@ class FSDPBackend:
         kept: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         section = config.deepspeed
-        check_fsdp_section(section, config.source, ranks.world_size)
+        check_fsdp_section(section, config.where, ranks.world_size)
         self._stage = section.zero_optimization.stage
         mesh = _mesh(section, ranks)
         self._shards = mesh["shard"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,13 +18,29 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+_GRAPHS = 64
+"""At most, of a block: by shapes, and for training, evaluation and the probe sample; torch's 8 may be too few."""
+
+
 def apply_options(model: nn.Module, settings: Training) -> nn.Module:
-    """The model with the options of the "training" section applied, in place. Raises ConfigError."""
-    if settings.activation_checkpointing:
-        if not (found := blocks(model)):
-            raise ConfigError("training.activation_checkpointing: this model names no blocks; set it to false")
-        for block in found:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    """The model with the options of the "training" section applied, in place. Raises ConfigError.
+
+    Blocks are compiled one by one, each as one graph: they share the graph, whatever shards them acts around it, and
+    compiling takes no longer for a deeper model.
+    """
+    found = blocks(model)
+    if settings.activation_checkpointing and not found:
+        raise ConfigError("training.activation_checkpointing: this model names no blocks; set it to false")
+    backend = settings.compile if isinstance(settings.compile, str) else "inductor"
     if settings.compile:
-        model.compile(backend=settings.compile if isinstance(settings.compile, str) else "inductor")
+        torch.compiler.reset()  # the graphs of a model before this one
+    for block in found:
+        if settings.compile:
+            block.forward = torch.compile(  # type: ignore[call-overload]  # its overloads lack recompile_limit
+                block.forward, backend=backend, fullgraph=True, recompile_limit=_GRAPHS
+            )
+        if settings.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile and not found:
+        model.compile(backend=backend)
     return model

@@ -24,6 +24,7 @@ from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
 from trunkline.engine.config.run_config import Best
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import unused
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.task import Task
@@ -103,12 +104,12 @@ class BestWeights:
                 if self._copy(source):
                     return f"{value}: {BEST}/ is made from {source}"
             except CheckpointError as error:
-                print(f"warning: {error}", flush=True)
+                LOG.warning(error)
         for kept in kept_best(found, self.folder, self.progress):
             try:
                 self._export(kept)
             except CheckpointError as error:
-                print(f"warning: {error}", flush=True)
+                LOG.warning(error)
             else:
                 return f"{value}: {BEST}/ is made from {kept.path}"
         return f"{value}: its weights are not kept, so there is no {BEST}/ before the next gain"
@@ -144,7 +145,7 @@ def kept_best(found: Checkpoint, folder: Path, progress: Progress) -> Iterator[C
         try:
             kept = found if path == found.path else verify(path) if path.is_dir() else None
         except CheckpointError as error:
-            print(f"warning: {error}", flush=True)
+            LOG.warning(error)
             continue
         if kept is not None and (kept.state["step"], kept.state.get("best")) == (progress.best_step, progress.best):
             yield kept

@@ -22,6 +22,7 @@ from typing import Any
 from trunkline.engine.checkpoint.manifest import FORMAT, MANIFEST, TRAINER, Checkpoint, is_tag, manifest_text, verify
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, note_written, sync, unused
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather, on_main, with_own_group
 from trunkline.engine.state.sharded_files import Digests, add_digests, file_names
 from trunkline.engine.state.sharded_state import Snapshot
@@ -121,7 +122,7 @@ class Checkpoints:
                     return verify(path)
                 except CheckpointError as error:
                     problems.append(str(error))
-                    print(f"warning: {error}; trying the one before it", flush=True)
+                    LOG.warning(f"{error}; trying the one before it")
             if not problems:
                 return None
             return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"
@@ -149,10 +150,7 @@ class Checkpoints:
                 if _step(path) > step:
                     target = unused(self.folder / f"aside-{path.name}")
                     path.rename(target)
-                    print(
-                        f"note: {path} is past the step that this run resumes from; renamed to {target.name}",
-                        flush=True,
-                    )
+                    LOG.info(f"note: {path} is past the step that this run resumes from; renamed to {target.name}")
 
         self._on_main(rename, "set aside", self.folder)
 

@@ -19,6 +19,7 @@ from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.checkpoint.weights import INDEX, WEIGHTS, metadata_of
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import save_tensors, write_json
+from trunkline.engine.machine.log import bars_are_hidden
 from trunkline.engine.state.sharded_files import AVERAGE, BUFFER_AVERAGE, VALUE, Digests, ShardedFiles, digest
 
 FileTensors = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -49,7 +50,7 @@ def export_weights(
     names = [WEIGHTS] if len(shards) == 1 else [_shard_name(n + 1, len(shards)) for n in range(len(shards))]
     sizes = 0
     places: dict[str, str] = {}
-    with tqdm(total=sum(map(len, shards)), desc="export", unit="tensor") as bar:
+    with tqdm(total=sum(map(len, shards)), desc="export", unit="tensor", disable=bars_are_hidden()) as bar:
         for name, shard in zip(names, shards, strict=True):
             held: dict[str, Tensor] = {}
             for key, new in shard.items():

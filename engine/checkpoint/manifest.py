@@ -15,6 +15,7 @@ from typing import Any
 
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.machine.reading import read_object, read_whole, reason
 from trunkline.engine.state.sharded_files import Digests
 
@@ -72,7 +73,7 @@ def verify(path: Path) -> Checkpoint:
     own = {MANIFEST, *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     if extra := sorted({found.relative_to(path).as_posix() for found in path.rglob("*")} - own):
         more = f" and {len(extra) - 3} more" if extra[3:] else ""
-        print(f"note: {path}: not in its manifest, and ignored: {', '.join(map(repr, extra[:3]))}{more}", flush=True)
+        LOG.info(f"note: {path}: not in its manifest, and ignored: {', '.join(map(repr, extra[:3]))}{more}")
     return Checkpoint(path, state, digests, probe_loss)
 
 

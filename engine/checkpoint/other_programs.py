@@ -11,7 +11,6 @@ So weights, optimizer and step hold on any backend, stage and number of ranks.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from trunkline.engine.checkpoint.best import kept_best
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
@@ -28,9 +26,10 @@ from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import CheckpointError, ConfigError
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.schedules import build_scheduler
-from trunkline.engine.progress import Progress
+from trunkline.engine.progress import UNCOUNTED, Progress
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.state.whole import read_whole, whole_snapshot
 from trunkline.engine.task import Task
@@ -80,10 +79,9 @@ class NewBest:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        tqdm.write(
-            f"warning: step {self.step}: the task could not write the new best ({type(error).__name__}: {error}): it "
-            "is tried again when the run is resumed, and the next best is written all the same",
-            file=sys.stderr,
+        LOG.warning(
+            f"step {self.step}: the task could not write the new best ({type(error).__name__}: {error}): it is tried "
+            "again when the run is resumed, and the next best is written all the same"
         )
 
     def _state(self, path: Path) -> WholeState:
@@ -150,7 +148,7 @@ def start_from(
             snapshot = whole_snapshot(state.parameters, state.buffers, kept)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        trainers = asdict(progress) | identity | {"loss_scaler": {}, "started_from": str(path)}
+        trainers = asdict(progress) | UNCOUNTED | identity | {"loss_scaler": {}, "started_from": str(path)}
         return alone.save(snapshot, trainers, math.nan, in_background=False)
 
     written: list[Path] = []

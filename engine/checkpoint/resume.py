@@ -34,6 +34,7 @@ from trunkline.engine.data.loading import collate
 from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.evaluation import to_device
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.optim.optimizers import same_name
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 from trunkline.engine.record.run_folder import had_checkpoints, records, set_records_aside
@@ -84,7 +85,7 @@ def find_checkpoint(
     if resume == "none":
         if left:
             raise ConfigError(
-                f"{own.parent}: holds {', '.join(left)} of an earlier run; resume it with --resume auto, {remedy}"
+                f"{own.parent}: holds {', '.join(left)} of an earlier run; {resume_with(own.parent)}, {remedy}"
             )
         return None
     if resume == "auto":
@@ -110,8 +111,8 @@ def find_checkpoint(
             raise CheckpointError(f"--resume {show(resume)}: cannot be read ({reason}); give a run's folder") from error
         if left and not inside:
             raise ConfigError(
-                f"{own.parent}: holds {', '.join(left)} of an earlier run, and --resume {resume} is another one; go "
-                f"on with --resume auto, {remedy}"
+                f"{own.parent}: holds {', '.join(left)} of an earlier run, and --resume {resume} is another one; "
+                f"{resume_with(own.parent)}, {remedy}"
             )
         if is_run:
             found = Checkpoints(path / "checkpoints", checkpoints.ranks, checkpoints.keep_last).newest()

@@ -6,11 +6,21 @@ and is an error with any other. So is a setting of a part that nothing switches 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from trunkline.engine.config.strict import Strict
+
+
+@dataclass(frozen=True)
+class _Idle(AfterValidator):
+    instead: str = ""
+    passing: tuple[Any, ...] = ()
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(self.passing), "description": f"Has no effect here: {self.instead}."}
 
 
 def idle(instead: str, *passing: Any) -> AfterValidator:
@@ -21,7 +31,7 @@ def idle(instead: str, *passing: Any) -> AfterValidator:
             raise ValueError(f"has no effect here: {instead}; remove the key")
         return value
 
-    return AfterValidator(check)
+    return _Idle(check, instead, passing)
 
 
 def refuse(section: Any, refused: dict[str, str]) -> Any:
@@ -54,7 +64,7 @@ class Part(Strict):
 class Switched(Part):
     """A part that acts only where `enabled` is true. Saying false is enough to keep its settings for later."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="switches this part on")
 
     @model_validator(mode="after")
     def _settings_are_switched_on(self) -> Switched:
@@ -71,29 +81,36 @@ def asked_for(part: Part) -> list[str]:
 class Bf16(Switched):
     """Parameters in bfloat16, master weights and optimizer in fp32."""
 
-    immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
-    bf16_master_weights_and_grads: bool = False
-    bf16_optimizer_states: bool = False
+    immediate_grad_update: bool = Field(
+        default=False,
+        description="add each gradient to the fp32 sum at once; at ZeRO stage 1 with data_types.grad_accum_dtype fp32",
+    )
+    check_grad_overflow: bool = Field(default=True, description="skip a step whose gradient is not finite")
+    bf16_master_weights_and_grads: bool = Field(default=False, description="master weights and gradients in bf16, too")
+    bf16_optimizer_states: bool = Field(default=False, description="optimizer states in bf16, too")
 
 
 class Fp16(Switched):
     """Parameters in float16 with loss scaling; `loss_scale` 0 makes the scale dynamic."""
 
-    auto_cast: bool = False
-    loss_scale: float = Field(default=0, ge=0)
-    initial_scale_power: int = Field(default=16, ge=0)
-    loss_scale_window: int = Field(default=1000, gt=0)
-    hysteresis: int = Field(default=2, ge=0)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(default=1, gt=0)
-    fp16_master_weights_and_grads: bool = False
+    auto_cast: bool = Field(default=False, description="cast the model's inputs to fp16")
+    loss_scale: float = Field(default=0, ge=0, description="factor of the loss; 0 for one that adapts")
+    initial_scale_power: int = Field(default=16, ge=0, description="the first scale is 2 to this power")
+    loss_scale_window: int = Field(
+        default=1000, gt=0, description="steps without overflow after which the scale doubles"
+    )
+    hysteresis: int = Field(default=2, ge=0, description="overflows after which the scale is halved")
+    consecutive_hysteresis: bool = Field(default=False, description="count only overflows in a row")
+    min_loss_scale: float = Field(default=1, gt=0, description="the scale is never less")
+    fp16_master_weights_and_grads: bool = Field(default=False, description="master weights and gradients in fp16, too")
 
 
 class TorchAutocast(Switched):
     """fp32 parameters under torch.autocast."""
 
-    dtype: Literal["bfloat16", "bf16", "torch.bfloat16"] | None = None
+    dtype: Literal["bfloat16", "bf16", "torch.bfloat16"] | None = Field(
+        None, description="in which operations are computed where that is safe"
+    )
     lower_precision_safe_modules: list[str] | None = Field(None, description="classes whose gradients travel in dtype")
 
     @field_validator("dtype", mode="before")
@@ -141,10 +158,10 @@ class Aio(Part):
 class CommsLogger(Switched):
     """A line on the console for each collective that DeepSpeed calls."""
 
-    verbose: bool = False
-    prof_all: bool = True
+    verbose: bool = Field(default=False, description="show each collective")
+    prof_all: bool = Field(default=True, description="all operations; else those of prof_ops")
     prof_ops: list[str] | None = Field(None, description="operations; all if prof_all")
-    debug: bool = False
+    debug: bool = Field(default=False, description="with the function that called it")
 
     @model_validator(mode="after")
     def _something_is_shown(self) -> CommsLogger:
@@ -186,7 +203,7 @@ _BUFFERS = "buffers keep their dtype"
 class DataTypes(Part):
     """In what gradients add up, beside the precision of the section."""
 
-    grad_accum_dtype: Dtype | None = None
+    grad_accum_dtype: Dtype | None = Field(None, description="in which gradients add up")
     param_dtype: Dtype | None = Field(None, description="that of bf16 or fp16, which choose it")
     buffer_dtype: Annotated[Dtype | None, idle(_BUFFERS, None)] = None
     keep_in_fp32_modules: Annotated[str | list[str], idle(_BUFFERS, "auto")] = "auto"
@@ -195,22 +212,24 @@ class DataTypes(Part):
 class FlopsProfiler(Switched):
     """DeepSpeed's profile of one step."""
 
-    recompute_fwd_factor: float = Field(default=0.0, ge=0)
-    profile_step: int = Field(default=1, ge=1)
-    module_depth: int = Field(default=-1, ge=-1)
-    top_modules: int = Field(default=1, ge=1)
-    detailed: bool = True
-    output_file: str | None = None
+    recompute_fwd_factor: float = Field(
+        default=0.0, ge=0, description="forward passes that are computed again, as a share"
+    )
+    profile_step: int = Field(default=1, ge=1, description="the step that is measured")
+    module_depth: int = Field(default=-1, ge=-1, description="depth of modules that are shown; -1 for all")
+    top_modules: int = Field(default=1, ge=1, description="modules that are shown at each depth")
+    detailed: bool = Field(default=True, description="show each module")
+    output_file: str | None = Field(None, description="file to write to; else standard output")
 
 
 class Throughput(Part):
     """DeepSpeed's timer of steps."""
 
-    enabled: bool = True
-    synchronized: bool = True
+    enabled: bool = Field(default=True, description="switches the timer on")
+    synchronized: bool = Field(default=True, description="wait for the device before the time is read")
 
 
 class Timers(Part):
     """DeepSpeed's timers."""
 
-    throughput: Throughput = Throughput()
+    throughput: Throughput = Field(Throughput(), description="the timer of steps")

@@ -76,8 +76,14 @@ class Optimizer(Part):
     """`type` is DeepSpeed's name, any class of torch.optim, AdamWScale, "apex.<class>", or a class of the user's own,
     "module:Class". `params` are typed by it."""
 
-    type: Annotated[str, AfterValidator(known_optimizer)]
-    params: Json = Field(default_factory=dict, validate_default=True)
+    type: Annotated[str, AfterValidator(known_optimizer)] = Field(
+        description="DeepSpeed's name, a class of torch.optim, AdamWScale, apex.<class>, or yours, module:Class"
+    )
+    params: Json = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="arguments of the optimizer; lr, the learning rate, must be given",
+    )
     legacy_fusion: Annotated[bool, idle("it chooses between DeepSpeed's own kernels", False)] = False
 
     @field_validator("params")
@@ -95,8 +101,14 @@ class Scheduler(Strict):
     """`type` is one of DeepSpeed's names, any class of torch.optim.lr_scheduler, one of our own, or one of the user's
     own, "module:Class"."""
 
-    type: Annotated[str, AfterValidator(known_scheduler)]
-    params: Json = Field(default_factory=dict, validate_default=True)
+    type: Annotated[str, AfterValidator(known_scheduler)] = Field(
+        description="DeepSpeed's name, a class of torch.optim.lr_scheduler, one of the engine's, or yours, module:Class"
+    )
+    params: Json = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="arguments of the schedule; lengths are optimizer steps, or epochs",
+    )
 
     @field_validator("params")
     @classmethod
@@ -104,39 +116,62 @@ class Scheduler(Strict):
         return typed(scheduler_params(kind), params, kind) if (kind := info.data.get("type")) else params
 
 
+_COUNT_OR_AUTO: Json = {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"const": "auto", "type": "string"}]}
+
+
 class DeepSpeedSection(Part):
     """DeepSpeed's configuration. `train_batch_size` is the global batch, whatever the number of ranks."""
 
-    train_batch_size: int | None = Field(None, gt=0)
-    train_micro_batch_size_per_gpu: int | Literal["auto"] = "auto"
-    gradient_accumulation_steps: int | Literal["auto"] = "auto"
-    optimizer: Optimizer
-    scheduler: Scheduler | None = None
-    gradient_clipping: float = Field(default=0.0, ge=0)
-    bf16: Bf16 = Bf16()
-    fp16: Fp16 = Fp16()
-    zero_optimization: Zero = Zero()
-    zero_allow_untested_optimizer: bool = True
-    zero_force_ds_cpu_optimizer: bool = False
-    activation_checkpointing: ActivationCheckpointing | None = None
-    aio: Aio | None = None
-    comms_logger: CommsLogger | None = None
-    communication_data_type: Dtype | None = None
-    compile: Compile | None = None
-    data_types: DataTypes | None = None
+    train_batch_size: int | None = Field(
+        None, gt=0, description="samples of one optimizer step over all ranks: the global batch"
+    )
+    train_micro_batch_size_per_gpu: int | Literal["auto"] = Field(
+        "auto",
+        json_schema_extra=_COUNT_OR_AUTO,
+        description="samples that a rank computes at once; auto: its share of the global batch",
+    )
+    gradient_accumulation_steps: int | Literal["auto"] = Field(
+        "auto",
+        json_schema_extra=_COUNT_OR_AUTO,
+        description="micro-batches of a step on each rank; derived from the batch sizes",
+    )
+    optimizer: Optimizer = Field(description="what changes the weights")
+    scheduler: Scheduler | None = Field(None, description="how the learning rate changes; constant if null")
+    gradient_clipping: float = Field(default=0.0, ge=0, description="largest global norm of the gradient; 0 for none")
+    bf16: Bf16 = Field(Bf16(), description="training in bfloat16")
+    fp16: Fp16 = Field(Fp16(), description="training in float16")
+    zero_optimization: Zero = Field(Zero(), description="ZeRO: what is sharded over the ranks")
+    zero_allow_untested_optimizer: bool = Field(
+        default=True, description="let ZeRO work with optimizers that DeepSpeed has not tried"
+    )
+    zero_force_ds_cpu_optimizer: bool = Field(
+        default=False, description="use DeepSpeed's own Adam for offloaded states"
+    )
+    activation_checkpointing: ActivationCheckpointing | None = Field(
+        None, description="DeepSpeed's own function, which no model here calls"
+    )
+    aio: Aio | None = Field(None, description="offload to files, which is not there")
+    comms_logger: CommsLogger | None = Field(None, description="a log of collectives")
+    communication_data_type: Dtype | None = Field(None, description="in which gradients travel between ranks")
+    compile: Compile | None = Field(None, description="DeepSpeed's compiler, which is never started")
+    data_types: DataTypes | None = Field(None, description="in what gradients add up")
     disable_allgather: Annotated[bool | None, idle("parameters are always all-gathered", None, False)] = None
-    disable_python_gc: bool | None = None
-    dump_state: bool | None = None
-    flops_profiler: FlopsProfiler | None = None
-    gradient_predivide_factor: float | None = Field(None, gt=0)
-    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
-    memory_breakdown: bool | None = None
-    prescale_gradients: bool | None = None
-    steps_per_print: int | None = Field(None, gt=0)
-    timers: Timers | None = None
-    torch_autocast: TorchAutocast | None = None
+    disable_python_gc: bool | None = Field(None, description="switch Python's garbage collection off")
+    dump_state: bool | None = Field(None, description="print DeepSpeed's whole state at the start")
+    flops_profiler: FlopsProfiler | None = Field(None, description="DeepSpeed's profile of one step")
+    gradient_predivide_factor: float | None = Field(
+        None, gt=0, description="divide gradients by this before they are summed, and by the rest afterwards"
+    )
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = Field(
+        None, description="of DeepSpeed's log"
+    )
+    memory_breakdown: bool | None = Field(None, description="print DeepSpeed's memory at each phase")
+    prescale_gradients: bool | None = Field(None, description="divide gradients before they are summed")
+    steps_per_print: int | None = Field(None, gt=0, description="optimizer steps between DeepSpeed's own lines")
+    timers: Timers | None = Field(None, description="DeepSpeed's timers")
+    torch_autocast: TorchAutocast | None = Field(None, description="fp32 parameters under torch.autocast")
     use_node_local_storage: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
-    wall_clock_breakdown: bool = False
+    wall_clock_breakdown: bool = Field(default=False, description="print DeepSpeed's times of each phase")
 
     @model_validator(mode="before")
     @classmethod
@@ -213,24 +248,24 @@ def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
     """Resolve "auto" and check that the sizes multiply. Raises ConfigError with the numbers and the way out."""
     total, micro = section.train_batch_size, section.train_micro_batch_size_per_gpu
     accumulation = section.gradient_accumulation_steps
+    times = accumulation if isinstance(accumulation, int) else 1
     if total is None:
         assert isinstance(micro, int)
-        total = micro * world_size * (accumulation if isinstance(accumulation, int) else 1)
+        total = micro * world_size * times
     if micro == "auto":
-        share, rest = divmod(total, world_size * (accumulation if isinstance(accumulation, int) else 1))
-        if rest or not share:
+        micro, rest = divmod(total, world_size * times)
+        if rest or not micro:
             raise ConfigError(
-                f"deepspeed.train_batch_size: {total} cannot be shared by {world_size} ranks"
+                f"deepspeed.train_batch_size: {total} samples cannot be shared by {world_size} ranks"
                 + (f" x {accumulation} accumulation steps" if accumulation != "auto" else "")
-                + f"; choose a multiple of {world_size * (accumulation if isinstance(accumulation, int) else 1)}"
+                + f": use {_ways_out(total, 1, world_size, times)}"
             )
-        micro = share
     assert isinstance(micro, int)
     steps, rest = divmod(total, micro * world_size)
     if rest or not steps:
         raise ConfigError(
-            f"deepspeed.train_batch_size: {total} is not a multiple of {micro} samples a micro-batch x {world_size} "
-            f"ranks; use a train_micro_batch_size_per_gpu that divides {total / world_size:g}, or another global batch"
+            f"deepspeed.train_batch_size: {total} is not a multiple of {micro * world_size} (micro-batches of "
+            f"{micro} x {world_size} ranks): use {_ways_out(total, micro, world_size)}"
         )
     if accumulation not in ("auto", steps):
         raise ConfigError(
@@ -238,3 +273,16 @@ def batch_sizes(section: DeepSpeedSection, world_size: int) -> BatchSizes:
             f"{world_size} ranks x {steps}; remove the key: it is derived"
         )
     return BatchSizes(total, micro, steps, world_size)
+
+
+def _ways_out(total: int, micro: int, world_size: int, times: int = 1) -> str:
+    """Sizes that would fit, each with what it is for: a smaller micro-batch, a global batch near by, fewer ranks."""
+    share, rest = divmod(total, world_size * times)
+    smaller = 0 if rest else max((size for size in range(1, micro) if share % size == 0), default=0)
+    least = micro * world_size * times
+    near = dict.fromkeys((max(1, total // least) * least, -(-total // least) * least))
+    ranks = max((count for count in range(1, world_size) if total % (micro * count * times) == 0), default=0)
+    ways = [f"{smaller} for train_micro_batch_size_per_gpu"] * bool(smaller)
+    ways += [f"{' or '.join(map(str, near))} for train_batch_size"]
+    ways += [f"{ranks} rank{'s' * (ranks > 1)}"] * bool(ranks)
+    return ", or ".join(ways)

@@ -21,6 +21,11 @@ from trunkline.engine.errors import ConfigError
 
 COMMAND_LINE = "command line"
 """The origin of what --set has set. That of a flag is the flag."""
+SETTINGS = "settings"
+"""The origin of what a Python program has set on top of a file."""
+
+EDITORS = "$schema"
+"""A key beside the sections that names a JSON Schema for editors. It is left out of the draft."""
 
 
 class Draft:
@@ -28,8 +33,10 @@ class Draft:
     what to say of them when the run starts."""
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-        self.origins = dict.fromkeys(leaves(values), "file")
+        self.values, self.source = {key: value for key, value in values.items() if key != EDITORS}, source
+        if not isinstance(values.get(EDITORS, ""), str):
+            raise ConfigError(f"{source}: {EDITORS}: expected a path or an address, found {show(values[EDITORS])}")
+        self.origins = dict.fromkeys(leaves(self.values), "file")
         self.notes: list[str] = []
 
     @classmethod
@@ -101,6 +108,8 @@ def whence(key: str, origins: Mapping[str, str], source: str) -> str:
 def _place(key: str, origin: str, source: str) -> str:
     if origin == COMMAND_LINE:
         return "--set"
+    if origin == SETTINGS:
+        return SETTINGS
     other_file = key.startswith("deepspeed.") and origin not in ("file", "default", "auto")
     return origin if origin.startswith("--") or other_file else source
 

@@ -30,7 +30,19 @@ def _epochs_or(value: Any, otherwise: Callable[[Any], Any]) -> Any:
 
 def or_epochs(kind: Any) -> Any:
     """The type of a field that holds what `kind` does, or {"epochs": x}."""
-    return Annotated[kind, WrapValidator(_epochs_or), PlainSerializer(lambda value: value)]
+    return Annotated[kind, WrapValidator(_epochs_or), PlainSerializer(lambda value: value), _OrEpochs()]
+
+
+class _OrEpochs:
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), _EPOCHS]}
+
+
+_EPOCHS = {
+    "type": "object", "additionalProperties": False, "required": ["epochs"],
+    "properties": {"epochs": {"type": "number", "exclusiveMinimum": 0, "maximum": _MOST_EPOCHS,
+                              "description": "epochs in place of optimizer steps"}},
+}  # fmt: skip
 
 
 Steps = or_epochs(Annotated[int, Field(gt=0)])

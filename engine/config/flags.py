@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
                 raise ConfigError(f"{name}: no flag stands before it{self._hint}")
-            close = difflib.get_close_matches(name, sorted(self._options()), n=1, cutoff=0.6)
+            close = difflib.get_close_matches(name, sorted(self.options()), n=1, cutoff=0.6)
             raise ConfigError(f"{name}: unknown flag{f'; did you mean {close[0]}?' if close else ''}{self._hint}")
         return parsed
 
@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
             return next(same, name) + equals + value
         return word
 
-    def _options(self) -> set[str]:
+    def options(self) -> set[str]:
         """Of this parser and of those of its sub-commands."""
         nested = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
-        return set(self._option_string_actions).union(*(each._options() for group in nested for each in group))
+        return set(self._option_string_actions).union(*(each.options() for group in nested for each in group))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +141,12 @@ RULES: dict[str, Rule] = {
 """Every key of the section, dotted; "*" stands for whatever else an object may hold."""
 
 
-def check_fsdp_section(section: DeepSpeedSection, source: str, world_size: int) -> None:
-    """Raise ConfigError for what FSDP does not do, all of it in one message."""
-    faults = [f"deepspeed.{key}: {fault}" for key, fault in _faults(section, world_size)]
+def check_fsdp_section(section: DeepSpeedSection, where: Callable[[str], str], world_size: int) -> None:
+    """Raise ConfigError for what FSDP does not do, all in one message. `where`: what each line begins with."""
+    faults = [(f"deepspeed.{key}", fault) for key, fault in _faults(section, world_size)]
     if faults:
-        raise ConfigError(f"{source}: FSDP does not do what is asked for:\n  " + "\n  ".join(faults))
+        lines = [f"{where(key)}: {key}: {fault}" for key, fault in faults]
+        raise ConfigError("\n  ".join(["FSDP does not do what is asked for:", *lines]))
 
 
 def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 HOW = "says how, not what"
 _PATH = "is a path"
@@ -29,7 +29,7 @@ def _absolute(value: str) -> str:
         raise ValueError(f"give an absolute path: the working directory cannot be told ({error.strerror})") from error
 
 
-FolderPath = Annotated[str, AfterValidator(_absolute), _PATH]
+FolderPath = Annotated[str, AfterValidator(_absolute), _PATH, Field(json_schema_extra={"format": "path"})]
 
 
 def meaning_of(section: BaseModel) -> dict[str, Any]:

@@ -10,12 +10,14 @@ in, so that this module knows no workload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.draft import Draft, leaves, value_at, whence
@@ -23,13 +25,13 @@ from trunkline.engine.config.epochs import Steps, in_steps
 from trunkline.engine.config.meaning import FolderPath
 from trunkline.engine.config.strict import Strict, nearest, show, validated
 from trunkline.engine.config.weights_section import Ema, ParameterRule
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, TrunklineError
 
 
 class Best(Strict):
     """Which validation metric decides the best weights."""
 
-    metric: str = "loss"
+    metric: str = Field("loss", description="validation metric that decides; metrics.jsonl names all of them")
     mode: Literal["auto", "min", "max"] = Field(
         default="auto", description="whether lower or higher is better; auto: as the task states of the metric"
     )
@@ -38,14 +40,16 @@ class Best(Strict):
 class EarlyStopping(Strict):
     """Stop after `patience` evaluations in a row that improved the best metric by less than `min_delta`."""
 
-    patience: int = Field(gt=0)
-    min_delta: float = Field(default=0.0, ge=0)
+    patience: int = Field(gt=0, description="evaluations in a row without improvement after which training stops")
+    min_delta: float = Field(
+        default=0.0, ge=0, description="by how much the metric must be better to count as improved, in its own unit"
+    )
 
 
 class AdaptiveClipping(Strict):
     """Clip gradients at `factor` times a moving average of recent norms, beside deepspeed.gradient_clipping."""
 
-    factor: float = Field(default=2.0, gt=0)
+    factor: float = Field(default=2.0, gt=0, description="gradients are clipped at this times the average norm")
     beta: float = Field(default=0.98, gt=0, lt=1, description="of the average, over about 1 / (1 - beta) steps")
     warmup_steps: int = Field(default=50, ge=0, description="steps that only enter the average")
 
@@ -62,9 +66,19 @@ class Tracked(Strict):
 class Training(Strict):
     """What the engine itself decides. Batch sizes, optimizer, schedule and precision are DeepSpeed's section."""
 
-    epochs: int | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, gt=0)
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [one], "properties": {one: {"type": "integer"}, other: {"type": "null"}}}
+                for one, other in (("epochs", "steps"), ("steps", "epochs"))
+            ]
+        }
+    )
+
+    epochs: int | None = Field(default=None, gt=0, description="passes over the training data; give this or steps")
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps; give this or epochs")
     eval_every: Steps = Field(default=500, description="optimizer steps between evaluations, or epochs")
+    eval_at_start: bool = Field(default=False, description="evaluate before the first step too")
     eval_samples: int | None = Field(
         default=None, gt=0, description="evenly spaced validation samples used; all if null"
     )
@@ -74,21 +88,31 @@ class Training(Strict):
     keep_best: bool = Field(default=False, description="save at each new best too, and keep that of the best step")
     log_every: Steps = Field(default=10, description="optimizer steps between lines of metrics.jsonl, or epochs")
     log_means: bool = Field(default=False, description="log the mean over the steps since the last line, not a step")
-    best: Best = Best()
-    early_stopping: EarlyStopping | None = None
-    adaptive_clipping: AdaptiveClipping | None = None
-    parameters: tuple[ParameterRule, ...] = ()
-    ema: Ema | None = None
-    seed: int = Field(default=42, ge=0)
+    best: Best = Field(Best(), description="which metric decides best/")
+    early_stopping: EarlyStopping | None = Field(None, description="when training stops before its end; never if null")
+    adaptive_clipping: AdaptiveClipping | None = Field(
+        None, description="gradient clipping that follows the recent norms; none if null"
+    )
+    parameters: tuple[ParameterRule, ...] = Field(
+        (), description="rules for weight decay, rates and freezing; of several rules the first that matches wins"
+    )
+    ema: Ema | None = Field(None, description="a moving average of the weights; none if null")
+    seed: int = Field(
+        default=42, ge=0, description="of initial weights, order of samples, dropout and all that is drawn"
+    )
     group_by_length: bool = Field(
         default=False, description="batches of samples of about one length, which need less padding"
     )
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    tracked: Tracked = Tracked()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="programs that show the run: tensorboard, wandb, mlflow"
+    )
+    tracked: Tracked = Field(Tracked(), description="names under which trackers show the run")
     start_from: FolderPath | None = Field(
         default=None, description="another program's checkpoint, which a run begins with that has none of its own"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass: less memory, more time"
+    )
     compile: bool | str = Field(default=False, description="true, or the name of a torch.compile backend")
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
@@ -179,9 +203,20 @@ class RunConfig:
         """What a message about a dotted key begins with: where its value came from."""
         return whence(key, self.origins, self.source)
 
+    @contextmanager
+    def naming_origins(self) -> Iterator[None]:
+        """Within, an error that begins with one of the configuration's keys is given where its value came from."""
+        try:
+            yield
+        except TrunklineError as error:
+            if (key := _BEGINS_WITH_A_KEY.match(str(error))) is not None:
+                error.args = (f"{self.where(key[0])}: {error}",)
+            raise
+
 
 Sections = Callable[[str], tuple[type[BaseModel], type[BaseModel]]]
 SECTIONS = ("workload", "data", "model", "training", "deepspeed")
+_BEGINS_WITH_A_KEY = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.\w+)+")
 
 
 def load_config(

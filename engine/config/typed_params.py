@@ -205,13 +205,18 @@ _UNWRITABLE = {
 
 def known_optimizer(kind: str) -> str:
     """The name of an optimizer that can be built somewhere. Raises ValueError for any other."""
-    names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer"]
-    known = dict.fromkeys([*names, ADAMW_SCALE, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)])
+    names = writable_optimizers()
     if is_own(kind):
         own_class(kind, torch.optim.Optimizer)
-    elif kind not in known and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
-        raise ValueError(f"unknown optimizer '{kind}'{nearest(kind, list(known))}")
+    elif kind not in names and kind.lower() not in _ELSEWHERE and kind.lower() not in ("adam", "adamw"):
+        raise ValueError(f"unknown optimizer '{kind}'{nearest(kind, names)}")
     return kind
+
+
+def writable_optimizers() -> list[str]:
+    """The names that a file can hold, each once. Those that DeepSpeed builds are known in any case."""
+    names = [key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer"]
+    return list(dict.fromkeys([*names, ADAMW_SCALE, *DEEPSPEED_ONLY, *(f"apex.{name}" for name in APEX)]))
 
 
 def known_scheduler(kind: str) -> str:
@@ -221,15 +226,20 @@ def known_scheduler(kind: str) -> str:
         return kind
     if kind in _UNWRITABLE:
         raise ValueError(f"{kind} {_UNWRITABLE[kind]}; use WarmupCosine")
+    if kind not in (known := writable_schedulers()):
+        raise ValueError(f"unknown schedule '{kind}'{nearest(kind, known)}")
+    return kind
+
+
+def writable_schedulers() -> list[str]:
+    """The names that a file can hold, each once."""
     names = [
         key
         for key, value in vars(lr_scheduler).items()
         if inspect.isclass(value) and issubclass(value, lr_scheduler.LRScheduler) and key[0] != "_"
     ]
-    known = [*OWN_SCHEDULES, *DEEPSPEED_SCHEDULES, *(name for name in names if name not in _UNWRITABLE)]
-    if kind not in known:
-        raise ValueError(f"unknown schedule '{kind}'{nearest(kind, known)}")
-    return kind
+    names = [*OWN_SCHEDULES, *DEEPSPEED_SCHEDULES, *(name for name in names if name not in _UNWRITABLE)]
+    return list(dict.fromkeys(names))
 
 
 def optimizer_class(kind: str) -> Any:

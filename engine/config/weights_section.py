@@ -32,7 +32,7 @@ class Ema(Strict):
     d is min(decay, (1 + n) / (10 + n)) with `warmup`, as in TensorFlow's ExponentialMovingAverage, else `decay`.
     """
 
-    decay: float = Field(default=0.999, gt=0, lt=1)
+    decay: float = Field(default=0.999, gt=0, lt=1, description="share of the average that is kept at an update")
     warmup: bool = Field(default=True, description="begin with a short average")
     every: int = Field(default=1, gt=0, description="optimizer steps between updates")
     use: tuple[Literal["evaluation", "final"], ...] = Field(

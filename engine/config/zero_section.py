@@ -24,15 +24,15 @@ REFUSED_ZERO = {
 class LeafModule(Part):
     """Modules that ZeRO 3 gathers whole: by class, by name and by the end of their name."""
 
-    classes: str | list[str] | None = None
-    names: str | list[str] | None = None
-    name_suffixes: str | list[str] | None = None
+    classes: str | list[str] | None = Field(None, description="class names of modules")
+    names: str | list[str] | None = Field(None, description="names of modules")
+    name_suffixes: str | list[str] | None = Field(None, description="ends of names of modules")
 
 
 class _Offload(Part):
-    device: Literal["cpu", "none"] = "none"
+    device: Literal["cpu", "none"] = Field("none", description="cpu, or none for the accelerator")
     nvme_path: Annotated[str | None, idle(NO_NVME, None)] = None
-    pin_memory: bool = True
+    pin_memory: bool = Field(default=True, description="page-locked memory, which is copied faster")
 
     @field_validator("device", mode="before")
     @classmethod
@@ -129,41 +129,67 @@ def _stage(value: int) -> int:  # a Literal would take true for 1
 class Zero(Part):
     """ZeRO: what is sharded over the ranks (1 optimizer states, 2 gradients too, 3 parameters too)."""
 
-    stage: Annotated[int, AfterValidator(_stage)] = 0
-    allgather_bucket_size: int | None = Field(None, ge=0)
-    allgather_partitions: bool | None = None
-    stage3_allgather_sequential: bool | None = None
-    contiguous_gradients: bool | None = None
-    enable_sanity_checks: bool | None = None
+    stage: Annotated[int, AfterValidator(_stage)] = Field(
+        0,
+        json_schema_extra={"enum": [0, 1, 2, 3]},
+        description="0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: parameters too",
+    )
+    allgather_bucket_size: int | None = Field(
+        None, ge=0, description="elements gathered at once; the model's size, at most 5e8, by default"
+    )
+    allgather_partitions: bool | None = Field(
+        None, description="gather updated parameters by all-gather; else by broadcasts"
+    )
+    stage3_allgather_sequential: bool | None = Field(None, description="gather parameters one after the other")
+    contiguous_gradients: bool | None = Field(None, description="copy gradients into one buffer as they come")
+    enable_sanity_checks: bool | None = Field(None, description="check that ranks gather the same parameters")
     elastic_checkpoint: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
     stage3_gather_16bit_weights_on_model_save: Annotated[bool | None, idle(_WHOLE, None, False)] = None
-    ignore_unused_parameters: bool | None = None
-    leaf_module: LeafModule | None = None
+    ignore_unused_parameters: bool | None = Field(None, description="a parameter without gradient is no error")
+    leaf_module: LeafModule | None = Field(None, description="modules that stage 3 gathers whole")
     load_from_fp32_weights: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, True)] = None
-    log_trace_cache_warnings: bool | None = None
-    stage3_max_live_parameters: int | None = Field(None, ge=0)
-    stage3_max_reuse_distance: int | None = Field(None, ge=0)
-    memory_efficient_linear: bool | None = None
-    stage3_model_persistence_threshold: int | None = Field(None, ge=0)
-    stage3_module_granularity_threshold: int | None = None
-    offload_optimizer: OffloadOptimizer | None = None
-    offload_param: OffloadParam | None = None
-    overlap_comm: bool | None = None
-    override_module_apply: bool | None = None
-    stage3_param_persistence_threshold: int | None = Field(None, ge=0)
-    parameter_alignment: bool | None = None
-    stage3_prefetch_bucket_size: int | None = Field(None, ge=0)
-    reduce_bucket_size: int | None = Field(None, gt=0)
-    reduce_scatter: bool | None = None
-    round_robin_gradients: bool | None = None
-    save_muon_momentum_buffer_in_memory: bool | None = None
-    sub_group_size: int | None = Field(None, ge=0)
-    stage3_use_all_reduce_for_fetch_params: bool | None = None
-    use_multi_rank_bucket_allreduce: bool | None = None
-    zero_hpz_partition_size: int | None = Field(None, ge=0)
-    zero_quantized_gradients: bool | None = None
-    zero_quantized_nontrainable_weights: bool | None = None
-    zero_quantized_weights: bool | None = None
+    log_trace_cache_warnings: bool | None = Field(None, description="say where the order of modules changes")
+    stage3_max_live_parameters: int | None = Field(None, ge=0, description="gathered elements a rank holds at most")
+    stage3_max_reuse_distance: int | None = Field(
+        None, ge=0, description="a parameter that is used again within so many elements is kept"
+    )
+    memory_efficient_linear: bool | None = Field(None, description="linear layers that keep less for the backward pass")
+    stage3_model_persistence_threshold: int | None = Field(
+        None, ge=0, description="elements of small parameters that stay whole, in all"
+    )
+    stage3_module_granularity_threshold: int | None = Field(
+        None, description="modules with fewer elements for each of their parts are gathered whole; 0 for none"
+    )
+    offload_optimizer: OffloadOptimizer | None = Field(
+        None, description="where optimizer states rest; on the device if null"
+    )
+    offload_param: OffloadParam | None = Field(None, description="where parameters rest; on the device if null")
+    overlap_comm: bool | None = Field(None, description="communicate while computing; at stage 3 by default")
+    override_module_apply: bool | None = Field(None, description="let apply() see whole parameters")
+    stage3_param_persistence_threshold: int | None = Field(
+        None, ge=0, description="parameters with fewer elements stay whole on each rank"
+    )
+    parameter_alignment: bool | None = Field(None, description="align parameters in their flat buffer")
+    stage3_prefetch_bucket_size: int | None = Field(None, ge=0, description="elements gathered ahead")
+    reduce_bucket_size: int | None = Field(
+        None, gt=0, description="elements reduced at once; the model's size, at most 5e8, by default"
+    )
+    reduce_scatter: bool | None = Field(None, description="reduce gradients by reduce-scatter; else by all-reduce")
+    round_robin_gradients: bool | None = Field(
+        None, description="spread the copying of gradients over the ranks, for offload"
+    )
+    save_muon_momentum_buffer_in_memory: bool | None = Field(None, description="keep Muon's momentum on the device")
+    sub_group_size: int | None = Field(None, ge=0, description="elements that the optimizer updates at once")
+    stage3_use_all_reduce_for_fetch_params: bool | None = Field(None, description="gather parameters by all-reduce")
+    use_multi_rank_bucket_allreduce: bool | None = Field(
+        None, description="reduce the gradients of several ranks together"
+    )
+    zero_hpz_partition_size: int | None = Field(
+        None, ge=0, description="ranks that hold one more shard of the parameters together (hpZ); 1 for none"
+    )
+    zero_quantized_gradients: bool | None = Field(None, description="reduce gradients as 4-bit numbers (qgZ)")
+    zero_quantized_nontrainable_weights: bool | None = Field(None, description="keep frozen weights as 8-bit numbers")
+    zero_quantized_weights: bool | None = Field(None, description="gather weights as 8-bit numbers (qwZ)")
 
     # the engine sizes these two by the model, DeepSpeed overlaps by the stage
     left_out: ClassVar[dict[str, Any]] = ZERO_DEFAULTS | dict.fromkeys(

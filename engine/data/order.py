@@ -65,6 +65,10 @@ class GlobalBatches:
         """The epoch that step `step` (from 0) belongs to."""
         return step // self.per_epoch
 
+    def count(self, step: int) -> int:
+        """How many samples step `step` (from 0) has; fewer than a global batch where it is an epoch's last one."""
+        return min(self.global_batch_size, self.num_samples - step % self.per_epoch * self.global_batch_size)
+
     def samples(self, step: int) -> np.ndarray:
         """The samples of step `step` (from 0): int64 [global_batch_size], with FILLER at the end of a short batch."""
         return self.draws(step)[0]

@@ -34,7 +34,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from trunkline.engine.data.npy import NpyFile, Spec, digests_found
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import DataError, MissingDataError
 from trunkline.engine.machine.files import entry, replace_whole
 from trunkline.engine.machine.reading import read_object, reason
 from trunkline.engine.ranks.distributed import Ranks, gather
@@ -123,7 +123,9 @@ class ArrayStore:
         path, remedy = root / INDEX, cls._remedy(root)
         try:
             if not path.is_file():
-                raise DataError(f"{root}: no prepared data set here (no {INDEX}): make one with `{cls.prepare} {root}`")
+                raise MissingDataError(
+                    f"{root}: no prepared data set here (no {INDEX}): make one with `{cls.prepare} {root}`"
+                )
             index = read_object(path, MAX_INDEX_BYTES)
             version = index.get("version")
             if type(version) is not int or version not in (1, VERSION):

@@ -71,6 +71,11 @@ def listen(exit_code: int = EXIT_CODE, advice: str = GO_ON) -> None:
         _listener = _Listener(exit_code, advice)
 
 
+def is_listening() -> bool:
+    """Whether this process is a program that `listen` has made one, which may be ended."""
+    return _listener is not None and _listener.ends
+
+
 def listen_no_more() -> None:
     """Put the former handlers back."""
     global _listener, _deferring
@@ -106,6 +111,7 @@ class _Listener:
 
     def __init__(self, exit_code: int | None = None, advice: str = "") -> None:
         self._exit_code, self._advice = exit_code, advice
+        self.ends = exit_code is not None
         self._handlers: dict[signal.Signals, Any] = {}
         self._woken_before: int | None = None
         self._launchers = _launchers()
@@ -165,6 +171,13 @@ def _launchers() -> list[psutil.Process]:
     """The launchers among the processes that this one descends from. A shell is none: it may end before its jobs."""
     with suppress(psutil.Error, OSError):
         return [process for process in psutil.Process().parents() if _is_launcher(process)]
+    return []
+
+
+def launcher_commands() -> list[list[str]]:
+    """The command lines of these launchers, the nearest first."""
+    with suppress(psutil.Error, OSError):
+        return [process.cmdline() for process in _launchers()]
     return []
 
 

@@ -22,9 +22,10 @@ from trunkline.engine.config.deepspeed_section import BatchSizes, keeps_together
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.files import replace_whole
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.machine.reading import read_object, reason
 from trunkline.engine.memory.shortage import Shortage
-from trunkline.engine.plan import readable_size
+from trunkline.engine.plan_text import readable_size
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
 
 MEMORY = "memory.json"
@@ -164,10 +165,7 @@ class MicroBatches:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:
-            print(
-                f"warning: {self.path} is left aside ({reason(error)}); starting with the configured micro-batch",
-                flush=True,
-            )
+            LOG.warning(f"{self.path} is left aside ({reason(error)}); starting with the configured micro-batch")
             return None
 
 

@@ -22,6 +22,7 @@ import torch
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.log import LOG
 
 _QUIET_S = 4.0
 """How long a folder whose lock nobody has open may stay as it is."""
@@ -79,9 +80,7 @@ def compilation_watched(is_main: bool) -> Iterator[None]:
     def load(name: str, *arguments: Any, **options: Any) -> Any:
         if is_main and not _built(name):
             folder = cpp_extension._get_build_directory(name, False)
-            print(
-                f"compiling DeepSpeed's {name} for its first use, into {folder}: this takes minutes, once", flush=True
-            )
+            LOG.info(f"compiling DeepSpeed's {name} for its first use, into {folder}: this takes minutes, once")
         try:
             return torch_load(name, *arguments, **options)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:

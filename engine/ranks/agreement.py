@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trunkline.engine.errors import ConfigError, TrunklineError
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.launch import Launch, read_launch
 from trunkline.engine.ranks.start_facts import digest
 
@@ -97,7 +98,7 @@ class _Meeting:
             if not said and time.monotonic() > began + _LONG_S:
                 said = True
                 late = ", ".join(str(rank) for rank in self.others if rank not in words)
-                print(f"waiting for rank {late[:80]}, for at most {self.timeout_s:g} s", flush=True)
+                LOG.info(f"waiting for rank {late[:80]}, for at most {self.timeout_s:g} s")
             if time.monotonic() > deadline:
                 if any(words.values()):
                     return words
@@ -149,6 +150,7 @@ class _Meeting:
 
 
 _meeting: _Meeting | None = None
+_groups = itertools.count()
 
 
 def meet(launch: Launch, record: Mapping[str, Any], timeout_s: float) -> dist.Store:
@@ -158,7 +160,7 @@ def meet(launch: Launch, record: Mapping[str, Any], timeout_s: float) -> dist.St
         ConfigError: the ranks differ, one is missing, or there are two of one; the address of rank 0 is wrong.
     """
     global _meeting
-    store = _connect(launch, timeout_s)
+    store = _connect(launch, timeout_s)  # rank 0 may hold it, so it stays while the process does: others may need it
     _meeting = _Meeting(store, launch.rank, launch.world_size, timeout_s)
     me = f"process {os.getpid()} on {socket.gethostname()}"
     first = _meeting.store.compare_set(f"rank/{launch.rank}", "", me).decode()
@@ -168,7 +170,7 @@ def meet(launch: Launch, record: Mapping[str, Any], timeout_s: float) -> dist.St
             "its own, or start with torchrun, deepspeed, srun or mpirun, which do"
         )
     _meeting.compare(record)
-    return store
+    return dist.PrefixStore(f"group-{next(_groups)}", store)  # a store remembers the addresses of a group that is gone
 
 
 def agree(record: Mapping[str, Any], last: bool = False) -> None:
@@ -181,25 +183,21 @@ def agree(record: Mapping[str, Any], last: bool = False) -> None:
     meeting = _present()
     if meeting is not None:
         meeting.compare(record)
-        meeting.over |= last
+        meeting.over = last
 
 
 def tell(error: Exception) -> None:
-    """Let the ranks that wait for this one at its start know why it ends, in a few seconds; else do nothing."""
+    """Let the ranks that wait for this one at its start know why it ends, in a few seconds; else do nothing. Telling
+    it twice tells it once."""
     if isinstance(error, DisagreementError):
         return
-    with contextlib.suppress(TrunklineError, dist.DistError):
-        meeting = _present()
-        if meeting is None and not dist.is_initialized() and (launch := read_launch()).world_size > 1:
-            meeting = _Meeting(_connect(launch, _GRACE_S), launch.rank, launch.world_size, _GRACE_S)
-        if meeting is not None and not meeting.over:
-            meeting.tell(str(error) or type(error).__name__)
-
-
-def forget() -> None:
-    """Let go of the store, with the process group."""
     global _meeting
-    _meeting = None
+    with contextlib.suppress(TrunklineError, dist.DistError):
+        _meeting = _present()
+        if _meeting is None and not dist.is_initialized() and (launch := read_launch()).world_size > 1:
+            _meeting = _Meeting(_connect(launch, _GRACE_S), launch.rank, launch.world_size, _GRACE_S)
+        if _meeting is not None and not _meeting.over:
+            _meeting.tell(str(error) or type(error).__name__)
 
 
 def _present() -> _Meeting | None:

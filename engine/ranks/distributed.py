@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,12 +14,17 @@ import torch
 import torch.distributed as dist
 
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
+from trunkline.engine.machine import stopping
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks import agreement
 from trunkline.engine.ranks.launch import local_world_size, read_launch
 from trunkline.engine.ranks.start_facts import code_version
 from trunkline.engine.task import Sums
 
 T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What `start` and read_launch may put into the environment."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         else:
             store = dist.HashStore()
             if launch.note:
-                print(f"note: {launch.note}", flush=True)
+                LOG.info(f"note: {launch.note}")
             # DeepSpeed reads these even where there is nobody to meet
             os.environ |= {"RANK": "0", "LOCAL_RANK": str(launch.local_rank), "WORLD_SIZE": "1"}
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -95,9 +102,41 @@ def _share_cores() -> None:
 
 def stop() -> None:
     """Leave the process group; without this a rank aborts at exit."""
-    agreement.forget()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        theirs = sys.modules.get("deepspeed.comm.comm")  # which also lets go of the groups that DeepSpeed remembers
+        (dist if theirs is None or theirs.cdb is None else theirs).destroy_process_group()
+
+
+@contextmanager
+def world(timeout_s: float = 1800.0) -> Iterator[Ranks]:
+    """`start`, for what is a part of a program: afterwards the environment, the number of threads and the process
+    group are as they were, so that it can be done again.
+
+    An error is told to the ranks that wait for this one at the start, and the loss of one of them is an error that says
+    so. Raises as `start` does.
+    """
+    environment = {name: os.environ.get(name) for name in _VARIABLES}
+    threads, is_ours = torch.get_num_threads(), not dist.is_initialized()
+    try:
+        yield start(timeout_s)
+    except Exception as error:
+        is_ours &= not stopping.is_listening()  # a program prints its message before it leaves those that it waits for
+        if not lost_a_rank(error):
+            agreement.tell(error)
+            raise
+        raise TrunklineError(
+            f"another rank has ended during the start, so this one stops: {str(error)[:200]}"
+        ) from error
+    finally:
+        if is_ours:
+            stop()
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def sum_over_ranks(sums: Sums, ranks: Ranks) -> Sums:

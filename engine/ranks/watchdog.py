@@ -1,4 +1,4 @@
-"""A run that hangs names the rank, its step and its place, and ends.
+"""A run that hangs names the rank, its step and its place, and ends; that of one process in a library does not end.
 
 A rank that waits in a collective for another one waits for ever, or until a time-out that names nobody. Here the main
 thread notes what it is about to do, which costs a tuple. A thread beside it writes the note into the run's folder,
@@ -26,7 +26,10 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from trunkline.engine.machine import stopping
+from trunkline.engine.machine.again import resume_with
 from trunkline.engine.machine.files import pieces_written
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.machine.reading import read_object
 from trunkline.engine.ranks.distributed import Ranks
 
@@ -116,7 +119,9 @@ class Watchdog:
                 draft.write_text(json.dumps(note | self._place()))
                 draft.replace(self._path(self.ranks.rank))
             if seconds > self.timeout_s and not self._another_gets_on():
-                print(self._report(), file=sys.stderr, flush=True)
+                LOG.error(self._report())
+                if self.ranks.world_size == 1 and not stopping.is_listening():
+                    return  # a notebook's process holds more than this run
                 os._exit(EXIT_CODE)  # the main thread is inside a call that nothing interrupts
 
     def _work(self) -> tuple[int, int, float]:
@@ -169,9 +174,9 @@ class Watchdog:
         who = f"waiting for rank {', '.join(map(str, missing))}" if missing else "all ranks are in the same place"
         return "\n".join(
             [
-                f"error: the run hangs: no progress for {self.timeout_s:g} s (training.hang_timeout_s), {who}",
+                f"the run hangs: no progress for {self.timeout_s:g} s (training.hang_timeout_s), {who}",
                 *lines,
-                "  Checkpoints are untouched; continue from the last one with --resume auto",
+                f"  Checkpoints are untouched; to continue from the last one, {resume_with(self.folder.parent)}",
             ]
         )
 

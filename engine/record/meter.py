@@ -6,31 +6,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
-from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.machine.hardware import memory_in_use
+from trunkline.engine.ranks.distributed import Ranks
 
 
 class Meter:
     """Throughput since the last reading, leaving out evaluations and saves.
 
     Args:
-        sizes: of the batches, with the number of ranks.
-        device: this rank's.
-        step: the number of steps made so far.
+        ranks: this process among all.
         unit: what a batch's weight counts, in the plural.
         flops: useful floating-point operations of one sample, forward and backward; 0 if they are not counted.
         peak: the device's peak in FLOP/s, None if it is not known.
     """
 
-    def __init__(
-        self, sizes: BatchSizes, device: torch.device, step: int, unit: str, flops: float, peak: float | None
-    ) -> None:
-        self.sizes, self.device, self.unit, self.flops, self.peak = sizes, device, unit, flops, peak
-        self.weight = torch.zeros((), device=device)
-        self.restart(step)
+    since: float
+    """When the step that is being made began, on a clock that pauses."""
+
+    def __init__(self, ranks: Ranks, unit: str, flops: float, peak: float | None) -> None:
+        self.ranks, self.unit, self.flops, self.peak = ranks, unit, flops, peak
+        self.restart()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -39,28 +34,39 @@ class Meter:
         yield
         self.since += time.perf_counter() - begin
 
-    def add(self, weight: Tensor) -> None:
-        """Count the weight of a step's global batch, a scalar on the device."""
-        self.weight = self.weight + weight
+    def add(self, samples: int, weight: float) -> float:
+        """Count a step by the samples and the weight of its global batch. Returns the seconds that it took."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        self.since = now
+        self.steps += 1
+        self.samples += samples
+        self.weight += weight
+        self.seconds += seconds
+        return seconds
 
-    def read(self, step: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Seconds a step, samples and units a second over all ranks, memory in use, and the share of the device's peak
         where known."""
-        weight = float(self.weight)
-        elapsed = time.perf_counter() - self.since
-        seconds = elapsed / max(1, step - self.step)
-        self.restart(step)
-        rate = self.sizes.global_batch_size / seconds
-        values = {"step_time_s": seconds, "samples_per_s": rate, f"{self.unit}_per_s": weight / elapsed}
-        values |= memory_in_use(self.device)
+        rate = self.samples / self.seconds
+        values = {
+            "step_time_s": self.seconds / self.steps,
+            f"{self.unit}_per_s": self.weight / self.seconds,
+            "samples_per_s": rate,
+        }
+        values |= memory_in_use(self.ranks.device)
         if self.peak and self.flops:
-            values["mfu"] = rate * self.flops / (self.peak * self.sizes.world_size)
+            values["mfu"] = rate * self.flops / (self.peak * self.ranks.world_size)
+        self._count_anew()
         return values
 
-    def restart(self, step: int) -> None:
-        """Forget what was before: `step` steps are made, and the next begins now."""
-        self.since, self.step = time.perf_counter(), step
-        self.weight = torch.zeros((), device=self.device)
+    def restart(self) -> None:
+        """Forget what was before: the next step begins now."""
+        self.since = time.perf_counter()
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self.steps, self.samples, self.weight, self.seconds = 0, 0, 0.0, 0.0
 
 
 def brief(values: dict[str, float], unit: str) -> str:

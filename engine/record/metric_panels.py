@@ -1,30 +1,26 @@
 """Which validation metrics stand together in a picture: those of one measure and one unit.
 
-    metric_panels(curves)     {"rmse": ..., "rmse/P": ..., "rmse/P/MPa": ...} -> panels "rmse" and "rmse (MPa)"
+    metric_panels({"rmse": ..., "rmse/P": ..., "rmse/P/bar": ...}, {"bar": "bar"})     panels "rmse" and "rmse (bar)"
 
-A name is MEASURE, MEASURE/PART, MEASURE/UNIT or MEASURE/PART/UNIT. Another measure whose name ends in this one's, such
-as "persistence_rmse", is what it is compared with.
+A name is MEASURE, MEASURE/PART, MEASURE/UNIT or MEASURE/PART/UNIT. The task says what is a unit: Task.metric_units.
+Another measure whose name ends in this one's, such as "persistence_rmse", is what it is compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trunkline.engine.record.report_plots import Panel, Series
-
-UNITS = ("MPa", "m3/s", "m3", "degC", "kW", "-", "?")
-"""What is a unit where it ends a name, and not a part; "-" is none, "?" is one that is not known."""
-SHARES = ("accuracies", "accuracy")
-"""Parts that are shares, and so no values of their measure: "rewards/accuracies"."""
+from trunkline.engine.record.history import Series
+from trunkline.engine.record.report_plots import Panel
 
 
-def metric_panels(curves: Mapping[str, Series]) -> list[Panel]:
+def metric_panels(curves: Mapping[str, Series], units: Mapping[str, str]) -> list[Panel]:
     """Of each measure a panel for each unit, with its parts and what it is compared with, in order of appearance.
 
     Parts of one measure without an overall value ("rewards/chosen", "rewards/rejected") share a panel too; one that is
     alone gives it its name. Parts of parts ("class/cat/recall") are left out.
     """
-    named = {name: _parsed(name) for name in curves}
+    named = {name: _parsed(name, units) for name in curves}
     measures = list(dict.fromkeys(measure for measure, _, _ in named.values()))
     compared = {
         other: measure
@@ -44,7 +40,7 @@ def metric_panels(curves: Mapping[str, Series]) -> list[Panel]:
             of, label = panels.get((measure, unit)), part or "validation"
         if of is not None and "/" not in part:
             of[label] = curves[name]
-    return [_panel(measure, unit, of) for (measure, unit), of in panels.items() if of]
+    return [_panel(measure, units.get(unit, ""), of) for (measure, unit), of in panels.items() if of]
 
 
 def _panel(measure: str, unit: str, curves: dict[str, Series]) -> Panel:
@@ -52,13 +48,11 @@ def _panel(measure: str, unit: str, curves: dict[str, Series]) -> Panel:
     if len(curves) == 1 and "validation" not in curves:
         ((part, curve),) = curves.items()
         title, curves = f"{measure}/{part}", {"validation": curve}
-    return Panel(f"{title} ({unit})" if unit in UNITS else title, curves)
+    return Panel(f"{title} ({unit})" if unit else title, curves)
 
 
-def _parsed(name: str) -> tuple[str, str, str]:
-    """(measure, part, unit), empty where there is none."""
+def _parsed(name: str, units: Mapping[str, str]) -> tuple[str, str, str]:
+    """(measure, part, ending that tells the unit), empty where there is none. Of several endings the longest counts."""
     measure, _, rest = name.partition("/")
-    if rest in SHARES:
-        return measure, rest, "share"
-    unit = next((unit for unit in UNITS if f"/{rest}".endswith(f"/{unit}")), "")
+    unit = max((unit for unit in units if f"/{rest}".endswith(f"/{unit}")), key=len, default="")
     return measure, rest.removesuffix(unit).removesuffix("/"), unit

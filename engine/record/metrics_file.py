@@ -2,6 +2,8 @@
 
 MetricsFile.open(path, resume_step)      to write
 read_metrics(path)                       [{"step": 400, "split": "train", "loss": 0.125, "lr": 0.0001}]
+position(progress, "tokens", 50)         {"time": 1767225600.0, "epoch": 8.0, "tokens_seen": 819200, ...}
+is_position("tokens_seen")               True: it says where a run was, and not how it did
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,35 @@ from typing import Any
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import open_regular, parse_json
+from trunkline.engine.progress import Progress
 
+RESUMED = "resumed"
+"""The split of the line that a resume leaves: "from" which layout "to" which and, where the rate is no longer that of
+the schedule before, "lr_before" and "lr_after"."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+def position(progress: Progress, unit: str, steps_per_epoch: int) -> dict[str, float]:
+    """Where a run is, beside its step, as each of its lines says it.
+
+    time: now, in seconds since 1970
+    epoch: how often the data set was seen, in parts of its steps
+    <unit>_seen, samples_seen: without fillers, skipped steps too. `unit` is what a weight counts, in the plural
+    seconds: in the steps so far, without evaluations and saves; as the two before, it continues over resumes
+
+    What the run did not count is left out: see Progress.seconds.
+    """
+    at = {"time": round(time.time(), 3), "epoch": progress.step / steps_per_epoch}
+    samples, weight, seconds = progress.samples_seen, progress.weight_seen, progress.seconds
+    if samples is not None and weight is not None and seconds is not None:
+        at[f"{unit}_seen"] = int(weight) if weight.is_integer() else weight
+        at |= {"samples_seen": samples, "seconds": round(seconds, 3)}
+    return at
+
+
+def is_position(key: str) -> bool:
+    """Whether a line's entry says where the run was."""
+    return key in ("step", "split", "time", "epoch", "seconds") or key.endswith("_seen")
 
 
 class MetricsFile:
@@ -51,9 +81,11 @@ class MetricsFile:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --output-dir") from error
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append one line, whole or not at all. Raises OSError."""
-        line: dict[str, Any] = {"step": step, "split": split}
+    def log(
+        self, step: int, split: str, values: Mapping[str, float], at: Mapping[str, float | str] | None = None
+    ) -> None:
+        """Append one line, whole or not at all; `at` stands before the values, as it is. Raises OSError."""
+        line: dict[str, Any] = {"step": step, "split": split, **(at or {})}
         nonfinite = {}
         for key, value in values.items():
             if math.isfinite(value):
@@ -88,14 +120,20 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, NaN and infinities restored. A torn or damaged line is left out."""
-    rows = []
-    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            row = _parse(line)
-            if row is not None:
-                row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
-                rows.append(row)
+    rows = [row for row in _rows(path) if row is not None]
+    for row in rows:
+        row |= {key: float(value) for key, value in row.pop("nonfinite", {}).items()}
     return rows
+
+
+def damaged_lines(path: Path) -> int:
+    """How many lines `read_metrics` leaves out."""
+    return sum(row is None for row in _rows(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace") as lines:
+        yield from map(_parse, lines)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

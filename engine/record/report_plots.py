@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from trunkline.engine.record.history import Series
 from trunkline.engine.record.pictures import BLUE, GREY, INK, RED, picture
 
 if TYPE_CHECKING:
@@ -16,18 +18,10 @@ _PARTS = ("#66a182", "#edae49", "#8d6a9f", "#00798c", "#b5651d", "#7f9c3f", "#c7
 
 
 @dataclass(frozen=True)
-class Series:
-    """Finite values and the steps that they belong to, in order of steps."""
-
-    steps: list[int]
-    values: list[float]
-
-
-@dataclass(frozen=True)
 class Panel:
-    """One pair of axes. Of its curves "train" is drawn thin, with a smoothed line over it where `smoothed`;
-    "validation" has markers; a name that ends in "(compared)" is dashed. `from_zero` starts the axis at 0; else it is
-    logarithmic where all values are positive and span more than a factor of 20."""
+    """One pair of axes, with curves of one unit. Where `smoothed`, they are drawn thin, with a smoothed line over each;
+    "validation" has markers; a name that ends in "(compared)" is grey, each in dashes of its own. `from_zero` starts
+    the axis at 0; else it is logarithmic where all values are positive and span more than a factor of 20."""
 
     title: str
     curves: Mapping[str, Series]
@@ -36,11 +30,13 @@ class Panel:
 
 
 def plot_panels(
-    path: Path, panels: Sequence[Panel], *, best_step: int | None = None, skipped_steps: Sequence[int] = ()
-) -> bool:
+    path: Path, panels: Sequence[Panel], *, best_step: int | None = None, skipped_steps: Sequence[int] = (),
+    marks: Mapping[str, Sequence[int]] | None = None,
+) -> bool:  # fmt: skip
     """Draw those panels that have a value to `path`. False if none has: then there is no file either.
 
-    `best_step` is marked on the validation curves, `skipped_steps` at the foot of the smoothed panels.
+    `best_step` is marked on the validation curves, `skipped_steps` at the foot of the smoothed panels, and the steps of
+    `marks`, by what they are called, with thin lines.
     """
     drawn = [panel for panel in panels if any(series.values for series in panel.curves.values())]
     if not drawn:
@@ -58,6 +54,9 @@ def plot_panels(
             axes.set_title(panel.title)
             axes.set_xlabel("step")
             _draw(axes, panel, best_step)
+            for colour, (called, steps) in zip(cycle((GREY, RED)), (marks or {}).items(), strict=False):
+                for place, step in enumerate(dict.fromkeys(steps)):
+                    axes.axvline(step, color=colour, lw=0.8, zorder=1, label=None if place else called)
             if panel.smoothed and skipped_steps:
                 axes.plot(skipped_steps, [0.02] * len(skipped_steps), "x", transform=axes.get_xaxis_transform(),
                           color=INK, ms=5, label="skipped steps")  # fmt: skip
@@ -72,18 +71,12 @@ def plot_panels(
 
 def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
     values: list[float] = []
-    colours = iter(_PARTS * len(panel.curves))
+    colours, dots = cycle(_PARTS), count()
     for name, series in panel.curves.items():
         if not series.values:
             continue
         values += series.values
-        if name == "train":
-            smoothed = panel.smoothed and len(series.values) >= 20
-            axes.plot(series.steps, series.values, color=BLUE, lw=0.8 if smoothed else 1.6,
-                      alpha=0.35 if smoothed else 1.0, label=None if smoothed else name)  # fmt: skip
-            if smoothed:
-                axes.plot(series.steps, smooth(series.values), color=BLUE, lw=1.6, label="train (smoothed)")
-        elif name == "validation":
+        if name == "validation":
             axes.plot(series.steps, series.values, "o-", color=RED, ms=3, lw=1.6, label=name, zorder=4)
             if best_step in series.steps:
                 best = series.values[series.steps.index(best_step)]
@@ -91,9 +84,16 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
                           label=f"{best:.4g} at the best step, {best_step:,}")  # fmt: skip
         elif name.endswith("(compared)"):
             label = name.removesuffix(" (compared)")
-            axes.plot(series.steps, series.values, "--", color=GREY, lw=1.2, label=label, zorder=3)
+            dashes: Any = (0, (5, 2) + (1, 2) * next(dots))  # a dash, and the more dots the later it comes
+            axes.plot(series.steps, series.values, ls=dashes, color=GREY, lw=1.2, label=label, zorder=3)
         else:
-            axes.plot(series.steps, series.values, color=next(colours), lw=1, label=name)
+            colour = BLUE if name == "train" else next(colours)
+            smoothed = panel.smoothed and len(series.values) >= 20
+            width = 1.6 if panel.smoothed else 1.0
+            axes.plot(series.steps, series.values, color=colour, lw=0.8 if smoothed else width,
+                      alpha=0.35 if smoothed else 1.0, label=None if smoothed else name)  # fmt: skip
+            if smoothed:
+                axes.plot(series.steps, smooth(series.values), color=colour, lw=1.6, label=f"{name} (smoothed)")
     if panel.from_zero:
         axes.set_ylim(0, 1.1 * max(values) if max(values) > 0 else 1)
     elif min(values) > 0 and max(values) > 20 * min(values):

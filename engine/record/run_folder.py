@@ -37,6 +37,7 @@ from typing import Any
 from trunkline.engine.config.strict import read_json_object
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import try_lock, unused
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather
 from trunkline.engine.record.metrics_file import read_metrics
 
@@ -144,7 +145,7 @@ def set_records_aside(folder: Path) -> None:
     if "metrics.jsonl" in records(folder):
         aside = unused(folder / "aside-metrics.jsonl")
         (folder / "metrics.jsonl").rename(aside)
-        print(f"note: {folder}: metrics.jsonl of a start that saved no checkpoint: renamed to {aside.name}", flush=True)
+        LOG.info(f"note: {folder}: metrics.jsonl of a start that saved no checkpoint: renamed to {aside.name}")
 
 
 def _take(folder: Path) -> tuple[str, str]:
@@ -194,10 +195,9 @@ def _locked(descriptor: int, folder: Path) -> str:
             "wait for it or end it, or choose another --output-dir"
         )
     if without is not None:
-        print(
-            f"warning: {folder}: its file system has no locks ({without.strerror}): a second run that is started in "
-            "this folder would not be noticed",
-            flush=True,
+        LOG.warning(
+            f"{folder}: its file system has no locks ({without.strerror}): a second run that is started in this folder "
+            "would not be noticed"
         )
     return ""
 

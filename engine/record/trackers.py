@@ -14,7 +14,6 @@ Only a tracker that was asked for and is not installed is an error, at the start
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.record.boards import Board, ShownRun, open_board, require_boards
 from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
 from trunkline.engine.tracking import Tracking
@@ -32,6 +30,7 @@ _ROWS_KEPT = 100_000
 _SOON_S = 0.1  # a tracker that fails sooner is asked at every row
 _SHARE_OF_TIME = 0.05  # of a run, at most, is spent on one that takes longer
 METRICS = "metrics.jsonl"
+At = Mapping[str, float | str]
 
 
 class Tracker(Protocol):
@@ -39,8 +38,9 @@ class Tracker(Protocol):
 
     name: str
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Take the `values` of a step. `split` says what they were measured on: "train", "val"."""
+    def log(self, step: int, split: str, values: Mapping[str, float], at: At) -> None:
+        """Take the `values` of a step. `split` says what they were measured on: "train", "val"; `at` where the run is,
+        beside its step."""
 
     def close(self) -> None:
         """Write out what is still held back."""
@@ -56,9 +56,9 @@ class Trackers:
         """One more tracker. If it cannot be made now, that is tried again."""
         self._queues.append(_Queue(name, make))
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, split: str, values: Mapping[str, float], at: At | None = None) -> None:
         """Hand the values to every tracker that works, and keep them for the others."""
-        self._hand("log", step, split, dict(values))
+        self._hand("log", step, split, dict(values), dict(at or {}))
 
     def best(self, step: int, metrics: Mapping[str, float]) -> None:
         """Say what the best evaluation so far has measured, to those that show runs."""
@@ -147,8 +147,8 @@ class Shown:
     def __init__(self, board: Board, run: ShownRun, steps_per_epoch: int) -> None:
         self.name, self.board, self.run, self._steps_per_epoch = board.name, board, run, steps_per_epoch
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Show the values under the task's names, over its axis."""
+    def log(self, step: int, split: str, values: Mapping[str, float], at: At | None = None) -> None:
+        """Show the values under the task's names, over its axis. The program knows where the run is in its own way."""
         tags = {self.run.tracking.tag(split, name): value for name, value in values.items()}
         if named := {tag: value for tag, value in tags.items() if tag is not None}:
             self.board.put(self._position(step), named)
@@ -215,4 +215,4 @@ def _shown(name: str, run: ShownRun, steps_per_epoch: int) -> Tracker:
 
 
 def _warn(line: str) -> None:
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    LOG.warning(line)

@@ -43,19 +43,19 @@ class CausalLMData(Strict):
 class Pretrain(Strict):
     """Next-token prediction over whole texts."""
 
-    type: Literal["pretrain"]
+    type: Literal["pretrain"] = Field(description="what is learned")
 
 
 class SFT(Strict):
     """Supervised fine-tuning: next-token prediction over what the assistant says."""
 
-    type: Literal["sft"]
+    type: Literal["sft"] = Field(description="what is learned")
 
 
 class DPO(Strict):
     """Direct preference optimization against a frozen copy of the model that training starts from."""
 
-    type: Literal["dpo"]
+    type: Literal["dpo"] = Field(description="what is learned")
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="the share of preferences taken to be wrong")
     length_average: bool = Field(
@@ -66,15 +66,19 @@ class DPO(Strict):
 class CausalLMModel(Strict):
     """The network (a preset, six widths, or the folder of a Hugging Face model) and what it is trained for."""
 
-    objective: Annotated[Pretrain | SFT | DPO, Field(discriminator="type")]
+    objective: Annotated[Pretrain | SFT | DPO, Field(discriminator="type")] = Field(
+        description="what the network is trained for"
+    )
     path: FolderPath | None = Field(None, description="folder with the weights that training starts from")
-    preset: Literal["tiny", "small", "medium", "large"] | None = None
-    vocab_size: int | None = Field(None, ge=1)
-    hidden_size: int | None = Field(None, ge=16)
-    num_layers: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
-    num_kv_heads: int | None = Field(None, ge=1)
-    intermediate_size: int | None = Field(None, ge=1)
+    preset: Literal["tiny", "small", "medium", "large"] | None = Field(
+        None, description="a named shape, in place of the widths"
+    )
+    vocab_size: int | None = Field(None, ge=1, description="tokens of the vocabulary")
+    hidden_size: int | None = Field(None, ge=16, description="width of the model")
+    num_layers: int | None = Field(None, ge=1, description="blocks")
+    num_heads: int | None = Field(None, ge=1, description="attention heads of a block")
+    num_kv_heads: int | None = Field(None, ge=1, description="heads of keys and values, which divide num_heads")
+    intermediate_size: int | None = Field(None, ge=1, description="width of the feed-forward layer")
     attention: Annotated[Literal["auto", "trunkline", "sdpa", "eager"], HOW] = Field(
         "auto",
         description="auto: kernels/attention/flash.py where it can do the model's attention, else what torch has",

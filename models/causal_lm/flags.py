@@ -8,11 +8,16 @@ from pathlib import Path
 from trunkline.engine.config.flags import Flag
 from trunkline.models.causal_lm.records import KINDS
 
+_CONFIGS = Path(__file__).parents[2] / "configs/causal_lm"
 FLAGS = (
     Flag("store", "folder that launchers/prepare.py wrote", str, "data.store"),
-    Flag("model-path", "folder with the weights that training starts from", str, "model.path"),
-)
-DEFAULTS = Path(__file__).parents[2] / "configs/causal_lm/tiny.json"
+    Flag("model-path", "folder of the model that training starts from; without --config it is fine-tuned on answers",
+         str, lambda config, value, world_size: {"model.path": value, "model.preset": None},
+         defaults=_CONFIGS / "sft.json"),
+    Flag("objective", "what is trained", str,
+         lambda config, value, world_size: {"model.objective": {"type": value}}, choices=("pretrain", "sft", "dpo")),
+)  # fmt: skip
+DEFAULTS = _CONFIGS / "tiny.json"
 DEFAULT_VOCAB_SIZE = 10_000
 DEFAULT_VAL_FRACTION = 0.05
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.kernels.attention.packed import packing_tables
 from trunkline.models.causal_lm.build import AUTO_CLASS, head_dim_of, hf_config_of, make_network
 from trunkline.models.causal_lm.config import DPO, CausalLMData, CausalLMModel
-from trunkline.models.causal_lm.data import Packed, Padded, Pairs, collate, collate_pairs
+from trunkline.models.causal_lm.data import Packed, Padded, Pairs, Piece, collate, collate_pairs
 from trunkline.models.causal_lm.dpo import REWARDS, PolicyAndReference, pair_sums
 from trunkline.models.causal_lm.fit import check_fit
 from trunkline.models.causal_lm.network import CausalLM
@@ -49,9 +50,16 @@ def make_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
 
 
 def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
-    """The task without its data: only tensor_name and file_tensors may be called on it."""
-    task = object.__new__(PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)
+    """The task without its data, which are read only where something is asked that needs them."""
+    task: LanguageModelTask
+    if isinstance(model.objective, DPO):
+        task = object.__new__(PreferenceTask)
+        task.options = model.objective
+    else:
+        task = object.__new__(LanguageModelTask)
     task.data, task.model, task.hf_config = data, model, hf_config_of(model, data.max_length)
+    task.store, task.pad_id = opened_late(lambda: Store.open(data.store)), 0
+    task.tokenizer = opened_late(lambda: task.store.tokenizer())
     return task
 
 
@@ -122,6 +130,11 @@ class LanguageModelTask(Task):
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """See `DIRECTIONS`."""
         return DIRECTIONS.get(metric)
+
+    def largest_sample(self) -> Any:
+        """data.max_length tokens that are all learned."""
+        piece = Piece(np.zeros(self.data.max_length, np.int64), np.ones(self.data.max_length, bool))
+        return [piece] if self.data.packing else piece
 
     def flops_per_sample(self) -> float:
         """Matrix products and visible attention pairs of an average sample, forward and backward (3 x forward)."""
@@ -213,6 +226,7 @@ class PreferenceTask(LanguageModelTask):
     """Direct preference optimization over pairs of answers to one prompt."""
 
     unit = "pairs"
+    metric_units: Mapping[str, str] = {"accuracies": "accuracy, a share"}
 
     def __init__(self, data: CausalLMData, model: CausalLMModel) -> None:
         super().__init__(data, model)
@@ -254,6 +268,11 @@ class PreferenceTask(LanguageModelTask):
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Means over pairs."""
         return {key: float(value / sums["pairs"]) for key, value in sums.items() if key != "pairs"}
+
+    def largest_sample(self) -> Any:
+        """Two answers of data.max_length tokens."""
+        piece = super().largest_sample()
+        return piece, piece
 
     def flops_per_sample(self) -> float:
         """Forward and backward of the policy, forward of the reference."""

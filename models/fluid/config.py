@@ -46,12 +46,14 @@ class FluidModel(Strict):
     path: FolderPath | None = Field(
         None, description="folder of a trained run whose weights training starts from; the model must be the same"
     )
-    preset: Literal["nano", "tiny", "small", "medium", "large", "xl"] | None = None
-    d_model: int | None = Field(None, ge=16)
-    num_heads: int | None = Field(None, ge=1)
-    num_layers: int | None = Field(None, ge=1)
-    d_ff: int | None = Field(None, ge=1)
-    d_token: int | None = Field(None, ge=1)
+    preset: Literal["nano", "tiny", "small", "medium", "large", "xl"] | None = Field(
+        None, description="a named shape, in place of the widths"
+    )
+    d_model: int | None = Field(None, ge=16, description="width of the model")
+    num_heads: int | None = Field(None, ge=1, description="attention heads of a block")
+    num_layers: int | None = Field(None, ge=1, description="blocks")
+    d_ff: int | None = Field(None, ge=1, description="width of the feed-forward layer")
+    d_token: int | None = Field(None, ge=1, description="width of a token's embedding and head")
     tokens: Literal["scalar", "device"] = Field(
         "scalar", description="whether a token is a value, or a device with all its values"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.checkpoint.trained import trained_sections
 from trunkline.engine.checkpoint.weights import load_weights
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.fluid.config import FluidData, FluidModel
@@ -26,6 +27,7 @@ from trunkline.models.fluid.ridge import NormalEquations
 from trunkline.models.fluid.rollout import Surrogate, rollout
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
+from trunkline.models.fluid.words import QUANTITIES, unit_in_words
 
 SKIP_PENALTY = 1e-6
 _TRAINING_ONLY = ("path", "rollout_minutes")  # of the model's keys, those that its weights do not depend on
@@ -38,6 +40,7 @@ class FluidTask(Task):
     """The fluid workload over a prepared data set. Raises DataError or ConfigError if the two do not fit."""
 
     unit = "values"
+    metric_units: Mapping[str, str] = {name: unit_in_words(name) or "no unit" for name in (*QUANTITIES, "-", "?")}
 
     def __init__(self, data: FluidData, model: FluidModel) -> None:
         self.data, self.model = data, model
@@ -184,9 +187,11 @@ class FluidTask(Task):
 
 
 def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
-    """The task for what it says of weights alone: it has no data."""
+    """The task without its data, which are read only where something is asked that needs them."""
     task = object.__new__(FluidTask)
     task.data, task.model = data, model
+    task.store = opened_late(lambda: Store.open(data.store))
+    task.schema = opened_late(lambda: task.store.schema)
     return task
 
 

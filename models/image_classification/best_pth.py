@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from trunkline.engine.checkpoint.foreign import load_foreign, read_torch
 from trunkline.engine.checkpoint.training_loops import finished_epochs, kept_by_optimizer, number, state_of
 from trunkline.engine.config.strict import show
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.machine.files import replace_whole, unused, write_json
+from trunkline.engine.machine.log import LOG
 from trunkline.engine.machine.reading import read_whole, reason
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification.architectures import ARCHITECTURES
@@ -84,7 +84,7 @@ def is_of(folder: Path, best: WholeState | None) -> bool:
         return True
     label = "unknown" if epoch is None else f"{epoch:g}"
     path.rename(target := unused(folder / f"aside-best-epoch-{label}.pth"))
-    tqdm.write(f"note: {path} is not of the best weights of the run as it begins; renamed to {target.name}")
+    LOG.info(f"note: {path} is not of the best weights of the run as it begins; renamed to {target.name}")
     return False
 
 

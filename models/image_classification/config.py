@@ -19,8 +19,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Crop(Strict):
     """A random part of the image, resized to the square: its share of the area, and its width over its height."""
 
-    scale: tuple[Share, Share] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[Share, Share] = Field((0.08, 1.0), description="share of the image's area, from and to")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height, from and to")
 
     @model_validator(mode="after")
     def _rising(self) -> Crop:
@@ -36,8 +36,8 @@ class Augmentation(Strict):
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     rotate: float = Field(5.0, ge=0, le=180, description="degrees, at most, to either side")
     brightness: float = Field(0.1, ge=0, le=1, description="factor between 1 - b and 1 + b; so are the next two")
-    contrast: float = Field(0.1, ge=0, le=1)
-    saturation: float = Field(0.1, ge=0, le=1)
+    contrast: float = Field(0.1, ge=0, le=1, description="factor between 1 - c and 1 + c")
+    saturation: float = Field(0.1, ge=0, le=1, description="factor between 1 - s and 1 + s")
     hue: float = Field(0.05, ge=0, le=0.5, description="turns of the colour circle, at most, to either side")
     crop: Crop | None = Field(None, description="a random part; the whole image if null")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution of the share; 0: none")
@@ -57,7 +57,7 @@ class ImageData(Strict):
     )
     mean: Channels = Field(IMAGENET_MEAN, description="of each channel in 0 ... 1, taken away")
     std: tuple[Positive, Positive, Positive] = Field(IMAGENET_STD, description="of each channel, divided by")
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Field(Augmentation(), description="what training does to an image")
 
     @model_validator(mode="after")
     def _one_source(self) -> ImageData:
@@ -87,7 +87,7 @@ class ImageModel(Strict):
     batch_norm_group: int = Field(
         32, ge=1, description="samples that are normalised together, which divides the micro-batch; with batch"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all classes")
     class_weights: Literal["balanced"] | tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         None, description="weight of each class in the loss; balanced: inversely to its training images"
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import DataError, MissingDataError
 from trunkline.engine.machine.reading import reason
 
 SPLITS = ("train", "val", "test")
@@ -167,7 +167,8 @@ def _suffix(name: str) -> str:
 
 def _check_root(root: Path, any_split: bool) -> None:
     if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}: {_LAYOUT}")
+        kind = DataError if root.exists() else MissingDataError
+        raise kind(f"{root}: {'not a folder' if root.exists() else 'no such folder'}: {_LAYOUT}")
     missing = [split for split in _NEEDED if not (root / split).is_dir()]
     if not missing or (any_split and any((root / split).is_dir() for split in SPLITS)):
         return

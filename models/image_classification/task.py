@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.whole_state import WholeState
 from trunkline.models.image_classification import best_pth
@@ -29,9 +31,12 @@ from trunkline.models.image_classification.weights import file_names
 
 
 def weights_task(data: ImageData, model: ImageModel) -> ImageTask:
-    """The task without its data: only tensor_name and file_tensors may be called on it."""
+    """The task without its data, which are read only where something is asked that needs them. It has two classes."""
     task = object.__new__(ImageTask)
     task.data, task.model, task.classes = data, model, ("", "")
+    task.source = opened_late(lambda: open_source(data))
+    task.criterion = Criterion(model.label_smoothing, None)
+    task._keep_together()
     return task
 
 
@@ -53,9 +58,16 @@ class ImageTask(Task):
         elif asked is not None:
             weights = given_weights(asked, self.classes)
         self.criterion = Criterion(model.label_smoothing, weights)
-        if model.normalization == "batch" and batch_norms(self._shell):
-            self.micro_batch_multiple, self.micro_batch_multiple_key = model.batch_norm_group, "model.batch_norm_group"
-        if data.augmentation.mixup:
+        unlike = {"smoothed": model.label_smoothing, "weighted": asked is not None, "mixed": data.augmentation.mixup}
+        if any(unlike.values()):
+            self.validation_loss = f"plain, not {' or '.join(word for word, used in unlike.items() if used)}"
+        self._keep_together()
+
+    def _keep_together(self) -> None:
+        if self.model.normalization == "batch" and batch_norms(self._shell):
+            self.micro_batch_multiple = self.model.batch_norm_group
+            self.micro_batch_multiple_key = "model.batch_norm_group"
+        if self.data.augmentation.mixup:
             self.micro_batch_multiple = math.lcm(PAIR, self.micro_batch_multiple)
             self.micro_batch_multiple_key = self.micro_batch_multiple_key or "data.augmentation.mixup"
 
@@ -107,6 +119,23 @@ class ImageTask(Task):
         if not (folder / "augmented.png").exists():
             show_augmented(self.dataset("train"), self.classes, self.data, folder / "augmented.png")
 
+    def largest_sample(self) -> Sample:
+        """A square of data.img_size."""
+        return {"image": np.zeros((self.data.img_size, self.data.img_size, 3), np.uint8), "label": 0, "index": 0}
+
+    @property
+    def assumed(self) -> Sequence[str]:  # type: ignore[override]
+        """That there are two classes, where they are not known."""
+        if any(self.classes):
+            return ()
+        two, three = (
+            sum(parameter.numel() for parameter in self._shell_of(classes).parameters()) for classes in (2, 3)
+        )
+        return [
+            f"the number of classes is unknown without data: this is of 2; each further one adds {three - two:,} "
+            "parameters"
+        ]
+
     def fingerprint(self) -> str:
         """Names the data's content."""
         return self.source.fingerprint
@@ -150,8 +179,11 @@ class ImageTask(Task):
 
     @cached_property
     def _shell(self) -> nn.Module:
+        return self._shell_of(len(self.classes))
+
+    def _shell_of(self, num_classes: int) -> nn.Module:
         with torch.device("meta"):
-            return make_network(self.model, len(self.classes), self.data.img_size)
+            return make_network(self.model, num_classes, self.data.img_size)
 
     @cached_property
     def _file_names(self) -> dict[str, str]:

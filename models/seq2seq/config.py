@@ -69,13 +69,13 @@ class Seq2SeqData(Strict):
 class Pairs(Strict):
     """The response to a prompt."""
 
-    type: Literal["pairs"]
+    type: Literal["pairs"] = Field(description="what is learned")
 
 
 class SpanCorruption(Strict):
     """T5's pre-training: spans of a text are replaced by sentinels, and are what the decoder writes."""
 
-    type: Literal["span_corruption"]
+    type: Literal["span_corruption"] = Field(description="what is learned")
     noise_density: float = Field(0.15, gt=0, lt=1, description="the share of tokens that is taken out")
     mean_span_length: float = Field(3.0, ge=1, description="tokens of a span on average")
 
@@ -93,22 +93,30 @@ class Generation(Strict):
 class Seq2SeqModel(Strict):
     """The network (a preset, its widths, or the folder of a Hugging Face model) and what it is trained for."""
 
-    objective: Annotated[Pairs | SpanCorruption, Field(discriminator="type")] = Pairs(type="pairs")
+    objective: Annotated[Pairs | SpanCorruption, Field(discriminator="type")] = Field(
+        Pairs(type="pairs"), description="what the network is trained for"
+    )
     path: FolderPath | None = Field(None, description="folder with the model that training starts from")
     weights: FolderPath | None = Field(
         None, description="file of weights that training starts from, such as pytorch_model.bin, for a preset or widths"
     )
-    preset: Literal["tiny", "small", "chat", "base"] | None = None
-    vocab_size: int | None = Field(None, ge=1)
-    d_model: int | None = Field(None, ge=1)
-    d_kv: int | None = Field(None, ge=1)
-    d_ff: int | None = Field(None, ge=1)
-    num_layers: int | None = Field(None, ge=1)
-    num_decoder_layers: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
-    feed_forward_proj: Literal["relu", "gated-gelu"] | None = None
-    relative_attention_num_buckets: int | None = Field(None, ge=4)
-    relative_attention_max_distance: int | None = Field(None, ge=8)
+    preset: Literal["tiny", "small", "chat", "base"] | None = Field(
+        None, description="a named shape; widths beside it win"
+    )
+    vocab_size: int | None = Field(None, ge=1, description="tokens of the vocabulary")
+    d_model: int | None = Field(None, ge=1, description="width of the model")
+    d_kv: int | None = Field(None, ge=1, description="width of an attention head")
+    d_ff: int | None = Field(None, ge=1, description="width of the feed-forward layer")
+    num_layers: int | None = Field(None, ge=1, description="blocks of the encoder")
+    num_decoder_layers: int | None = Field(None, ge=1, description="blocks of the decoder")
+    num_heads: int | None = Field(None, ge=1, description="attention heads of a block")
+    feed_forward_proj: Literal["relu", "gated-gelu"] | None = Field(
+        None, description="activation of the feed-forward layer"
+    )
+    relative_attention_num_buckets: int | None = Field(None, ge=4, description="buckets of relative positions")
+    relative_attention_max_distance: int | None = Field(
+        None, ge=8, description="distance in tokens from which on all positions share a bucket"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="by default the folder's, or 0.1")
     tie_word_embeddings: bool | None = Field(
         None, description="whether the head is the shared embedding; by default as in the folder, or true"
@@ -116,7 +124,7 @@ class Seq2SeqModel(Strict):
     attention: Annotated[Literal["trunkline", "sdpa", "eager"], HOW] = Field(
         "trunkline", description="trunkline keeps no scores for the backward pass; the others are transformers'"
     )
-    generation: Annotated[Generation, HOW] = Generation()
+    generation: Annotated[Generation, HOW] = Field(Generation(), description="how texts are generated in evaluations")
 
     @property
     def shape(self) -> T5Shape:

@@ -56,10 +56,13 @@ class PairRows:
         self.room, self.notes = Room(data.max_source_length, data.max_target_length), list[str]()
         self.cut = f"{self.room.source} and {self.room.target}"
         if data.packing:
-            given = [
+            source, target = given = [
                 None if most == "auto" else most for most in (data.packed_source_length, data.packed_target_length)
             ]
-            self.room = choose_room(PairSamples(store, "train", data, eos_id).sides, *given)
+            if source is not None and target is not None:
+                self.room = Room(source, target)
+            else:
+                self.room = choose_room(PairSamples(store, "train", data, eos_id).sides, source, target)
             self.cut += f" packed in {self.room.source} and {self.room.target}"
             self.notes = [
                 f"data.packed_source_length = {self.room.source}, data.packed_target_length = {self.room.target}"
@@ -69,6 +72,10 @@ class PairRows:
         """A pair a sample, or of packed "train" a row of several: elsewhere a text is generated for each pair."""
         pairs = PairSamples(self._store, split, self._data, self._eos, self._generated)
         return PackedPairs(pairs, self.room) if self._data.packing and split == "train" else pairs
+
+    def largest(self) -> Pair:
+        """A row with no room left."""
+        return Pair(np.zeros(self.room.source, np.int64), np.zeros(self.room.target, np.int64))
 
     def sides(self, split: str) -> np.ndarray:
         """int64 [P, 2], tokens of encoder and decoder of each pair, packed or not."""

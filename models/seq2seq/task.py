@@ -10,10 +10,11 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.models.seq2seq.build import head_of, hf_config_of, load_weights, make_network, shell
-from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel, SpanCorruption
+from trunkline.models.seq2seq.config import Pairs, Seq2SeqData, Seq2SeqModel
 from trunkline.models.seq2seq.data import PackedPairs, PairRows, PairSamples
 from trunkline.models.seq2seq.flops import forward_flops
 from trunkline.models.seq2seq.generated import Generated, GeneratedTexts
@@ -36,9 +37,11 @@ KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 
 
 def weights_task(data: Seq2SeqData, model: Seq2SeqModel) -> Seq2SeqTask:
-    """The task without its data: only tensor_name and file_tensors may be called on it."""
-    task = object.__new__(Seq2SeqTask)
+    """The task without its data, which are read only where something is asked that needs them."""
+    task = object.__new__(_WithoutData)
     task.data, task.model, task.hf_config, task.head = data, model, hf_config_of(model), head_of(model)
+    task.store = opened_late(lambda: Store.open(data.store))
+    task.tokenizer = opened_late(lambda: task.store.tokenizer())
     return task
 
 
@@ -75,7 +78,6 @@ class Seq2SeqTask(Task):
             self._generation = read_generation(Path(model.path))
             self._check_start()
         self._model_notes: list[str] = []
-        self._samples = self._samples_of(model.objective)
         for split in ("train", "val"):  # what is wrong with either should be named now
             self.dataset(split)
 
@@ -239,11 +241,15 @@ class Seq2SeqTask(Task):
     def _max_new_tokens(self) -> int:
         return self.model.generation.max_new_tokens or self.data.max_target_length
 
-    def _samples_of(self, objective: Pairs | SpanCorruption) -> PairRows | TextPieces:
-        if isinstance(objective, Pairs):
+    @cached_property
+    def _samples(self) -> PairRows | TextPieces:
+        if isinstance(objective := self.model.objective, Pairs):
             return PairRows(self.store, self.data, self._pad, self._eos, self.model.generation.samples)
-        found = sentinels(self.tokenizer, self.hf_config.vocab_size)
-        return TextPieces(self.store, self.data, objective, self._pad, self._eos, found)
+        return TextPieces(self.store, self.data, objective, self._pad, self._eos, self._sentinels)
+
+    @cached_property
+    def _sentinels(self) -> list[int]:
+        return sentinels(self.tokenizer, self.hf_config.vocab_size)
 
     @cached_property
     def _file_format(self) -> FileFormat:
@@ -259,6 +265,20 @@ class Seq2SeqTask(Task):
 
 
 make_task = Seq2SeqTask
+
+
+class _WithoutData(Seq2SeqTask):
+    """What can be said before there are data. Which tokens are marks is of no account."""
+
+    _pad, _eos = 0, 1
+
+    @cached_property
+    def _sentinels(self) -> list[int]:
+        return list(range(self.hf_config.vocab_size))
+
+    def largest_sample(self) -> Any:
+        """The longest row, or text."""
+        return self._samples.largest()
 
 
 def _targets(batch: Batch) -> Tensor:

@@ -80,6 +80,10 @@ class TextPieces:
         """The pieces of a split."""
         return Texts(self._store, split, self.length, self._eos, self._data.packing)
 
+    def largest(self) -> np.ndarray:
+        """A whole piece."""
+        return np.zeros(self.length, np.int64)
+
     def sides(self, split: str) -> np.ndarray:
         """int64 [P, 2], tokens of encoder and decoder of each piece."""
         sizes, where = np.unique(self.dataset(split).lengths, return_inverse=True)

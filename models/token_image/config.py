@@ -56,13 +56,15 @@ class TokenImageData(Strict):
 class TokenImageModel(Strict):
     """The network and what it is trained for."""
 
-    preset: Literal["B/4", "B/16", "B/32", "L/16", "L/32", "H/16", "H/32"] | None = None
+    preset: Literal["B/4", "B/16", "B/32", "L/16", "L/32", "H/16", "H/32"] | None = Field(
+        None, description="a named shape; widths beside it win"
+    )
     patch: Edge | Annotated[list[Edge], Field(min_length=2, max_length=2)] | None = Field(
         None, description="pixels of a patch's edge, or its rows and columns; [1, n] keeps the order of the text"
     )
-    d_model: int | None = Field(None, ge=16)
-    num_layers: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
+    d_model: int | None = Field(None, ge=16, description="width of the model")
+    num_layers: int | None = Field(None, ge=1, description="blocks")
+    num_heads: int | None = Field(None, ge=1, description="attention heads of a block")
     block: Literal["shared_norm", "official"] = Field(
         "shared_norm", description="shared_norm: one adaptive norm a block; official: JiT's own, with adaLN-Zero"
     )

@@ -8,14 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.whole_state import WholeState
 from trunkline.kernels.masked_mse import masked_mse
+from trunkline.models.text.tokenizer import load_tokenizer
 from trunkline.models.token_image import checkpoint_pth, validation
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
@@ -34,9 +37,11 @@ LEAST_NOISE = 0.05
 
 
 def weights_task(data: TokenImageData, model: TokenImageModel) -> TokenImageTask:
-    """The task for what it says of weights alone: it has no data."""
-    task = object.__new__(TokenImageTask)
+    """The task without its data, which are read only where something is asked that needs them."""
+    task = object.__new__(_WithoutData)
     task.data, task.model = data, model
+    task.store = opened_late(lambda: Store.open(data.store))
+    task.tokenizer = opened_late(lambda: task.store.tokenizer())
     return task
 
 
@@ -66,9 +71,13 @@ class TokenImageTask(Task):
                 f"a condition has {CONDITION_GRID} x {CONDITION_GRID} at most: use larger patches"
             )
         self.tokenizer = self.store.tokenizer()
-        self.encoding = Encoding(data.encoding, self.store.vocab_size)
         for split in ("train", "val"):  # what is wrong with either should be named now
             self.dataset(split)
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """Of the data's tokens."""
+        return Encoding(self.data.encoding, self.store.vocab_size)
 
     def build_model(self) -> Denoiser:
         """A new network for images of the data's size and encoding."""
@@ -207,3 +216,24 @@ class TokenImageTask(Task):
 
 
 make_task = TokenImageTask
+
+
+class _WithoutData(TokenImageTask):
+    """What can be said before there are data. All tokens are equally frequent."""
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """Of the tokens of data.tokenizer; without it of any, where none of the network depends on their number."""
+        if self.data.tokenizer is not None:
+            return Encoding(self.data.encoding, len(load_tokenizer(Path(self.data.tokenizer))))
+        is_free = self.data.encoding == "rgb" and self.model.prior == "none" and not self.gives_logits
+        return Encoding("rgb", 2) if is_free else super().encoding
+
+    @cached_property
+    def frequencies(self) -> Tensor:
+        """fp32 [V]."""
+        return torch.full((self.encoding.vocab_size,), 1 / self.encoding.vocab_size)
+
+    def largest_sample(self) -> Sample:
+        """All places of an image."""
+        return Sample(np.zeros(self.data.capacity, np.int64))

@@ -14,7 +14,8 @@ import torch
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, planned_batches, render_plan, render_summary
+from trunkline.engine.plan import make_plan, planned_batches
+from trunkline.engine.plan_text import render_plan, render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.readiness import ready
 from trunkline.engine.trainer import Trainer
@@ -28,6 +29,26 @@ def config_of(
     optimizer = {"type": kind, "params": {"lr": 0.01} | params}
     section = {"optimizer": optimizer, "scheduler": schedule, "zero_optimization": {"stage": stage}}
     return tiny_config(folder, deepspeed=section)
+
+
+@pytest.mark.parametrize(
+    ("units", "enabled", "told"),
+    [
+        ({"avx512_bf16": False}, True, True),
+        ({}, True, True),
+        ({"avx512_bf16": True}, True, False),
+        ({"bf16": True}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_bf16_on_a_processor_without_units_for_it_is_said_to_be_slow(
+    units: dict[str, bool], enabled: bool, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    config = tiny_config(tmp_path, deepspeed={"bf16": {"enabled": enabled}})
+    notes = ready(config, "deepspeed", 10, 1, CPU).notes
+    assert [line for line in notes if "--set deepspeed.bf16.enabled=false" in line] == list(notes)
+    assert bool(notes) == told
 
 
 class Counting(torch.optim.SGD):

@@ -15,7 +15,7 @@ from tests.engine.tiny import TinyTask
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.memory.micro_batch import divisors
-from trunkline.engine.plan import activation_bytes
+from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.engine.trials import find_micro_batch

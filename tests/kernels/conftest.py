@@ -21,14 +21,14 @@ def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
     """While this module's tests run, the kernels run on CPU tensors, through Triton's interpreter."""
-    with _interpreted():
+    with interpreted():
         yield
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device on which the kernels run: the CPU, through Triton's interpreter, and with `-m gpu` the GPU."""
-    with _interpreted() if request.param == "cpu" else contextlib.nullcontext():
+    with interpreted() if request.param == "cpu" else contextlib.nullcontext():
         yield torch.device(request.param)
 
 
@@ -41,7 +41,8 @@ def overflows_are_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
 
 
 @contextlib.contextmanager
-def _interpreted() -> Iterator[None]:
+def interpreted() -> Iterator[None]:
+    """Within, the kernels run on CPU tensors, as far as tests/interpreted.py has imported them."""
     from trunkline.kernels import triton_path  # not before tests/conftest.py has chosen how
 
     if triton_path.triton is None:
@@ -107,3 +108,15 @@ def _look_types_up_once(patch: pytest.MonkeyPatch) -> None:
         vars(self).update(blocks[key], element_ty=element_ty)
 
     patch.setattr(interpreter.tl.block_type, "__init__", make_block_once)
+
+    tensor, made = interpreter.tl.tensor, {}
+    make_tensor = tensor.__init__
+
+    def make_shape_once(self: Any, handle: Any, type: Any) -> None:
+        key = (*type.shape,) if type.is_block() else ()
+        if key not in made:
+            make_tensor(self, handle, type)
+            made[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(made[key], handle=handle, type=type, dtype=type.scalar)
+
+    patch.setattr(tensor, "__init__", make_shape_once)

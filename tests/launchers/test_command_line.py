@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.launchers.pictures.flags import DEFAULTS, FLAGS
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
+from trunkline.launchers import evaluate, predict, train
 from trunkline.launchers.command_line import Command, parse
 from trunkline.models.registry import config_sections
 
@@ -232,6 +234,28 @@ def test_a_flag_that_is_needed_is_asked_for() -> None:
 def test_an_unknown_word_is_named_with_the_nearest(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(words)
+
+
+def test_without_arguments_what_can_be_trained_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    listed = dict(line.strip().split("  ", 1) for line in lines if line.startswith("  "))
+    files = (Path(train.__file__).parents[1] / "configs").glob("*/*.json")
+    assert listed.keys() == {f"{file.parent.name}/{file.stem}" for file in files}
+    assert min(len(trains.strip()) for trains in listed.values()) > 10
+    assert "`python launchers/train.py --config causal_lm/demo --plan` shows what a run would be" in lines[-2]
+
+
+@pytest.mark.parametrize("command", [evaluate, predict])
+def test_help_without_a_run_names_the_flags_of_each_workload(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--help"])
+    shown = {line.split(":")[0].strip(): line for line in capsys.readouterr().out.splitlines() if ": --" in line}
+    flag = {evaluate: "--baselines", predict: "--case"}[command]
+    assert {"causal_lm", "fluid", "image_classification", "seq2seq", "token_image"} <= shown.keys()
+    assert flag in shown["fluid"]
 
 
 @pytest.mark.parametrize("before", [[], ["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])

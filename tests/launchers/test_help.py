@@ -20,7 +20,7 @@ ASKS = """
 import importlib, json, sys
 for command, *words in json.loads(sys.argv[1]):
     try:
-        importlib.import_module(f"trunkline.launchers.{command}").main([*words, "--help"])
+        importlib.import_module(f"trunkline.launchers.{command.replace('-', '_')}").main([*words, "--help"])
     except SystemExit as end:
         assert end.code == 0, (command, words)
     else:

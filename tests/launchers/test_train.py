@@ -215,8 +215,19 @@ BAD_TRAINING = {
     "an unknown optimizer": (with_flags("--set", "deepspeed.optimizer.type=AdmW"), "unknown optimizer 'AdmW'"),
     "an unknown optimizer setting": (with_flags("--set", "deepspeed.optimizer.params.momentum=1"), "unknown to AdamW"),
     "an unknown schedule": (with_flags("--set", "deepspeed.scheduler.type=Cosine"), "unknown schedule 'Cosine'"),
-    "a metric that nobody measures": (with_flags("--set", "training.best.metric=acc"), "'acc' is not measured"),
-    "a global batch that does not divide": (with_flags("--set", "deepspeed.train_batch_size=12"), "12 is not a mult"),
+    "a metric that nobody measures": (
+        with_flags("--set", "training.best.metric=acc"), "^error: --set: training.best.metric: 'acc' is not measured"),
+    "a global batch that does not divide": (
+        with_flags("--set", "deepspeed.train_batch_size=12"), "^error: --set: deepspeed.train_batch_size: 12 is not"),
+    "a key that FSDP refuses": (
+        with_flags("--backend", "fsdp", "--set", "deepspeed.zero_optimization.stage=2",
+                   "--set", "deepspeed.zero_optimization.reduce_bucket_size=9"),
+        "--set: deepspeed.zero_optimization.reduce_bucket_size: 9 has no effect"),
+    "samples without --plan": (with_flags("--samples", "9"), "--samples 9: only with --plan"),
+    "more ranks than samples of a batch": (
+        with_flags("--plan", "--world-size", "64", "--set", "deepspeed.train_batch_size=32",
+                   "--set", "deepspeed.train_micro_batch_size_per_gpu=auto"),
+        "--set: deepspeed.train_batch_size: 32 samples .* 64 ranks: use 64 for train_batch_size, or 32 ranks"),
     "a setting without a value": (with_flags("--set", "training.seed"), "expected dotted.key=value"),
     "a setting of the wrong type": (with_flags("--set", "training.steps=many"), 'found "many"'),
     "a schedule longer than the run": (with_flags("--set", "deepspeed.scheduler.params.warmup=500"), "500 is more"),

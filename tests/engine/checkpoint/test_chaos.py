@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed_test
+from tests.engine import tiny
 from tests.engine.checkpoint.test_faults import losses
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 
-ROOT = Path(__file__).parents[3]
 STEPS, SAVE_EVERY = 12, 3
 
 
@@ -150,18 +151,41 @@ def test_ranks_killed_in_a_save(tmp_path: Path, phase: str, victims: str, unbrok
     assert losses(tmp_path / "run") == unbroken
 
 
-def in_a_namespace(script: str, folder: Path) -> str:
-    """What a shell script prints that may mount file systems of its own."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("no permission for a mount namespace, which a small disk of its own needs")
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-euc", script], capture_output=True, text=True, cwd=ROOT, timeout=120,
-        env=os.environ | {"FOLDER": str(folder), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    return done.stdout + done.stderr
+def mounts_and_trains(rank: int, world_size: int, folder: Path, *steps: str) -> str | None:
+    """What these steps print, each of them a process: "train", or a line of shell, which may mount in `folder`.
+
+    None without permission for that.
+    """
+    ids = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
+        return None
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, outside in zip(("uid_map", "gid_map"), ids, strict=True):
+        Path("/proc/self", name).write_text(f"0 {outside} 1")
+    with (folder / "said").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    for step in ("mount --make-rprivate /", *steps):
+        if step != "train":
+            subprocess.run(step, shell=True, check=True, cwd=folder)
+        elif (process := os.fork()) == 0:
+            status = 1
+            try:
+                sys.argv = ["tiny.py", str(folder / "disk/run"), str(folder / "tiny.json"), "--resume", "auto"]
+                status = tiny.main()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                print("exit code", status, flush=True)
+                os._exit(status)
+        else:
+            os.waitpid(process, 0)
+    return (folder / "said").read_text()
 
 
-TRAIN = '$PYTHON tests/engine/tiny.py $FOLDER/disk/run $FOLDER/tiny.json --resume auto || echo "exit code $?"\n'
+def on_a_disk(folder: Path, *steps: str) -> str:
+    (said,) = run_distributed_test(mounts_and_trains, 1, folder, *steps, backend=None)
+    return said or pytest.skip("no permission for a mount namespace, which a small disk of its own needs")
 
 
 @pytest.mark.fault("disk full during a save")
@@ -170,11 +194,12 @@ def test_a_disk_that_is_full_during_a_save(tmp_path: Path) -> None:
     # a checkpoint is 0.8 MB: there is room for two, and for a part of the third
     training = {"steps": STEPS, "save_every": SAVE_EVERY, "keep_last": 4}
     config = tiny_config(tmp_path, model={"hidden": 176}, training=training)
-    script = "mount -t tmpfs -o size=2m tmpfs $FOLDER/disk\n" + TRAIN
-    script += "ls $FOLDER/disk/run/checkpoints; mount -o remount,size=50m $FOLDER/disk\n" + TRAIN
-    said = in_a_namespace(script + "mkdir $FOLDER/broken; cp $FOLDER/disk/run/metrics.jsonl $FOLDER/broken", tmp_path)
+    small, list_it = "mount -t tmpfs -o size=2m tmpfs disk", "ls disk/run/checkpoints"
+    larger, keep = "mount -o remount,size=50m disk", "mkdir broken; cp disk/run/metrics.jsonl broken"
+    said = on_a_disk(tmp_path, small, "train", list_it, larger, "train", keep)
     assert "No space left on device" in said, said
     assert said.count("exit code 2") == 1
+    assert said.count("exit code 0") == 1
     assert "step-00000006" in said
     assert "resumed from" in said
     Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "whole").run()
@@ -185,8 +210,7 @@ def test_a_disk_that_is_full_during_a_save(tmp_path: Path) -> None:
 def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     tiny_config(tmp_path, training={"steps": 3, "save_every": 3})
-    script = "mount -t tmpfs tmpfs $FOLDER/disk; mkdir $FOLDER/disk/run; mount -o remount,ro $FOLDER/disk\n" + TRAIN
-    said = in_a_namespace(script, tmp_path)
+    said = on_a_disk(tmp_path, "mount -t tmpfs tmpfs disk", "mkdir disk/run", "mount -o remount,ro disk", "train")
     assert "Read-only file system" in said, said
     assert "exit code 2" in said
     assert "Traceback" not in said

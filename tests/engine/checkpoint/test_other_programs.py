@@ -191,7 +191,7 @@ class Refusing(Exchanging):
 
 def test_a_file_that_cannot_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", configuration(tmp_path), task=Refusing).progress.step == 12
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "warning: step 5: the task could not write the new best (OSError: [Errno 28] No space left" in said
     assert "it is tried again when the run is resumed" in said
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed_test
-from tests.engine.test_trainer import losses
+from tests.engine.test_trainer import lines, losses, seen
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
@@ -28,6 +28,10 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.stage}x{self.ranks}"
+
+    @property
+    def told(self) -> str:
+        return f"{self.backend} ZeRO {self.stage}, fp32, {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
 LAYOUTS = [
@@ -81,6 +85,10 @@ def test_any_layout_goes_on_from_any_other(tmp_path: Path, every: bool, capsys: 
     for source, target in pairs:
         found = losses(tmp_path / f"{source}-to-{target}")
         assert len(found) == STEPS - SAVED
+        after = [seen(row) for row in lines(tmp_path / f"{source}-to-{target}")]
+        assert after == [seen(row) for row in lines(tmp_path / "whole")][SAVED:]
+        (resumed,) = lines(tmp_path / f"{source}-to-{target}", "resumed")
+        assert (resumed["step"], resumed["from"], resumed["to"]) == (SAVED, source.told, target.told)
         worst[source, target] = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
     with capsys.disabled():
         print("\n" + table(worst))

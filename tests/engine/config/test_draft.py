@@ -62,6 +62,13 @@ def test_a_deepspeed_file_answers_for_its_section(draft: Draft, tmp_path: Path) 
     assert both.where("training.seed") == draft.source
 
 
+def test_a_schema_for_editors_is_passed_over() -> None:
+    draft = Draft({"$schema": "../fluid.schema.json", "training": {"seed": 1}}, "run.json")
+    assert (draft.values, draft.origins) == ({"training": {"seed": 1}}, {"training.seed": "file"})
+    with pytest.raises(ConfigError, match=r"^run.json: \$schema: expected a path or an address, found 1$"):
+        Draft({"$schema": 1}, "run.json")
+
+
 @pytest.mark.parametrize(("origin", "who"), [("--seed", "--seed"), ("command line", "--set training.seed.x")])
 def test_a_value_that_has_no_keys_is_named(draft: Draft, origin: str, who: str) -> None:
     with pytest.raises(ConfigError, match=f"^{who}: 'training.seed' holds 1, which has no keys; set 'training.seed' "):

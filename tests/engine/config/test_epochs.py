@@ -15,7 +15,8 @@ from trunkline.engine.config.epochs import in_steps
 from trunkline.engine.config.typed_params import OWN_SCHEDULES, scheduler_params
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.schedules import learning_rates
-from trunkline.engine.plan import make_plan, planned_batches, render_plan
+from trunkline.engine.plan import make_plan, planned_batches
+from trunkline.engine.plan_text import render_plan
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.record.run_folder import had_checkpoints
 from trunkline.engine.trainer import Trainer

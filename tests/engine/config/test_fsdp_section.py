@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 def check(section: dict[str, Any], world_size: int = 4) -> None:
     optimizer = {"type": "AdamW", "params": {"lr": 0.1}} | section.pop("optimizer", {})
     whole = {"train_batch_size": 8, "optimizer": optimizer} | section
-    check_fsdp_section(validated(DeepSpeedSection, whole, "deepspeed", "run.json"), "run.json", world_size)
+    check_fsdp_section(validated(DeepSpeedSection, whole, "deepspeed", "run.json"), lambda key: "run.json", world_size)
 
 
 ASKING: dict[str, Any] = {
@@ -147,7 +147,7 @@ def test_the_page_is_what_the_code_says() -> None:
     assert all(isinstance(rule, (Obeyed, Refused)) for rule in RULES.values())
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.json")), ids=str)
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*/*.json")), ids=str)
 def test_every_configuration_that_ships_runs_on_fsdp(path: Path) -> None:
     raw = json.loads(path.read_text())["deepspeed"]
-    check_fsdp_section(DeepSpeedSection.model_validate(raw), str(path), world_size=8)
+    check_fsdp_section(DeepSpeedSection.model_validate(raw), lambda key: str(path), world_size=8)

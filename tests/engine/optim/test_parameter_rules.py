@@ -28,7 +28,8 @@ from trunkline.engine.optim.parameter_rules import (
     treatments,
 )
 from trunkline.engine.optim.schedules import build_scheduler, learning_rates
-from trunkline.engine.plan import make_plan, render_summary
+from trunkline.engine.plan import make_plan
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from tests.distributed import run_distributed_test
 from trunkline.engine.errors import CheckpointError, ConfigError, DataError
@@ -40,6 +39,8 @@ def test_what_rank_0_cannot_do_is_the_same_error_on_all_ranks(world_size: int) -
 def test_deepspeed_counts_the_ranks_of_a_cpu_without_starting_a_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
     (tmp_path / "numactl").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "numactl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.plan import make_plan, render_summary
+from trunkline.engine.plan import make_plan
+from trunkline.engine.plan_text import render_summary
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.record.boards import ShownRun, unused_settings, written_apart
 from trunkline.engine.record.metrics_file import read_metrics
@@ -64,7 +65,7 @@ def test_a_tracker_that_cannot_start_is_left_out_with_a_warning(
     trackers = make_trackers(["tensorboard"], tmp_path, {})
     trackers.log(1, "train", {"loss": 1.0})
     trackers.close()
-    assert "warning: tensorboard fails" in capsys.readouterr().err
+    assert "warning: tensorboard fails" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
@@ -242,7 +243,7 @@ def test_a_run_hands_over_what_its_task_shows_and_does_not_end_for_it(
     texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
     assert texts == {"final/note.txt"} | (set() if fails else {"shown/count.txt"})
     if fails:
-        assert "shown: is not whole (RuntimeError: no pen)" in capsys.readouterr().err
+        assert "shown: is not whole (RuntimeError: no pen)" in capsys.readouterr().out
     else:
         assert (tmp_path / "run/shown/count.txt").read_text() == "11 samples"
 
@@ -261,7 +262,7 @@ def test_files_that_a_tracker_cannot_show_do_not_stand_in_the_way_of_rows(
     trackers.keep(2, shown)
     trackers.log(2, "val", {"loss": 0.5})
     trackers.close()
-    assert "cannot take the keep of step 1" in capsys.readouterr().err
+    assert "cannot take the keep of step 1" in capsys.readouterr().out
     assert _scalars(tmp_path / "tensorboard", "val/loss") == {2: 0.5}
 
 

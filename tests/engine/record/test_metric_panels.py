@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 
 from trunkline.engine.record import report
+from trunkline.engine.record.history import Series
 from trunkline.engine.record.metric_panels import metric_panels
 from trunkline.engine.record.metrics_file import MetricsFile
-from trunkline.engine.record.report_plots import Series
+from trunkline.models.causal_lm.task import PreferenceTask
+from trunkline.models.fluid.task import FluidTask
+
+UNITS = {**FluidTask.metric_units, **PreferenceTask.metric_units}
 
 
 def panels(*names: str) -> dict[str, list[str]]:
-    found = metric_panels({name: Series([1], [float(k)]) for k, name in enumerate(names)})
+    found = metric_panels({name: Series([1], [float(k)]) for k, name in enumerate(names)}, UNITS)
     for panel in found:
         for series in panel.curves.values():
             assert series.steps == [1]
@@ -35,22 +39,22 @@ def test_each_unit_has_its_own_panel_with_its_parts_and_what_it_is_compared_with
     assert panels(*names, *(f"persistence_{name}" for name in names)) == {
         "rmse": ["validation", "P", "T&E", "persistence (compared)"],
         "rmse (MPa)": ["validation", "P", "persistence (compared)"],
-        "rmse (m3/s)": ["validation", "T&E", "persistence (compared)"],
-        "rmse (m3)": ["validation", "P", "persistence (compared)"],
+        "rmse (Nm3/s)": ["validation", "T&E", "persistence (compared)"],
+        "rmse (Nm3)": ["validation", "P", "persistence (compared)"],
     }
 
 
 def test_what_has_no_unit_or_no_known_one_has_a_panel_too() -> None:
     assert panels("rmse", "rmse/-", "rmse/B/-", "rmse/?", "rmse/N/?") == {
         "rmse": ["validation"],
-        "rmse (-)": ["validation", "B"],
+        "rmse (no unit)": ["validation", "B"],
         "rmse (?)": ["validation", "N"],
     }
 
 
 def test_every_curve_is_that_of_its_name() -> None:
     curves = {name: Series([1], [float(k)]) for k, name in enumerate(["rmse/kW", "mean_rmse/kW", "rmse/C/kW"])}
-    (panel,) = metric_panels(curves)
+    (panel,) = metric_panels(curves, UNITS)
     assert {label: series.values for label, series in panel.curves.items()} == {
         "validation": [0.0], "mean (compared)": [1.0], "C": [2.0]
     }  # fmt: skip
@@ -59,7 +63,7 @@ def test_every_curve_is_that_of_its_name() -> None:
 def test_parts_without_a_whole_share_a_panel_but_for_a_share() -> None:
     assert panels("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "prefers_chosen") == {
         "rewards": ["chosen", "rejected", "margins"],
-        "rewards/accuracies": ["validation"],
+        "rewards (accuracy, a share)": ["validation"],
         "prefers_chosen": ["validation"],
     }
 

@@ -3,14 +3,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from trunkline.engine.errors import DataError
-from trunkline.engine.record.metrics_file import MetricsFile
-from trunkline.engine.record.report import write_report
-from trunkline.engine.record.report_plots import Panel, Series, plot_panels, smooth
+from trunkline.engine.record.history import Series, read_history
+from trunkline.engine.record.metrics_file import RESUMED, MetricsFile
+from trunkline.engine.record.report import _losses, write_report
+from trunkline.engine.record.report_plots import Panel, plot_panels, smooth
 
 CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
 
@@ -138,6 +141,55 @@ def test_a_report_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (run / "report").write_text("mine")
     with pytest.raises(DataError, match=r"report: cannot be made \(File exists\); move away what is there"):
         write_report(run)
+
+
+def test_where_a_run_was_resumed_and_left_its_schedule_is_marked(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, "{}")
+    file = MetricsFile(run / "metrics.jsonl")
+    one, two = "deepspeed ZeRO 1, fp32, 1 rank", "fsdp ZeRO 3, fp32, 2 ranks"
+    file.log(20, RESUMED, {}, {"from": one, "to": two})
+    file.log(20, RESUMED, {}, {"from": one, "to": one, "lr_before": 1e-3, "lr_after": 5e-4})
+    file.log(
+        40, "train", {"loss": 1.0}, {"time": 1.5, "epoch": 2.5, "words_seen": 70, "samples_seen": 30, "seconds": 7.5}
+    )
+    file.close()
+    lines = write_report(run).read_text().splitlines()
+    assert {
+        "| resumed after step | 20, 20 |",
+        f"| 20 | {one} | {two} | its schedule's |",
+        f"| 20 | {one} | the same | 0.001, now 0.0005: another schedule |",
+        "| epochs | 2.5 |", "| samples | 30 |", "| words | 70 |",
+        "| time in training steps | 7.5 s (evaluations and saves not counted) |",
+    } <= set(lines)  # fmt: skip
+    assert not any("epoch |" in line or "words_seen" in line for line in lines)  # no metric
+
+
+def test_a_validation_loss_of_another_kind_has_axes_of_its_own(tmp_path: Path) -> None:
+    run = _short_run(tmp_path, "{}")
+    (run / "plan.json").write_text('{"validation_loss": "not smoothed", "metric_units": 5}')
+    history = read_history(run)
+    assert [panel.title for panel in _losses(history)] == ["training loss", "validation loss: not smoothed"]
+    assert (
+        "| training and validation loss | cannot be compared: validation's is not smoothed |"
+        in write_report(run).read_text()
+    )
+    (run / "plan.json").write_text("{}")
+    assert [list(panel.curves) for panel in _losses(read_history(run))] == [["train", "validation"]]
+
+
+def test_any_number_of_comparisons_are_drawn_in_dashes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, plot = [], Axes.plot
+
+    def noted(axes: Axes, *curve: Any, **style: Any) -> Any:
+        drawn.append(style.get("ls"))
+        return plot(axes, *curve, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    curves = {f"{name} (compared)": Series([1, 2], [1.0, 2.0]) for name in "abcdefg"}
+    plot_panels(tmp_path / "metrics.png", [Panel("rmse", curves)])
+    assert len(set(drawn)) == 7
 
 
 def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:

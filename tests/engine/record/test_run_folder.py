@@ -178,8 +178,8 @@ def test_a_start_over_what_a_run_has_left_is_refused_with_three_ways_out(
     finished(run)
     leave_only(run, *names)
     before = content(run)
-    ways = "--resume auto, give another --output-dir, or move the folder away or delete it"
-    with pytest.raises(ConfigError, match=rf"{run}: holds {names[0]}.* of an earlier run; resume it with {ways}"):
+    ways = f"--resume auto --output-dir {run}, give another --output-dir, or move the folder away or delete it"
+    with pytest.raises(ConfigError, match=rf"{run}: holds {names[0]}.* of an earlier run; resume with {ways}"):
         finished(run)
     assert content(run) == before
 
@@ -199,7 +199,7 @@ def test_to_go_on_from_another_run_over_what_a_run_has_left_is_refused(tmp_path:
     config = tiny_config(tmp_path)
     for resume in (tmp_path / "one", tmp_path / "one/checkpoints/step-00000004"):
         with pytest.raises(
-            ConfigError, match=f"two: holds .*, and --resume {resume} is another one; go on with --resume"
+            ConfigError, match=f"two: holds .*, and --resume {resume} is another one; resume with --resume auto"
         ):
             train(tmp_path / "two", config, resume=str(resume))
     assert content(tmp_path / "two") == before

@@ -14,7 +14,7 @@ import pytest
 from tests.engine.record.test_metrics_file import strict
 from trunkline.engine.machine.output import lasting_output
 from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
-from trunkline.engine.record.trackers import Trackers, make_trackers
+from trunkline.engine.record.trackers import At, Trackers, make_trackers
 
 
 class _Away:
@@ -26,7 +26,7 @@ class _Away:
         self.calls, self.first, self.last = 0, first, last
         self.rows: list[tuple[int, dict[str, float]]] = []
 
-    def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, split: str, values: Mapping[str, float], at: At) -> None:
         self.calls += 1
         if self.first <= self.calls <= self.last:
             raise RuntimeError("the server is gone")
@@ -46,7 +46,7 @@ def test_a_tracker_that_fails_gets_its_rows_later_after_one_warning_and_the_othe
     trackers.close()
     assert away.rows == [(step, {"loss": 1.0 / step}) for step in range(1, 6)]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    message = capsys.readouterr().err
+    message = capsys.readouterr().out
     assert message.count("warning") == 1
     assert "away fails (RuntimeError: the server is gone)" in message
 
@@ -58,14 +58,14 @@ def test_a_tracker_that_never_works_again_is_named_at_the_end_with_what_it_lacks
     for step in range(1, 6):
         trackers.log(step, "train", {"loss": 1.0})
     trackers.close()
-    assert "away did not take the last 4 rows" in capsys.readouterr().err
+    assert "away did not take the last 4 rows" in capsys.readouterr().out
 
 
 def test_a_tracker_that_takes_long_to_fail_is_not_asked_at_every_row() -> None:
     class Slow(_Away):
-        def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        def log(self, step: int, split: str, values: Mapping[str, float], at: At) -> None:
             time.sleep(0.2)
-            super().log(step, split, values)
+            super().log(step, split, values, at)
 
     slow = Slow(1, 10**9)
     trackers = Trackers([slow])
@@ -97,7 +97,7 @@ def test_a_row_that_cannot_be_written_at_all_does_not_stand_in_the_way_of_the_ne
     trackers.log(1, "val", {"loss": "many"})  # type: ignore[dict-item]
     trackers.log(2, "val", {"loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
-    assert "metrics.jsonl cannot take the row of step 1" in capsys.readouterr().err
+    assert "metrics.jsonl cannot take the row of step 1" in capsys.readouterr().out
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from tests.models.token_image.runs import run_config
 from tests.models.token_image.test_loss import made
-from trunkline.engine.plan import activation_bytes
+from trunkline.engine.planned_memory import activation_bytes
 from trunkline.models.token_image.information import LEAST, MOST, POINTS, Curve
 
 LEARNABLE = {

@@ -1,0 +1,136 @@
+"""Runs beside each other: what stands in the tables, and runs that are not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from trunkline.engine.errors import DataError
+from trunkline.engine.record.comparison import comparison, named, write_comparison
+from trunkline.engine.record.history import Series, median
+from trunkline.engine.record.metrics_file import RESUMED, MetricsFile
+
+CONFIG: dict[str, Any] = {
+    "workload": "tiny",
+    "training": {"seed": 1, "best": {"metric": "bleu", "mode": "max"}, "ema": None, "trackers": []},
+    "deepspeed": {"optimizer": {"params": {"lr": 0.1}}},
+}
+
+
+def run(folder: Path, config: dict[str, Any] | None = None, steps: int = 4, metric: str = "bleu") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config or CONFIG))
+    (folder / "plan.json").write_text(json.dumps({"steps": 4}))
+    file = MetricsFile.open(folder / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        at = {"time": 1e9, "epoch": step / 2, "words_seen": 70 * step, "samples_seen": 8 * step, "seconds": 2.0 * step}
+        if step == 2:
+            file.log(step, RESUMED, {}, {**at, "from": "one", "to": "two"})
+        file.log(step, "train", {"loss": 1 / step, "words_per_s": 35.0, "samples_per_s": 4.0}, at)
+        file.log(step, "val", {"loss": 2 / step, metric: [10.0, 30.0, 25.0, 20.0][step - 1]}, at)
+    file.close()
+    return folder
+
+
+def test_two_runs_are_told_apart_by_what_they_reached_and_by_the_keys_that_differ(tmp_path: Path) -> None:
+    other = json.loads(json.dumps(CONFIG)) | {"deepspeed": {"optimizer": {"params": {"lr": 0.2}}, "bf16": {}}}
+    other["training"]["ema"] = {"decay": 0.9}
+    text = comparison(named([run(tmp_path / "a"), run(tmp_path / "b", other, steps=3)]))
+    assert (
+        text
+        == """\
+|  | a | b |
+| --- | --- | --- |
+| workload | tiny | tiny |
+| steps | 4 of 4 | 3 of 4 |
+| epochs | 2 | 1.5 |
+| samples | 32 | 24 |
+| words | 280 | 210 |
+| time in training steps | 8 s | 6 s |
+| throughput, median | 4 samples/s, 35 words/s | 4 samples/s, 35 words/s |
+| resumed after step | 2 | 2 |
+| training loss, last | 0.25 | 0.333333 |
+
+- b has made 3 of its 4 steps
+
+## Validation
+
+At the evaluation with the best bleu, and at the last one:
+
+|  | a | b |
+| --- | --- | --- |
+| best step / last step | 2 / 4 | 2 / 3 |
+| loss | 1 / 0.5 | 1 / 0.666667 |
+| bleu | 30 / 20 | 30 / 25 |
+
+## Configurations
+
+| key | a | b |
+| --- | --- | --- |
+| training.ema | null | - |
+| deepspeed.optimizer.params.lr | 0.1 | 0.2 |
+| training.ema.decay | - | 0.9 |
+| deepspeed.bf16 | - | {} |
+"""
+    )
+
+
+def test_other_workloads_and_metrics_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
+    other = CONFIG | {"workload": "other"}
+    runs = named([run(tmp_path / "a"), run(tmp_path / "b", other, metric="rouge")])
+    lines = comparison(runs).splitlines()
+    assert "- the workloads differ (a tiny, b other): a loss of one is no measure of another" in lines
+    assert "- not measured by b, but by a: bleu" in lines
+    assert "- not measured by a, but by b: rouge" in lines
+    assert "| bleu | 30 / 20 | - |" in lines
+    assert '| workload | "tiny" | "other" |' in lines
+    page = write_comparison(runs, tmp_path / "out")
+    assert page.read_text() == f"# a, b\n\n![training and validation loss](compare.png)\n\n{comparison(runs)}"
+    assert imread(tmp_path / "out/compare.png").std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", '{"step": 1, "split": "train", "loss": 0.5}\n{"step"', "1 of its lines cannot be read"),
+        ("metrics.jsonl", None, "metrics.jsonl: cannot be read (No such file or directory): nothing is known of its"),
+        ("config.json", "{", "config.json: cannot be read ("),
+        ("plan.json", "[]", "plan.json: cannot be read ("),
+    ],
+)
+def test_what_is_damaged_is_named_once_and_the_rest_is_compared(
+    tmp_path: Path, name: str, content: str | None, said: str
+) -> None:
+    broken = run(tmp_path / "b")
+    (broken / name).unlink()
+    if content is not None:
+        (broken / name).write_text(content)
+    runs = named([run(tmp_path / "a"), broken])
+    text = comparison(runs)
+    assert text.count(said) == text.count(str(broken / name)) == 1
+    assert "| steps | 4 of 4 |" in text
+
+
+def test_folders_of_one_name_are_told_by_their_paths_and_what_is_no_run_is_an_error(tmp_path: Path) -> None:
+    one, two = run(tmp_path / "one/run"), run(tmp_path / "two/run")
+    assert list(named([one, two, one])) == [str(one), str(two)]
+    with pytest.raises(DataError, match=r"nowhere: not the folder of a run: .*metrics\.jsonl: cannot be read"):
+        named([one, tmp_path / "nowhere"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"--out .*file: cannot be made \(File exists\)"):
+        write_comparison(named([one, two]), tmp_path / "file")
+
+
+def test_runs_without_numbers_have_a_page_without_curves(tmp_path: Path) -> None:
+    for name in "ab":
+        (run(tmp_path / name) / "metrics.jsonl").write_text("")
+    runs = named([tmp_path / "a", tmp_path / "b"])
+    assert "None of the runs was evaluated." in comparison(runs)
+    assert "The configurations are equal." in comparison(runs)
+    assert "![" not in write_comparison(runs, tmp_path / "out").read_text()
+    assert runs["a"].series("train", "loss") == Series([], [])
+    assert median([1.0, 2.0]) == 2.0
