@@ -69,13 +69,18 @@ def launcher_call(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def calls(page: Path) -> list[tuple[str, list[str]]]:
-    """The launchers that a page starts with flags, in blocks and in running text."""
+    """The launchers that a page starts with flags, in blocks and in running text, but for a workload that it makes."""
     lines = list(commands(read(page)))
     for span in spans(read(page)):
         with contextlib.suppress(ValueError):
             lines.append(shlex.split(span))
     called = [call for line in lines if (call := launcher_call(line))]
-    return [(name, words) for name, words in called if any(word.startswith("-") for word in words)]
+    made = {words[0] for name, words in called if name == "new_workload" and words}
+    return [
+        (name, words)
+        for name, words in called
+        if any(word.startswith("-") for word in words) and not made & set("/".join(words).split("/"))
+    ]
 
 
 def complaint(launcher: str, words: Sequence[str], workload: str) -> str:
