@@ -24,7 +24,6 @@ HEADINGS = [
     "What it does", "Quick start", "Your own data", "Configuration", "Training", "Evaluating and predicting", "Results",
     "Limits",
 ]  # fmt: skip
-OTHERS = "tides"  # a workload that is not here; its commands are run in tests/launchers/test_new_workload.py
 MADE_BY_A_RUN = {"data", "runs", "report", "best", "final", "checkpoints", "tensorboard", "shown", "evaluation"}
 
 
@@ -70,14 +69,18 @@ def launcher_call(words: Sequence[str]) -> tuple[str, list[str]] | None:
 
 
 def calls(page: Path) -> list[tuple[str, list[str]]]:
-    """The launchers that a page starts with flags, in blocks and in running text."""
+    """The launchers that a page starts with flags, in blocks and in running text, but for a workload that it makes."""
     lines = list(commands(read(page)))
     for span in spans(read(page)):
         with contextlib.suppress(ValueError):
             lines.append(shlex.split(span))
     called = [call for line in lines if (call := launcher_call(line))]
-    own = [(name, words) for name, words in called if not any(OTHERS in word for word in words)]
-    return [(name, words) for name, words in own if any(word.startswith("-") for word in words)]
+    made = {words[0] for name, words in called if name == "new_workload" and words}
+    return [
+        (name, words)
+        for name, words in called
+        if any(word.startswith("-") for word in words) and not made & set("/".join(words).split("/"))
+    ]
 
 
 def complaint(launcher: str, words: Sequence[str], workload: str) -> str:
