@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from trunkline.engine.config.run_config import Best, EarlyStopping
 
-
 UNCOUNTED: dict[str, None] = {"samples_seen": None, "weight_seen": None, "seconds": None}
 """What a state says of steps that were not counted."""
 
