@@ -113,7 +113,7 @@ class Assembly:
         if "schedule" in self.found.state:
             before, rate = self.found.state["schedule"], self.backend.learning_rate()
             self.notes += note_of_change(before, followed(self.config, self.total_steps), progress.step, rate)
-            if rate != before["rate"]:
+            if not math.isclose(rate, before["rate"], rel_tol=1e-9):
                 self.resumed |= {"lr_before": before["rate"], "lr_after": rate}
         return progress
 

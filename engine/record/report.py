@@ -52,8 +52,8 @@ def _draw(history: History, report: Path, metrics: list[Panel]) -> list[str]:
     """Draw what there is to draw. Returns the names of the files written."""
     skipped = history.series("skipped", "skipped_steps").steps
     marks = {
-        "resumed": [resume.step for resume in history.resumes],
-        "another rate": [resume.step for resume in history.resumes if resume.rates],
+        "resumed": [resume.step for resume in history.resumes if not resume.rates],
+        "resumed with another rate": [resume.step for resume in history.resumes if resume.rates],
     }
 
     def training(title: str, key: str, smoothed: bool = False, from_zero: bool = False) -> Panel:

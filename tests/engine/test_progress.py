@@ -53,6 +53,19 @@ def test_a_run_of_an_earlier_version_resumes_without_what_it_did_not_count(tmp_p
     assert whole.progress.samples_seen == 48
 
 
+def test_a_resume_that_leaves_the_schedule_says_both_rates_and_one_that_follows_it_none(tmp_path: Path) -> None:
+    short = {"steps": 4, "save_every": 2, "keep_last": 9}
+    train(tmp_path / "run", tiny_config(tmp_path, training=short))
+    step_2, config = tmp_path / "run/checkpoints/step-00000002", tiny_config(tmp_path, training=short)
+    train(tmp_path / "same", config, resume=str(step_2))
+    (row,) = lines(tmp_path / "same", "resumed")
+    assert row.keys() == {"step", "split", "epoch", "points_seen", "samples_seen", "from", "to"}
+    train(tmp_path / "longer", tiny_config(tmp_path, training={"steps": 8}), resume=str(step_2))
+    (row,) = lines(tmp_path / "longer", "resumed")
+    assert row["lr_before"] == lines(tmp_path / "run")[2]["lr"]
+    assert row["lr_after"] == lines(tmp_path / "longer")[0]["lr"] != row["lr_before"]
+
+
 EVERY = {"steps": 4, "eval_every": 2, "save_every": 2}
 
 
