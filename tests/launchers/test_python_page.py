@@ -36,6 +36,7 @@ def _log() -> Iterator[None]:
     LOG.manager._clear_cache()
 
 
+@pytest.mark.slow  # test_api.py is the short test of the same
 @pytest.mark.usefixtures("_log")
 def test_every_block_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -63,6 +64,7 @@ def test_every_block_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 def test_the_page_is_a_notebook(folder: Path) -> None:
+    """Where nbclient and ipykernel are installed, which Trunkline's extras do not bring."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(block) for block in BLOCKS])
     check = "import os, torch; print({'RANK', 'WORLD_SIZE'} & set(os.environ), torch.distributed.is_initialized())"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import subprocess
 import sys
@@ -65,3 +66,11 @@ def test_what_a_program_has_set_before_stays(before: str, printed: str) -> None:
     code += "from trunkline.engine.machine.log import LOG; LOG.info('a note')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (printed, "")
+
+
+def test_the_engine_says_nothing_past_the_logger() -> None:
+    programs = {"doctor.py", "fsdp_section.py", "report.py", "selftest.py"}  # these are run as such
+    for path in (ROOT / "engine").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        said = {ast.unparse(call) for call in calls} & {"print", "tqdm.write"}
+        assert not said or path.name in programs | {"log.py"}, f"{path} calls {said}: use trunkline.engine.machine.log"
