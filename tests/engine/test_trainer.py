@@ -399,9 +399,7 @@ def test_asking_to_resume_what_is_not_there_is_an_error(tmp_path: Path) -> None:
         train(tmp_path / "run", tiny_config(tmp_path), resume=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("activation_checkpointing", True), ("compile", "aot_eager"), ("num_workers", 2)]
-)
+@pytest.mark.parametrize(("option", "value"), [("activation_checkpointing", True), ("num_workers", 2)])
 def test_options_that_cost_or_save_time_leave_the_losses_alone(tmp_path: Path, option: str, value: Any) -> None:
     train(tmp_path / "plain", tiny_config(tmp_path))
     train(tmp_path / "option", tiny_config(tmp_path, training={option: value}))

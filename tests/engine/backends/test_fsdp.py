@@ -101,6 +101,13 @@ def test_options_leave_the_losses_alone(tmp_path: Path) -> None:
         "checkpointing": ("fsdp", {"training": {"activation_checkpointing": True}}),
         "checkpointing-2": ("fsdp", {"stage": 2, "training": {"activation_checkpointing": True}}),
         "compile": ("fsdp", {"training": {"compile": "aot_eager"}}),
+        "compile-zero": (
+            "deepspeed",
+            {
+                "training": {"compile": "aot_eager"},
+                "zero_optimization": {"stage3_param_persistence_threshold": 0},
+            },
+        ),
         "offload": ("fsdp", {"stage": 2, "zero_optimization": offload}),
         "offload-param": ("fsdp", {"zero_optimization": offload | {"offload_param": {"device": "cpu"}}}),
         "uneven": ("fsdp", {"model": {"hidden": 7}}),

@@ -62,38 +62,25 @@ def test_a_model_without_blocks_is_compiled_whole(counted: Counted, tmp_path: Pa
     assert len(counted.graphs) == 1
 
 
-def _runs(compiler: str, stages: dict[str, tuple[int, ...]], options: tuple[bool, ...]) -> dict[str, Any]:
-    return {
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_blocks_that_inductor_compiles_leave_the_losses_alone_on_two_ranks(tmp_path: Path) -> None:
+    """tests/engine/backends/test_fsdp.py does it fast, with "aot_eager"."""
+    runs = {
         f"{backend}-{stage}-{recomputed}": (
             backend,
             {
                 "stage": stage,
-                "training": {"compile": compiler, "activation_checkpointing": recomputed},
+                "training": {"compile": "inductor", "activation_checkpointing": recomputed},
                 "zero_optimization": {"stage3_param_persistence_threshold": 0}
                 if (backend, stage) == ("deepspeed", 3)
                 else {},
             },
         )
-        for backend, at in stages.items()
-        for stage in at
-        for recomputed in options
+        for backend in ("deepspeed", "fsdp")
+        for stage in range(4)
+        for recomputed in (False, True)
     }
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("compiler", "stages", "options"),
-    [
-        ("aot_eager", {"deepspeed": (3,)}, (False,)),
-        pytest.param(
-            "inductor", {"deepspeed": (0, 1, 2, 3), "fsdp": (0, 1, 2, 3)}, (False, True), marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_compiled_blocks_leave_the_losses_alone_on_two_ranks(
-    compiler: str, stages: dict[str, tuple[int, ...]], options: tuple[bool, ...], tmp_path: Path
-) -> None:
-    runs = _runs(compiler, stages, options)
     run_distributed_test(runs_on_a_rank, 2, tmp_path, runs, backend=None, timeout_s=1500)
     expected = reference_losses(configuration(tmp_path))
     for name in runs:
