@@ -178,7 +178,7 @@ class MLflow:
 
     def put(self, position: int, values: Mapping[str, float]) -> None:
         """Add one point a value. What MLflow has no place for in a name, such as "&", becomes "_". Of names that are
-        written alike then, what was changed in them gets a mark."""
+        written alike then, what was changed in them gets a mark. A slash after another name becomes a point."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -198,11 +198,20 @@ class MLflow:
 
 def written_apart(names: Iterable[str]) -> dict[str, str]:
     """By name, what MLflow can write for it: something else for each."""
-    written = {name: _writable(name) for name in names}
+    every = set(names)
+    written = {name: _writable(_beside(name, every)) for name in every}
     alike = Counter(written.values())
     return {
         name: found if alike[found] == 1 else "/".join(map(_marked, name.split("/"))) for name, found in written.items()
     }
+
+
+def _beside(name: str, names: set[str]) -> str:
+    """ "val/mse.B" for "val/mse/B" where "val/mse" is a name too: in a store of files it is a file, and no folder."""
+    for slash in re.finditer("/", name):
+        if name[: slash.start()] in names:
+            return name[: slash.start()] + name[slash.start() :].replace("/", ".")
+    return name
 
 
 def _writable(name: str) -> str:

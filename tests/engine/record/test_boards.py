@@ -111,6 +111,19 @@ def test_what_mlflow_would_write_alike_keeps_names_of_its_own() -> None:
     assert written_apart(names[::-1]) == written
 
 
+def test_a_name_that_begins_with_another_is_no_file_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
+    keep_in_files(tmp_path, monkeypatch)
+    trackers = make_trackers(["mlflow"], tmp_path, {"workload": "tiny"}, 0)
+    trackers.log(1, "val", {"mse": 1.0, "mse/B": 2.0, "mse/B/MPa": 3.0, "cat/recall": 4.0})
+    trackers.close()
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    shown = {"val/mse": 1.0, "val/mse.B": 2.0, "val/mse.B.MPa": 3.0, "val/cat/recall": 4.0}
+    assert {name: run.data.metrics.get(name) for name in shown} == shown
+
+
 CLASSIFIER = Tracking(
     names={"train/loss": "train_loss", "train/lr": "learning_rate", "train/grad_norm": None, "val/loss": "valid_loss",
            "val/accuracy": "accuracy", "val/cat recall": None},
