@@ -15,6 +15,7 @@ from trunkline.engine.config.deepspeed_section import DeepSpeedSection
 from trunkline.engine.config.fsdp_section import check_fsdp_section
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.hardware import has_bf16_units
 from trunkline.engine.optim.extensions import check_compiler
 from trunkline.engine.optim.optimizer_probe import check_optimizer
 from trunkline.engine.optim.schedules import check_length, decided
@@ -37,21 +38,17 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     except ConfigError as error:
         key = str(error).partition(":")[0]  # where messages have one
         raise ConfigError(f"{config.where(key)}: {error}") from error
-    return replace(config, notes=(*config.notes, *_slow_on_a_cpu(config.deepspeed, device)))
+    return replace(config, notes=(*config.notes, *_slow_precision(config.deepspeed, device)))
 
 
-def _slow_on_a_cpu(section: DeepSpeedSection, device: torch.device) -> list[str]:
-    """What to do about bf16 on a processor that has to emulate it."""
-    able = torch.cpu.get_capabilities()
-    if device.type != "cpu" or not section.bf16.enabled or any(able.get(name) for name in _BF16_UNITS):
+def _slow_precision(section: DeepSpeedSection, device: torch.device) -> list[str]:
+    """What to do about bf16 on a device that has to emulate it."""
+    if not section.bf16.enabled or has_bf16_units(device):
         return []
+    what = "processor" if device.type == "cpu" else "GPU"
     return [
-        "note: this processor computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"
+        f"note: this {what} computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"
     ]
-
-
-_BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
-"""Any of them, as torch.cpu.get_capabilities names them on x86-64 and on Arm."""
 
 
 def _check_deepspeed(section: DeepSpeedSection) -> None:

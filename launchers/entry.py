@@ -13,6 +13,7 @@ So that signals are heard early and --help is quick, a launcher imports what tak
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -40,7 +41,13 @@ def status_of(command: Callable[[], int | None], on_error: Callable[[Exception],
     on_error: is called with every error, also with one of the program, which is raised
     """
     try:
-        return command() or 0
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads has enough, as `| head` has: no mistake, and what a shell calls it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"interrupted: {AGAIN}", file=sys.stderr)
         return INTERRUPTED

@@ -1,6 +1,7 @@
 """What the machine offers and what of it is in use.
 
 choose_device(name)         the device that a person named, or the GPU where there is one
+has_bf16_units(device)      whether it computes in bf16 itself
 peak_flops(device, dtype)   the device's dense peak rate in FLOP/s, or None where it is not known
 memory_in_use(device)       GiB in use by this process, by name
 peak_memory(device)         GiB at most since reset_peak_memory(device)
@@ -106,6 +107,17 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself; without, it emulates it, many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in _BF16_UNITS)
+
+
+_BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+"""Any of them, as torch.cpu.get_capabilities names them on x86-64 and on Arm."""
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

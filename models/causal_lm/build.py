@@ -62,7 +62,7 @@ def hf_config_of(model: CausalLMModel, max_length: int) -> PreTrainedConfig:
     if isinstance(longest, int) and 0 < longest < max_length:
         raise ConfigError(
             f"data.max_length is {max_length}, but the model of {folder} knows {longest} positions: set it to "
-            f"{longest} or less"
+            f"{longest} or less, --set data.max_length={longest}"
         )
     return config
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from trunkline.engine.config.flags import Flag
 from trunkline.models.causal_lm.records import KINDS
+
+
+def _precision(config: dict[str, Any], value: str, world_size: int) -> dict[str, Any]:
+    from trunkline.engine.machine.hardware import choose_device, has_bf16_units  # which imports PyTorch
+
+    enabled = value == "bf16" or (value == "auto" and has_bf16_units(choose_device(None)))
+    return {"deepspeed.bf16.enabled": enabled}
+
 
 _CONFIGS = Path(__file__).parents[2] / "configs/causal_lm"
 FLAGS = (
     Flag("store", "folder that launchers/prepare.py wrote", str, "data.store"),
     Flag("model-path", "folder of the model that training starts from; without --config it is fine-tuned on answers",
          str, lambda config, value, world_size: {"model.path": value, "model.preset": None},
-         defaults=_CONFIGS / "sft.json"),
+         defaults=_CONFIGS / "fine-tune.json"),
     Flag("objective", "what is trained", str,
          lambda config, value, world_size: {"model.objective": {"type": value}}, choices=("pretrain", "sft", "dpo")),
+    Flag("precision", "what is computed in; auto: bf16 on a device that has units for it, else fp32", str, _precision,
+         default="auto", choices=("auto", "bf16", "fp32")),
 )  # fmt: skip
 DEFAULTS = _CONFIGS / "tiny.json"
 DEFAULT_VOCAB_SIZE = 10_000

@@ -48,7 +48,7 @@ except SystemExit as end:
                 "--run DIR --help",
                 "--out",
                 "--device",
-                "The workloads: causal_lm, fluid, image_classification, seq2seq, token_image.",
+                "causal_lm: --batch-size",
             ],
         ),
         (
@@ -57,7 +57,7 @@ except SystemExit as end:
             [
                 "--run DIR --help",
                 "--device",
-                "The workloads: causal_lm, fluid, image_classification, seq2seq, token_image.",
+                "token_image: --",
             ],
         ),
         ("prepare", [], ["causal_lm|fluid"]),
@@ -122,3 +122,16 @@ def test_the_launchers_folder_hides_no_package_of_a_launchers_name() -> None:
     program = f"import sys; sys.path[0] = {str(ROOT / 'launchers')!r}; sys.path.append({str(ROOT)!r}); {look}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_reader_that_has_enough_ends_a_program_without_a_word() -> None:
+    """As in `launchers/compare.py ... | head -1`."""
+    code = """
+import sys
+from trunkline.launchers.entry import begin, status_of
+begin("stderr")
+sys.exit(status_of(lambda: print("a line\\n" * 100_000)))
+"""
+    command = f"{sys.executable} -c '{code}' | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("a line\n", "", 141)
