@@ -121,15 +121,25 @@ def choose_backend(name: str) -> str:
 
 
 def import_deepspeed() -> None:
-    """DeepSpeed without MLflow, which takes two seconds and which only its autotuner needs. Raises ImportError."""
+    """DeepSpeed without MLflow, which takes two seconds and which only its autotuner needs. Raises ImportError.
+
+    Without a GPU it is told so, or it would warn that it found none.
+    """
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # to Python, a module that there is not
+    told = "DS_ACCELERATOR" not in os.environ and not torch.cuda.is_available()
+    if told:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
+
+        deepspeed.accelerator.get_accelerator()
     finally:
         if hidden:
             del sys.modules["mlflow"]
+        if told:
+            del os.environ["DS_ACCELERATOR"]
 
 
 def prepare_backend(

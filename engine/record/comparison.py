@@ -36,7 +36,9 @@ def named(folders: Iterable[Path]) -> Runs:
     runs = {name: read_history(folder) for name, folder in zip(names, folders, strict=True)}
     for run in runs.values():
         if not (run.rows or run.config):
-            raise DataError(f"{run.folder}: not the folder of a run: {'; '.join(run.problems)}; give another one")
+            raise DataError(
+                f"{run.folder}: not the folder of a run (no metrics.jsonl, config.json and plan.json that can be read): give another one"
+            )
     return runs
 
 

@@ -154,7 +154,9 @@ def _facts(history: History) -> list[tuple[str, str]]:
     if (seconds := history.training_seconds) is not None:
         facts.append(("time in training steps", f"{duration(seconds)} (evaluations and saves not counted)"))
     if times := history.series("train", "step_time_s").values:
-        facts.append(("time a step, median", f"{median(times) * 1e3:.4g} ms"))
+        facts.append(
+            ("time a step, median", f"{median(times):.4g} s" if median(times) >= 1 else f"{median(times) * 1e3:.4g} ms")
+        )
     if throughput := history.throughput():
         facts.append(("throughput, median", throughput))
     if (mfu := history.series("train", "mfu")).values:

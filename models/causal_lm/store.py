@@ -97,7 +97,7 @@ class Store(TokenStore):
     """A whole, checked data set, of kind "text", "conversations" or "preferences"."""
 
     workload = "causal_lm"
-    prepare = "python launchers/prepare.py causal_lm --out"
+    prepare = "python launchers/prepare.py causal_lm --kind KIND --source FILES --tokenizer MODEL --out"
     kinds, entry = KINDS, SplitEntry
     kind: Kind
     entries: dict[str, SplitEntry]

@@ -29,7 +29,7 @@ class Store(ColumnStore):
     """A whole, checked data set, of kind "pairs" or "text"."""
 
     workload = "seq2seq"
-    prepare = "python launchers/prepare.py seq2seq --out"
+    prepare = "python launchers/prepare.py seq2seq --source FILES --train-tokenizer --out"
     columns = {"pairs": ("input", "target"), "text": ("input",)}  # noqa: RUF012 - a constant of the class
     entry, further = SplitEntry, frozenset({"test"})
     kind: Kind

@@ -139,7 +139,9 @@ def test_a_file_cut_short_or_gone_is_named(store: Store, name: str) -> None:
     with pytest.raises(DataError, match=rf"{name}: damaged"):
         Store.open(store.root)
     path.unlink()
-    with pytest.raises(DataError, match=rf"{name}: is missing: .*launchers/prepare\.py causal_lm --out {store.root}"):
+    with pytest.raises(
+        DataError, match=rf"{name}: is missing: .*launchers/prepare\.py causal_lm --kind .* --out {store.root}"
+    ):
         Store.open(store.root)
 
 

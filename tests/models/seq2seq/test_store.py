@@ -81,7 +81,7 @@ def test_a_damaged_store_is_named(root: Path, damage: str) -> None:
     with pytest.raises(DataError, match=message) as raised:
         Store.open(root)
     assert str(root) in str(raised.value)
-    assert "python launchers/prepare.py seq2seq --out" in str(raised.value)
+    assert "python launchers/prepare.py seq2seq --source FILES --train-tokenizer --out" in str(raised.value)
 
 
 def test_a_changed_token_is_found_before_it_is_used(root: Path) -> None:
