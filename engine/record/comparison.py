@@ -37,7 +37,8 @@ def named(folders: Iterable[Path]) -> Runs:
     for run in runs.values():
         if not (run.rows or run.config):
             raise DataError(
-                f"{run.folder}: not the folder of a run (no metrics.jsonl, config.json and plan.json that can be read): give another one"
+                f"{run.folder}: not the folder of a run (no metrics.jsonl, config.json and plan.json to read): "
+                "give another one"
             )
     return runs
 
