@@ -45,9 +45,7 @@ def _slow_on_a_cpu(section: DeepSpeedSection, device: torch.device) -> list[str]
     able = torch.cpu.get_capabilities()
     if device.type != "cpu" or not section.bf16.enabled or any(able.get(name) for name in _BF16_UNITS):
         return []
-    return [
-        "note: this processor computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"
-    ]
+    return ["this processor computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"]
 
 
 _BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
