@@ -24,6 +24,7 @@ from trunkline.engine.memory.shortage import OutOfMemory
 from trunkline.engine.optim import nonfinite
 from trunkline.engine.optim.clipping import clip_norm, note_norm
 from trunkline.engine.ranks.distributed import sum_over_ranks
+from trunkline.engine.record.metrics_file import check_names
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
 from trunkline.engine.task import Batch, Sums, add_sums, lengths_of
@@ -185,6 +186,7 @@ class Stepper:
         """What is logged of a step: the means of its sums, the rate and the norm; nothing of one that is not logged."""
         if made.sums is None:
             return {}
+        check_names(made.sums, f"{type(self.run.task).__name__}.loss")
         total = sum_over_ranks(made.sums, self.run.ranks)
         weight = made.logged_weight
         means = {key: float(value / weight) if weight else math.nan for key, value in total.items()}

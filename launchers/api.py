@@ -175,7 +175,9 @@ def _finished(trainer: Trainer) -> Trained:
             report = str(write_report(folder).relative_to(folder))
         except Exception as error:  # whatever it is, the run is done, and the other ranks wait for the lines below
             why = str(error) if isinstance(error, OSError | DataError) else f"{type(error).__name__}: {error}"
-            report = f"no report ({why}); `python -m trunkline.engine.record.report {folder}` writes it once that is mended"
+            report = (
+                f"no report ({why}); `python -m trunkline.engine.record.report {folder}` writes it once that is mended"
+            )
         LOG.info(f"done: {folder} holds {outcome(folder, trainer.config.training.best, progress, report)}")
     rows = from_main(_last_rows(folder) if ranks.is_main else {}, ranks)
     return Trained(

@@ -61,10 +61,10 @@ def _as_one_graph(block: nn.Module, backend: str) -> Callable[..., Any]:
         try:
             return compiled(*arguments, **named)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            places = re.findall(r'File (".*", line \d+)', str(error))
+            what, places = str(error).splitlines()[0], re.findall(r'File (".*", line \d+)', str(error))
             raise ConfigError(
                 f"training.compile: {type(block).__name__}: cannot be compiled as one graph: "
-                f"{', '.join([str(error).splitlines()[0], *places[-1:]])}: set training.compile=false, or mend the block"
+                f"{', '.join([what, *places[-1:]])}: set training.compile=false, or mend the block"
             ) from error
 
     return forward

@@ -107,6 +107,26 @@ def test_a_report_that_cannot_be_drawn_costs_no_run(tmp_path: Path, capsys: pyte
     assert f"`python -m trunkline.engine.record.report {tmp_path / 'run'}` writes it once that is mended" in said
 
 
+class Timed(Line):
+    """Its own `seconds`, of training or of validation."""
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().loss(model, batch) | ({"seconds": torch.ones(())} if model.training else {})
+
+
+class TimedOnVal(Line):
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return super().summarize(sums) | {"tokens_seen": 1.0}
+
+
+def test_a_metric_that_would_overwrite_where_the_run_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Timed.loss: a metric is named 'seconds', .* rename it$"):
+        train(Timed(), line_config(), output_dir=tmp_path / "train")
+    with pytest.raises(ConfigError, match=r"^TimedOnVal.summarize: a metric is named 'tokens_seen'"):
+        train(TimedOnVal(), line_config(), output_dir=tmp_path / "val")
+    assert read_metrics(tmp_path / "val" / "metrics.jsonl") == []
+
+
 def test_it_trains_in_a_thread_and_one_run_at_a_time(tmp_path: Path) -> None:
     found: list[Trained | Exception] = []
     begun, go = threading.Event(), threading.Event()
