@@ -26,7 +26,7 @@ from trunkline.engine.progress import Progress
 
 RESUMED = "resumed"
 """The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
-and, where the rate is no longer that of the schedule before, "lr_before" and "lr_after"."""
+and, where the run follows another schedule from there on, "lr_before" and "lr_after"."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
