@@ -98,8 +98,8 @@ class Stepper:
         else:
             self.room.longest_step = max(longest, self.room.longest_step)
             stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
-            samples = run.batches.count(progress.step)
-            progress.count(samples_seen=samples, weight_seen=float(weight))
+            samples, whole_weight = run.batches.count(progress.step), float(weight)
+            progress.count(samples_seen=samples, weight_seen=whole_weight)
             progress.step += 1
             if save_failed:
                 run.checkpoints.wait()  # raises it, on all ranks in the same step
@@ -111,7 +111,7 @@ class Stepper:
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
             logged, logged_weight = self._logged(sums, weight, is_logged, stepped.skipped)
-            return StepResult(logged, samples, float(weight), logged_weight, rate, stepped.grad_norm, bool(stop))
+            return StepResult(logged, samples, whole_weight, logged_weight, rate, stepped.grad_norm, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
