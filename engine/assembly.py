@@ -112,8 +112,8 @@ class Assembly:
         progress = Progress(**{name: self.found.state.get(name, value) for name, value in begin.items()})
         if "schedule" in self.found.state:
             before, rate = self.found.state["schedule"], self.backend.learning_rate()
-            self.notes += note_of_change(before, followed(self.config, self.total_steps), progress.step, rate)
-            if not math.isclose(rate, before["rate"], rel_tol=1e-9):
+            if said := note_of_change(before, followed(self.config, self.total_steps), progress.step, rate):
+                self.notes += said
                 self.resumed |= {"lr_before": before["rate"], "lr_after": rate}
         return progress
 

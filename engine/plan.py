@@ -62,7 +62,7 @@ def make_plan(
         "validation_loss": task.validation_loss,
         "config": decided,
         "origins": dict(sorted(origins.items())),
-        "notes": [*unused_settings(config, task.tracking), *task.assumed, *notes],
+        "notes": [*unused_settings(config, task.tracking), *task.assumed, *notes, *config.notes],
         "unknown": unknown,
     }
 

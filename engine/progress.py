@@ -53,7 +53,7 @@ class Progress:
             self.since_line_weight, self.since_line = sums.pop(""), sums
 
     def count(self, **more: float) -> None:
-        """Add what a step has seen, or how long it took, to what `UNCOUNTED` names."""
+        """Add to the totals that `UNCOUNTED` names. One that is None, as the run did not begin with it, stays so."""
         for name, value in more.items():
             if (before := getattr(self, name)) is not None:
                 setattr(self, name, before + value)

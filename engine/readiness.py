@@ -3,6 +3,7 @@
 They come before anything is built.
 
 config = ready(config, "deepspeed", total_steps, world_size, device)     "auto" decided, faults named
+check_backend(config, "fsdp", world_size)                                those of them that need no length
 """
 
 from __future__ import annotations
@@ -27,11 +28,8 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     Raises ConfigError for a schedule that does not fit the run, an optimizer that could not be saved, split or resumed,
     or built, and for what the backend does not do.
     """
-    if backend == "fsdp":
-        check_fsdp_section(config.deepspeed, config.where, world_size)
+    check_backend(config, backend, world_size)
     try:
-        if backend == "deepspeed":
-            _check_deepspeed(config.deepspeed)
         config = _with_schedule(config, total_steps)
         check_optimizer(config.deepspeed, backend, total_steps, device)
         check_compiler(config.deepspeed, device)
@@ -46,17 +44,19 @@ def _slow_precision(section: DeepSpeedSection, device: torch.device) -> list[str
     if not section.bf16.enabled or has_bf16_units(device):
         return []
     what = "processor" if device.type == "cpu" else "GPU"
-    return [
-        f"note: this {what} computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"
-    ]
+    return [f"this {what} computes in bf16 many times slower than in fp32: add --set deepspeed.bf16.enabled=false"]
 
 
-def _check_deepspeed(section: DeepSpeedSection) -> None:
-    stage, together = section.zero_optimization.stage, section.zero_optimization.zero_hpz_partition_size or 1
-    if together > 1 and stage < 3:
+def check_backend(config: RunConfig, backend: str, world_size: int) -> None:
+    """Raise ConfigError for what the backend does not do, in a run of any length."""
+    if backend == "fsdp":
+        check_fsdp_section(config.deepspeed, config.where, world_size)
+        return
+    zero, key = config.deepspeed.zero_optimization, "deepspeed.zero_optimization.zero_hpz_partition_size"
+    if (together := zero.zero_hpz_partition_size or 1) > 1 and zero.stage < 3:
         raise ConfigError(
-            f"deepspeed.zero_optimization.zero_hpz_partition_size: {together} has no effect at stage {stage} on "
-            "DeepSpeed: use stage 3, or --backend fsdp"
+            f"{config.where(key)}: {key}: {together} has no effect at stage {zero.stage} on DeepSpeed: use stage 3, or "
+            "--backend fsdp"
         )
 
 

@@ -24,6 +24,7 @@ from trunkline.engine.memory.shortage import OutOfMemory
 from trunkline.engine.optim import nonfinite
 from trunkline.engine.optim.clipping import clip_norm, note_norm
 from trunkline.engine.ranks.distributed import sum_over_ranks
+from trunkline.engine.record.metrics_file import check_names
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
 from trunkline.engine.task import Batch, Sums, add_sums, lengths_of
@@ -97,8 +98,8 @@ class Stepper:
         else:
             self.room.longest_step = max(longest, self.room.longest_step)
             stop, save_failed = flags.tolist()  # not sooner: a GPU's queue is drained here
-            samples = run.batches.count(progress.step)
-            progress.count(samples_seen=samples, weight_seen=float(weight))
+            samples, whole_weight = run.batches.count(progress.step), float(weight)
+            progress.count(samples_seen=samples, weight_seen=whole_weight)
             progress.step += 1
             if save_failed:
                 run.checkpoints.wait()  # raises it, on all ranks in the same step
@@ -110,7 +111,7 @@ class Stepper:
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
             logged, logged_weight = self._logged(sums, weight, is_logged, stepped.skipped)
-            return StepResult(logged, samples, float(weight), logged_weight, rate, stepped.grad_norm, bool(stop))
+            return StepResult(logged, samples, whole_weight, logged_weight, rate, stepped.grad_norm, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
@@ -185,6 +186,7 @@ class Stepper:
         """What is logged of a step: the means of its sums, the rate and the norm; nothing of one that is not logged."""
         if made.sums is None:
             return {}
+        check_names(made.sums, f"{type(self.run.task).__name__}.loss")
         total = sum_over_ranks(made.sums, self.run.ranks)
         weight = made.logged_weight
         means = {key: float(value / weight) if weight else math.nan for key, value in total.items()}

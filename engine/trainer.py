@@ -143,7 +143,7 @@ class Trainer(Run):
 
         on_main(lambda: write_json(folder / "config.json", config.as_dict()), ranks, f"{folder}: cannot be used")
         on_main(lambda: write_json(folder / "plan.json", self.assembly.plan), ranks, f"{folder}: cannot be used")
-        notes = [*config.notes, *task.notes(), *self.assembly.notes, *self.micro.notes]
+        notes = [*task.notes(), *self.assembly.notes, *self.micro.notes]
         self.say("\n".join([render_summary(self.assembly.plan), *notes]))
         keep_assets(folder, task, config, ranks)
         for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):

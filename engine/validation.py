@@ -10,6 +10,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import evaluate, evaluated
 from trunkline.engine.memory.shortage import OutOfMemory
 from trunkline.engine.record.boards import SHOWN
+from trunkline.engine.record.metrics_file import check_names
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
 
@@ -70,6 +71,7 @@ class Validation:
         except OutOfMemory as error:
             shortage = error.shortage
         else:
+            check_names(metrics, f"{type(run.task).__name__}.summarize")
             if best.metric not in metrics:
                 raise ConfigError(
                     f"training.best.metric: '{best.metric}' is not measured{nearest(best.metric, list(metrics))}"

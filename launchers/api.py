@@ -173,9 +173,10 @@ def _finished(trainer: Trainer) -> Trained:
     if ranks.is_main:
         try:
             report = str(write_report(folder).relative_to(folder))
-        except (OSError, DataError) as error:  # the run is done all the same
+        except Exception as error:  # whatever it is, the run is done, and the other ranks wait for the lines below
+            why = str(error) if isinstance(error, OSError | DataError) else f"{type(error).__name__}: {error}"
             report = (
-                f"no report ({error}); `python -m trunkline.engine.record.report {folder}` writes it once there is room"
+                f"no report ({why}); `python -m trunkline.engine.record.report {folder}` writes it once that is mended"
             )
         LOG.info(f"done: {folder} holds {outcome(folder, trainer.config.training.best, progress, report)}")
     rows = from_main(_last_rows(folder) if ranks.is_main else {}, ranks)

@@ -97,7 +97,7 @@ def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> 
     backend = "fsdp" if arguments.backend == "fsdp" else "deepspeed"
     with config.naming_origins():
         plan = preview(planned_task(config), config, world_size, backend, arguments.samples)
-    print(json.dumps(plan, indent=2) if arguments.plan == "json" else "\n".join([render_plan(plan), *config.notes]))
+    print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
 
 
 def _leave() -> None:

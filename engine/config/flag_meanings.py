@@ -38,7 +38,7 @@ def note_of_precision(config: Config, value: bool) -> list[str]:
 
     if not value or torch.cuda.is_available():
         return []
-    return ["note: mixed precision is asked for, and there is no GPU: bf16 on the CPU, which is slow on most"]
+    return ["mixed precision is asked for, and there is no GPU: bf16 on the CPU, which is slow on most"]
 
 
 def decay_of_all(config: Config, value: float, world_size: int) -> Config:

@@ -113,7 +113,9 @@ class Training(Strict):
     activation_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass: less memory, more time"
     )
-    compile: bool | str = Field(default=False, description="true, or the name of a torch.compile backend")
+    compile: bool | str = Field(
+        default=False, description="true, or the name of a torch.compile backend; each block must be one graph"
+    )
     num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
     hang_timeout_s: float = Field(

@@ -112,8 +112,8 @@ def world(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """`start`, for what is a part of a program: afterwards the environment, the number of threads and the process
     group are as they were, so that it can be done again.
 
-    An error is told to the ranks that wait for this one at the start, and the loss of one of them is an error that says
-    so. Raises as `start` does.
+    An error is told to the ranks that wait for this one at the start, and the loss of a rank is an error that says so.
+    Raises as `start` does.
     """
     environment = {name: os.environ.get(name) for name in _VARIABLES}
     threads, is_ours = torch.get_num_threads(), not dist.is_initialized()
@@ -124,9 +124,7 @@ def world(timeout_s: float = 1800.0) -> Iterator[Ranks]:
         if not lost_a_rank(error):
             agreement.tell(error)
             raise
-        raise TrunklineError(
-            f"another rank has ended during the start, so this one stops: {str(error)[:200]}"
-        ) from error
+        raise TrunklineError(f"another rank has ended, so this one stops: {str(error)[:200]}") from error
     finally:
         if is_ours:
             stop()

@@ -4,6 +4,7 @@ MetricsFile.open(path, resume_step)      to write
 read_metrics(path)                       [{"step": 400, "split": "train", "loss": 0.125, "lr": 0.0001}]
 position(progress, "tokens", 50)         {"time": 1767225600.0, "epoch": 8.0, "tokens_seen": 819200, ...}
 is_position("tokens_seen")               True: it says where a run was, and not how it did
+check_names(["seconds"], "MyTask.loss")  raises ConfigError: a metric has a name of those
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from trunkline.engine.progress import Progress
 
 RESUMED = "resumed"
 """The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
-and, where the rate is no longer that of the schedule before, "lr_before" and "lr_after"."""
+and, where the run follows another schedule from there on, "lr_before" and "lr_after"."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
@@ -50,6 +51,15 @@ def position(progress: Progress, unit: str, steps_per_epoch: int) -> dict[str, f
 def is_position(key: str) -> bool:
     """Whether a line's entry says where the run was."""
     return key in ("step", "split", "time", "epoch", "seconds") or key.endswith("_seen")
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raise ConfigError if a metric of `source`, such as "MyTask.loss", has a name that a line needs for itself."""
+    for name in names:
+        if is_position(name) or name == "nonfinite":
+            raise ConfigError(
+                f"{source}: a metric is named {name!r}, which each line of metrics.jsonl needs for itself: rename it"
+            )
 
 
 class MetricsFile:

@@ -53,7 +53,7 @@ def _draw(history: History, report: Path, metrics: list[Panel]) -> list[str]:
     skipped = history.series("skipped", "skipped_steps").steps
     marks = {
         "resumed": [resume.step for resume in history.resumes if not resume.rates],
-        "resumed with another rate": [resume.step for resume in history.resumes if resume.rates],
+        "resumed with another schedule": [resume.step for resume in history.resumes if resume.rates],
     }
 
     def training(title: str, key: str, smoothed: bool = False, from_zero: bool = False) -> Panel:

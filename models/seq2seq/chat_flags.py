@@ -89,14 +89,14 @@ def check_finetune(config: Config, value: bool) -> list[str]:
             "--is_finetune: needs the model to begin with: give --finetune_from FOLDER, or --finetune_from FILE.bin "
             "for the weights of the preset"
         )
-    frozen = "note: --is_finetune: the shared embedding and the encoder are frozen"
+    frozen = "--is_finetune: the shared embedding and the encoder are frozen"
     if value_at(config, "model.tie_word_embeddings") is not False:
         frozen += ", and with the embedding a head if it is tied to it: --untie_head trains one of its own"
     start, highest = _start(config), value_at(config, f"{SCHEDULE}.max_lr")
     rate = value_at(config, RATE) if start is None else start
     if not isinstance(rate, float | int) or rate <= _ADVISED * (1 + 1e-9):
         return [frozen]
-    high = f"note: --is_finetune: the learning rate is {rate:g}"
+    high = f"--is_finetune: the learning rate is {rate:g}"
     high += "" if start is None else f", which rises to {highest:g}"
     high += f"; at most {_ADVISED:g} is advised, for 3 to 5 epochs"
     if str(value_at(config, f"{OPTIMIZER}.type")).lower() == "adamwscale":

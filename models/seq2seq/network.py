@@ -26,6 +26,8 @@ class Seq2Seq(nn.Module):
         lm.generation_config = GenerationConfig()  # whoever generates says how: a folder may ask for samples
         self._no_split_modules = sorted(lm._no_split_modules or ())
         self._relative = attention == "trunkline" and use_relative_attention(lm)
+        if self._relative:
+            self.no_graph = "torch.compile has no graph for model.attention=trunkline: set model.attention=sdpa"
         lm.lm_head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
         for name, module in lm.named_modules():
             if name.endswith(".wo"):

@@ -14,6 +14,7 @@ from tests.engine.tiny import Net, tiny_config
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.progress import UNCOUNTED
+from trunkline.engine.record.history import read_history
 from trunkline.engine.record.metrics_file import read_metrics
 
 
@@ -64,6 +65,19 @@ def test_a_resume_that_leaves_the_schedule_says_both_rates_and_one_that_follows_
     (row,) = lines(tmp_path / "longer", "resumed")
     assert row["lr_before"] == lines(tmp_path / "run")[2]["lr"]
     assert row["lr_after"] == lines(tmp_path / "longer")[0]["lr"] != row["lr_before"]
+
+
+def test_a_run_that_is_lengthened_during_its_warm_up_follows_another_schedule_at_the_same_rate(tmp_path: Path) -> None:
+    warming = {"scheduler": {"type": "WarmupCosine", "params": {"warmup": 4}}}
+    config = tiny_config(tmp_path, training={"steps": 6, "save_every": 2, "keep_last": 9}, deepspeed=warming)
+    train(tmp_path / "run", config)
+    longer = tiny_config(tmp_path, training={"steps": 8}, deepspeed=warming)
+    run = train(tmp_path / "longer", longer, resume=str(tmp_path / "run/checkpoints/step-00000002"))
+    assert any(note.startswith("note: a new schedule holds from step 2 on") for note in run.assembly.notes)
+    (row,) = lines(tmp_path / "longer", "resumed")
+    assert row["lr_before"] == row["lr_after"] == lines(tmp_path / "run")[2]["lr"]
+    (resume,) = read_history(tmp_path / "longer").resumes
+    assert resume.rates == (row["lr_before"], row["lr_after"])
 
 
 EVERY = {"steps": 4, "eval_every": 2, "save_every": 2}

@@ -27,7 +27,7 @@ from trunkline.engine.data.order import GlobalBatches
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.machine.stopping import SIGNALS, InterruptedRunError
-from trunkline.engine.record.metrics_file import read_metrics
+from trunkline.engine.record.metrics_file import is_position, read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,11 @@ def _by_a_plain_loop(steps: int) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """What a line of metrics.jsonl says of the model."""
+    return {key: value for key, value in row.items() if not is_position(key)}
 
 
 def _state() -> dict[str, Any]:
@@ -81,10 +86,45 @@ def test_a_task_of_ones_own_trains_as_a_plain_loop_does_and_leaves_nothing_behin
     assert losses == pytest.approx(_by_a_plain_loop(20), rel=1e-5)
     assert (trained.folder, trained.step, trained.train["loss"]) == (tmp_path / "run", 20, losses[-1])
     values = [row["loss"] for row in rows if row["split"] == "val"]
-    assert trained.val == {"loss": values[-1]}
+    assert _measured(trained.val) == {"loss": values[-1]}
     assert trained.best == {"loss": min(values)}
     assert trained.best_step == 10 * (1 + values.index(min(values)))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["workload"] == "Line"
+
+
+class Unprintable(Line):
+    """A metric whose name matplotlib takes for a formula that it cannot set."""
+
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return super().summarize(sums) | {r"$\frac$": 1.0}
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(Unprintable(), line_config(), output_dir=tmp_path / "run")
+    assert (trained.step, trained.val[r"$\frac$"]) == (20, 1.0)
+    said = capsys.readouterr().out
+    assert "no report (ValueError: " in said
+    assert f"`python -m trunkline.engine.record.report {tmp_path / 'run'}` writes it once that is mended" in said
+
+
+class Timed(Line):
+    """Its own `seconds`, of training or of validation."""
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return super().loss(model, batch) | ({"seconds": torch.ones(())} if model.training else {})
+
+
+class TimedOnVal(Line):
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return super().summarize(sums) | {"tokens_seen": 1.0}
+
+
+def test_a_metric_that_would_overwrite_where_the_run_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Timed.loss: a metric is named 'seconds', .* rename it$"):
+        train(Timed(), line_config(), output_dir=tmp_path / "train")
+    with pytest.raises(ConfigError, match=r"^TimedOnVal.summarize: a metric is named 'tokens_seen'"):
+        train(TimedOnVal(), line_config(), output_dir=tmp_path / "val")
+    assert read_metrics(tmp_path / "val" / "metrics.jsonl") == []
 
 
 def test_it_trains_in_a_thread_and_one_run_at_a_time(tmp_path: Path) -> None:
@@ -118,13 +158,14 @@ def test_an_interrupt_saves_the_last_step_and_the_run_resumes_from_it(tmp_path: 
     with pytest.raises(ConfigError, match="of an earlier run"):
         train(Line(), line_config(), output_dir=tmp_path / "run")
     resumed = train(Line(), line_config(), output_dir=tmp_path / "run", resume="auto")
-    assert (resumed.val, resumed.best, resumed.train["loss"]) == (whole.val, whole.best, whole.train["loss"])
+    assert _measured(resumed.val) == _measured(whole.val)
+    assert (resumed.best, resumed.train["loss"]) == (whole.best, whole.train["loss"])
 
 
 def test_a_known_workload_trains_as_under_the_launcher(toy: Path, tmp_path: Path) -> None:
     trained = train(load_config(toy / "config.json"), output_dir=tmp_path / "run")
     last = {row["split"]: row for row in read_metrics(toy / "run" / "metrics.jsonl")}
-    assert trained.val == {key: value for key, value in last["val"].items() if key not in ("step", "split")}
+    assert _measured(trained.val) == _measured(last["val"])
     assert trained.train["loss"] == last["train"]["loss"]
 
 

@@ -110,6 +110,31 @@ def test_the_largest_sample_fills_what_the_configuration_allows(
     assert int(task.weight(batch)) > 0
 
 
+def test_what_a_run_says_of_this_processor_stands_in_its_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a processor without units for bf16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--config", "causal_lm/demo", "--samples", "1000", "--set", "deepspeed.bf16.enabled=true"]
+    (note,) = (note for note in plan_of(capsys, *words)["notes"] if note.startswith("this processor computes in bf16"))
+    assert train.main([*words, "--plan"]) == 0
+    assert capsys.readouterr().out.count(f"note: {note}\n") == 1
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "auto"])
+def test_what_the_backend_does_not_do_is_named_without_data_too(
+    backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = {"fsdp": "reduce_bucket_size", "auto": "zero_hpz_partition_size"}[backend]
+    flags = ["--backend", backend, "--set", f"deepspeed.zero_optimization.{key}=9"]
+    flags += ["--set", "deepspeed.zero_optimization.stage=2"]
+    assert train.main(["--config", "fluid/tiny", *flags, "--plan"]) == 2
+    without = capsys.readouterr().err
+    assert f"deepspeed.zero_optimization.{key}: 9 has no effect" in without
+    assert train.main(["--config", "fluid/tiny", *flags, "--plan", "--samples", "5000"]) == 2
+    assert capsys.readouterr().err == without
+
+
 def test_a_run_of_few_steps_is_told_how_to_be_longer(tmp_path: Path) -> None:
     def notes(samples: int, batch: int, **training: Any) -> list[str]:
         config = tiny_config(tmp_path, training=training, deepspeed={"train_batch_size": batch})

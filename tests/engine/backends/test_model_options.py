@@ -15,6 +15,7 @@ from tests.engine.backends.test_fsdp import configuration, runs_on_a_rank
 from tests.engine.test_trainer import losses, reference_losses
 from tests.engine.tiny import Net, TinyModel
 from trunkline.engine.backends.model_options import apply_options
+from trunkline.engine.errors import ConfigError
 
 
 class Counted:
@@ -60,6 +61,22 @@ def test_a_model_without_blocks_is_compiled_whole(counted: Counted, tmp_path: Pa
     apply_options(model, configuration(tmp_path, training={"compile": "counted"}).training)
     model(torch.ones(2, 3))
     assert len(counted.graphs) == 1
+
+
+class Branching(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_a_block_that_is_not_one_graph_is_named_with_its_line_and_the_remedy(counted: Counted, tmp_path: Path) -> None:
+    model = nn.Sequential(Branching(3, 3))
+    model._no_split_modules = ["Branching"]  # type: ignore[assignment]
+    apply_options(model, configuration(tmp_path, training={"compile": "counted"}).training)
+    with pytest.raises(
+        ConfigError,
+        match=r'^training.compile: Branching: cannot .* branching, ".*test_model_options.py", line \d+: set training.c',
+    ):
+        model(torch.ones(2, 3))
 
 
 @pytest.mark.distributed
