@@ -28,15 +28,11 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     """
     if backend == "fsdp":
         check_fsdp_section(config.deepspeed, config.where, world_size)
-    try:
-        if backend == "deepspeed":
-            _check_deepspeed(config.deepspeed)
-        config = _with_schedule(config, total_steps)
-        check_optimizer(config.deepspeed, backend, total_steps, device)
-        check_compiler(config.deepspeed, device)
-    except ConfigError as error:
-        key = str(error).partition(":")[0]  # where messages have one
-        raise ConfigError(f"{config.where(key)}: {error}") from error
+    if backend == "deepspeed":
+        _check_deepspeed(config.deepspeed)
+    config = _with_schedule(config, total_steps)
+    check_optimizer(config.deepspeed, backend, total_steps, device)
+    check_compiler(config.deepspeed, device)
     return replace(config, notes=(*config.notes, *_slow_on_a_cpu(config.deepspeed, device)))
 
 
