@@ -23,6 +23,8 @@ from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import open_regular, parse_json
 from trunkline.engine.progress import Progress
 
+METRICS = "metrics.jsonl"
+"""The name of the file in a run's folder."""
 RESUMED = "resumed"
 """The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
 and, where the rate is no longer that of the schedule before, "lr_before" and "lr_after"."""
@@ -59,7 +61,7 @@ class MetricsFile:
     "nonfinite", as {"loss": "nan"}. `read_metrics` puts it back.
     """
 
-    name = "metrics.jsonl"
+    name = METRICS
 
     def __init__(self, path: Path) -> None:
         self._path = path

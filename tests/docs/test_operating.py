@@ -21,8 +21,9 @@ import yaml
 
 from tests.distributed import find_free_port
 from tests.docs.pages import ROOT, blocks, commands, section
-from tests.docs.programs import ENVIRONMENT, members, started, wait_until
+from tests.docs.programs import ENVIRONMENT, started
 from tests.models.fluid.toy_network import write_toy_store
+from tests.processes import members, wait_until
 from trunkline.engine.record.metrics_file import read_metrics
 from trunkline.launchers import train
 
