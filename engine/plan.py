@@ -192,7 +192,7 @@ def sizes_of(task: Task, config: RunConfig, world_size: int) -> BatchSizes:
         if total % (world_size * multiple) == 0:
             ways = f'a multiple of {multiple}, or "auto", for it'
         raise ConfigError(
-            f"{config.where(key)}: {key}: {micro} samples on each of {world_size} ranks are no multiple of the "
+            f"{key}: {micro} samples on each of {world_size} ranks are no multiple of the "
             f"{multiple} that belong together ({why}): use {ways}, or a divisor of {micro} for {why}"
         )
     return sizes
@@ -213,7 +213,7 @@ def planned_batches(
     lengths = lengths_of(dataset) if config.training.group_by_length else None
     if config.training.group_by_length and lengths is None:
         raise ConfigError(
-            f"{config.where(key)}: {key}: the samples of {config.workload} do not differ in length (no "
+            f"{key}: the samples of {config.workload} do not differ in length (no "
             f"{type(dataset).__name__}.lengths): set it to false"
         )
     return GlobalBatches(len(dataset), size, config.training.seed, lengths)
@@ -229,7 +229,7 @@ def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
     Raises ConfigError if there are no samples.
     """
     if batches is not None and not batches.num_samples:
-        raise ConfigError(f"{config.where('data')}: data: the training split has no samples")
+        raise ConfigError("data: the training split has no samples")
     settings = config.training
     if settings.steps is not None or batches is None:
         return settings.steps

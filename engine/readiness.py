@@ -29,13 +29,9 @@ def ready(config: RunConfig, backend: str, total_steps: int, world_size: int, de
     or built, and for what the backend does not do.
     """
     check_backend(config, backend, world_size)
-    try:
-        config = _with_schedule(config, total_steps)
-        check_optimizer(config.deepspeed, backend, total_steps, device)
-        check_compiler(config.deepspeed, device)
-    except ConfigError as error:
-        key = str(error).partition(":")[0]  # where messages have one
-        raise ConfigError(f"{config.where(key)}: {error}") from error
+    config = _with_schedule(config, total_steps)
+    check_optimizer(config.deepspeed, backend, total_steps, device)
+    check_compiler(config.deepspeed, device)
     return replace(config, notes=(*config.notes, *_slow_precision(config.deepspeed, device)))
 
 
@@ -55,8 +51,7 @@ def check_backend(config: RunConfig, backend: str, world_size: int) -> None:
     zero, key = config.deepspeed.zero_optimization, "deepspeed.zero_optimization.zero_hpz_partition_size"
     if (together := zero.zero_hpz_partition_size or 1) > 1 and zero.stage < 3:
         raise ConfigError(
-            f"{config.where(key)}: {key}: {together} has no effect at stage {zero.stage} on DeepSpeed: use stage 3, or "
-            "--backend fsdp"
+            f"{key}: {together} has no effect at stage {zero.stage} on DeepSpeed: use stage 3, or --backend fsdp"
         )
 
 

@@ -78,10 +78,10 @@ class Trainer(Run):
         resume: str = "none",
         accept_new_data: bool = False,
     ) -> None:
-        config = with_direction(config, checked_task(task))
-        self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         with config.naming_origins():
+            config = with_direction(config, checked_task(task))
             require_boards(config.training.trackers)
+        self.task, self.config, self.ranks, self.folder = task, config, ranks, folder
         agree(
             leaves(config.as_dict()) | {"--backend": backend, "--resume": resume, "--accept-new-data": accept_new_data}
         )

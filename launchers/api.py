@@ -30,9 +30,8 @@ from trunkline.engine.machine import stopping
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.agreement import agree
 from trunkline.engine.ranks.distributed import Ranks, from_main, world
-from trunkline.engine.record.metrics_file import read_metrics
+from trunkline.engine.record.metrics_file import METRICS, read_metrics
 from trunkline.engine.record.report import write_report
-from trunkline.engine.record.trackers import METRICS
 from trunkline.engine.task import Task
 from trunkline.engine.trainer import Trainer
 from trunkline.engine.trials import find_micro_batch as find
@@ -50,7 +49,8 @@ class Trained:
     folder: the run's, with final/, and with best/ unless no evaluation was finite
     step: the last one
     train, val: the last line of each in metrics.jsonl, without step and split; empty if none was written
-    best, best_step: all that the best evaluation has measured, and its step; empty and 0 if none was finite
+    best, best_step: all that the best evaluation has measured, and its step, which is 0 for the one before training;
+        `best` is empty and `best_step` 0 if none was finite
     """
 
     folder: Path

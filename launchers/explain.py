@@ -15,16 +15,16 @@ from trunkline.launchers.command_line import parse
 from trunkline.models.registry import config_sections, workloads
 
 
-def asked_key(words: Sequence[str]) -> str | None:
-    """What --explain asks for, if it is there."""
+def asked_key(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What --explain asks for, if it is there, and the other words."""
     parser = Parser(add_help=False)
     parser.add_argument("--explain")
-    key: str | None = parser.parse_known_args(words)[0].explain
-    return key
+    found, others = parser.parse_known_args(words)
+    return found.explain, others
 
 
 def explain(asked: str, words: Sequence[str]) -> str:
-    """What to print. Without a configuration or a workload, `data` and `model` keys are those of every workload.
+    """What to print, with the words beside --explain. Without any, `data` and `model` keys are those of every workload.
 
     Raises ConfigError, for an unknown key with the nearest.
     """
@@ -33,9 +33,7 @@ def explain(asked: str, words: Sequence[str]) -> str:
     from trunkline.engine.config.reference import explained, keys
     from trunkline.engine.config.run_config import checked
 
-    parser = Parser(add_help=False)
-    parser.add_argument("--explain")
-    if not parser.parse_known_args(words)[1]:
+    if not words:
         known = {name: keys(schema(name, *config_sections(name))) for name in workloads()}
         having = {name: found for name, found in known.items() if asked.rstrip(".") in found}
         if not having:
@@ -55,7 +53,7 @@ def explain(asked: str, words: Sequence[str]) -> str:
     if command.arguments.config is not None:
         config = checked(command.draft(1), config_sections)
         key, value = asked.rstrip("."), value_at(config.as_dict(), asked.rstrip("."))
-        origin = config.origins.get(key)
-        where = {"file": config.source, None: config.where(key), "command line": f"--set {key}"}.get(origin, origin)
+        origin = config.origins.get(key, "")
+        where = origin if origin in ("default", "auto") else config.where(key)
         lines.append("  now       not given" if value is None else f"  now       {json.dumps(value)} ({where})")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def _write(argv: list[str]) -> None:
 
 def _check(name: str) -> None:
     """Raises ConfigError for a name that no package can have, or that is taken."""
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch("[a-z]([a-z0-9_]*[a-z0-9])?", name) or keyword.iskeyword(name):
         better = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_0123456789")
         hint = f", such as {better}" if better and not keyword.iskeyword(better) else ""
         raise ConfigError(f"NAME {name!r}: give small letters, digits and _, and no word of Python's{hint}")

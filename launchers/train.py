@@ -47,8 +47,9 @@ def _tell(error: Exception) -> None:
 
 
 def _run(words: list[str]) -> int | None:
-    if (key := asked_key(words)) is not None:
-        print(explain(key, words))
+    key, others = asked_key(words)
+    if key is not None:
+        print(explain(key, others))
         return 0
     command = parse(words, __doc__)
     arguments = command.arguments

@@ -51,9 +51,10 @@ def document() -> str:
     refused = REFUSED | {f"zero_optimization.{key}": instead for key, instead in REFUSED_ZERO.items()}
     lines += [f"| `deepspeed.{key}` | {instead} |" for key, instead in refused.items()]
     for part in ("optimizer", "scheduler"):
-        lines += ["", f"### Parameters of deepspeed.{part}", "", "| key | type | meaning |", "|---|---|---|"]
+        lines += ["", f"### Parameters of deepspeed.{part}", "", "| key | type | meaning | of |", "|---|---|---|---|"]
         lines += [
-            f"| `{key.name}` | {key.kind} | {key.meaning} |" for key in _below(f"deepspeed.{part}.params", shared)
+            f"| `{key.name}` | {key.kind} | {key.meaning} | {', '.join(key.owners)} |"
+            for key in _below(f"deepspeed.{part}.params", shared)
         ]
     for name, known in of.items():
         lines += ["", f"## {name}", "", *table([*_below("data", known), *_below("model", known)])]

@@ -119,9 +119,7 @@ class DeepSpeedBackend:
                     dist_init_required=False,
                 )
         except (ValueError, AssertionError, NotImplementedError) as error:
-            raise ConfigError(
-                f"{config.where('deepspeed')}: deepspeed: DeepSpeed does not accept this section: {error}"
-            ) from error
+            raise ConfigError(f"deepspeed: DeepSpeed does not accept this section: {error}") from error
         for module, name, buffer in buffers:
             if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(ranks.device)

@@ -23,7 +23,7 @@ def with_direction(config: RunConfig, task: Task) -> RunConfig:
     if best.mode != "auto":
         worse = "lower" if stated == "max" else "higher"
         raise ConfigError(
-            f"{config.where('training.best.mode')}: training.best.mode: {best.mode} would keep the worst weights, "
+            f"training.best.mode: {best.mode} would keep the worst weights, "
             f"since a {worse} '{best.metric}' is worse: set it to {stated}, or leave it out"
         )
     training = config.training.model_copy(update={"best": best.model_copy(update={"mode": stated})})

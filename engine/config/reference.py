@@ -21,12 +21,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Key:
-    """kinds: what it may hold, in words; default: as JSON, or empty where there is none; meaning: a sentence."""
+    """kinds: what it may hold, in words; default: as JSON, or empty where there is none; meaning: a sentence; owners:
+    the optimizers or schedules that it is a parameter of."""
 
     name: str
     kinds: tuple[str, ...]
     default: str
     meaning: str
+    owners: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -39,15 +41,14 @@ def keys(schema: Json) -> dict[str, Key]:
     found: dict[str, Key] = {}
     for key in _walk(schema, schema["$defs"], ""):
         known = found.get(key.name)
-        same = known is not None and known.meaning == key.meaning
         if known is not None:  # a parameter of several optimizers, or what objectives have in common
-            meaning = known.meaning if same else f"{known.meaning}, {key.meaning.removeprefix(_PARAMETER)}"
-            key = replace(known, kinds=tuple(dict.fromkeys([*known.kinds, *key.kinds])), meaning=meaning, default="")
+            meaning = known.meaning
+            if key.meaning not in meaning.split("; or: "):
+                meaning = f"{meaning}; or: {key.meaning}"
+            kinds, owners = dict.fromkeys([*known.kinds, *key.kinds]), (*known.owners, *key.owners)
+            key = replace(known, kinds=tuple(kinds), meaning=meaning, default="", owners=owners)
         found[key.name] = key
     return found
-
-
-_PARAMETER = "a parameter of "
 
 
 def _walk(node: Json, defs: Json, prefix: str) -> Iterator[Key]:
@@ -65,9 +66,9 @@ def _walk(node: Json, defs: Json, prefix: str) -> Iterator[Key]:
             yield from _walk(each, defs, below)
     for branch in node.get("allOf", ()):
         params = branch["then"]["properties"]["params"]
-        owners = ", ".join(branch["if"]["properties"]["type"]["enum"])
+        owners = tuple(branch["if"]["properties"]["type"]["enum"])
         for key in _walk(params, defs, f"{prefix}params."):
-            yield replace(key, default="", meaning=f"{_PARAMETER}{owners}")
+            yield replace(key, default="", owners=owners)
 
 
 def _objects(node: Json, defs: Json) -> Iterator[Json]:
@@ -109,11 +110,16 @@ def explained(asked: str, known: Mapping[str, Key]) -> str:
     """What a key is, with the keys below it. Raises ConfigError for one that is not known, and names the nearest."""
     name = asked.rstrip(".")
     below = [key for each, key in known.items() if each.startswith((f"{name}.", f"{name}[]."))]
+    if not name:
+        raise ConfigError(
+            f"--explain {asked!r}: give a key, such as training.eval_every, or a section, such as training"
+        )
     if name not in known:
         raise ConfigError(f"--explain {asked}: unknown key{nearest(name, list(known))}")
     key = known[name]
     lines = [f"{name}: {key.meaning}", f"  type      {key.kind}"]
     lines += [f"  default   {key.default}"] if key.default else []
+    lines += [f"  of        {', '.join(key.owners)}"] if key.owners else []
     if (rule := with_fsdp(name)) is not None:
         lines.append(f"  with FSDP {rule}")
     width = max((len(each.name) for each in below), default=0)

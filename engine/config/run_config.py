@@ -207,18 +207,21 @@ class RunConfig:
 
     @contextmanager
     def naming_origins(self) -> Iterator[None]:
-        """Within, an error that begins with one of the configuration's keys is given where its value came from."""
+        """Within, an error that begins with one of the configuration's keys is given its origin, once."""
         try:
             yield
         except TrunklineError as error:
-            if (key := _BEGINS_WITH_A_KEY.match(str(error))) is not None:
-                error.args = (f"{self.where(key[0])}: {error}",)
+            begins = _BEGINS_WITH_A_KEY.match(str(error))
+            if error.origin is None and begins is not None:
+                section, _, below = begins[0].partition(".")
+                if not below or below.partition(".")[0] in dict(getattr(self, section)):  # else a file's name
+                    error.origin = self.where(begins[0])
             raise
 
 
 Sections = Callable[[str], tuple[type[BaseModel], type[BaseModel]]]
 SECTIONS = ("workload", "data", "model", "training", "deepspeed")
-_BEGINS_WITH_A_KEY = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.\w+)+")
+_BEGINS_WITH_A_KEY = re.compile(rf"(?:{'|'.join(SECTIONS[1:])})(?:(?:\.\w+)+|(?=: ))")
 
 
 def load_config(

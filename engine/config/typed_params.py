@@ -3,7 +3,7 @@
     typed(optimizer_params("AdamW"), {"lr": 1e-3}, "AdamW")  engine/config/strict.py::typed raises for a misfit
 
 Names come from the signature of the class, or from a table for classes that are not here to be asked. What a value may
-be goes by the parameter's name, else by the type of its default. Nothing is converted: 1 is not true, "0.9" no number.
+be goes by the parameter's name (param_kinds.py), else by the type of its default. param_meanings.py says what it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
@@ -19,38 +19,10 @@ from torch.optim import lr_scheduler
 
 from trunkline.engine.config.deepspeed_parts import Part
 from trunkline.engine.config.deepspeed_schedules import DEEPSPEED_SCHEDULES
-from trunkline.engine.config.epochs import Steps, or_epochs
 from trunkline.engine.config.own_class import is_own, own_class
+from trunkline.engine.config.param_kinds import LIST, OPTIMIZER_KINDS, SCHEDULE_KINDS
+from trunkline.engine.config.param_meanings import OPTIMIZER, SCHEDULE, meaning
 from trunkline.engine.config.strict import nearest
-
-_Positive = Annotated[float, Field(gt=0)]
-_NotNegative = Annotated[float, Field(ge=0)]
-_Share = Annotated[float, Field(ge=0, le=1)]
-_PartShare = Annotated[float, Field(gt=0, le=1)]
-_Decay = Annotated[float, Field(ge=0, lt=1)]
-_Count = Annotated[int, Field(ge=0)]
-_Steps = Annotated[int, Field(gt=0)]
-_LIST = Field(strict=False)  # JSON has no tuples
-
-
-def _rate(value: Any) -> Any:
-    (rate,) = value if isinstance(value, list) and len(value) == 1 else (value,)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
-        raise ValueError("expected a number from 0 on")
-    return value
-
-
-def _steps_or_auto(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError('must be a positive integer, or "auto"')
-    return value
-
-
-def _warmup(value: Any) -> Any:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf") or (value >= 1 and value != int(value)):
-        raise ValueError("expected a number from 0 on: below 1 a share of the run, from 1 on a number of steps")
-    return value
 
 
 def _only_true(why: str) -> Any:
@@ -61,101 +33,6 @@ def _only_true(why: str) -> Any:
 
     return Annotated[bool, AfterValidator(check)]
 
-
-_Rate = Annotated[Any, AfterValidator(_rate)]
-_RateOrAuto = Annotated[Any, AfterValidator(lambda value: value if value == "auto" else _rate(value))]
-_StepsOrAuto = or_epochs(Annotated[Any, AfterValidator(_steps_or_auto)])
-
-_OPTIMIZER: dict[str, Any] = {
-    "lr": _NotNegative,
-    "muon_lr": _NotNegative,
-    "adam_lr": _NotNegative,
-    "weight_decay": _NotNegative,
-    "betas": Annotated[tuple[_Decay, _Decay], _LIST],
-    "eps": _Positive,
-    "momentum": _Decay,
-    "dampening": _Share,
-    "alpha": _Share,
-    "rho": _Share,
-    "lr_decay": _NotNegative,
-    "initial_accumulator_value": _NotNegative,
-    "lambd": _NotNegative,
-    "t0": _NotNegative,
-    "momentum_decay": _NotNegative,
-    "etas": Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=1)]], _LIST],
-    "step_sizes": Annotated[tuple[_Positive, _Positive], _LIST],
-    "beta2_decay": Annotated[float, Field(le=0)],
-    "d": Annotated[float, Field(ge=1)],
-    "Adafactor.eps": Annotated[tuple[_NotNegative | None, _NotNegative], _LIST],
-    "foreach": bool | None,
-    "fused": bool | None,
-    "min_rms": _Positive,
-    "max_coeff": _Positive,
-    "min_coeff": _Positive,
-    "max_grad_norm": _NotNegative,
-    "norm_type": _Count,
-    "ns_method": Literal["gram", "standard"],
-}
-
-_SCHEDULE: dict[str, Any] = {
-    "warmup": or_epochs(Annotated[Any, AfterValidator(_warmup)]),
-    "min_ratio": _Share,
-    "shape": Literal["cosine", "cosine_restarts", "linear", "constant", "polynomial", "step"],
-    "start_ratio": _Share,
-    "min_lr": _NotNegative,
-    "start_momentum": _Decay | None,
-    "every": Steps,
-    "step_size": Steps,
-    "milestones": Annotated[list[Steps], Field(min_length=1)],
-    "T_max": _StepsOrAuto,
-    "T_0": Steps,
-    "T_mult": _Steps,
-    "total_iters": _StepsOrAuto,
-    "total_steps": _StepsOrAuto,
-    "epochs": _Steps,
-    "steps_per_epoch": _Steps,
-    "gamma": _Positive,
-    "factor": _PartShare,
-    "start_factor": _PartShare,
-    "end_factor": _Share,
-    "power": _Positive,
-    "eta_min": _NotNegative,
-    "pct_start": _Share,
-    "anneal_strategy": Literal["cos", "linear"],
-    "div_factor": _Positive,
-    "final_div_factor": _Positive,
-    "base_lr": _Rate,
-    "max_lr": _Rate,
-    "base_momentum": _Decay,
-    "max_momentum": _Decay,
-    "step_size_up": Steps,
-    "step_size_down": Steps | None,
-    "mode": Literal["triangular", "triangular2", "exp_range"],
-    "scale_fn": None,
-    "scale_mode": Literal["cycle", "iterations"],
-    "cycle_momentum": bool,
-    "total_num_steps": _StepsOrAuto,
-    "warmup_num_steps": _StepsOrAuto,
-    "warmup_min_lr": _Rate,
-    "warmup_max_lr": _RateOrAuto,
-    "warmup_type": Literal["log", "linear"],
-    "warmup_min_ratio": _Share,
-    "cos_min_ratio": _Share,
-    "cycle_min_lr": _Rate,
-    "cycle_max_lr": _Rate,
-    "decay_lr_rate": _NotNegative,
-    "cycle_first_step_size": or_epochs(_Positive),
-    "cycle_second_step_size": or_epochs(_NotNegative | None),
-    "cycle_first_stair_count": _Count,
-    "cycle_second_stair_count": _Count | None,
-    "decay_step_size": or_epochs(_NotNegative),
-    "cycle_min_mom": _Decay,
-    "cycle_max_mom": _Decay,
-    "decay_mom_rate": _NotNegative,
-    "lr_range_test_min_lr": _Rate,
-    "lr_range_test_step_size": Steps,
-    "lr_range_test_step_rate": _NotNegative,
-}
 
 _ADAM = "lr betas eps weight_decay amsgrad"
 _SGD = "lr momentum dampening weight_decay nesterov"
@@ -255,30 +132,33 @@ def scheduler_class(kind: str) -> Any:
 @cache
 def optimizer_params(kind: str) -> type[BaseModel]:
     """The section optimizer.params of a known optimizer. The learning rate is required: nothing else chooses it."""
+    fields: dict[str, Any]
     if kind.lower() in _ELSEWHERE or kind in _ELSEWHERE:
         names = _ELSEWHERE.get(kind) or _ELSEWHERE[kind.lower()]
-        fields: dict[str, Any] = {name: (_OPTIMIZER.get(name, bool), Field(None)) for name in names.split()}
+        fields = {name: (OPTIMIZER_KINDS.get(name, bool), None) for name in names.split()}
     elif kind.lower() in ("adam", "adamw"):
         decoupled = _only_true("AdamW always decouples the weight decay: remove the key, or use Adam")
         corrected = _only_true("false is not supported: remove the key")
-        fields = _fields(torch.optim.AdamW, _OPTIMIZER) | {
+        fields = _fields(torch.optim.AdamW, OPTIMIZER_KINDS) | {
             "adam_w_mode": (decoupled if kind.lower() == "adamw" else bool, True),
             "torch_adam": (bool, True),
             "bias_correction": (corrected, True),
         }
     else:
-        fields = _fields(optimizer_class(kind), _OPTIMIZER)
-    return create_model(kind, __base__=_Params, **fields | {"lr": (_OPTIMIZER["lr"], ...)})
+        fields = _fields(optimizer_class(kind), OPTIMIZER_KINDS)
+    return _model(kind, fields | {"lr": (OPTIMIZER_KINDS["lr"], ...)}, OPTIMIZER)
 
 
 @cache
 def scheduler_params(kind: str) -> type[BaseModel]:
     """The section scheduler.params of a known schedule. "auto" is left in place of what depends on the run."""
     if kind in OWN_SCHEDULES:
-        fields: dict[str, Any] = {name: (_SCHEDULE[name], default) for name, default in OWN_SCHEDULES[kind].items()}
+        fields: dict[str, Any] = {
+            name: (SCHEDULE_KINDS[name], default) for name, default in OWN_SCHEDULES[kind].items()
+        }
     else:
-        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or scheduler_class(kind), _SCHEDULE)
-    return create_model(kind, __base__=_Params, **fields)
+        fields = _fields(DEEPSPEED_SCHEDULES.get(kind) or scheduler_class(kind), SCHEDULE_KINDS)
+    return _model(kind, fields, SCHEDULE)
 
 
 class _Params(Part):
@@ -286,6 +166,14 @@ class _Params(Part):
 
     model_config = ConfigDict(validate_default=False)
     left_out: ClassVar[dict[str, Any]] = dict.fromkeys(DECIDED_BY_THE_RUN, "auto")
+
+
+def _model(kind: str, fields: dict[str, Any], meanings: dict[str, str]) -> type[BaseModel]:
+    described: dict[str, Any] = {
+        name: (kinds, Field(default, description=meaning(meanings, name, kind)))
+        for name, (kinds, default) in fields.items()
+    }
+    return create_model(kind, __base__=_Params, **described)
 
 
 def _fields(made_by: Callable[..., Any], kinds: dict[str, Any]) -> dict[str, Any]:
@@ -306,5 +194,5 @@ def _by_default(default: Any) -> Any:
     if isinstance(default, (int, float)):
         return float if isinstance(default, float) else int | float
     if isinstance(default, (tuple, list)):
-        return Annotated[tuple[bool | int | float | str, ...], _LIST]
+        return Annotated[tuple[bool | int | float | str, ...], LIST]
     return str if isinstance(default, str) else bool | int | float | str | None

@@ -1,6 +1,6 @@
 """Requests to stop: TERM, INT, USR1, USR2, HUP, and the loss of the launcher.
 
-    listen()                the first thing that a program does, before the imports that take seconds
+    listen(status, advice)  the first thing that a program does, before the imports that take seconds
     with deferred(): ...    in here a request is only noted: look at `requested()` now and then, save, and end
 
 After `listen`, and outside of `deferred`, a request ends the process at once, with one line. That is as safe as
@@ -31,7 +31,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 EXIT_CODE = 75
 """Of a run that was stopped and is worth resuming: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
-GO_ON = "with no step under way: nothing is lost; resume with --resume auto"
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 _LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "deepspeed.launcher.runner",
               "deepspeed.launcher.launch", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "orted", "prted",
@@ -59,7 +58,7 @@ def request(reason: str) -> None:
     _reasons.append(reason)
 
 
-def listen(exit_code: int = EXIT_CODE, advice: str = GO_ON) -> None:
+def listen(exit_code: int, advice: str) -> None:
     """Listen for requests from now on. Signals are heard only if this is the main thread, as Python demands.
 
     Args:

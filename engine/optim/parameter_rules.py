@@ -57,8 +57,7 @@ def freeze(model: nn.Module, config: RunConfig) -> nn.Module:
         if treatment.rule is not None and rules[treatment.rule].frozen:
             treatment.parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        where = config.where("training.parameters")
-        raise ConfigError(f"{where}: training.parameters: every parameter is frozen: leave some to train")
+        raise ConfigError("training.parameters: every parameter is frozen: leave some to train")
     return model
 
 
@@ -110,7 +109,7 @@ def treatments(model: nn.Module, config: RunConfig) -> list[Treatment]:
     try:
         _check(config, found, model)
     except ConfigError as error:
-        raise ConfigError(f"{config.where('training.parameters')}: training.parameters{error}") from error
+        raise ConfigError(f"training.parameters{error}") from error
     return found
 
 

@@ -259,9 +259,8 @@ def unused_settings(config: RunConfig, tracking: Tracking) -> list[str]:
     asked, trackers, lines = config.training.tracked, config.training.trackers, []
     for name in asked.leave_out:
         if name not in tracking.artifacts:
-            key = "training.tracked.leave_out"
             raise ConfigError(
-                f"{config.where(key)}: {key}: {name!r} is nothing that the task hands over"
+                f"training.tracked.leave_out: {name!r} is nothing that the task hands over"
                 f"{nearest(name, tracking.artifacts)}"
             )
     for what, users in {"experiment": ("mlflow", "wandb"), "uri": ("mlflow",)}.items():

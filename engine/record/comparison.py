@@ -18,7 +18,7 @@ from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.record.history import History, Series, duration, read_history
 from trunkline.engine.record.report_plots import Panel, plot_panels
-from trunkline.engine.record.tables import markdown
+from trunkline.engine.record.tables import amount, markdown
 
 Runs = Mapping[str, History]
 """By the name that each has in tables and pictures."""
@@ -76,7 +76,7 @@ def _facts(runs: Runs) -> list[tuple[str, ...]]:
     return [
         line("workload", *(run.workload for run in histories)),
         line("steps", *(_of(run.steps, run.planned_steps) for run in histories)),
-        *(line(key, *(f"{of_run[key]:,.6g}" if key in of_run else "" for of_run in seen.values())) for key in counted),
+        *(line(key, *(amount(of_run[key]) if key in of_run else "" for of_run in seen.values())) for key in counted),
         line("time in training steps", *(_duration(run.training_seconds) for run in histories)),
         line("throughput, median", *(run.throughput() for run in histories)),
         line("resumed after step", *(", ".join(f"{resume.step:,}" for resume in run.resumes) for run in histories)),

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.machine.reading import read_object, reason
-from trunkline.engine.record.metrics_file import RESUMED, damaged_lines, is_position, read_metrics
-
-METRICS = "metrics.jsonl"
+from trunkline.engine.record.metrics_file import METRICS, RESUMED, damaged_lines, is_position, read_metrics
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trunkline.engine.record.history import Series
-from trunkline.engine.record.report_plots import Panel
+from trunkline.engine.record.report_plots import COMPARED, VALIDATION, Panel
 
 
 def metric_panels(curves: Mapping[str, Series], units: Mapping[str, str]) -> list[Panel]:
@@ -29,26 +29,31 @@ def metric_panels(curves: Mapping[str, Series], units: Mapping[str, str]) -> lis
         if other != measure and other.endswith(f"_{measure}")
     }
     panels: dict[tuple[str, str], dict[str, Series]] = {}
+    kinds: dict[tuple[str, str], dict[str, str]] = {}
     for measure, _, unit in named.values():
         if measure not in compared:
             panels.setdefault((measure, unit), {})
     for name, (measure, part, unit) in named.items():
         if measure in compared and not part:
-            of = panels.get((compared[measure], unit))
             label = f"{measure.removesuffix(f'_{compared[measure]}')} (compared)"
+            of_its, kind = (compared[measure], unit), COMPARED
         else:
-            of, label = panels.get((measure, unit)), part or "validation"
-        if of is not None and "/" not in part:
-            of[label] = curves[name]
-    return [_panel(measure, units.get(unit, ""), of) for (measure, unit), of in panels.items() if of]
+            label = part or "validation"
+            of_its, kind = (measure, unit), "" if part else VALIDATION
+        if of_its in panels and "/" not in part:
+            panels[of_its][label] = curves[name]
+            kinds.setdefault(of_its, {})[label] = kind
+    return [_panel(*key, units, of, kinds[key]) for key, of in panels.items() if of]
 
 
-def _panel(measure: str, unit: str, curves: dict[str, Series]) -> Panel:
-    title = measure
-    if len(curves) == 1 and "validation" not in curves:
+def _panel(
+    measure: str, ending: str, units: Mapping[str, str], curves: dict[str, Series], kinds: dict[str, str]
+) -> Panel:
+    title, unit = measure, units.get(ending, "")
+    if len(curves) == 1 and VALIDATION not in kinds.values():
         ((part, curve),) = curves.items()
-        title, curves = f"{measure}/{part}", {"validation": curve}
-    return Panel(f"{title} ({unit})" if unit else title, curves)
+        title, curves, kinds = f"{measure}/{part}", {"validation": curve}, {"validation": VALIDATION}
+    return Panel(f"{title} ({unit})" if unit else title, curves, kinds=kinds)
 
 
 def _parsed(name: str, units: Mapping[str, str]) -> tuple[str, str, str]:

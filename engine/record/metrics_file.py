@@ -24,6 +24,8 @@ from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.machine.reading import open_regular, parse_json
 from trunkline.engine.progress import Progress
 
+METRICS = "metrics.jsonl"
+"""The name of the file in a run's folder."""
 RESUMED = "resumed"
 """The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
 and, where the run follows another schedule from there on, "lr_before" and "lr_after"."""
@@ -69,7 +71,7 @@ class MetricsFile:
     "nonfinite", as {"loss": "nan"}. `read_metrics` puts it back.
     """
 
-    name = "metrics.jsonl"
+    name = METRICS
 
     def __init__(self, path: Path) -> None:
         self._path = path

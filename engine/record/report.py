@@ -18,12 +18,14 @@ from typing import Any
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
 from trunkline.engine.record.boards import PICTURES, SHOWN
-from trunkline.engine.record.history import METRICS, History, duration, is_number, median, read_history
+from trunkline.engine.record.history import History, duration, is_number, median, read_history
 from trunkline.engine.record.metric_panels import metric_panels
-from trunkline.engine.record.report_plots import Panel, plot_panels
-from trunkline.engine.record.tables import markdown
+from trunkline.engine.record.metrics_file import METRICS
+from trunkline.engine.record.report_plots import TRAIN, VALIDATION, Panel, plot_panels
+from trunkline.engine.record.tables import amount, markdown
 
 MAX_PANELS = 20
+_KINDS = {"train": TRAIN, "validation": VALIDATION}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -57,7 +59,7 @@ def _draw(history: History, report: Path, metrics: list[Panel]) -> list[str]:
     }
 
     def training(title: str, key: str, smoothed: bool = False, from_zero: bool = False) -> Panel:
-        return Panel(title, {"train": history.series("train", key)}, smoothed, from_zero)
+        return Panel(title, {"train": history.series("train", key)}, smoothed, from_zero, _KINDS)
 
     pictures = {
         "loss.png": _losses(history),
@@ -86,13 +88,13 @@ def _losses(history: History) -> list[Panel]:
     train, val = history.series("train", "loss"), history.series("val", "loss")
     if differs := history.validation_loss:
         panels = [
-            Panel("training loss", {"train": train}, smoothed=True),
-            Panel(f"validation loss: {differs}", {"validation": val}),
+            Panel("training loss", {"train": train}, smoothed=True, kinds=_KINDS),
+            Panel(f"validation loss: {differs}", {"validation": val}, kinds=_KINDS),
         ]
     else:
-        panels = [Panel("loss", {"train": train, "validation": val}, smoothed=True)]
+        panels = [Panel("loss", {"train": train, "validation": val}, smoothed=True, kinds=_KINDS)]
     if (name := history.decides) != "loss":
-        panels.append(Panel(f"{name} on validation", {"validation": history.series("val", name)}))
+        panels.append(Panel(f"{name} on validation", {"validation": history.series("val", name)}, kinds=_KINDS))
     return panels
 
 
@@ -138,7 +140,7 @@ def _facts(history: History) -> list[tuple[str, str]]:
     if is_number(plan.get("world_size")):
         facts.append(("ranks", f"{plan['world_size']:,}"))
     facts.append(("steps", f"{history.steps:,}" + (f" of {planned:,}" if planned else "")))
-    facts += [(called, f"{value:,.6g}") for called, value in history.seen().items()]
+    facts += [(called, amount(value)) for called, value in history.seen().items()]
     if best_step is not None:
         deciding = history.series("val", history.decides)
         value = deciding.values[deciding.steps.index(best_step)]

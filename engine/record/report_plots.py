@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
 _PARTS = ("#66a182", "#edae49", "#8d6a9f", "#00798c", "#b5651d", "#7f9c3f", "#c77dba", "#5f6caf", "#a0522d", "#3a9188")
 
+TRAIN, VALIDATION, COMPARED = "train", "validation", "compared"
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes, with curves of one unit. Where `smoothed`, they are drawn thin, with a smoothed line over each;
-    "validation" has markers; a name that ends in "(compared)" is grey, each in dashes of its own. `from_zero` starts
-    the axis at 0; else it is logarithmic where all values are positive and span more than a factor of 20."""
+    """One pair of axes, with curves of one unit. Where `smoothed`, they are drawn thin, with a smoothed line over each.
+    `from_zero` starts the axis at 0; else it is logarithmic where all values are positive and span more than a factor
+    of 20. `kinds` says by name which curves are not of a part or a run: TRAIN has a colour of its own, VALIDATION has
+    markers, and each COMPARED is grey, in dashes of its own."""
 
     title: str
     curves: Mapping[str, Series]
     smoothed: bool = False
     from_zero: bool = False
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def plot_panels(
@@ -76,18 +80,19 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
         if not series.values:
             continue
         values += series.values
-        if name == "validation":
+        kind = panel.kinds.get(name)
+        if kind == VALIDATION:
             axes.plot(series.steps, series.values, "o-", color=RED, ms=3, lw=1.6, label=name, zorder=4)
             if best_step in series.steps:
                 best = series.values[series.steps.index(best_step)]
                 axes.plot([best_step], [best], "o", ms=8, mfc="none", mec=INK, mew=1.3, zorder=5,
                           label=f"{best:.4g} at the best step, {best_step:,}")  # fmt: skip
-        elif name.endswith("(compared)"):
+        elif kind == COMPARED:
             label = name.removesuffix(" (compared)")
             dashes: Any = (0, (5, 2) + (1, 2) * next(dots))  # a dash, and the more dots the later it comes
             axes.plot(series.steps, series.values, ls=dashes, color=GREY, lw=1.2, label=label, zorder=3)
         else:
-            colour = BLUE if name == "train" else next(colours)
+            colour = BLUE if kind == TRAIN else next(colours)
             smoothed = panel.smoothed and len(series.values) >= 20
             width = 1.6 if panel.smoothed else 1.0
             axes.plot(series.steps, series.values, color=colour, lw=0.8 if smoothed else width,

@@ -39,7 +39,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.machine.files import try_lock, unused
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather
-from trunkline.engine.record.metrics_file import read_metrics
+from trunkline.engine.record.metrics_file import METRICS, read_metrics
 
 LOCK, RANKS_LOCK = ".lock", ".lock-ranks"
 _LONGEST = 4096  # bytes of it that are read
@@ -111,8 +111,8 @@ def records(folder: Path) -> list[str]:
     if any((folder / "checkpoints").glob("step-*")) or any((folder / "checkpoints").glob("aside-*")):
         left.append("checkpoints/")
     with contextlib.suppress(OSError):
-        if (folder / "metrics.jsonl").stat().st_size:
-            left.append("metrics.jsonl")
+        if (folder / METRICS).stat().st_size:
+            left.append(METRICS)
     return left + [f"{name}/" for name in ("best", "final") if any((folder / name).glob("*"))]
 
 
@@ -124,11 +124,11 @@ def had_checkpoints(folder: Path) -> bool:
     if any((folder / "checkpoints").glob("aside-*")) or any((folder / "final").glob("*")):
         return True
     try:
-        if not (folder / "metrics.jsonl").is_file():
+        if not (folder / METRICS).is_file():
             return False
         training = read_json_object(folder / "config.json")["training"]
         log_every, save_every = (_in_steps(folder, training, key) for key in ("log_every", "save_every"))
-        steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if row.get("split") == "train"]
+        steps = [row["step"] for row in read_metrics(folder / METRICS) if row.get("split") == "train"]
         return bool(steps) and (steps[0] > log_every or steps[-1] > 2 * save_every)
     except (OSError, ConfigError, KeyError, TypeError, RecursionError):
         return False
@@ -142,9 +142,9 @@ def _in_steps(folder: Path, training: dict[str, Any], key: str) -> int:
 
 def set_records_aside(folder: Path) -> None:
     """Rename metrics.jsonl if it holds anything, and say so; best.py does the same with weights. Raises OSError."""
-    if "metrics.jsonl" in records(folder):
-        aside = unused(folder / "aside-metrics.jsonl")
-        (folder / "metrics.jsonl").rename(aside)
+    if METRICS in records(folder):
+        aside = unused(folder / f"aside-{METRICS}")
+        (folder / METRICS).rename(aside)
         LOG.info(f"note: {folder}: metrics.jsonl of a start that saved no checkpoint: renamed to {aside.name}")
 
 

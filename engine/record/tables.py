@@ -17,6 +17,11 @@ def markdown(table: Table, align: Literal["left", "right"] = "left") -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def amount(value: float) -> str:
+    """A count in full, however large it is: "16,384,000"; six digits of what is no whole number."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"
+
+
 def metrics_table(of: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
     """Metrics as a table in Markdown, a line for each model, whose name they stand under. `of`: what was measured."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))

@@ -23,13 +23,12 @@ from typing import Any, Protocol
 
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.record.boards import Board, ShownRun, open_board, require_boards
-from trunkline.engine.record.metrics_file import MetricsFile, read_metrics
+from trunkline.engine.record.metrics_file import METRICS, MetricsFile, read_metrics
 from trunkline.engine.tracking import Tracking
 
 _ROWS_KEPT = 100_000
 _SOON_S = 0.1  # a tracker that fails sooner is asked at every row
 _SHARE_OF_TIME = 0.05  # of a run, at most, is spent on one that takes longer
-METRICS = "metrics.jsonl"
 At = Mapping[str, float | str]
 
 

@@ -49,20 +49,6 @@ def make_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
     return (PreferenceTask if model.objective.type == "dpo" else LanguageModelTask)(data, model)
 
 
-def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
-    """The task without its data, which are read only where something is asked that needs them."""
-    task: LanguageModelTask
-    if isinstance(model.objective, DPO):
-        task = object.__new__(PreferenceTask)
-        task.options = model.objective
-    else:
-        task = object.__new__(LanguageModelTask)
-    task.data, task.model, task.hf_config = data, model, hf_config_of(model, data.max_length)
-    task.store, task.pad_id = opened_late(lambda: Store.open(data.store)), 0
-    task.tokenizer = opened_late(lambda: task.store.tokenizer())
-    return task
-
-
 class LanguageModelTask(Task):
     """Next-token prediction over a prepared data set: pre-training and SFT."""
 
@@ -285,6 +271,24 @@ class PreferenceTask(LanguageModelTask):
     def tensor_name(self, name: str) -> str | None:
         """The policy's names in the Hugging Face model; the reference is left out."""
         return name.removeprefix("policy.lm.") if name.startswith("policy.") else None
+
+
+class _WithoutData(LanguageModelTask):
+    """The task without its data, which are read only where something is asked that needs them."""
+
+    def __init__(self, data: CausalLMData, model: CausalLMModel) -> None:
+        self.data, self.model, self.hf_config = data, model, hf_config_of(model, data.max_length)
+        self.store, self.pad_id = opened_late(lambda: Store.open(data.store)), 0
+        self.tokenizer = opened_late(lambda: self.store.tokenizer())
+
+
+class _PairsWithoutData(PreferenceTask, _WithoutData):
+    """The same of pairs of answers: `PreferenceTask` over `_WithoutData`."""
+
+
+def weights_task(data: CausalLMData, model: CausalLMModel) -> LanguageModelTask:
+    """The task of the configured objective without its data. Raises ConfigError."""
+    return (_PairsWithoutData if model.objective.type == "dpo" else _WithoutData)(data, model)
 
 
 def _targets(batch: Batch) -> Tensor:

@@ -186,16 +186,16 @@ class FluidTask(Task):
         return {}
 
 
-def weights_task(data: FluidData, model: FluidModel) -> FluidTask:
+class _WithoutData(FluidTask):
     """The task without its data, which are read only where something is asked that needs them."""
-    task = object.__new__(FluidTask)
-    task.data, task.model = data, model
-    task.store = opened_late(lambda: Store.open(data.store))
-    task.schema = opened_late(lambda: task.store.schema)
-    return task
+
+    def __init__(self, data: FluidData, model: FluidModel) -> None:
+        self.data, self.model = data, model
+        self.store = opened_late(lambda: Store.open(data.store))
+        self.schema = opened_late(lambda: self.store.schema)
 
 
-make_task = FluidTask
+make_task, weights_task = FluidTask, _WithoutData
 
 
 def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDecoder:

@@ -30,16 +30,6 @@ from trunkline.models.image_classification.trained import write_facts
 from trunkline.models.image_classification.weights import file_names
 
 
-def weights_task(data: ImageData, model: ImageModel) -> ImageTask:
-    """The task without its data, which are read only where something is asked that needs them. It has two classes."""
-    task = object.__new__(ImageTask)
-    task.data, task.model, task.classes = data, model, ("", "")
-    task.source = opened_late(lambda: open_source(data))
-    task.criterion = Criterion(model.label_smoothing, None)
-    task._keep_together()
-    return task
-
-
 class ImageTask(Task):
     """The workload over a folder of images or a prepared store. Raises DataError or ConfigError."""
 
@@ -190,4 +180,14 @@ class ImageTask(Task):
         return file_names(self._shell)
 
 
-make_task = ImageTask
+class _WithoutData(ImageTask):
+    """The task without its data, which are read only where something is asked that needs them. It has two classes."""
+
+    def __init__(self, data: ImageData, model: ImageModel) -> None:
+        self.data, self.model, self.classes = data, model, ("", "")
+        self.source = opened_late(lambda: open_source(data))
+        self.criterion = Criterion(model.label_smoothing, None)
+        self._keep_together()
+
+
+make_task, weights_task = ImageTask, _WithoutData

@@ -84,7 +84,9 @@ class Generation(Strict):
     """How texts are generated where the model is evaluated during training: greedily."""
 
     samples: int = Field(256, ge=0, description="evenly spaced samples of the split for which a text is generated")
-    max_new_tokens: int | None = Field(None, ge=1, description="by default data.max_target_length")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="tokens of a text at most; by default data.max_target_length"
+    )
     bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = Field(
         "13a", description="sacrebleu's tokenizer; zh for Chinese"
     )
@@ -117,7 +119,9 @@ class Seq2SeqModel(Strict):
     relative_attention_max_distance: int | None = Field(
         None, ge=8, description="distance in tokens from which on all positions share a bucket"
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="by default the folder's, or 0.1")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="share of activations set to 0; by default the folder's, or 0.1"
+    )
     tie_word_embeddings: bool | None = Field(
         None, description="whether the head is the shared embedding; by default as in the folder, or true"
     )

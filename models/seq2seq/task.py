@@ -36,15 +36,6 @@ from trunkline.models.text.tokenizer import check_ids
 KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 
 
-def weights_task(data: Seq2SeqData, model: Seq2SeqModel) -> Seq2SeqTask:
-    """The task without its data, which are read only where something is asked that needs them."""
-    task = object.__new__(_WithoutData)
-    task.data, task.model, task.hf_config, task.head = data, model, hf_config_of(model), head_of(model)
-    task.store = opened_late(lambda: Store.open(data.store))
-    task.tokenizer = opened_late(lambda: task.store.tokenizer())
-    return task
-
-
 class Seq2SeqTask(Task):
     """The workload over a prepared data set. Raises DataError or ConfigError if data and model do not fit."""
 
@@ -264,13 +255,18 @@ class Seq2SeqTask(Task):
             )
 
 
-make_task = Seq2SeqTask
-
-
 class _WithoutData(Seq2SeqTask):
-    """What can be said before there are data. Which tokens are marks is of no account."""
+    """The task without its data, which are read only where something is asked that needs them.
+
+    Which tokens are marks is of no account.
+    """
 
     _pad, _eos = 0, 1
+
+    def __init__(self, data: Seq2SeqData, model: Seq2SeqModel) -> None:
+        self.data, self.model, self.hf_config, self.head = data, model, hf_config_of(model), head_of(model)
+        self.store = opened_late(lambda: Store.open(data.store))
+        self.tokenizer = opened_late(lambda: self.store.tokenizer())
 
     @cached_property
     def _sentinels(self) -> list[int]:
@@ -279,6 +275,9 @@ class _WithoutData(Seq2SeqTask):
     def largest_sample(self) -> Any:
         """The longest row, or text."""
         return self._samples.largest()
+
+
+make_task, weights_task = Seq2SeqTask, _WithoutData
 
 
 def _targets(batch: Batch) -> Tensor:

@@ -36,15 +36,6 @@ LEAST_NOISE = 0.05
 """The velocity's error is weighted as if there were at least so much noise. JiT's own choice."""
 
 
-def weights_task(data: TokenImageData, model: TokenImageModel) -> TokenImageTask:
-    """The task without its data, which are read only where something is asked that needs them."""
-    task = object.__new__(_WithoutData)
-    task.data, task.model = data, model
-    task.store = opened_late(lambda: Store.open(data.store))
-    task.tokenizer = opened_late(lambda: task.store.tokenizer())
-    return task
-
-
 class TokenImageTask(Task):
     """The workload over a prepared data set. Raises DataError or ConfigError if data and model do not fit."""
 
@@ -215,11 +206,16 @@ class TokenImageTask(Task):
         return eos
 
 
-make_task = TokenImageTask
-
-
 class _WithoutData(TokenImageTask):
-    """What can be said before there are data. All tokens are equally frequent."""
+    """The task without its data, which are read only where something is asked that needs them.
+
+    All tokens are equally frequent.
+    """
+
+    def __init__(self, data: TokenImageData, model: TokenImageModel) -> None:
+        self.data, self.model = data, model
+        self.store = opened_late(lambda: Store.open(data.store))
+        self.tokenizer = opened_late(lambda: self.store.tokenizer())
 
     @cached_property
     def encoding(self) -> Encoding:
@@ -237,3 +233,6 @@ class _WithoutData(TokenImageTask):
     def largest_sample(self) -> Sample:
         """All places of an image."""
         return Sample(np.zeros(self.data.capacity, np.int64))
+
+
+make_task, weights_task = TokenImageTask, _WithoutData

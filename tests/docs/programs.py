@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 
 from tests.docs.pages import ROOT
+from tests.processes import members
 
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -39,20 +39,3 @@ def started(command: Sequence[str | Path], **options: Any) -> Iterator[subproces
                 left.kill()
         process.kill()
         process.communicate()
-
-
-def members(session: int) -> list[psutil.Process]:
-    """The processes of a session that live, and what they have started: torchrun's ranks have sessions of their own."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
-    return list(found.values())
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

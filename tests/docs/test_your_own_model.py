@@ -17,7 +17,8 @@ import pytest
 
 from tests.distributed import find_free_port
 from tests.docs.pages import read
-from tests.docs.programs import ENVIRONMENT, started, wait_until
+from tests.docs.programs import ENVIRONMENT, started
+from tests.processes import wait_until
 from trunkline.engine.record.metrics_file import read_metrics
 
 PAGE = "docs/your-own-model.md"

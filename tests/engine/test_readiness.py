@@ -122,7 +122,7 @@ def test_an_optimizer_that_cannot_be_trained_saved_and_resumed_is_refused(
 ) -> None:
     if kind in OWN:
         monkeypatch.setattr(torch.optim, kind, OWN[kind], raising=False)
-    with pytest.raises(ConfigError, match=rf"tiny.json: deepspeed.optimizer(.|\n)*{message}"):
+    with pytest.raises(ConfigError, match=rf"^deepspeed.optimizer(.|\n)*{message}"):
         ready(config_of(tmp_path, kind, stage, **params), "deepspeed", 12, 1, CPU)
 
 
@@ -180,7 +180,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_an_error(
     tmp_path: Path, kind: str, params: dict[str, Any], message: str
 ) -> None:
     config = config_of(tmp_path, schedule={"type": kind, "params": params})
-    with pytest.raises(ConfigError, match=f"tiny.json: deepspeed.scheduler.*{message}"):
+    with pytest.raises(ConfigError, match=f"^deepspeed.scheduler.*{message}"):
         ready(config, "deepspeed", 12, 1, CPU)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from trunkline.engine.machine.output import keep_printing
-    from trunkline.engine.machine.stopping import listen
+    from trunkline.engine.machine.stopping import EXIT_CODE, listen
 
     keep_printing()
-    listen()
+    listen(EXIT_CODE, "with no step under way")
 
 import argparse
 import hashlib

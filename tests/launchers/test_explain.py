@@ -33,6 +33,20 @@ def test_a_key_of_several_workloads_is_explained_for_each(capsys: pytest.Capture
     assert said(capsys, "fluid", "--explain", "model.preset").startswith("model.preset: ")
 
 
+def test_a_parameter_of_optimizers_and_schedules_says_what_it_is_and_of_which(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = said(capsys, "--explain", "deepspeed.optimizer.params.momentum_decay").splitlines()
+    assert lines[0] == "deepspeed.optimizer.params.momentum_decay: how fast the momentum comes to its full value"
+    assert lines[2] == "  of        NAdam"
+    gamma = said(capsys, "--explain", "deepspeed.scheduler.params.gamma")
+    assert "gamma: factor of the rate at a fall; or: factor of the rate at every step; or: " in gamma
+    assert "  of        StepLR, MultiStepLR, ExponentialLR, CyclicLR\n" in gamma
+    assert "warmup: length of the rise: below 1 a share of the run, from 1 on optimizer steps\n" in said(
+        capsys, "--explain", "deepspeed.scheduler.params.warmup"
+    )
+
+
 def test_a_section_lists_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "--explain", "training.ema.").splitlines()
     assert lines[0] == "training.ema: a moving average of the weights; none if null"
@@ -45,7 +59,7 @@ def test_the_value_and_its_origin_are_those_of_the_run(capsys: pytest.CaptureFix
         return said(capsys, "--config", "fluid/demo", "--explain", key, *words).splitlines()[-1].strip()
 
     file = str(Path(train.__file__).parents[1] / "configs/fluid/demo.json")
-    assert now("training.eval_every", "--set", "training.eval_every=9") == "now       9 (--set training.eval_every)"
+    assert now("training.eval_every", "--set", "training.eval_every=9") == "now       9 (--set)"
     assert now("training.epochs", "--epochs", "3") == "now       3 (--epochs)"
     assert now("training.keep_best") == "now       false (default)"
     assert now("deepspeed.optimizer.type") == f'now       "AdamW" ({file})'
@@ -58,6 +72,7 @@ def test_the_value_and_its_origin_are_those_of_the_run(capsys: pytest.CaptureFix
         (["--explain", "training.eval_evry"], "training.eval_evry: unknown key; did you mean 'training.eval_every'?"),
         (["fluid", "--explain", "data.max_length"], "--explain data.max_length: unknown key"),
         (["--explain", "data.historry"], "did you mean 'data.history'?"),
+        (["--explain", ""], "--explain '': give a key, such as training.eval_every, or a section, such as training\n"),
         (["--explain", "training", "--config", "nowhere.json"], "nowhere.json: cannot be read"),
     ],
 )

@@ -59,6 +59,7 @@ BAD = {
     "Tides": "give small letters, digits and _, and no word of Python's, such as tides",
     "my-tides": "such as my_tides",
     "3d": "such as d",
+    "tides_": "such as tides",
     "class": "no word of Python's",
     "../x": "such as x",
     "fluid": "there is a workload of that name",

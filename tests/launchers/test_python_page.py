@@ -53,6 +53,8 @@ def test_every_block_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> No
     run, resumed, own, loaded, silent, logged, script = printed
     assert "done: runs/notebook holds best/" in run.out
     assert "runs/notebook: holds checkpoints/, metrics.jsonl" in resumed.out
+    (shown,) = re.findall(r"#.* of an earlier run; (.*), \.\.\.$", "\n".join(BLOCKS), re.MULTILINE)
+    assert f" of an earlier run; {shown}, " in resumed.out
     assert resumed.out.endswith("\n30\n")
     assert float(own.out.split()[-1]) < 0.1
     x = torch.tensor([[0.5]])

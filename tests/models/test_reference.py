@@ -34,6 +34,9 @@ def test_every_key_says_what_it_means() -> None:
     for path in sorted((ROOT / "configs").glob("*.schema.json")):
         known = keys(json.loads(path.read_text()))
         assert [name for name, key in known.items() if not key.meaning or not key.kind] == []
+        params = [key for name, key in known.items() if ".params." in name]
+        assert len(params) > 100
+        assert [key.name for key in params if not key.owners or "parameter of" in key.meaning] == []
         assert {"training.eval_every", "training.ema.decay", "deepspeed.zero_optimization.stage", "data", "model",
                 "deepspeed.optimizer.params.lr", "training.parameters[].names"} <= known.keys()  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.engine.tiny import TinyData, TinyModel, tiny_config
 from trunkline.engine.config.deepspeed_section import REFUSED, DeepSpeedSection
 from trunkline.engine.config.run_config import load_config
 from trunkline.engine.config.zero_section import REFUSED_ZERO, Zero
-from trunkline.engine.errors import ConfigError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.reading import MAX_JSON_BYTES
 
 
@@ -209,3 +210,20 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     known = set(DeepSpeedSection.model_fields) | set(REFUSED)
     assert len(read) > 15
     assert read <= known
+
+
+@pytest.mark.parametrize("name", ["training.json", "data.json", "model.json", "model.path"])
+def test_an_error_about_a_key_names_its_origin_once_whatever_the_file_is_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(base(tmp_path)))
+    config = replace(load(tmp_path / name, "data.samples=7"), source=name)
+    for said, named in {
+        "training.parameters[0].names: match nothing": f"{name}: training.parameters[0].names: match nothing",
+        "data.samples: are too few": "--set: data.samples: are too few",
+        "data: there are none": f"{name} with --set data.samples: data: there are none",
+        "deepspeed.optimizer: cannot be split": f"{name}: deepspeed.optimizer: cannot be split",
+        "data.json: cannot be read": "data.json: cannot be read",
+        "data of another run": "data of another run",
+    }.items():
+        with pytest.raises(DataError) as raised, config.naming_origins(), config.naming_origins():
+            raise DataError(said)
+        assert str(raised.value) == named

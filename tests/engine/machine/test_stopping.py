@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from tests.distributed import find_free_port, run_distributed_test
 from tests.engine.tiny import TinyTask, tiny_config
+from tests.processes import members, wait_until
 from trunkline.engine.machine import stopping
 from trunkline.engine.machine.stopping import InterruptedRunError
 from trunkline.engine.ranks import lookout
@@ -232,25 +233,6 @@ def running(command: list[str | Path], **options: Any) -> Iterator[subprocess.Po
         process.communicate()
 
 
-def members(session: int) -> list[psutil.Process]:
-    """The processes of a session that live."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (OSError, psutil.Error):
-            continue
-    return found
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def has_begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() and len(read_metrics(folder / "metrics.jsonl")) >= 3
 
@@ -346,7 +328,7 @@ def test_a_signal_during_the_start_is_one_line(tmp_path: Path, number: signal.Si
         process.send_signal(number)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
-    assert said == (f"stopped: by {number.name}, with no step under way: nothing is lost; resume with --resume auto\n")
+    assert said == (f"stopped: by {number.name}, with no step under way\n")
 
 
 TORCHRUN = ["torchrun", "--nproc_per_node", "{ranks}", "--master_port", "{port}"]

@@ -242,7 +242,7 @@ def test_the_plan_counts_each_rule_and_names_tied_parameters(tmp_path: Path) -> 
     [
         (
             [{"names": ["block.0.*"]}],
-            r"tiny.json: training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*",
+            r"^training.parameters\[0\].names: 'block.0.\*' matches no.*: blocks.0.\*",
         ),
         ([{"names": ["*"]}, {"names": ["enter.*"]}], r"parameters\[1\]: rules before it have taken all"),
         ([{"names": ["*"], "frozen": True}], "every parameter is frozen"),

@@ -27,7 +27,13 @@ def run(folder: Path, config: dict[str, Any] | None = None, steps: int = 4, metr
     (folder / "plan.json").write_text(json.dumps({"steps": 4}))
     file = MetricsFile.open(folder / "metrics.jsonl")
     for step in range(1, steps + 1):
-        at = {"time": 1e9, "epoch": step / 2, "words_seen": 70 * step, "samples_seen": 8 * step, "seconds": 2.0 * step}
+        at = {
+            "time": 1e9,
+            "epoch": step / 2,
+            "words_seen": 17_500_070.0 * step,
+            "samples_seen": 8 * step,
+            "seconds": 2.0 * step,
+        }
         if step == 2:
             file.log(step, RESUMED, {}, {**at, "from": "one", "to": "two"})
         file.log(step, "train", {"loss": 1 / step, "words_per_s": 35.0, "samples_per_s": 4.0}, at)
@@ -49,7 +55,7 @@ def test_two_runs_are_told_apart_by_what_they_reached_and_by_the_keys_that_diffe
 | steps | 4 of 4 | 3 of 4 |
 | epochs | 2 | 1.5 |
 | samples | 32 | 24 |
-| words | 280 | 210 |
+| words | 70,000,280 | 52,500,210 |
 | time in training steps | 8 s | 6 s |
 | throughput, median | 4 samples/s, 35 words/s | 4 samples/s, 35 words/s |
 | resumed after step | 2 | 2 |

@@ -12,8 +12,9 @@ from matplotlib.image import imread
 from trunkline.engine.errors import DataError
 from trunkline.engine.record.history import Series, read_history
 from trunkline.engine.record.metrics_file import RESUMED, MetricsFile
+from trunkline.engine.record.pictures import BLUE, GREY, RED
 from trunkline.engine.record.report import _losses, write_report
-from trunkline.engine.record.report_plots import Panel, plot_panels, smooth
+from trunkline.engine.record.report_plots import COMPARED, TRAIN, VALIDATION, Panel, plot_panels, smooth
 
 CONFIG = {"workload": "tiny", "training": {"best": {"metric": "rmse", "mode": "min"}}, "model": {"d": 64}}
 
@@ -188,8 +189,27 @@ def test_any_number_of_comparisons_are_drawn_in_dashes_of_their_own(
 
     monkeypatch.setattr(Axes, "plot", noted)
     curves = {f"{name} (compared)": Series([1, 2], [1.0, 2.0]) for name in "abcdefg"}
-    plot_panels(tmp_path / "metrics.png", [Panel("rmse", curves)])
+    plot_panels(tmp_path / "metrics.png", [Panel("rmse", curves, kinds=dict.fromkeys(curves, COMPARED))])
     assert len(set(drawn)) == 7
+
+
+def test_a_curve_is_drawn_as_its_kind_and_not_as_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, plot = [], Axes.plot
+
+    def noted(axes: Axes, *curve: Any, **style: Any) -> Any:
+        drawn.append((style["label"], style["color"]))
+        return plot(axes, *curve, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    names = ["train", "validation", "other (compared)"]
+    curves = {name: Series([1, 2], [1.0, 2.0]) for name in names}
+    plot_panels(tmp_path / "runs.png", [Panel("loss", curves)], best_step=2)
+    assert [label for label, _ in drawn] == names
+    assert len({colour for _, colour in drawn} - {BLUE, RED, GREY}) == 3
+    drawn.clear()
+    kinds = {"train": VALIDATION, "validation": COMPARED, "other (compared)": TRAIN}
+    plot_panels(tmp_path / "runs.png", [Panel("loss", curves, kinds=kinds)])
+    assert [colour for _, colour in drawn] == [RED, GREY, BLUE]
 
 
 def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
