@@ -44,11 +44,17 @@ def read_json_object(path: str | Path, finite: bool = True) -> dict[str, Any]:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """A hint for an error message: the closest known key, or all of them."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    """A hint for an error message: those that end with the key, the closest one, or all of them, if they are few."""
+    ends = [name for name in known if name.endswith(f".{key}")]
+    close = ends[:_NAMED] or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    if len(known) > _LISTED:
+        known = list(dict.fromkeys(name.partition(".")[0] for name in known))  # the sections
     return f"; known keys: {', '.join(sorted(known))}" if known else ""
+
+
+_NAMED, _LISTED = 4, 100
 
 
 def show(value: Any) -> str:

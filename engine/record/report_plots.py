@@ -68,7 +68,7 @@ def plot_panels(
             labels = axes.get_legend_handles_labels()[1]
             if len(labels) > 6:
                 axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-            elif len(labels) > 1:
+            elif len(labels) > 1 or len(panel.curves) > 1:  # of two, one may have no values yet
                 axes.legend()
     return True
 
@@ -95,7 +95,8 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
             colour = BLUE if kind == TRAIN else next(colours)
             smoothed = panel.smoothed and len(series.values) >= 20
             width = 1.6 if panel.smoothed else 1.0
-            axes.plot(series.steps, series.values, color=colour, lw=0.8 if smoothed else width,
+            dot = "o" if len(series.values) == 1 else None  # which a line would not show
+            axes.plot(series.steps, series.values, marker=dot, color=colour, lw=0.8 if smoothed else width,
                       alpha=0.35 if smoothed else 1.0, label=None if smoothed else name)  # fmt: skip
             if smoothed:
                 axes.plot(series.steps, smooth(series.values), color=colour, lw=1.6, label=f"{name} (smoothed)")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from trunkline.engine.errors import ConfigError
 from trunkline.launchers import train
+from trunkline.launchers.explain import explain
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -79,3 +81,10 @@ def test_the_value_and_its_origin_are_those_of_the_run(capsys: pytest.CaptureFix
 def test_what_is_not_known_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_key_is_found_by_its_last_part_and_an_unknown_one_is_answered_shortly() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'deepspeed.optimizer.params.lr'"):
+        explain("lr", [])
+    with pytest.raises(ConfigError, match="known keys: data, deepspeed, model, training, workload"):
+        explain("qqqq", [])
