@@ -14,14 +14,14 @@ from torch import nn
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes, bucket_size, keeps_together
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
-from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.data.order import GlobalBatches, lengths_of
 from trunkline.engine.errors import ConfigError, MissingDataError
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.parameter_rules import planned_rules, tied_names
 from trunkline.engine.optim.schedules import learning_rates, warmup_steps
 from trunkline.engine.planned_memory import activation_bytes, checkpoint_bytes, state_bytes
 from trunkline.engine.record.boards import unused_settings
-from trunkline.engine.task import Task, lengths_of
+from trunkline.engine.task import Task
 
 _FEW_STEPS = 100
 """A run of fewer is told so."""

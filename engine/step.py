@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trunkline.engine.data.order import lengths_of
 from trunkline.engine.data.randomness import mix, seed_torch
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.evaluation import to_device
@@ -27,7 +28,7 @@ from trunkline.engine.ranks.distributed import sum_over_ranks
 from trunkline.engine.record.metrics_file import check_names
 from trunkline.engine.room import Room
 from trunkline.engine.run import Run
-from trunkline.engine.task import Batch, Sums, add_sums, lengths_of
+from trunkline.engine.task import Batch, Sums, add_sums
 
 
 class Accumulated(NamedTuple):

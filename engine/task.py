@@ -276,20 +276,6 @@ def _once(read: Callable[[Any, str], Samples]) -> Callable[[Any, str], Samples]:
     return dataset
 
 
-def lengths_of(dataset: Samples) -> np.ndarray | None:
-    """How much there is of each sample, int64 [N]; None where the data set does not say. Raises ConfigError."""
-    given = getattr(dataset, "lengths", None)
-    if given is None:
-        return None
-    lengths = np.asarray(given)
-    if lengths.shape != (len(dataset),) or lengths.dtype.kind not in "iu":
-        raise ConfigError(
-            f"{type(dataset).__name__}.lengths: expected an integer for each sample, int64 [{len(dataset)}], found "
-            f"{lengths.dtype} {list(lengths.shape)}: correct it, or give the attribute another name"
-        )
-    return lengths.astype(np.int64, copy=False)
-
-
 def add_sums(total: Sums | None, part: Sums) -> Sums:
     """total + part, entry by entry, in fp64 where floating; detached. Use None to start.
 

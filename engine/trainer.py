@@ -216,12 +216,14 @@ class Trainer(Run):
         """The loop: read, step, log, evaluate, save."""
         progress, every = self.progress, self.config.training
         self.validation.try_out()
-        self._settle_best()
+        best, found = self._best(), self.assembly.found
+        on_main(lambda: best.settle(found, progress, every.start_from), self.ranks, f"{self.folder}: cannot be used")
         if progress.evaluation_due:  # a stop broke it off, or it is the one at the start
             self.validation.evaluate()
             if every.keep_best and progress.is_best:
                 self.save()
-        meter = self._meter()
+        peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
+        meter = Meter(self.ranks, self.task.unit, self.task.flops_per_sample(), peak)
         with self._bar() as bar:
             for micro_batches in self._micro_batches():
                 made = self.stepper.make(micro_batches)
@@ -279,14 +281,6 @@ class Trainer(Run):
         state = self.assembly.state(self.progress)
         return self.checkpoints.save(*state, self.assembly.probe.loss(), in_background, then)
 
-    def _settle_best(self) -> None:
-        """What the task has written of the best evaluation is of the branch that runs; a kill may have prevented it."""
-        begun_with = self.config.training.start_from
-        if begun_with and not self.progress.best_metrics and Path(begun_with).resolve().parent == self.folder.resolve():
-            return  # until the first evaluation is better, that is the task's file
-        best, found = self._best(), self.assembly.found
-        on_main(lambda: best.settle(found, self.progress), self.ranks, f"{self.folder}: cannot be looked through")
-
     def _best(self) -> NewBest:
         """What the task is told of the best evaluation so far."""
         progress = self.progress
@@ -295,11 +289,6 @@ class Trainer(Run):
             self.config.deepspeed, progress.best_metrics, progress.best_step, progress.step - progress.skipped_steps,
             self.batches.per_epoch, self.total_steps, progress.best_is_average,
         )  # fmt: skip
-
-    def _meter(self) -> Meter:
-        peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
-        unit, flops = self.task.unit, self.task.flops_per_sample()
-        return Meter(self.ranks, unit, flops, peak)
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(

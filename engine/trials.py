@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.loading import collate
+from trunkline.engine.data.order import lengths_of
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.hardware import peak_memory, reset_peak_memory
 from trunkline.engine.machine.log import bars_are_hidden
@@ -30,7 +31,7 @@ from trunkline.engine.plan_text import readable_size
 from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import Ranks, gather
 from trunkline.engine.ranks.launch import local_world_size
-from trunkline.engine.task import Samples, lengths_of
+from trunkline.engine.task import Samples
 from trunkline.engine.trainer import Trainer
 
 _SHARE_OF_A_CPU = 0.8  # of what is free: an activation's gradient is not counted

@@ -1,9 +1,9 @@
 """Checkpoints in the form of another program: a task writes one at each new best, and reads one to start from.
 
     best = NewBest(...)
-    best.hand_over(path)            when the checkpoint at `path` is whole: the task's write_best gets its state
-    best.settle(found, progress)    at the start: the task has that of the branch that runs, or none
-    start_from(other, ...)          what the task's read_state finds, as a checkpoint of the run's own
+    best.hand_over(path)                       when the checkpoint at `path` is whole: write_best gets its state
+    best.settle(found, progress, begun_with)   at the start: the task has that of the branch that runs, or none
+    start_from(other, ...)                     what the task's read_state finds, as a checkpoint of the run's own
 
 So weights, optimizer and step hold on any backend, stage and number of ranks.
 """
@@ -58,8 +58,11 @@ class NewBest:
         except Exception as error:  # a full disk, or the task's own code
             self._warn(error)
 
-    def settle(self, found: Checkpoint | None, progress: Progress) -> None:
-        """At the start: let the task put away what is of another branch, and write what it lacks of this one."""
+    def settle(self, found: Checkpoint | None, progress: Progress, begun_with: str | None) -> None:
+        """At the start: let the task put away what is of another branch, and write what it lacks of this one, which a
+        kill may have prevented. `begun_with`: training.start_from."""
+        if begun_with and not self.metrics and Path(begun_with).resolve().parent == self.folder.resolve():
+            return  # until the first evaluation is better, that is the task's file
         best = None
         if progress.best is not None:
             metrics = {progress.best_metric: progress.best} | dict(self.metrics)

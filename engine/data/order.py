@@ -20,6 +20,8 @@ from functools import lru_cache
 import numpy as np
 
 from trunkline.engine.data.randomness import finalise_array, mix, mix_last
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.task import Samples
 
 FILLER = -1
 """Stands in a short last batch where there is no sample: the engine gives such places weight zero."""
@@ -101,6 +103,20 @@ class GlobalBatches:
             return 0
         samples = self.samples(step)
         return int(lengths[samples[samples != FILLER]].max())
+
+
+def lengths_of(dataset: Samples) -> np.ndarray | None:
+    """How much there is of each sample, int64 [N]; None where the data set does not say. Raises ConfigError."""
+    given = getattr(dataset, "lengths", None)
+    if given is None:
+        return None
+    lengths = np.asarray(given)
+    if lengths.shape != (len(dataset),) or lengths.dtype.kind not in "iu":
+        raise ConfigError(
+            f"{type(dataset).__name__}.lengths: expected an integer for each sample, int64 [{len(dataset)}], found "
+            f"{lengths.dtype} {list(lengths.shape)}: correct it, or give the attribute another name"
+        )
+    return lengths.astype(np.int64, copy=False)
 
 
 _BLOCK = 8192

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.engine.tiny import Rows, TinyData, TinyModel, TinyTask, tiny_config
+from trunkline.engine.data.order import lengths_of
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.task import Batch, Samples, Sums, Task, add_sums, lengths_of
+from trunkline.engine.task import Batch, Samples, Sums, Task, add_sums
 from trunkline.engine.trainer import Trainer
 from trunkline.engine.trials import find_micro_batch
 
