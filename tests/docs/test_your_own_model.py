@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from tests.distributed import find_free_port
 from tests.docs.pages import read
-from tests.docs.programs import ENVIRONMENT, started
+from tests.docs.programs import started
 from tests.processes import wait_until
 from trunkline.engine.record.metrics_file import read_metrics
 
@@ -30,16 +29,14 @@ def steps() -> list[tuple[str, str]]:
     return [(language, block) if language else ("sh", line) for language, block, line in found]
 
 
-def test_the_chats_and_the_model_of_the_page_fit_together(tmp_path: Path) -> None:
+def test_the_chats_and_the_model_of_the_page_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's own Python up to the model: the chats are of the form shown, the template ends each turn."""
     (shown,), (chats, model, _) = (
         [block for language, block in steps() if language == wanted] for wanted in ("json", "python")
     )
+    monkeypatch.chdir(tmp_path)
     for block in (chats, model):
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        exec(block, {})
     lines = (tmp_path / "chats.jsonl").read_text().splitlines()
     assert len(lines) == 48
     assert json.loads(shown) == json.loads(lines[0])

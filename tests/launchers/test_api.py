@@ -151,10 +151,11 @@ def test_it_trains_in_a_thread_and_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_an_interrupt_saves_the_last_step_and_the_run_resumes_from_it(tmp_path: Path) -> None:
     whole = train(Line(), line_config(), output_dir=tmp_path / "whole")
+    before = dist.is_initialized()
     with pytest.raises(InterruptedRunError, match=r"by SIGINT after step \d+, which is saved; resume with"):
         train(Line(interrupt_at=12), line_config(), output_dir=tmp_path / "run")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == before
     with pytest.raises(ConfigError, match="of an earlier run"):
         train(Line(), line_config(), output_dir=tmp_path / "run")
     resumed = train(Line(), line_config(), output_dir=tmp_path / "run", resume="auto")
@@ -205,10 +206,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_mistakes_are_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    call, said = WRONG[what]
+    (call, said), before = WRONG[what], dist.is_initialized()
     with pytest.raises(ConfigError, match=said):
         call()
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == before
 
 
 def test_values_are_copied_and_what_a_task_of_ones_own_is_given_is_kept() -> None:
@@ -234,12 +235,10 @@ def in_a_script(rank: int, world_size: int, folder: Path, backends: list[str]) -
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "backends",
-    [["deepspeed", "deepspeed"], pytest.param(["fsdp", "deepspeed", "fsdp", "deepspeed"], marks=pytest.mark.slow)],
-    ids=len,
-)
-def test_a_script_of_two_ranks_trains_again_and_again(tmp_path: Path, backends: list[str]) -> None:
+@pytest.mark.slow
+def test_a_script_of_two_ranks_trains_again_and_again(tmp_path: Path) -> None:
+    """Once, and by the same function, two ranks train in the tests of launchers/train.py."""
+    backends = ["fsdp", "deepspeed", "fsdp", "deepspeed"]
     first, second = run_distributed_test(in_a_script, 2, tmp_path, backends, backend=None)
     assert first == second
     *losses, said, as_before, joined = first

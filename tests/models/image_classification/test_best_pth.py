@@ -237,7 +237,7 @@ def test_best_pth_whose_checkpoint_is_gone_stays_if_it_is_of_the_branch_and_else
     train(config, tmp_path / "run", task=Rising)
     assert not (tmp_path / "run/best.pth").exists()
     assert (tmp_path / "run/aside-best-epoch-unknown.pth").read_bytes() == b"of something else"
-    assert "its checkpoint is not kept, which training.keep_best does" in capsys.readouterr().err
+    assert "its checkpoint is not kept, which training.keep_best does" in capsys.readouterr().out
 
 
 def test_a_best_pth_that_a_run_begins_with_in_its_own_folder_stays_until_there_is_a_better_one(
