@@ -22,10 +22,8 @@ $(error WORKLOAD=$(WORKLOAD) is none of: $(WORKLOADS))
 endif
 
 python := $(VENV)/bin/python
-# DeepSpeed compiles nothing at installation; its build finds setuptools in .venv, so nothing unpinned is fetched; Python
-# compiles what it imports, a third of what is installed
-install := DS_BUILD_OPS=0 $(python) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
-	--no-compile
+# DeepSpeed compiles nothing at installation; its build finds setuptools in .venv, so nothing unpinned is fetched
+install := DS_BUILD_OPS=0 $(python) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation
 run := runs/$(WORKLOAD)-demo
 
 .PHONY: train test chaos lint install clean
