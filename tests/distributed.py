@@ -8,10 +8,12 @@ def test_sum() -> None:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pickle
+import secrets
 import socket
 import tempfile
 import time
@@ -77,10 +79,15 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
 
 
 def find_free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port of the loopback interface that was free a moment ago.
+
+    Those that the kernel gives to connections, 32768 and above, are left to them: one would be taken in between.
+    """
+    while True:
+        port = secrets.randbelow(12_000) + 16_000  # seeds of tests do not reach it
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> set[int]:
