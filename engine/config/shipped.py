@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trunkline.engine.config.json_object import nearest
 from trunkline.engine.errors import ConfigError
 
 _FOLDER = Path(__file__).parents[2] / "configs"
@@ -23,7 +24,7 @@ def find_config(path: str | Path) -> Path:
         return path
     files = _files()
     if str(path) not in files:
-        raise ConfigError(f"{path}: neither a file nor one of the shipped configurations: {', '.join(files)}")
+        raise ConfigError(f"{path}: neither a file nor one of the shipped configurations{nearest(str(path), [*files])}")
     return files[str(path)]
 
 

@@ -46,8 +46,8 @@ def test_a_command_is_the_launcher_of_that_name() -> None:
 def test_the_status_is_the_launchers() -> None:
     outcome = _trunkline("train", "--config", "fluid/dmo")
     assert outcome.returncode == 2
-    assert outcome.stderr.startswith("error: fluid/dmo: neither a file nor one of the shipped configurations: ")
-    assert "fluid/demo, " in outcome.stderr
+    assert outcome.stderr.startswith("error: fluid/dmo: neither a file nor one of the shipped configurations")
+    assert "did you mean 'fluid/demo'?" in outcome.stderr
 
 
 def test_an_unknown_command_and_none_are_errors_with_the_usage() -> None:

@@ -31,8 +31,10 @@ def test_a_file_of_the_user_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
         load_config("fluid/demo", sections=config_sections)
 
 
-def test_what_is_neither_is_an_error_that_lists_what_is_shipped() -> None:
-    with pytest.raises(ConfigError, match=r"fluid/dmo: neither a file nor .*causal_lm/demo-sft, .*fluid/demo, "):
+def test_what_is_neither_is_an_error_that_names_the_nearest_or_lists_what_is_shipped() -> None:
+    with pytest.raises(ConfigError, match=r"fluid/dmo: neither a file nor .*; did you mean 'fluid/demo'\?$"):
         find_config("fluid/dmo")
+    with pytest.raises(ConfigError, match=r"mine: neither a file nor .*causal_lm/demo-sft, .*fluid/demo, "):
+        find_config("mine")
     with pytest.raises(ConfigError, match=r"fluid/dmo\.json: cannot be read \(.*\); check the path"):
         load_config("fluid/dmo.json", sections=config_sections)
