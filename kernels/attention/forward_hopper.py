@@ -49,6 +49,7 @@ from trunkline.kernels.attention.key_tiles import nth_tile, tiles_to_visit
 from trunkline.kernels.triton_path import triton
 
 HEAD_DIMS = (32, 64, 128)
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
 class HopperTile(NamedTuple):
@@ -107,7 +108,7 @@ def _flash_fwd_hopper_kernel(
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(emptied.index(stage), count=CONSUMERS if CONSUMERS > 0 else 1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
 
     mbarrier.expect(q_filled, BLOCK_M * D * 2)
     for part in gl.static_range(Q_TILES):
@@ -202,7 +203,7 @@ def _attend(
             s = _scores(q_tile, k_ring, i, BLOCK_M, SCORES)
             acc = warpgroup_mma(p, _tile(v_ring, i - 1), acc, is_async=True)
             if not SPECIALISED:
-                gl.thread_barrier()  # all warps have seen the end of the products of tile i - 2
+                _barrier()  # all warps have seen the end of the products of tile i - 2
                 _fill(i + STAGES - 2, upcoming, i + STAGES - 2 < total, k, v, b, kv_head, k_ring, v_ring, filled)
                 upcoming = _tile_ahead(key_tiles, i + STAGES - 1, total, gap_at, gap, HAS_MASK)
             s = warpgroup_mma_wait(1, [s])
@@ -224,7 +225,7 @@ def _attend(
         mbarrier.wait(filled.index(i % STAGES), i // STAGES & 1)
         s = _scores(q_tile, k_ring, i, BLOCK_M, SCORES)
         if not SPECIALISED:
-            gl.thread_barrier()
+            _barrier()
             if i > 0:
                 _fill(i + STAGES - 2, upcoming, i + STAGES - 2 < total, k, v, b, kv_head, k_ring, v_ring, filled)
                 upcoming = _tile_ahead(key_tiles, i + STAGES - 1, total, gap_at, gap, HAS_MASK)
@@ -333,7 +334,7 @@ def _zero_padding(values, mask, num_keys):
         loaded = part.load(LAYOUT)
         part.store(gl.where(real[:, None], loaded, gl.zeros_like(loaded)))
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
 
 
 def launch_forward_hopper(
