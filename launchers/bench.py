@@ -14,6 +14,7 @@ BENCHMARKS = {
     "attention": ("trunkline.benchmarks.attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
     "masked_mse": ("trunkline.benchmarks.masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
     "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
+    "training": ("trunkline.benchmarks.training", "a training step of the fluid surrogate against a plain loop's"),
     "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
     "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
     "numbers": ("trunkline.benchmarks.numbers", "the demo of seq2seq beside tables, rules and neighbours"),
