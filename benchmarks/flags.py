@@ -191,13 +191,6 @@ def token_image_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
 
 
-def fluid_step(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py fluid_step`."""
-    parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))
-    parser.add_argument("--steps", type=int, default=1, help="steps to time")
-    parser.add_argument("--micro-batch", type=int, default=1)
-
-
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all of them have."""
     parser.add_argument("--minutes", type=minutes, metavar="M", help="start nothing more after M minutes")

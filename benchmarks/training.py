@@ -1,12 +1,12 @@
-"""A training step of the fluid surrogate: the engine's, and a plain loop's with the attention that one would take instead.
+"""A training step of the fluid surrogate: the engine's, and a plain loop's, with our attention and with torch's.
 
     run(arguments)   `python launchers/bench.py training [--config configs/fluid/large.json]`
 
 The network, its first weights, its micro-batches and AdamW are the same everywhere; data are random, of the reference
-network's V = 6,712 variables, and a state repeats itself. The engine is its Trainer's step, as configured: bf16 weights
-with fp32 masters, its checks and its clipping. The plain loop is what PyTorch's documents write: fp32 weights under bf16
-autocast, clipping, the fused AdamW, and no look at a loss that would make the GPU wait. A rate is shown only where loss
-and gradient norm of the first step are those of the plain loop with torch's own attention.
+network's V = 6,712 variables, and what is to be predicted is what is seen. The engine is its Trainer's step, as
+configured: bf16 weights with fp32 masters, its checks and its clipping. The plain loop is what PyTorch's documents
+write: fp32 weights under bf16 autocast, clipping, the fused AdamW, and no look at a loss that would make a GPU wait. A
+rate is shown only where loss and gradient norm of the first step are those of the plain loop with torch's attention.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from trunkline.engine.data.loading import training_loader
 from trunkline.engine.data.randomness import seed_torch
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
+from trunkline.engine.machine.hardware import GIB, peak_memory, reset_peak_memory
 from trunkline.engine.plan import planned_batches, sizes_of
 from trunkline.engine.ranks.distributed import start, stop
 from trunkline.engine.task import Batch
@@ -73,12 +74,13 @@ class Contender(NamedTuple):
 
 @dataclass
 class Measured:
-    """Seconds of each step that counts, the first step's loss and gradient norm, peak bytes on a GPU."""
+    """Seconds of each step that counts, the first step's loss and gradient norm; GiB of the GPU that it took at most,
+    or that the process has on a CPU."""
 
     seconds: list[float] = field(default_factory=list)
     loss: float = 0.0
     grad_norm: float = 0.0
-    peak_bytes: int = 0
+    peak_gib: float = 0.0
 
 
 class RandomMinutes(FluidTask):
@@ -90,7 +92,7 @@ class RandomMinutes(FluidTask):
         self.schema = Schema(tuple(f"B_{n}:SP" for n in range(boundary)), names)
         self.normalization = Normalization(boundary, states)
 
-    def dataset(self, split: str) -> list[Sample]:
+    def dataset(self, split: str) -> list[Sample]:  # type: ignore[override]  # samples are all that it has to be
         generator, shape = np.random.default_rng(0), (self.data.history, self.schema.num_variables)
         xs = [generator.standard_normal(shape, dtype=np.float32) for _ in range(self._count if split == "train" else 1)]
         return [(x, x[:, self.schema.num_boundary :].copy()) for x in xs]
@@ -145,8 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{path}: {sum(p.numel() for p in task.build_model().parameters()):,} parameters, {micro_batch} samples of "
         f"{config.data.history} x {task.schema.num_variables:,} tokens a step, {'bf16' if _bf16(config) else 'fp32'}, "
         f"ZeRO {config.deepspeed.zero_optimization.stage}; medians of {arguments.steps} steps after {_WARM_UP}.",
-        f"A step is {flops / 1e12:.4g} TFLOP of the model: 2 a weight and token, and 4 a channel, query and key that it "
-        "sees, three times for forward and backward; what is computed again does not count.",
+        f"A step is {flops / 1e12:.4g} TFLOP of the model: 2 a weight and token, and 4 a channel, query and key that "
+        "it sees, three times for forward and backward; what is computed again does not count.",
         f"A matrix product of the device itself: {matmul / 1e12:.4g} TFLOP/s.",
     ]
     rows = {
@@ -170,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows[name] |= {
             "median_s": median, "fastest_s": min(measured.seconds), "slowest_s": max(measured.seconds),
             "tokens_per_s": tokens / median, "tflop_per_s": flops / median / 1e12, "of_matmul": flops / median / matmul,
-            "peak_gib": measured.peak_bytes / 2**30 or None, "first_loss": measured.loss,
+            "peak_gib": measured.peak_gib, "first_loss": measured.loss,
             "first_grad_norm": measured.grad_norm, "status": OK,
         }  # fmt: skip
         print(", ".join(f"{key} {value}" for key, value in rows[name].items() if value is not None), flush=True)
@@ -217,22 +219,20 @@ def _bf16(config: RunConfig) -> bool:
 
 
 def _measure(contender: Contender, task: RandomMinutes, config: RunConfig, device: torch.device) -> Measured:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    reset_peak_memory(device)
+    held = torch.cuda.memory_allocated() / GIB if device.type == "cuda" else 0.0
     if contender.compiled:
         config = replace(config, training=config.training.model_copy(update={"compile": True}))
     attention = contender.attention
     attend = flash_attention if attention is None else attention(config.data.history, task.schema.num_variables, device)
     before = network.flash_attention
-    network.flash_attention = attend  # type: ignore[assignment]
+    network.flash_attention = attend
     try:
         side = _plain if contender.backend is None else partial(_engine, contender.backend)
         measured = side(task, config, device)
     finally:
         network.flash_attention = before
-    if device.type == "cuda":
-        measured.peak_bytes = torch.cuda.max_memory_allocated() - held
+    measured.peak_gib -= held
     return measured
 
 
@@ -242,9 +242,8 @@ def _engine(backend: str, task: RandomMinutes, config: RunConfig, device: torch.
     with tempfile.TemporaryDirectory() as folder:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             trainer = Trainer(task, config, start(), Path(folder, "run"), backend=backend)
-        batches = trainer._micro_batches()
         try:
-            for step, micro_batches in enumerate(batches):
+            for step, micro_batches in enumerate(trainer._micro_batches()):
                 made = trainer.stepper.make(micro_batches)
                 if made is None:
                     raise RuntimeError("out of memory")
@@ -253,9 +252,8 @@ def _engine(backend: str, task: RandomMinutes, config: RunConfig, device: torch.
                     measured.loss, measured.grad_norm = values["loss"], values["grad_norm"]
                 if step + 1 >= _WARM_UP:
                     clock.mark()
-            measured.seconds = clock.seconds()
+            measured.seconds, measured.peak_gib = clock.seconds(), peak_memory(device)  # which `close` begins anew
         finally:
-            batches.close()
             trainer.close()
     return measured
 
@@ -267,26 +265,19 @@ def _plain(task: RandomMinutes, config: RunConfig, device: torch.device) -> Meas
     model = apply_options(task.build_model().to(device), config.training).train()
     params = section.optimizer.params
     optimizer = torch.optim.AdamW(model.parameters(), **(params | {"betas": tuple(params["betas"])}), fused=True)
-    batches = _batches(task, config, device)
-    losses, norms = list[Tensor](), list[Tensor]()
-    try:
-        for step, batch in enumerate(batches):
-            batch = to_device(batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(config)):
-                loss = task.loss(model, batch)["loss"] / task.weight(batch)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step == 0:
-                losses.append(loss.detach())
-                norms.append(norm.detach())
-            if step + 1 >= _WARM_UP:
-                clock.mark()
-        measured.seconds = clock.seconds()
-    finally:
-        batches.close()
-    measured.loss, measured.grad_norm = float(losses[0]), float(norms[0])
+    for step, batch in enumerate(_batches(task, config, device)):
+        batch = to_device(batch, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(config)):
+            loss = task.loss(model, batch)["loss"] / task.weight(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            measured.loss, measured.grad_norm = loss.item(), norm.item()
+        if step + 1 >= _WARM_UP:
+            clock.mark()
+    measured.seconds, measured.peak_gib = clock.seconds(), peak_memory(device)
     return measured
 
 

@@ -28,7 +28,6 @@ BENCHMARKS = {
     "token_information": ("trunkline.benchmarks.token_information", "what noisy pixels tell of tokens, by encoding"),
     "token_image_training": ("trunkline.benchmarks.token_image_training", "training of token images beside Accelerate"),
     "resume_picture": ("trunkline.benchmarks.resume_picture", "a run killed and moved, on one that nothing stopped"),
-    "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""
 
