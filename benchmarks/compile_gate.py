@@ -26,9 +26,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from trunkline.benchmarks.offline_compiler import compile_for, product_loops, resources, run_tool, wide_loads
+from trunkline.benchmarks.offline_compiler import compile_for, product_loop, resources, run_tool, wide_loads
 from trunkline.kernels.attention import backward, forward
-from trunkline.kernels.attention.tiles import ARCHITECTURES, TILES, Tile
+from trunkline.kernels.attention.tiles import ARCHITECTURES, HOPPER_FORWARD, TILES, Tile
 from trunkline.kernels.triton_path import triton
 
 REGISTERS = 65_536  # of a multiprocessor
@@ -47,9 +47,15 @@ class Configuration(NamedTuple):
 
     @property
     def tile(self) -> Tile:
+        if self.name == "forward_hopper":
+            return HOPPER_FORWARD[self.head_dim]
         bits = 32 if self.dtype == "fp32" else 16
         name = "backward" if self.name in ("backward_gqa", "backward_dkdv") else self.name
         return TILES[ARCHITECTURES[self.architecture], bits, name][triton.next_power_of_2(self.head_dim)]
+
+    @property
+    def warps_that_load(self) -> int:
+        return 4 if self.name == "forward_hopper" else 0  # beside those of the tile
 
     @property
     def splits_loop(self) -> bool:
@@ -72,6 +78,7 @@ class Usage(NamedTuple):
     wgmma_serialized: bool
     wide_loads: int  # 16 bytes each
     loop: Counter[str]  # the machine instructions of the inner loop
+    exponentials_beside_products: bool = False  # all of the loop's, while the tensor cores work for the same warps
 
 
 class Chip(NamedTuple):
@@ -81,13 +88,19 @@ class Chip(NamedTuple):
 
 
 CHIPS = {90: Chip(4096, 132, 1.83e9), 80: Chip(2048, 108, 1.41e9)}
-PRODUCTS = {"forward": 2, "backward": 5, "backward_gqa": 5}  # of tiles; 2 head_dim operations a score each
+PRODUCTS = {
+    "forward": 2,
+    "forward_hopper": 2,
+    "backward": 5,
+    "backward_gqa": 5,
+}  # of tiles; 2 head_dim operations a score each
 
 SHARES_TILES_WITH = {86: 80, 89: 86, 100: 90, 120: 86}  # most of them
 HEAD_DIMS = (16, 24, 32, 40, 64, 72, 128, 256)
 PATTERNS = ((True, True), (True, False), (False, True), (False, False))  # a causal block, a key mask
 # "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
+# "forward_hopper" is Gluon's, of sm_90 alone
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
@@ -101,7 +114,11 @@ def configurations(every: bool) -> Iterator[Configuration]:
             patterns = PATTERNS if name != "backward_delta" else PATTERNS[:1]
             for head_dim, dtype, pattern in itertools.product(HEAD_DIMS, ("bf16", "fp16", "fp32"), patterns):
                 yield Configuration(architecture, name, dtype, head_dim, *pattern)
+        for head_dim, dtype, pattern in itertools.product(HOPPER_FORWARD, ("bf16", "fp16"), PATTERNS):
+            yield Configuration(90, "forward_hopper", dtype, head_dim, *pattern)
         return
+    for head_dim in HOPPER_FORWARD:
+        yield Configuration(90, "forward_hopper", "bf16", head_dim, causal=True, masked=True)
     names = [name for name in PASSES if name != "backward_dkdv"]
     for architecture, name, head_dim in itertools.product(SHARED_MEMORY_LIMIT, names, (16, 32, 64, 128, 256)):
         configuration = Configuration(architecture, name, "bf16", head_dim, causal=True, masked=True)
@@ -124,17 +141,33 @@ def measure(configuration: Configuration) -> Usage:
             assembler = get_ptxas(architecture).path
             remarks = run_tool(assembler, f"-arch=sm_{architecture}a", file.name, "-o", "/dev/null")
     serialized = "wgmma.mma_async instructions are serialized" in remarks
-    loop = Counter(name.split(".")[0] for name in min(product_loops(compiled), key=len, default=[]))
+    inner = product_loop(compiled)
     return Usage(
-        usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, wgmma, serialized, wide_loads(ptx), loop
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        compiled.metadata.shared,
+        wgmma,
+        serialized,
+        wide_loads(ptx),
+        Counter(name.split(".")[0] for name in inner),
+        exponentials_beside_products(inner),
     )
+
+
+def exponentials_beside_products(loop: list[str]) -> bool:
+    """Whether they all stand between a wait that is for some of the products and the one that is for the rest."""
+    waits = [i for i, name in enumerate(loop) if name.startswith("WARPGROUP.DEPBAR")]
+    products = [i for i, name in enumerate(loop) if name.startswith("HGMMA")]
+    exponentials = [i for i, name in enumerate(loop) if name.startswith("MUFU.EX2")]
+    return len(waits) == 2 and all(waits[0] < i < waits[1] for i in exponentials) and max(products) < waits[0]
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     broken = []
     if usage.stack_bytes or usage.local_bytes:
         broken.append(f"spills {max(usage.stack_bytes, usage.local_bytes)} bytes")
-    if usage.registers * 32 * configuration.tile.num_warps > REGISTERS:
+    if usage.registers * 32 * (configuration.tile.num_warps + configuration.warps_that_load) > REGISTERS:
         broken.append("more registers than there are")
     if usage.shared_bytes > SHARED_MEMORY_LIMIT[configuration.architecture]:
         broken.append(f"needs {usage.shared_bytes} bytes of shared memory")
@@ -145,6 +178,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append(f"{usage.wide_loads} loads of 16 bytes, not {least}")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
+    if configuration.name == "forward_hopper" and not usage.exponentials_beside_products:
+        broken.append("exponentials wait for products")
     if multiplies_tiles and not usage.loop:
         broken.append("no inner loop found")
     if configuration.splits_loop and usage.loop["FSEL"]:
@@ -154,6 +189,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
 
 def least_wide_loads(configuration: Configuration) -> int:
     """Those of a thread that bring in each of the tiles once; of one that is too small for its threads, none."""
+    if configuration.name == "forward_hopper":
+        return 0  # TMA does it
     tile = configuration.tile
     queries, keys = {"forward": (1, 2), "backward_delta": (2, 0)}.get(configuration.name, (2, 2))
     row_bytes = triton.next_power_of_2(configuration.head_dim) * (4 if configuration.dtype == "fp32" else 2)
@@ -191,6 +228,8 @@ def table_row(configuration: Configuration, usage: Usage) -> str:
 def _compile(configuration: Configuration) -> Any:
     architecture, pass_, dtype, head_dim, causal, masked = configuration
     tile = configuration.tile
+    if pass_ == "forward_hopper":
+        return _compile_hopper(configuration)
     kernel = {
         "forward": forward._flash_fwd_kernel,
         "backward_delta": backward._flash_bwd_delta_kernel,
@@ -211,6 +250,22 @@ def _compile(configuration: Configuration) -> Any:
         "SPLIT": configuration.splits_loop,
     }
     return compile_for(architecture, kernel, constants, partial(_type, dtype=dtype), lambda _: False, tile.options())
+
+
+def _compile_hopper(configuration: Configuration) -> Any:
+    from trunkline.kernels.attention.forward_hopper import CONSUMER_ROWS, _flash_fwd_hopper_kernel, shared_layout
+
+    tile, head_dim, dtype = configuration.tile, configuration.head_dim, configuration.dtype
+    rows = {"q": CONSUMER_ROWS.value, "k": tile.block_n, "v": tile.block_n}
+
+    def type_of(argument: str) -> str:
+        if argument in rows:
+            return f"tensordesc<{dtype}[1, 1, {rows[argument]}, {head_dim}],{shared_layout(head_dim)!r}>"
+        return _type(argument, dtype)
+
+    constants = {"STAGES": tile.num_stages, "CAUSAL": configuration.causal, "HAS_MASK": configuration.masked}
+    options = {"num_warps": configuration.warps_that_load, "maxnreg": tile.max_registers}
+    return compile_for(90, _flash_fwd_hopper_kernel, constants, type_of, lambda _: False, options, gluon=True)
 
 
 def _type(argument: str, dtype: str) -> str:

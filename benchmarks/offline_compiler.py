@@ -23,6 +23,7 @@ def compile_for(
     type_of: Callable[[str], str],
     is_aligned: Callable[[str], bool],
     options: dict[str, int],
+    gluon: bool = False,
 ) -> Any:
     """Triton's compiled `kernel` for sm_<architecture>.
 
@@ -31,11 +32,12 @@ def compile_for(
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or is_aligned(name)]
-    source = ASTSource(
+    source = (GluonASTSource if gluon else ASTSource)(
         kernel,
         signature,
         {(i,): constants[name] for i, name in enumerate(names) if name in constants},
@@ -50,19 +52,31 @@ def resources(compiled: Any) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
 
 
-def product_loops(compiled: Any) -> list[list[str]]:
-    """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
-    code = re.findall(
-        r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _disassembled(compiled.asm["cubin"])
-    )
-    loops = []
-    for end, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
-            body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
-            if any(x.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
+def product_loop(compiled: Any) -> list[str]:
+    """The machine instructions, by name, of a compiled kernel's shortest loop that multiplies tiles on tensor cores.
+
+    Where a branch can skip some of them, as it does the mask of a tile that needs none, it does. Empty without a loop.
+    """
+    pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);"
+    code, loops = [], []
+    for at, name, operands in re.findall(pattern, _disassembled(compiled.asm["cubin"])):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        code.append((int(at, 16), name, int(target[1], 16) if target else None))
+    for end, _, start in code:
+        if start is not None and start < end:
+            body = [x for x in code if start <= x[0] <= end]
+            # one that leads further back is no loop but a wait, kept apart, and all between it and its place
+            leads_back = any(to is not None and to < start for _, _, to in body)
+            if not leads_back and any(name.startswith(("HGMMA", "HMMA", "UTCHMMA")) for _, name, _ in body):
                 loops.append(body)
-    return loops
+    names, resume_at = [], 0
+    shortest = min(loops, key=len, default=[])
+    for at, name, to in shortest:
+        if at >= resume_at:
+            names.append(name)
+            if to is not None and at < to <= shortest[-1][0]:
+                resume_at = to
+    return names
 
 
 def wide_loads(ptx: str) -> int:

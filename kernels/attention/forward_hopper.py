@@ -2,28 +2,32 @@
 # (the arguments of Gluon's functions are pointers, tiles and integers, which have no Python types)
 """launch_forward_hopper: flash_attention's forward pass for sm_90, in which the softmax overlaps the tensor cores.
 
-The mathematics, the order of the key tiles and the results are those of forward.py. What differs is who waits for whom.
-There, a product whose result is read is waited for at once. Here (Shah et al., "FlashAttention-3", 2024, section 3.2) the
-scores of key tile j and the product of the weights of tile j - 1 with its values are issued together, and the softmax of
-tile j runs while the second of them does:
+The mathematics, the order of the key tiles, bytes and dtypes are those of forward.py; inputs are bf16 or fp16. What
+differs is who waits for whom. A program consists of four warps that load and of three consumers, warpgroups of 64
+queries each.
+
+The warps that load bring key and value tiles by TMA into a ring of buffers in shared memory. A barrier for each buffer
+says that it is filled, another that all consumers are done with it. Tiles that need a mask come last. For each of them
+the same warps write down which of its keys may be seen, and set the values of padding, which may be NaN, to 0; past the
+last key TMA writes 0 itself.
+
+A consumer issues the scores of key tile j together with the product of the weights of tile j - 1 with its values, and
+its softmax of tile j runs while the second of them does (Shah et al., "FlashAttention-3", 2024, section 3.2):
 
     issue S = Q K_j^T
     issue O += P_(j-1) V_(j-1)
     wait for S;  m, P_j, l           the tensor cores work on O
     wait for O;  O *= 2^(m_old - m)
 
-Key and value tiles come by TMA into a ring of buffers, each with a barrier in shared memory. Either the program's first
-thread asks for a tile, one tile after the buffer's last use; or, with `consumers`, the program consists of so many
-warpgroups of 64 queries each, which only multiply, and of four warps of few registers, which only ask for tiles.
+With D > 32 consumers issue in turn (section 3.1), so that the softmax of one falls into the products of the others;
+where exponentials take longer than products there is nothing to gain from that.
 
-Tiles that need a mask come last. TMA writes 0 past the last key; padding keys, whose values may be NaN, are set to 0 in
-the buffer. Bytes and dtypes as in forward.py; bf16 and fp16, D of HEAD_DIMS.
+Gluon is a part of Triton that its versions change; 3.6 to 3.9 compile this.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,43 +50,27 @@ from trunkline.kernels.attention.forward import (
     tile_and_head,
 )
 from trunkline.kernels.attention.key_tiles import nth_tile, tiles_to_visit
+from trunkline.kernels.attention.tiles import HOPPER_FORWARD, Tile
 from trunkline.kernels.triton_path import triton
 
-HEAD_DIMS = (32, 64, 128)
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
-
-
-class HopperTile(NamedTuple):
-    block_m: int  # queries
-    block_n: int  # keys
-    num_stages: int  # key and value tiles in shared memory
-    max_registers: int  # a thread; with consumers, at the start
-    consumers: int = 0  # warpgroups of 64 queries each, beside four warps that load; 0: all warps do everything
-    consumer_registers: int = 0
-    q_in_registers: bool = False
-
-    @property
-    def num_warps(self) -> int:
-        """Of the launch: with consumers, the ones that load."""
-        return 4 if self.consumers else self.block_m // 16
-
-    @property
-    def q_rows(self) -> int:
-        """Of a tile of q in shared memory."""
-        return 64 if self.consumers else self.block_m
+LOADING_WARPS = 4
+CONSUMER_ROWS = gl.constexpr(64)
+_CONSUMERS = gl.constexpr(3)
+_CONSUMER_REGISTERS = gl.constexpr(160)  # a thread; those that load keep 32 of the 128 that all start with
+# by their names since Triton 3.7, or in 3.6
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit(do_not_specialize=["B", "N", "M", "Hq", "group", "causal_block", "heads_at_once"])
 def _flash_fwd_hopper_kernel(
     q, k, v, out, lse, key_mask, key_tiles,
     B, N, M, Hq, group, causal_block, scale_log2, heads_at_once,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
-    Q_ROWS: gl.constexpr = q.block_shape[2]
+    BLOCK_M: gl.constexpr = _CONSUMERS * CONSUMER_ROWS
     BLOCK_N: gl.constexpr = k.block_shape[2]
     D: gl.constexpr = k.block_shape[3]
-    Q_TILES: gl.constexpr = BLOCK_M // Q_ROWS
 
     tile, head = tile_and_head(gl.cdiv(N, BLOCK_M), B * Hq, heads_at_once)
     tile = gl.cdiv(N, BLOCK_M) - 1 - tile  # the last queries see the most keys: they start first
@@ -97,160 +85,158 @@ def _flash_fwd_hopper_kernel(
     key_tiles += b.to(gl.int64) * 3 * (gl.cdiv(M, BLOCK_N) + 1)
     whole, total, gap_at, gap = tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N, HAS_MASK)
 
-    q_tiles = gl.allocate_shared_memory(q.dtype, [Q_TILES, 1, 1, Q_ROWS, D], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS, 1, 1, CONSUMER_ROWS, D], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, D], v.layout)
+    limits = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_filled, count=1)
+    mbarrier.init(landed, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
-        mbarrier.init(emptied.index(stage), count=CONSUMERS if CONSUMERS > 0 else 1)
+        mbarrier.init(emptied.index(stage), count=_CONSUMERS)
+    for consumer in gl.static_range(_CONSUMERS):
+        mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
     _barrier()
 
     mbarrier.expect(q_filled, BLOCK_M * D * 2)
-    for part in gl.static_range(Q_TILES):
-        tma.async_copy_global_to_shared(q, [b, h, first_row + part * Q_ROWS, 0], q_filled, q_tiles.index(part))
-    ring = (k, v, b, h // group, k_ring, v_ring, filled, emptied, key_tiles, whole, total, gap_at, gap)
-    rest = (out, lse, key_mask, h, N, M, Hq, causal_block, scale_log2)
-    if CONSUMERS == 0:
-        _attend(q_tiles.index(0), q_filled, first_row, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, False)
-    else:
-        gl.static_assert(CONSUMERS == Q_TILES)
-        if CONSUMERS == 2:
-            gl.warp_specialize([
-                (_load_tiles, (ring, HAS_MASK)),
-                (_attend, (q_tiles.index(0), q_filled, first_row, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(1), q_filled, first_row + 64, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-            ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
-        elif CONSUMERS == 3:
-            gl.warp_specialize([
-                (_load_tiles, (ring, HAS_MASK)),
-                (_attend, (q_tiles.index(0), q_filled, first_row, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(1), q_filled, first_row + 64, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(2), q_filled, first_row + 128, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-            ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (_load_tiles, (ring, HAS_MASK)),
-                (_attend, (q_tiles.index(0), q_filled, first_row, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(1), q_filled, first_row + 64, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(2), q_filled, first_row + 128, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-                (_attend, (q_tiles.index(3), q_filled, first_row + 192, ring, rest, CAUSAL, HAS_MASK, Q_IN_REGISTERS, True)),
-            ], [4, 4, 4, 4], [CONSUMER_REGISTERS] * 4)  # fmt: skip
+    for part in gl.static_range(_CONSUMERS):
+        _load(q, [b, h, first_row + part * CONSUMER_ROWS, 0], q_filled, q_tiles.index(part))
+    ring = (k_ring, v_ring, limits, filled, emptied, whole, total)
+    tiles = (k, v, b, h // group, key_mask, key_tiles, gap_at, gap, M)
+    rest = (q_filled, turns, out, lse, b, h, N, M, Hq, causal_block, scale_log2)
+    gl.warp_specialize([
+        (_load_tiles, (ring, tiles, landed, HAS_MASK)),
+        (_attend, (0, q_tiles.index(0), first_row, ring, rest, CAUSAL)),
+        (_attend, (1, q_tiles.index(1), first_row + CONSUMER_ROWS, ring, rest, CAUSAL)),
+        (_attend, (2, q_tiles.index(2), first_row + 2 * CONSUMER_ROWS, ring, rest, CAUSAL)),
+    ], [4, 4, 4], [_CONSUMER_REGISTERS, _CONSUMER_REGISTERS, _CONSUMER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
-def _load_tiles(ring, HAS_MASK: gl.constexpr):
+def _load_tiles(ring, tiles, landed, HAS_MASK: gl.constexpr):
     """What the warps do that load: each tile as soon as its buffer is empty."""
-    k, v, b, h, k_ring, v_ring, filled, emptied, key_tiles, whole, total, gap_at, gap = ring
-    STAGES: gl.constexpr = k_ring.shape[0]
-    tile = _tile_ahead(key_tiles, 0, total, gap_at, gap, HAS_MASK)
-    for i in range(total):
-        upcoming = _tile_ahead(key_tiles, i + 1, total, gap_at, gap, HAS_MASK)
-        mbarrier.wait(emptied.index(i % STAGES), (i // STAGES & 1) ^ 1)
-        _fill(i, tile, True, k, v, b, h, k_ring, v_ring, filled)
-        tile = upcoming
-
-
-@gluon.jit
-def _attend(
-    q_buffer, q_filled, first_row, ring, rest,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, SPECIALISED: gl.constexpr,
-):  # fmt: skip
-    """What the others do, or all: attention of one tile of queries to all tiles of keys that it sees."""
-    k, v, b, kv_head, k_ring, v_ring, filled, emptied, key_tiles, whole, total, gap_at, gap = ring
-    out, lse, key_mask, h, N, M, Hq, causal_block, scale_log2 = rest
+    k_ring, v_ring, limits, filled, emptied, whole, total = ring
+    k, v, b, h, key_mask, key_tiles, gap_at, gap, M = tiles
     STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK_N: gl.constexpr = k_ring.shape[3]
-    BLOCK_M: gl.constexpr = q_buffer.shape[2]
-    D: gl.constexpr = q_buffer.shape[3]
+    last = gl.maximum(total - 1, 0)
+    first_key = nth_tile(key_tiles, 0, gap_at, gap, HAS_MASK) * BLOCK_N
+    for i in range(total):
+        upcoming = nth_tile(key_tiles, gl.minimum(i + 1, last), gap_at, gap, HAS_MASK) * BLOCK_N
+        stage = i % STAGES
+        mbarrier.wait(emptied.index(stage), (i // STAGES & 1) ^ 1)
+        if i < whole:
+            _ask(k, v, b, h, first_key, k_ring.index(stage), v_ring.index(stage), filled.index(stage))
+        else:
+            _ask(k, v, b, h, first_key, k_ring.index(stage), v_ring.index(stage), landed)
+            _limit(limits.index(stage), key_mask, first_key, M, HAS_MASK)
+            mbarrier.wait(landed, i - whole & 1)
+            if HAS_MASK:
+                _zero_padding(_tile(v_ring, i), key_mask + first_key, M - first_key)
+            _barrier()
+            mbarrier.arrive(filled.index(stage), count=1)
+        first_key = upcoming
+
+
+@gluon.jit
+def _ask(k, v, b, h, first_key, k_buffer, v_buffer, barrier):
+    """For a key tile and its values."""
+    mbarrier.expect(barrier, 2 * k_buffer.shape[2] * k_buffer.shape[3] * 2)
+    _load(k, [b, h, first_key, 0], barrier, k_buffer)
+    _load(v, [b, h, first_key, 0], barrier, v_buffer)
+
+
+@gluon.jit
+def _limit(limits, key_mask, first_key, M, HAS_MASK: gl.constexpr):
+    """Of each key of a tile: its own number, or M if no query may see it."""
+    keys = first_key + gl.arange(0, limits.shape[0], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    real = keys < M
+    if HAS_MASK:
+        real = gl.load(key_mask + keys, mask=real, other=0) != 0
+    limits.store(gl.where(real, keys, M))
+
+
+@gluon.jit
+def _zero_padding(values, key_mask, num_keys):
+    BLOCK_N: gl.constexpr = values.shape[0]
+    D: gl.constexpr = values.shape[1]
+    AT_ONCE: gl.constexpr = 256 // D * gl.num_warps()
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    for first in gl.static_range(0, BLOCK_N, AT_ONCE):
+        keys = first + gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, LAYOUT))
+        real = gl.load(key_mask + keys, mask=keys < num_keys, other=0) != 0
+        part = values.slice(first, AT_ONCE)
+        loaded = part.load(LAYOUT)
+        part.store(gl.where(real[:, None], loaded, gl.zeros_like(loaded)))
+    fence_async_shared()
+
+
+@gluon.jit
+def _attend(which: gl.constexpr, q_buffer, first_row, ring, rest, CAUSAL: gl.constexpr):
+    """What a consumer does: attention of its queries to all tiles of keys that any of the program's sees."""
+    k_ring, v_ring, limits, filled, emptied, whole, total = ring
+    q_filled, turns, out, lse, b, h, N, M, Hq, causal_block, scale_log2 = rest
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK_N: gl.constexpr = k_ring.shape[3]
+    D: gl.constexpr = k_ring.shape[4]
     WARPS: gl.constexpr = gl.num_warps()
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    TAKE_TURNS: gl.constexpr = D > 32
     dtype: gl.constexpr = v_ring.dtype
 
-    rows = first_row + gl.arange(0, BLOCK_M, layout=ROWS)
-    row_end = gl.minimum(rows + M, M)
-    if CAUSAL:
-        row_end = gl.minimum((rows // causal_block + 1) * causal_block, M)
-    upcoming = 0
-    if not SPECIALISED:
-        for early in gl.static_range(STAGES - 1):
-            tile = _tile_ahead(key_tiles, early, total, gap_at, gap, HAS_MASK)
-            _fill(early, tile, early < total, k, v, b, kv_head, k_ring, v_ring, filled)
-        upcoming = _tile_ahead(key_tiles, STAGES - 1, total, gap_at, gap, HAS_MASK)
     mbarrier.wait(q_filled, 0)
-    q_tile = q_buffer.reshape([BLOCK_M, D])
-    if Q_IN_REGISTERS:
-        q_tile = q_tile.load(gl.DotOperandLayout(0, SCORES, 2))
-
+    q_tile = q_buffer.reshape([CONSUMER_ROWS, D])
     # the lowest finite number, so that a row that has seen no key yet makes no NaN of -inf - -inf
-    m = gl.full([BLOCK_M], -3.4028234663852886e38, gl.float32, ROWS)
-    l = _sum_in_thread(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES))  # noqa: E741
-    acc = gl.zeros([BLOCK_M, D], gl.float32, OUTPUT)
-    if whole > 0:
+    m = gl.full([CONSUMER_ROWS], -3.4028234663852886e38, gl.float32, ROWS)
+    l = _sum_in_thread(gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, SCORES))  # noqa: E741
+    acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUTPUT)
+    if total > 0:
         mbarrier.wait(filled.index(0), 0)
-        s = warpgroup_mma_wait(0, [_scores(q_tile, k_ring, 0, BLOCK_M, SCORES)])
-        m, l, weights, shrink = _softmax(s, m, l, scale_log2)
+        _wait_for_turn(turns, which, 0, TAKE_TURNS)
+        s = _scores(q_tile, k_ring, 0, SCORES)
+        _pass_turn(turns, which, TAKE_TURNS)
+        s = warpgroup_mma_wait(0, [s])
+        if whole == 0:
+            s = _hide(s, limits.index(0), first_row, M, causal_block, CAUSAL)
+        m, l, weights, shrink = _softmax(s, m, l, scale_log2)  # noqa: E741
         p = _operand(weights, dtype, OUTPUT)
-        mbarrier.wait(filled.index(1 % STAGES), 0, pred=whole > 1)
-        for i in range(1, whole):
-            s = _scores(q_tile, k_ring, i, BLOCK_M, SCORES)
+        mbarrier.wait(filled.index(1 % STAGES), 0, pred=total > 1)
+        for i in range(1, total):
+            _wait_for_turn(turns, which, i, TAKE_TURNS)
+            s = _scores(q_tile, k_ring, i, SCORES)
             acc = warpgroup_mma(p, _tile(v_ring, i - 1), acc, is_async=True)
-            if not SPECIALISED:
-                _barrier()  # all warps have seen the end of the products of tile i - 2
-                _fill(i + STAGES - 2, upcoming, i + STAGES - 2 < total, k, v, b, kv_head, k_ring, v_ring, filled)
-                upcoming = _tile_ahead(key_tiles, i + STAGES - 1, total, gap_at, gap, HAS_MASK)
+            _pass_turn(turns, which, TAKE_TURNS)
             s = warpgroup_mma_wait(1, [s])
-            m, l, weights, shrink = _softmax(s, m, l, scale_log2)
+            if i >= whole:
+                s = _hide(s, limits.index(i % STAGES), first_row, M, causal_block, CAUSAL)
+            m, l, weights, shrink = _softmax(s, m, l, scale_log2)  # noqa: E741
             l = _pin(l)  # noqa: E741
             # waited for here, since the assembler moves no wait for a product across this one, up to where the scores
             # are read; and the weights are among what is waited for lest the compiler move the exponentials down
-            mbarrier.wait(filled.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < whole)
+            mbarrier.wait(filled.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < total)
             acc, weights, shrink = warpgroup_mma_wait(0, [acc, weights, shrink])
-            if SPECIALISED:
-                mbarrier.arrive(emptied.index((i - 1) % STAGES), count=1)
+            mbarrier.arrive(emptied.index((i - 1) % STAGES), count=1)
             acc *= gl.convert_layout(shrink, OUTPUT_ROWS, assert_trivial=True)[:, None]
             p = _operand(weights, dtype, OUTPUT)
-        acc = warpgroup_mma(p, _tile(v_ring, whole - 1), acc)
-        if SPECIALISED:
-            mbarrier.arrive(emptied.index((whole - 1) % STAGES), count=1)
+        acc = warpgroup_mma(p, _tile(v_ring, total - 1), acc)
 
-    for i in range(whole, total):
-        mbarrier.wait(filled.index(i % STAGES), i // STAGES & 1)
-        s = _scores(q_tile, k_ring, i, BLOCK_M, SCORES)
-        if not SPECIALISED:
-            _barrier()
-            if i > 0:
-                _fill(i + STAGES - 2, upcoming, i + STAGES - 2 < total, k, v, b, kv_head, k_ring, v_ring, filled)
-                upcoming = _tile_ahead(key_tiles, i + STAGES - 1, total, gap_at, gap, HAS_MASK)
-        first_key = nth_tile(key_tiles, i, gap_at, gap, HAS_MASK) * BLOCK_N
-        if HAS_MASK:
-            _zero_padding(_tile(v_ring, i), key_mask + first_key, M - first_key)
-        keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        real = keys < M
-        if HAS_MASK:
-            real = gl.load(key_mask + keys, mask=real, other=0) != 0
-        s = warpgroup_mma_wait(0, [s])
-        s = gl.where(gl.where(real, keys, M)[None, :] < row_end[:, None], s, float("-inf"))
-        m, l, weights, shrink = _softmax(s, m, l, scale_log2)
-        acc *= gl.convert_layout(shrink, OUTPUT_ROWS, assert_trivial=True)[:, None]
-        acc = warpgroup_mma(_operand(weights, dtype, OUTPUT), _tile(v_ring, i), acc)
-        if SPECIALISED:
-            mbarrier.arrive(emptied.index(i % STAGES), count=1)
-
+    rows = first_row + gl.arange(0, CONSUMER_ROWS, layout=ROWS)
     l = gl.convert_layout(gl.sum(l, 1), ROWS)  # noqa: E741
     sees_none = l == 0
     acc *= gl.convert_layout(1.0 / gl.where(sees_none, 1.0, l), OUTPUT_ROWS, assert_trivial=True)[:, None]
     head = b.to(gl.int64) * Hq + h
     gl.store(lse + head * N + rows, gl.where(sees_none, float("inf"), m + gl.log2(l)), mask=rows < N)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    in_tile = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, STORED))
+    in_tile = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, STORED))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, STORED))
     start = out + ((b.to(gl.int64) * N + first_row) * Hq + h) * D
     result = gl.convert_layout(acc.to(dtype), STORED)
@@ -258,22 +244,18 @@ def _attend(
 
 
 @gluon.jit
-def _tile_ahead(key_tiles, i, total, gap_at, gap, HAS_MASK: gl.constexpr):
-    """The i-th key tile to visit, or any tile past the last."""
-    return nth_tile(key_tiles, gl.minimum(i, gl.maximum(total - 1, 0)), gap_at, gap, HAS_MASK)
+def _wait_for_turn(turns, which: gl.constexpr, i, TAKE_TURNS: gl.constexpr):
+    if TAKE_TURNS:
+        if which == 0:  # which begins
+            mbarrier.wait(turns.index(which), (i + 1) & 1)
+        else:
+            mbarrier.wait(turns.index(which), i & 1)
 
 
 @gluon.jit
-def _fill(i, tile, asked, k, v, b, h, k_ring, v_ring, filled):
-    """Asks for a key tile and its values as the i-th of the ring."""
-    STAGES: gl.constexpr = k_ring.shape[0]
-    BLOCK_N: gl.constexpr = k_ring.shape[3]
-    D: gl.constexpr = k_ring.shape[4]
-    stage = i % STAGES
-    barrier = filled.index(stage)
-    mbarrier.expect(barrier, 2 * BLOCK_N * D * 2, pred=asked)
-    tma.async_copy_global_to_shared(k, [b, h, tile * BLOCK_N, 0], barrier, k_ring.index(stage), pred=asked)
-    tma.async_copy_global_to_shared(v, [b, h, tile * BLOCK_N, 0], barrier, v_ring.index(stage), pred=asked)
+def _pass_turn(turns, which: gl.constexpr, TAKE_TURNS: gl.constexpr):
+    if TAKE_TURNS:
+        mbarrier.arrive(turns.index((which + 1) % turns.shape[0]), count=1)
 
 
 @gluon.jit
@@ -282,9 +264,20 @@ def _tile(ring, i):
 
 
 @gluon.jit
-def _scores(q_tile, k_ring, i, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
-    s = gl.full([BLOCK_M, k_ring.shape[3]], 0.0, gl.float32, SCORES)
+def _scores(q_tile, k_ring, i, SCORES: gl.constexpr):
+    s = gl.full([q_tile.shape[0], k_ring.shape[3]], 0.0, gl.float32, SCORES)
     return warpgroup_mma(q_tile, _tile(k_ring, i).permute([1, 0]), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _hide(s, limits, first_row, M, causal_block, CAUSAL: gl.constexpr):
+    """The scores of a key tile, -inf where a query does not see a key."""
+    rows = first_row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, s.type.layout))
+    row_end = gl.minimum(rows + M, M)
+    if CAUSAL:
+        row_end = gl.minimum((rows // causal_block + 1) * causal_block, M)
+    keys = limits.load(gl.SliceLayout(0, s.type.layout))
+    return gl.where(keys[None, :] < row_end[:, None], s, float("-inf"))
 
 
 @gluon.jit
@@ -327,23 +320,6 @@ def _operand(p, dtype: gl.constexpr, OUTPUT: gl.constexpr):
     return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, OUTPUT, 2), assert_trivial=True)
 
 
-@gluon.jit
-def _zero_padding(values, mask, num_keys):
-    """Rows of padding become 0, whatever they held. Consumers that share the tile may all do so: they write the same."""
-    BLOCK_N: gl.constexpr = values.shape[0]
-    D: gl.constexpr = values.shape[1]
-    AT_ONCE: gl.constexpr = 256 // D * gl.num_warps()
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    for first in gl.static_range(0, BLOCK_N, AT_ONCE):
-        keys = first + gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, LAYOUT))
-        real = gl.load(mask + keys, mask=keys < num_keys, other=0) != 0
-        part = values.slice(first, AT_ONCE)
-        loaded = part.load(LAYOUT)
-        part.store(gl.where(real[:, None], loaded, gl.zeros_like(loaded)))
-    fence_async_shared()
-    _barrier()
-
-
 def launch_forward_hopper(
     q: Tensor,
     k: Tensor,
@@ -351,11 +327,15 @@ def launch_forward_hopper(
     key_mask: Tensor | None,
     causal_block: int | None,
     softmax_scale: float,
-    tile: HopperTile,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of checked arguments with at least one query and one key, 16-bit, D of HEAD_DIMS."""
+    """(out, lse) of checked arguments with at least one query and one key, 16-bit, D of HOPPER_FORWARD.
+
+    `tile` stands in for the table's.
+    """
     B, N, Hq, D = q.shape
     M, Hkv = k.shape[1:3]
+    tile = tile or HOPPER_FORWARD[D]
     q, k, v = (_describable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)
@@ -364,14 +344,12 @@ def launch_forward_hopper(
     group = Hq // Hkv
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _flash_fwd_hopper_kernel[(triton.cdiv(N, tile.block_m) * B * Hq,)](
-            _descriptor(q, tile.q_rows), _descriptor(k, tile.block_n), _descriptor(v, tile.block_n),
+            _descriptor(q, CONSUMER_ROWS.value), _descriptor(k, tile.block_n), _descriptor(v, tile.block_n),
             out, lse, mask, key_tiles,
             B, N, M, Hq, group, causal_block or 0, softmax_scale * math.log2(math.e),
             group * heads_in_l2(2 * M * D * k.element_size(), B * Hkv),
-            BLOCK_M=tile.block_m, STAGES=tile.num_stages,
-            CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
-            Q_IN_REGISTERS=tile.q_in_registers, CONSUMERS=tile.consumers, CONSUMER_REGISTERS=tile.consumer_registers,
-            num_warps=tile.num_warps, maxnreg=tile.max_registers,
+            STAGES=tile.num_stages, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+            num_warps=LOADING_WARPS, maxnreg=tile.max_registers,
         )  # fmt: skip
     return out, lse
 
@@ -390,5 +368,4 @@ def shared_layout(head_dim: int) -> gl.NVMMASharedLayout:
 def _describable(x: Tensor) -> Tensor:
     """x as TMA can read it: all that `addressable` sees to, and no dimension expanded."""
     x = addressable(x)
-    expanded = any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.clone(memory_format=torch.contiguous_format) if expanded else x
+    return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x

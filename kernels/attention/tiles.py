@@ -115,6 +115,9 @@ TILES |= {
     (120, 16, "backward"): TILES[86, 16, "backward"] | dict.fromkeys((16, 32), Tile(32, 128, 8, 2)),
     (120, 16, "backward_dq"): TILES[86, 16, "backward_dq"],
 }
+# head dimension -> tile of forward_hopper.py, for 16 bits: three warpgroups multiply, beside four warps that load, and
+# all start with the registers that 16 warps leave each other
+HOPPER_FORWARD = dict.fromkeys((32, 64), Tile(192, 128, 12, 4, 128))
 ARCHITECTURES = {80: 80, 86: 86, 87: 80, 89: 86, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
 """Compute capability, 90 for 9.0 -> whose entries of TILES it uses."""
 # no tensor cores there: one tile for all

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from trunkline.benchmarks.compile_gate import Configuration, Usage, limits_broken, rate_limit
+from trunkline.benchmarks.compile_gate import (
+    Configuration,
+    Usage,
+    exponentials_beside_products,
+    limits_broken,
+    rate_limit,
+)
 
 ROOT = Path(__file__).parents[2]
 LOOP = Counter(HGMMA=8)
@@ -29,8 +35,8 @@ def gate(*arguments):
 @pytest.mark.parametrize(
     ("some", "tiles"),
     [
-        (r"sm_90 .* D=64 |sm_86|sm_100 .* D=64 |sm_120 .* D=(16|128) ", 5 + 1 + 1 + 3),
-        pytest.param("sm_90|sm_86|sm_1.0", 25 + 1 + 3 + 5, marks=pytest.mark.slow),
+        (r"sm_90 .* D=64 |sm_86|sm_100 .* D=64 |sm_120 .* D=(16|128) ", 6 + 1 + 1 + 3),
+        pytest.param("sm_90|sm_86|sm_1.0", 27 + 1 + 3 + 5, marks=pytest.mark.slow),
         pytest.param("sm_80", 25, marks=pytest.mark.slow),
     ],
 )
@@ -52,7 +58,8 @@ def test_a_key_mask_without_a_causal_block_and_rows_of_8_modulo_16_values_fit_to
 def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
     done = gate("--every", "--only", f"{architecture} .* {dtype} ")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(" registers, ") == 8 * (5 * 4 + 1)  # head dimensions, passes, patterns
+    of_gluon = 2 * 4 if architecture == "sm_90" and dtype != "fp32" else 0
+    assert done.stdout.count(" registers, ") == 8 * (5 * 4 + 1) + of_gluon  # head dimensions, passes, patterns
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,31 @@ def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
 )
 def test_what_breaks_a_limit(usage, broken):
     assert limits_broken(Configuration(90, "forward", "bf16", 64, True, True), usage) == broken
+
+
+def test_gluon_s_kernel_shares_a_multiprocessor_s_registers_and_overlaps_exponentials_with_products():
+    configuration = Configuration(90, "forward_hopper", "bf16", 64, True, True)
+    usage = Usage(128, 0, 0, 227 * 1024, True, False, 0, LOOP, exponentials_beside_products=True)
+    assert limits_broken(configuration, usage) == []
+    assert limits_broken(configuration, usage._replace(registers=136)) == ["more registers than there are"]
+    assert limits_broken(configuration, usage._replace(exponentials_beside_products=False)) == [
+        "exponentials wait for products"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loop", "beside"),
+    [
+        ("HGMMA HGMMA DEPBAR MUFU FADD MUFU DEPBAR F2FP", True),
+        ("HGMMA DEPBAR MUFU DEPBAR HGMMA", False),
+        ("HGMMA DEPBAR MUFU DEPBAR MUFU", False),
+        ("HGMMA MUFU DEPBAR MUFU DEPBAR", False),
+        ("HGMMA DEPBAR MUFU", False),
+    ],
+)
+def test_exponentials_beside_products_stand_between_the_two_waits(loop, beside):
+    names = {"HGMMA": "HGMMA.64x128x16.F32.BF16", "DEPBAR": "WARPGROUP.DEPBAR.LE", "MUFU": "MUFU.EX2"}
+    assert exponentials_beside_products([names.get(name, name) for name in loop.split()]) == beside
 
 
 @pytest.mark.parametrize(
