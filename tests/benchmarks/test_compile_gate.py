@@ -59,10 +59,10 @@ def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):
     ("usage", "broken"),
     [
         (Usage(168, 0, 0, 227 * 1024, True, False, 99, LOOP), []),
-        (Usage(168, 32, 0, 0, True, False, 99, LOOP + Counter(LDL=1)), []),
-        (Usage(168, 8, 0, 0, True, False, 99, LOOP + Counter(LDL=1, STL=1)), ["spills 8 bytes"]),
+        (Usage(168, 96, 0, 0, True, False, 99, LOOP + Counter(FFMA=92, LDL=1)), []),
+        (Usage(168, 8, 0, 0, True, False, 99, LOOP + Counter(FFMA=92, LDL=1, STL=1)), ["spills 8 bytes"]),
         (Usage(168, 8, 0, 0, True, False, 99, Counter()), ["spills 8 bytes", "no inner loop found"]),
-        (Usage(255, 40, 0, 0, True, False, 99, LOOP), ["spills 40 bytes"]),
+        (Usage(255, 104, 0, 0, True, False, 99, LOOP), ["spills 104 bytes"]),
         (Usage(255, 0, 16, 0, True, False, 99, LOOP), ["spills 16 bytes"]),
         (Usage(168, 0, 0, 227 * 1024 + 1, True, False, 99, LOOP), ["needs 232449 bytes of shared memory"]),
         (Usage(168, 0, 0, 0, False, False, 99, LOOP), ["no wgmma"]),
