@@ -70,7 +70,7 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
                 "backward": _linear._linear_masked_mse_bwd_kernel,
             }
             parts = {"forward": 384 // _linear.BLOCK_D, "backward": 1}  # those of a row that a program has
-            more = {
+            constants = {
                 "forward": {"HAS_MASK": 1, "PARTS": parts["forward"], "MAX_UNROLLED": _linear.MAX_PARTS},
                 "backward": {"NEED_HIDDEN": 1, "NEED_LINEAR": 1, "NEED_TARGET": 1},
             }
@@ -80,7 +80,7 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
                 # once before the loop for each tile that is fetched ahead, and once in it
                 loads = stages * parts[name] * tile // (32 * num_warps) * (2 if dtype == "bf16" else 4) // 16
                 title = f"linear_masked_mse {name}"
-                yield Configuration(architecture, title, dtype, kernel, block | more[name], num_warps, loads)
+                yield Configuration(architecture, title, dtype, kernel, block | constants[name], num_warps, loads)
         for keys in (16, 32, 64, 128):
             block = {"BLOCK_N": keys, "BLOCK_T": _key_tiles.TILES_AT_ONCE}
             title = f"sort_key_tiles, {keys} keys a tile"
