@@ -59,16 +59,13 @@ def beside_others(folder: Path) -> str:
     """In Markdown: our rate over that of what else solves the same problem, from attention.json; "" without any."""
     path = folder / "attention.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    rates = {
-        (row["contender"], *(row[key] for key in ("pattern", "head_dim", "direction", "tokens"))): row["tflop_per_s"]
-        for row in rows
-        if row["status"] == OK
-    }
-    spans: dict[tuple[str, str, int, str], list[tuple[float, float]]] = {}
-    for (contender, *problem), rate in rates.items():
-        ours = rates.get((OURS, *problem))
-        if ours is not None and not contender.startswith(OURS):
-            spans.setdefault((*problem[:-1], contender), []).append((ours, rate))
+    right = [row for row in rows if row["status"] == OK]
+    ours_on = {_problem(row): row["tflop_per_s"] for row in right if row["contender"] == OURS}
+    spans: dict[tuple[str, int, str, str], list[tuple[float, float]]] = {}
+    for row in right:
+        if _problem(row) in ours_on and not row["contender"].startswith(OURS):
+            key = row["pattern"], row["head_dim"], row["direction"], row["contender"]
+            spans.setdefault(key, []).append((ours_on[_problem(row)], row["tflop_per_s"]))
     if not spans:
         return ""
     written = [["pattern", "D", "pass", "flash_attention", "beside it", "ratio"]]
@@ -78,6 +75,10 @@ def beside_others(folder: Path) -> str:
         cells = [_ends(ours, ".0f"), f"{contender} {_ends(theirs, '.0f')}", _ends(ratios, ".2f")]
         written.append([pattern, str(head_dim), direction, *cells])
     return markdown(written) + "\n"
+
+
+def _problem(row: Row) -> tuple[str, int, str, int]:
+    return row["pattern"], row["head_dim"], row["direction"], row["tokens"]
 
 
 def _place(pattern: str, head_dim: int, direction: str, contender: str) -> tuple[int, int, bool, int]:
