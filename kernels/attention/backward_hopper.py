@@ -44,7 +44,6 @@ from trunkline.kernels.attention.forward import (
 )
 from trunkline.kernels.triton_path import jit
 
-BLOCK_N = 128  # keys
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _NEVER = gl.constexpr(1 << 30)
 
@@ -134,7 +133,7 @@ def _flash_bwd_hopper_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, sum_rows, causal_block, scale, scale_log2, heads_at_once,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -213,7 +212,6 @@ def _flash_bwd_hopper_kernel(
     )
     dq_rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, dq_layout))
     dq_columns = gl.arange(0, D, layout=gl.SliceLayout(0, dq_layout))
-    dq_offsets = dq_rows[:, None] * D + dq_columns[None, :]
     dq_sum += (head.to(gl.int64) * sum_rows + first_row) * D
 
     no_scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
@@ -247,10 +245,11 @@ def _flash_bwd_hopper_kernel(
         p_left = gl.convert_layout(p.to(dtype), left_layout)
         _barrier()  # every warp is done with dQ of i - 1, and so with its dS and with all of its buffers
         dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
+        dq_offsets = (dq_rows + zero)[:, None] * D + dq_columns[None, :]
         gl.atomic_add(dq_sum + gl.maximum(i - 1, 0).to(gl.int64) * (BLOCK_M * D) + dq_offsets, dq, sem="relaxed")
-        s = warpgroup_mma(
-            k_tile, q_ring.index(after).reshape([BLOCK_M, D]).permute([1, 0]), no_scores, use_acc=False, is_async=True
-        )
+        q_after = q_ring.index(after).reshape([BLOCK_M, D]).permute([1, 0])
+        if EARLY:
+            s = warpgroup_mma(k_tile, q_after, no_scores, use_acc=False, is_async=True)
         row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
         ds = (p * (dp - row_delta[None, :])).to(dtype)
         ds_tile.store(ds)
@@ -258,6 +257,8 @@ def _flash_bwd_hopper_kernel(
         _expect(descriptors, ready, before, wanted)
         _barrier()
         _fetch(descriptors, rings, ready, before, b, h, head, first_row + (i + STAGES - 1) * BLOCK_M, wanted)
+        if not EARLY:  # a tile's scores less in registers
+            s = warpgroup_mma(k_tile, q_after, no_scores, use_acc=False, is_async=True)
         ds_left = gl.convert_layout(ds, left_layout)
         dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
         dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
@@ -271,6 +272,7 @@ def _flash_bwd_hopper_kernel(
         _await(ready, (i + 2) % STAGES, (i + 2) // STAGES & 1)
         dp, dq, dk_sum, ds_left = warpgroup_mma_wait(0, [dp, dq, dk_sum, ds_left])
 
+    dq_offsets = dq_rows[:, None] * D + dq_columns[None, :]
     gl.atomic_add(dq_sum + gl.maximum(total - 1, 0).to(gl.int64) * (BLOCK_M * D) + dq_offsets, dq, sem="relaxed")
 
     keys_of_sums = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sum_layout))
@@ -306,6 +308,9 @@ def launch_backward(
     deterministic: bool = False,
     block_m: int = 64,
     stages: int = 4,
+    early: bool = True,
+    block_n: int = 128,
+    num_warps: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave."""
     B, N, H, D = q.shape
@@ -333,12 +338,12 @@ def launch_backward(
             out, d_out, lse, row_lse, row_delta, *out.stride()[:3], *d_out.stride()[:3], N, H, row_length,
             D=D, BLOCK_M=128, num_warps=4,
         )  # fmt: skip
-        _flash_bwd_hopper_kernel[(triton.cdiv(M, BLOCK_N) * B * H,)](
+        _flash_bwd_hopper_kernel[(triton.cdiv(M, block_n) * B * H,)](
             q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
             B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
             heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
-            D=D, BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=stages, CAUSAL=causal_block is not None,
-            HAS_MASK=key_mask is not None, num_warps=8, maxnreg=255, enable_fp_fusion=True,
+            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, CAUSAL=causal_block is not None,
+            HAS_MASK=key_mask is not None, num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
         )  # fmt: skip
         torch.mul(dq_sum[:, :, :N].transpose(1, 2), softmax_scale, out=dq)
     return dq, dk, dv
