@@ -125,6 +125,15 @@ def _probabilities(
     return p
 
 
+@gluon.jit
+def _add_dq(dq_sum, dq, tile, zero, BLOCK_M: gl.constexpr, D: gl.constexpr, layout: gl.constexpr):
+    """Add to the rows of `tile`, while other programs do the same; before the first tile, zeros to the first."""
+    rows = zero + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    start = dq_sum + gl.maximum(tile, 0).to(gl.int64) * (BLOCK_M * D)
+    gl.atomic_add(start + (rows[:, None] * D + columns[None, :]), dq, sem="relaxed")
+
+
 _NUMBERS = "B N M H sum_rows causal_block scale scale_log2 heads_at_once".split()
 
 
@@ -133,7 +142,7 @@ def _flash_bwd_hopper_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, sum_rows, causal_block, scale, scale_log2, heads_at_once,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ADD_FIRST: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -210,8 +219,6 @@ def _flash_bwd_hopper_kernel(
     seen_from_of_scores = _seen_from(
         keys_of_scores, _real_keys(key_mask, keys_of_scores, M, HAS_MASK), N, causal_block, CAUSAL
     )
-    dq_rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, dq_layout))
-    dq_columns = gl.arange(0, D, layout=gl.SliceLayout(0, dq_layout))
     dq_sum += (head.to(gl.int64) * sum_rows + first_row) * D
 
     no_scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
@@ -245,8 +252,8 @@ def _flash_bwd_hopper_kernel(
         p_left = gl.convert_layout(p.to(dtype), left_layout)
         _barrier()  # every warp is done with dQ of i - 1, and so with its dS and with all of its buffers
         dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
-        dq_offsets = (dq_rows + zero)[:, None] * D + dq_columns[None, :]
-        gl.atomic_add(dq_sum + gl.maximum(i - 1, 0).to(gl.int64) * (BLOCK_M * D) + dq_offsets, dq, sem="relaxed")
+        if ADD_FIRST:
+            _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         q_after = q_ring.index(after).reshape([BLOCK_M, D]).permute([1, 0])
         if EARLY:
             s = warpgroup_mma(k_tile, q_after, no_scores, use_acc=False, is_async=True)
@@ -254,6 +261,8 @@ def _flash_bwd_hopper_kernel(
         ds = (p * (dp - row_delta[None, :])).to(dtype)
         ds_tile.store(ds)
         fence_async_shared()
+        if not ADD_FIRST:  # or the fence would wait for them
+            _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         _expect(descriptors, ready, before, wanted)
         _barrier()
         _fetch(descriptors, rings, ready, before, b, h, head, first_row + (i + STAGES - 1) * BLOCK_M, wanted)
@@ -272,8 +281,7 @@ def _flash_bwd_hopper_kernel(
         _await(ready, (i + 2) % STAGES, (i + 2) // STAGES & 1)
         dp, dq, dk_sum, ds_left = warpgroup_mma_wait(0, [dp, dq, dk_sum, ds_left])
 
-    dq_offsets = dq_rows[:, None] * D + dq_columns[None, :]
-    gl.atomic_add(dq_sum + gl.maximum(total - 1, 0).to(gl.int64) * (BLOCK_M * D) + dq_offsets, dq, sem="relaxed")
+    _add_dq(dq_sum, dq, total - 1, 0, BLOCK_M, D, dq_layout)
 
     keys_of_sums = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sum_layout))
     columns_of_sums = gl.arange(0, D, layout=gl.SliceLayout(0, sum_layout))
@@ -309,6 +317,7 @@ def launch_backward(
     block_m: int = 64,
     stages: int = 4,
     early: bool = True,
+    add_first: bool = False,
     block_n: int = 128,
     num_warps: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,8 +351,9 @@ def launch_backward(
             q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
             B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
             heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
-            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, CAUSAL=causal_block is not None,
-            HAS_MASK=key_mask is not None, num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
+            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD_FIRST=add_first,
+            CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+            num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
         )  # fmt: skip
         torch.mul(dq_sum[:, :, :N].transpose(1, 2), softmax_scale, out=dq)
     return dq, dk, dv
