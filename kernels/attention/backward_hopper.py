@@ -142,7 +142,7 @@ def _flash_bwd_hopper_kernel(
     q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, sum_rows, causal_block, scale, scale_log2, heads_at_once,
-    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ADD_FIRST: gl.constexpr,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ADD: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -243,7 +243,8 @@ def _flash_bwd_hopper_kernel(
     for i in range(total):
         # Of tile i there are P, dP and, in shared memory, the rest; of tile i - 1 there is dQ; tile i + 1 is in shared
         # memory. No product is in flight.
-        zero = i >> 30  # which the compiler does not know: it would keep 24 addresses in 48 registers
+        # 0, but the compiler does not know: it would keep 24 addresses in 48 registers, which D = 64 does not have
+        zero = i >> 30 if D > 32 else 0
         k_tile, v_tile, ds_tile = k_tiles.index(zero), v_tiles.index(zero), ds_tiles.index(zero)
         slot, after, before = i % STAGES, (i + 1) % STAGES, (i + STAGES - 1) % STAGES
         wanted = i + STAGES - 1 < total + 2
@@ -252,7 +253,7 @@ def _flash_bwd_hopper_kernel(
         p_left = gl.convert_layout(p.to(dtype), left_layout)
         _barrier()  # every warp is done with dQ of i - 1, and so with its dS and with all of its buffers
         dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
-        if ADD_FIRST:
+        if ADD == "first":
             _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         q_after = q_ring.index(after).reshape([BLOCK_M, D]).permute([1, 0])
         if EARLY:
@@ -261,7 +262,7 @@ def _flash_bwd_hopper_kernel(
         ds = (p * (dp - row_delta[None, :])).to(dtype)
         ds_tile.store(ds)
         fence_async_shared()
-        if not ADD_FIRST:  # or the fence would wait for them
+        if ADD == "late":  # or the fence would wait for them
             _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         _expect(descriptors, ready, before, wanted)
         _barrier()
@@ -317,7 +318,7 @@ def launch_backward(
     block_m: int = 64,
     stages: int = 4,
     early: bool = True,
-    add_first: bool = False,
+    add: str = "late",
     block_n: int = 128,
     num_warps: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +352,7 @@ def launch_backward(
             q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
             B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
             heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
-            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD_FIRST=add_first,
+            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD=add,
             CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
             num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
         )  # fmt: skip
