@@ -166,7 +166,7 @@ lint: $(VENV)/.installed-test
 # The tests, those of the sizes that matter first, are interrupted as if by hand; pytest-xdist then waits 10 seconds for
 # its workers before it says what passed and what failed.
 first_tests := tests/kernels/attention/test_flash_gpu.py
-gpu_tests := $(first_tests) $(filter-out $(first_tests),$(wildcard tests/kernels/test_*.py))
+gpu_tests := $(first_tests) $(filter-out $(first_tests),$(wildcard tests/kernels/attention/test_*.py tests/kernels/test_*.py))
 in_order := -n logical --maxprocesses 12 --dist load --maxschedchunk 1
 
 .PHONY: gpu-bench

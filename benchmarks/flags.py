@@ -39,6 +39,15 @@ def profile(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def training(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py training`."""
+    add_common_arguments(parser)
+    parser.add_argument("--config", type=Path, default=Path("configs/fluid/large.json"), help="of the workload fluid")
+    parser.add_argument("--micro-batch", type=int, default=8, help="samples a step (8)")
+    parser.add_argument("--steps", type=int, default=6, help="steps that count (6)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of what has all these words in its name")
+
+
 def engine(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py engine`."""
     parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
@@ -180,13 +189,6 @@ def token_image_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
-
-
-def fluid_step(parser: argparse.ArgumentParser) -> None:
-    """The flags of `launchers/bench.py fluid_step`."""
-    parser.add_argument("--config", type=Path, default=Path("configs/fluid/small.json"))
-    parser.add_argument("--steps", type=int, default=1, help="steps to time")
-    parser.add_argument("--micro-batch", type=int, default=1)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

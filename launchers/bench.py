@@ -14,6 +14,7 @@ BENCHMARKS = {
     "attention": ("trunkline.benchmarks.attention", "flash_attention beside cuDNN, FlexAttention and plain SDPA"),
     "masked_mse": ("trunkline.benchmarks.masked_mse", "masked_mse and linear_masked_mse against the device's own copy"),
     "profile": ("trunkline.benchmarks.kernel_profile", "what limits each kernel, by NVIDIA's profiler, ncu"),
+    "training": ("trunkline.benchmarks.training", "a training step of the fluid surrogate against a plain loop's"),
     "engine": ("trunkline.benchmarks.engine_overhead", "the engine's step against a bare loop of DeepSpeed or FSDP"),
     "save": ("trunkline.benchmarks.save", "how long a save delays training, in the background and blocking"),
     "numbers": ("trunkline.benchmarks.numbers", "the demo of seq2seq beside tables, rules and neighbours"),
@@ -27,7 +28,6 @@ BENCHMARKS = {
     "token_information": ("trunkline.benchmarks.token_information", "what noisy pixels tell of tokens, by encoding"),
     "token_image_training": ("trunkline.benchmarks.token_image_training", "training of token images beside Accelerate"),
     "resume_picture": ("trunkline.benchmarks.resume_picture", "a run killed and moved, on one that nothing stopped"),
-    "fluid_step": ("trunkline.benchmarks.fluid_step", "one training step of a configuration, time and memory"),
 }
 """Name -> module with `run(arguments)`, and what it measures. trunkline.benchmarks.flags has its flags, by name."""
 

@@ -39,3 +39,8 @@ def picture(path: Path, width: float, height: float, **style: Any) -> Iterator[F
         FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path)
+
+
+def plain(text: str) -> str:
+    """The text as it stands, where matplotlib would take what is between two $ for mathematics."""
+    return text.replace("$", r"\$")

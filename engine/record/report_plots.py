@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.record.history import Series
-from trunkline.engine.record.pictures import BLUE, GREY, INK, RED, picture
+from trunkline.engine.record.pictures import BLUE, GREY, INK, RED, picture, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +55,12 @@ def plot_panels(
     with picture(path, width, height, **{"legend.fontsize": 7.5}) as figure:
         for index, panel in enumerate(drawn):
             axes = figure.add_subplot(rows, columns, index + 1)
-            axes.set_title(panel.title)
+            axes.set_title(plain(panel.title))
             axes.set_xlabel("step")
             _draw(axes, panel, best_step)
             for colour, (called, steps) in zip(cycle((GREY, RED)), (marks or {}).items(), strict=False):
                 for place, step in enumerate(dict.fromkeys(steps)):
-                    axes.axvline(step, color=colour, lw=0.8, zorder=1, label=None if place else called)
+                    axes.axvline(step, color=colour, lw=0.8, zorder=1, label=None if place else plain(called))
             if panel.smoothed and skipped_steps:
                 axes.plot(skipped_steps, [0.02] * len(skipped_steps), "x", transform=axes.get_xaxis_transform(),
                           color=INK, ms=5, label="skipped steps")  # fmt: skip
@@ -82,13 +82,13 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
         values += series.values
         kind = panel.kinds.get(name)
         if kind == VALIDATION:
-            axes.plot(series.steps, series.values, "o-", color=RED, ms=3, lw=1.6, label=name, zorder=4)
+            axes.plot(series.steps, series.values, "o-", color=RED, ms=3, lw=1.6, label=plain(name), zorder=4)
             if best_step in series.steps:
                 best = series.values[series.steps.index(best_step)]
                 axes.plot([best_step], [best], "o", ms=8, mfc="none", mec=INK, mew=1.3, zorder=5,
                           label=f"{best:.4g} at the best step, {best_step:,}")  # fmt: skip
         elif kind == COMPARED:
-            label = name.removesuffix(" (compared)")
+            label = plain(name.removesuffix(" (compared)"))
             dashes: Any = (0, (5, 2) + (1, 2) * next(dots))  # a dash, and the more dots the later it comes
             axes.plot(series.steps, series.values, ls=dashes, color=GREY, lw=1.2, label=label, zorder=3)
         else:
@@ -97,9 +97,9 @@ def _draw(axes: Axes, panel: Panel, best_step: int | None) -> None:
             width = 1.6 if panel.smoothed else 1.0
             dot = "o" if len(series.values) == 1 else None  # which a line would not show
             axes.plot(series.steps, series.values, marker=dot, color=colour, lw=0.8 if smoothed else width,
-                      alpha=0.35 if smoothed else 1.0, label=None if smoothed else name)  # fmt: skip
+                      alpha=0.35 if smoothed else 1.0, label=None if smoothed else plain(name))  # fmt: skip
             if smoothed:
-                axes.plot(series.steps, smooth(series.values), color=colour, lw=1.6, label=f"{name} (smoothed)")
+                axes.plot(series.steps, smooth(series.values), color=colour, lw=1.6, label=f"{plain(name)} (smoothed)")
     if panel.from_zero:
         axes.set_ylim(0, 1.1 * max(values) if max(values) > 0 else 1)
     elif min(values) > 0 and max(values) > 20 * min(values):

@@ -222,8 +222,11 @@ def _sum_over_keys(
     gap_at, gap, row_end, M, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    next_tile = nth_tile(key_tiles, first, gap_at, gap, HAS_MASK)
     for i in range(first, last):
-        first_key = nth_tile(key_tiles, i, gap_at, gap, HAS_MASK) * BLOCK_N
+        first_key = next_tile * BLOCK_N
+        # a tile ahead, as in the forward pass
+        next_tile = nth_tile(key_tiles, i + 1, gap_at, gap, HAS_MASK)
         in_tile = tl.arange(0, BLOCK_N)
         keys = first_key + in_tile
         real = real_keys(key_mask, keys, M, HAS_MASK, MASKED)

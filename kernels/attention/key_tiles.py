@@ -87,5 +87,5 @@ def tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N: tl.constexpr
 
 @jit
 def nth_tile(key_tiles, i, gap_at, gap, HAS_MASK: tl.constexpr):
-    """The i-th key tile to visit, with what tiles_to_visit said."""
+    """The i-th key tile to visit, with what tiles_to_visit said; past the last one, a number of no meaning."""
     return tl.load(key_tiles + tl.where(i < gap_at, i, i + gap)) if HAS_MASK else i

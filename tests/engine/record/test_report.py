@@ -233,3 +233,11 @@ def test_any_finite_values_can_be_drawn(tmp_path: Path, values: list[float]) -> 
     for from_zero in (False, True):
         panel = Panel("loss", {"train": series, "part": Series([], [])}, smoothed=True, from_zero=from_zero)
         assert plot_panels(tmp_path / "loss.png", [panel], best_step=1, skipped_steps=[1])
+
+
+@pytest.mark.parametrize("name", ["price in $ or $ a day", r"$\frac$", r"a\$b", "100 %", "a_b^c"])
+def test_a_name_is_drawn_as_it_stands(tmp_path: Path, name: str) -> None:
+    """Between two $ matplotlib reads mathematics, and raises ValueError where it cannot."""
+    for kind in (TRAIN, VALIDATION, COMPARED):
+        panel = Panel(name, {name: Series([1, 2], [1.0, 2.0])}, {name: kind})
+        assert plot_panels(tmp_path / "panels.png", [panel], marks={name: [1]})

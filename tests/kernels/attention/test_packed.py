@@ -182,3 +182,18 @@ def test_padding_and_what_comes_back_to_it_reach_no_gradient(value):
         results.append([out.detach(), *torch.autograd.grad(out, qkv, upstream)])
     for ours, clean in zip(*results, strict=True):
         torch.testing.assert_close(ours, clean, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_on_a_gpu_too(rows, dtype, tolerance):
+    document = documents(rows)
+    tables, rounded = packing_tables(document), [x.detach().to(dtype) for x in inputs(document)]
+    want = results(packed_attention, [x.double().requires_grad_() for x in rounded], document, tables)
+    on_gpu = [x.cuda().requires_grad_() for x in rounded]
+    weight = torch.randn(on_gpu[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = packed_attention(*on_gpu, {name: table.cuda() for name, table in tables.items()})[document.cuda() >= 0]
+    gradients = torch.autograd.grad((out * weight.cuda()[document.cuda() >= 0].to(dtype)).sum(), on_gpu)
+    for ours, reference in zip([out, *gradients], want, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), reference, rtol=tolerance, atol=tolerance)
