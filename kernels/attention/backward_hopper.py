@@ -24,8 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -53,8 +55,9 @@ def _row_statistics_kernel(
     out, d_out, lse, row_lse, row_delta, o_stride_b, o_stride_n, o_stride_h, do_stride_b, do_stride_n, do_stride_h,
     N, Hq, row_length, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """lse and delta in rows of `row_length`, which the copy engine can read."""
-    num_tiles = tl.cdiv(N, BLOCK_M)
+    """lse and delta for the copy engine, which reads from multiples of 16 bytes only: each four times, the s-th time
+    without its first s rows, in rows of `row_length`."""
+    num_tiles = tl.cdiv(row_length + 3, BLOCK_M)
     tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
     first_row = tile * BLOCK_M
@@ -64,9 +67,13 @@ def _row_statistics_kernel(
     sees_any = of_row < float("inf")
     o = load_rows(out + b * o_stride_b + h * o_stride_h, first_row, in_tile, o_stride_n, sees_any, D, D, True)
     do = load_rows(d_out + b * do_stride_b + h * do_stride_h, first_row, in_tile, do_stride_n, sees_any, D, D, True)
-    target = head.to(tl.int64) * row_length + rows
-    tl.store(row_lse + target, of_row, mask=rows < row_length)
-    tl.store(row_delta + target, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=rows < row_length)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    for shift in tl.static_range(4):
+        columns = rows - shift
+        target = (head.to(tl.int64) * 4 + shift) * row_length + columns
+        inside = (columns >= 0) & (columns < row_length)
+        tl.store(row_lse + target, of_row, mask=inside)
+        tl.store(row_delta + target, delta, mask=inside)
 
 
 @gluon.jit
@@ -87,8 +94,17 @@ def _fetch(descriptors, rings, ready, slot, b, h, head, row, wanted):
             )
         else:
             tma.async_copy_global_to_shared(
-                descriptors[i], [head, row], ready[i].index(slot), rings[i].index(slot), pred=wanted
+                descriptors[i], [head * 4 + (row & 3), row & -4], ready[i].index(slot), rings[i].index(slot), pred=wanted
             )
+
+
+@builtin
+def _reduce_add(descriptor, coordinates, source, _semantic=None):
+    """Have the copy engine add a tile of shared memory into global memory."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle
+    )
 
 
 @gluon.jit
@@ -139,7 +155,7 @@ _NUMBERS = "B N M H sum_rows causal_block scale scale_log2 heads_at_once".split(
 
 @gluon.jit(do_not_specialize=[f"{x}_stride_{y}" for x in "kv" for y in "bmh"] + _NUMBERS)
 def _flash_bwd_hopper_kernel(
-    q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, key_mask,
+    q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dq_sum, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, sum_rows, causal_block, scale, scale_log2, heads_at_once,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ADD: gl.constexpr,
@@ -193,6 +209,7 @@ def _flash_bwd_hopper_kernel(
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
     ds_tiles = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], ds_layout)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, D], dq_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lse_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -251,11 +268,15 @@ def _flash_bwd_hopper_kernel(
         q_tile = q_ring.index(slot).reshape([BLOCK_M, D])
         do_tile = do_ring.index(slot).reshape([BLOCK_M, D])
         p_left = gl.convert_layout(p.to(dtype), left_layout)
+        if ADD == "tma":
+            tma.store_wait(0)  # dQ of i - 2 has been read
         _barrier()  # every warp is done with dQ of i - 1, and so with its dS and with all of its buffers
         dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
         if ADD == "first":
             _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         q_after = q_ring.index(after).reshape([BLOCK_M, D]).permute([1, 0])
+        if ADD == "tma":
+            dq_tiles.index(zero).reshape([BLOCK_M, D]).store(dq)
         if EARLY:
             s = warpgroup_mma(k_tile, q_after, no_scores, use_acc=False, is_async=True)
         row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
@@ -266,6 +287,8 @@ def _flash_bwd_hopper_kernel(
             _add_dq(dq_sum, dq, i - 1, zero, BLOCK_M, D, dq_layout)
         _expect(descriptors, ready, before, wanted)
         _barrier()
+        if ADD == "tma":
+            _reduce_add(dq_desc, [head, first_row + gl.maximum(i - 1, 0) * BLOCK_M, 0], dq_tiles.index(0))
         _fetch(descriptors, rings, ready, before, b, h, head, first_row + (i + STAGES - 1) * BLOCK_M, wanted)
         if not EARLY:  # a tile's scores less in registers
             s = warpgroup_mma(k_tile, q_after, no_scores, use_acc=False, is_async=True)
@@ -282,7 +305,16 @@ def _flash_bwd_hopper_kernel(
         _await(ready, (i + 2) % STAGES, (i + 2) // STAGES & 1)
         dp, dq, dk_sum, ds_left = warpgroup_mma_wait(0, [dp, dq, dk_sum, ds_left])
 
-    _add_dq(dq_sum, dq, total - 1, 0, BLOCK_M, D, dq_layout)
+    if ADD == "tma":
+        tma.store_wait(0)
+        _barrier()
+        dq_tiles.index(0).reshape([BLOCK_M, D]).store(dq)
+        fence_async_shared()
+        _barrier()
+        _reduce_add(dq_desc, [head, first_row + gl.maximum(total - 1, 0) * BLOCK_M, 0], dq_tiles.index(0))
+        tma.store_wait(0)
+    elif ADD != "none":
+        _add_dq(dq_sum, dq, total - 1, 0, BLOCK_M, D, dq_layout)
 
     keys_of_sums = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sum_layout))
     columns_of_sums = gl.arange(0, D, layout=gl.SliceLayout(0, sum_layout))
@@ -329,7 +361,7 @@ def launch_backward(
     mask, _ = mask_and_tiles(key_mask, None, q)
     causal_block = binding_causal_block(causal_block, N, M)
     row_length = -(-N // 4) * 4  # the copy engine's strides are multiples of 16 bytes
-    row_lse, row_delta = lse.new_empty(B * H, row_length), lse.new_empty(B * H, row_length)
+    row_lse, row_delta = lse.new_empty(B * H * 4, row_length), lse.new_empty(B * H * 4, row_length)
     sum_rows = N + block_m  # the last tile of a walk may end past N
     dq_sum = lse.new_zeros(B, H, sum_rows, D)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -341,15 +373,17 @@ def launch_backward(
         for x in (q, d_out)
     )
     lse_desc, delta_desc = (
-        TensorDescriptor(x, [B * H, row_length], [row_length, 1], [1, block_m], row_layout) for x in (row_lse, row_delta)
+        TensorDescriptor(x, [B * H * 4, row_length], [row_length, 1], [1, block_m], row_layout) for x in (row_lse, row_delta)
     )
+    sum_layout = gl.NVMMASharedLayout.get_default_for([1, block_m, D], gl.float32)
+    dq_desc = TensorDescriptor(dq_sum, [B * H, sum_rows, D], [sum_rows * D, D, 1], [1, block_m, D], sum_layout)
     with torch.cuda.device_of(q):
-        _row_statistics_kernel[(triton.cdiv(N, 128) * B * H,)](
+        _row_statistics_kernel[(triton.cdiv(row_length + 3, 128) * B * H,)](
             out, d_out, lse, row_lse, row_delta, *out.stride()[:3], *d_out.stride()[:3], N, H, row_length,
             D=D, BLOCK_M=128, num_warps=4,
         )  # fmt: skip
         _flash_bwd_hopper_kernel[(triton.cdiv(M, block_n) * B * H,)](
-            q_desc, do_desc, lse_desc, delta_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
+            q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
             B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
             heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
             D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD=add,
