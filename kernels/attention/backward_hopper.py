@@ -323,6 +323,240 @@ def _flash_bwd_hopper_kernel(
     gl.store(dv + offsets, dv_sum.to(dtype), mask=(keys_of_sums < M)[:, None])
 
 
+_SPECIALISED_NUMBERS = "B N M H causal_block scale scale_log2 heads_at_once".split()
+
+
+@gluon.jit(do_not_specialize=[f"{x}_stride_{y}" for x in "kv" for y in "bmh"] + _SPECIALISED_NUMBERS)
+def _flash_bwd_specialised_kernel(
+    q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dk, dv, key_mask,
+    k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
+    B, N, M, H, causal_block, scale, scale_log2, heads_at_once,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """The same by `CONSUMERS` warpgroups of 64 keys each, and four warps that ask for the query tiles."""
+    BLOCK_N: gl.constexpr = 64 * CONSUMERS
+    dtype: gl.constexpr = q_desc.dtype
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
+
+    num_tiles = gl.cdiv(M, BLOCK_N)
+    pid = gl.program_id(0)
+    first_head = pid // (num_tiles * heads_at_once) * heads_at_once
+    among = gl.minimum(heads_at_once, B * H - first_head)
+    rest = pid - first_head * num_tiles
+    first_key = rest // among * BLOCK_N
+    head = first_head + rest % among
+    b, h = head // H, head % H
+    key_mask += b.to(gl.int64) * M
+
+    keys = first_key + gl.arange(0, 128 if CONSUMERS == 2 else 256, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    real = _real_keys(key_mask, keys, gl.minimum(M, first_key + BLOCK_N), HAS_MASK)
+    first_row = gl.minimum(gl.min(_seen_from(keys, real, N, causal_block, CAUSAL), 0), N)
+    total = gl.cdiv(N - first_row, BLOCK_M)
+
+    k_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
+    do_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], do_desc.layout)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
+    ds_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, BLOCK_M], ds_layout)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, BLOCK_M, D], dq_desc.layout)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(filled.index(stage), count=1)
+        mbarrier.init(emptied.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    _barrier()
+
+    # a tile past the end is fetched too: the last iterations use it like any other
+    fetched = total if LEAN else total + 1
+    loads = (q_desc, do_desc, lse_desc, delta_desc, q_ring, do_ring, lse_ring, delta_ring, filled, emptied,
+             b, h, head, first_row, fetched)  # fmt: skip
+    rings = (q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, scale_log2)
+    keys_and_values = (k, v, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h)
+    rest = (dk, dv, key_mask, b, h, N, M, H, causal_block, scale)
+    one = (k_tiles.index(0), v_tiles.index(0), ds_tiles.index(0), dq_tiles.index(0), first_key)
+    two = (k_tiles.index(1), v_tiles.index(1), ds_tiles.index(1), dq_tiles.index(1), first_key + 64)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_load_query_tiles, (loads,)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+        ], [4, 4], [CONSUMER_REGISTERS] * 2)  # fmt: skip
+    elif CONSUMERS == 3:
+        three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
+        gl.warp_specialize([
+            (_load_query_tiles, (loads,)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+        ], [4, 4, 4], [CONSUMER_REGISTERS] * 3)  # fmt: skip
+    else:
+        three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
+        four = (k_tiles.index(3), v_tiles.index(3), ds_tiles.index(3), dq_tiles.index(3), first_key + 192)
+        gl.warp_specialize([
+            (_load_query_tiles, (loads,)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+        ], [4, 4, 4, 4], [CONSUMER_REGISTERS] * 4)  # fmt: skip
+
+
+@gluon.jit
+def _load_query_tiles(loads):
+    """What the warps do that load: each tile as soon as its buffer is empty."""
+    q_desc, do_desc, lse_desc, delta_desc, q_ring, do_ring, lse_ring, delta_ring, filled, emptied, b, h, head, first_row, fetched = loads
+    STAGES: gl.constexpr = q_ring.shape[0]
+    BLOCK_M: gl.constexpr = q_ring.shape[3]
+    D: gl.constexpr = q_ring.shape[4]
+    for i in range(fetched):
+        stage = i % STAGES
+        ready = filled.index(stage)
+        row = first_row + i * BLOCK_M
+        mbarrier.wait(emptied.index(stage), (i // STAGES & 1) ^ 1)
+        mbarrier.expect(ready, 2 * BLOCK_M * D * 2 + 2 * BLOCK_M * 4)
+        tma.async_copy_global_to_shared(q_desc, [b, h, row, 0], ready, q_ring.index(stage))
+        tma.async_copy_global_to_shared(lse_desc, [head * 4 + (row & 3), row & -4], ready, lse_ring.index(stage))
+        tma.async_copy_global_to_shared(do_desc, [b, h, row, 0], ready, do_ring.index(stage))
+        tma.async_copy_global_to_shared(delta_desc, [head * 4 + (row & 3), row & -4], ready, delta_ring.index(stage))
+
+
+@gluon.jit
+def _consume(
+    tiles, rings, keys_and_values, rest,
+    LEAN: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """What the others do: 64 keys and all rows that see one of them."""
+    k_tile, v_tile, ds_tile, dq_tile, first_key = tiles
+    q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, scale_log2 = rings
+    k, v, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h = keys_and_values
+    dk, dv, key_mask, b, h, N, M, H, causal_block, scale = rest
+    dtype: gl.constexpr = k_tile.dtype
+    STAGES: gl.constexpr = q_ring.shape[0]
+    BLOCK_M: gl.constexpr = q_ring.shape[3]
+    D: gl.constexpr = q_ring.shape[4]
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+
+    b64, h64 = b.to(gl.int64), h.to(gl.int64)
+    in_tile = gl.arange(0, 64, layout=gl.SliceLayout(1, load_layout))
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, load_layout))
+    real = _real_keys(key_mask, first_key + in_tile, M, HAS_MASK)
+    k_start = gl.multiple_of(k + b64 * k_stride_b + h64 * k_stride_h + first_key.to(gl.int64) * k_stride_m, 16)
+    v_start = gl.multiple_of(v + b64 * v_stride_b + h64 * v_stride_h + first_key.to(gl.int64) * v_stride_m, 16)
+    k_pointers = k_start + (gl.multiple_of(in_tile[:, None] * k_stride_m, (8, 8)) + columns[None, :])
+    v_pointers = v_start + (gl.multiple_of(in_tile[:, None] * v_stride_m, (8, 8)) + columns[None, :])
+    k_tile.store(gl.load(k_pointers, mask=real[:, None], other=0.0))
+    v_tile.store(gl.load(v_pointers, mask=real[:, None], other=0.0))
+    fence_async_shared()
+    _barrier()
+
+    keys = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, score_layout))
+    seen_from = _seen_from(keys, _real_keys(key_mask, keys, M, HAS_MASK), N, causal_block, CAUSAL)
+    masked = gl.minimum(gl.cdiv(gl.max(seen_from, 0) - first_row, BLOCK_M), total)
+
+    no_scores = gl.zeros([64, BLOCK_M], gl.float32, score_layout)
+    no_dq = gl.zeros([BLOCK_M, D], gl.float32, sum_layout)
+    dk_sum = gl.zeros([64, D], gl.float32, sum_layout)
+    dv_sum = gl.zeros([64, D], gl.float32, sum_layout)
+    dq = no_dq
+    if LEAN:
+        mbarrier.wait(filled.index(0), 0, pred=total > 0)
+        for i in range(total):
+            slot, after = i % STAGES, (i + 1) % STAGES
+            q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
+            s = warpgroup_mma(k_tile, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, [s])
+            p = _probabilities(
+                s, lse_ring.index(slot), scale_log2, first_row, i, masked, seen_from, BLOCK_M, score_layout
+            )
+            if HALF:
+                p = p.to(dtype)
+            p_left = gl.convert_layout(p.to(dtype), left_layout)
+            dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
+            dp = warpgroup_mma_wait(1, [dp])
+            row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
+            ds = (p.to(gl.float32) * (dp - row_delta[None, :])).to(dtype)
+            ds_tile.store(ds)
+            fence_async_shared()
+            tma.store_wait(0)  # dQ of i - 1 has been read
+            _barrier()
+            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+            dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
+            ds_left = gl.convert_layout(ds, left_layout)
+            dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
+            dq, dv_sum, p_left = warpgroup_mma_wait(1, [dq, dv_sum, p_left])
+            dq_tile.reshape([BLOCK_M, D]).store(dq)
+            fence_async_shared()
+            _barrier()  # every warp is done with dQ, and so with dS
+            _reduce_add(dq_desc, [head, first_row + i * BLOCK_M, 0], dq_tile)
+            mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
+            dk_sum, ds_left = warpgroup_mma_wait(0, [dk_sum, ds_left])
+    else:
+        mbarrier.wait(filled.index(0), 0)
+        s = warpgroup_mma(k_tile, _rows(q_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v_tile, _rows(do_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+        s, dp = warpgroup_mma_wait(0, [s, dp])
+        p = _probabilities(s, lse_ring.index(0), scale_log2, first_row, 0, masked, seen_from, BLOCK_M, score_layout)
+        if HALF:
+            p = p.to(dtype)
+        mbarrier.wait(filled.index(1), 0, pred=total > 0)
+        for i in range(total):
+            slot, after = i % STAGES, (i + 1) % STAGES
+            q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
+            p_left = gl.convert_layout(p.to(dtype), left_layout)
+            tma.store_wait(0)  # dQ of i - 2 has been read
+            _barrier()  # every warp is done with dQ of i - 1, and so with its dS and its buffers
+            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+            dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
+            dq_tile.reshape([BLOCK_M, D]).store(dq)
+            row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
+            ds = (p.to(gl.float32) * (dp - row_delta[None, :])).to(dtype)
+            ds_tile.store(ds)
+            fence_async_shared()
+            _barrier()
+            _reduce_add(dq_desc, [head, first_row + gl.maximum(i - 1, 0) * BLOCK_M, 0], dq_tile)
+            s = warpgroup_mma(k_tile, _rows(q_ring, after).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            ds_left = gl.convert_layout(ds, left_layout)
+            dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
+            dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v_tile, _rows(do_ring, after).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            s, dv_sum, p_left = warpgroup_mma_wait(3, [s, dv_sum, p_left])
+            p = _probabilities(
+                s, lse_ring.index(after), scale_log2, first_row, i + 1, masked, seen_from, BLOCK_M, score_layout
+            )
+            if HALF:
+                p = p.to(dtype)
+            mbarrier.wait(filled.index((i + 2) % STAGES), (i + 2) // STAGES & 1, pred=i + 1 < total)
+            dp, dq, dk_sum, ds_left = warpgroup_mma_wait(0, [dp, dq, dk_sum, ds_left])
+        tma.store_wait(0)
+        _barrier()
+        dq_tile.reshape([BLOCK_M, D]).store(dq)
+        fence_async_shared()
+        _barrier()
+        _reduce_add(dq_desc, [head, first_row + gl.maximum(total - 1, 0) * BLOCK_M, 0], dq_tile)
+    tma.store_wait(0)
+
+    keys_of_sums = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, sum_layout))
+    columns_of_sums = gl.arange(0, D, layout=gl.SliceLayout(0, sum_layout))
+    offsets = (b64 * M * H + h64) * D + keys_of_sums.to(gl.int64)[:, None] * (H * D) + columns_of_sums[None, :]
+    gl.store(dk + offsets, (dk_sum * scale).to(dtype), mask=(keys_of_sums < M)[:, None])
+    gl.store(dv + offsets, dv_sum.to(dtype), mask=(keys_of_sums < M)[:, None])
+
+
+@gluon.jit
+def _rows(ring, slot):
+    return ring.index(slot).reshape([ring.shape[3], ring.shape[4]])
+
+
+
 def takes(q: Tensor, k: Tensor, deterministic: bool) -> bool:
     """Whether launch_backward has a kernel for these; the plain one has for all."""
     return (
@@ -353,6 +587,11 @@ def launch_backward(
     add: str = "late",
     block_n: int = 128,
     num_warps: int = 8,
+    consumers: int = 0,
+    consumer_registers: int = 0,
+    lean: bool = False,
+    half: bool = True,
+    max_registers: int = 255,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave."""
     B, N, H, D = q.shape
@@ -382,14 +621,24 @@ def launch_backward(
             out, d_out, lse, row_lse, row_delta, *out.stride()[:3], *d_out.stride()[:3], N, H, row_length,
             D=D, BLOCK_M=128, num_warps=4,
         )  # fmt: skip
-        _flash_bwd_hopper_kernel[(triton.cdiv(M, block_n) * B * H,)](
-            q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
-            B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
-            heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
-            D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD=add,
-            CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
-            num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
-        )  # fmt: skip
+        if consumers:
+            _flash_bwd_specialised_kernel[(triton.cdiv(M, 64 * consumers) * B * H,)](
+                q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
+                B, N, M, H, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
+                heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
+                D=D, BLOCK_M=block_m, CONSUMERS=consumers, CONSUMER_REGISTERS=consumer_registers, STAGES=stages,
+                LEAN=lean, HALF=half, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+                num_warps=4, maxnreg=max_registers, enable_fp_fusion=True,
+            )  # fmt: skip
+        else:
+            _flash_bwd_hopper_kernel[(triton.cdiv(M, block_n) * B * H,)](
+                q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dq_sum, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
+                B, N, M, H, sum_rows, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
+                heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
+                D=D, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, EARLY=early, ADD=add,
+                CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+                num_warps=num_warps, maxnreg=255, enable_fp_fusion=True,
+            )  # fmt: skip
         torch.mul(dq_sum[:, :, :N].transpose(1, 2), softmax_scale, out=dq)
     return dq, dk, dv
 
