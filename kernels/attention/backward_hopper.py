@@ -472,18 +472,22 @@ def _consume(
             slot, after = i % STAGES, (i + 1) % STAGES
             q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
             s = warpgroup_mma(k_tile, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, [s])
+            if HALF:  # the scores leave the registers before dP takes as many
+                s = warpgroup_mma_wait(0, [s])
+            else:
+                dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, [s])
             p = _probabilities(
                 s, lse_ring.index(slot), scale_log2, first_row, i, masked, seen_from, BLOCK_M, score_layout
             )
             if HALF:
                 p = p.to(dtype)
+                dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
             p_left = gl.convert_layout(p.to(dtype), left_layout)
             dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
             dp = warpgroup_mma_wait(1, [dp])
             row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
-            ds = (p.to(gl.float32) * (dp - row_delta[None, :])).to(dtype)
+            ds = (_wide(p) * (dp - row_delta[None, :])).to(dtype)
             ds_tile.store(ds)
             fence_async_shared()
             tma.store_wait(0)  # dQ of i - 1 has been read
@@ -518,7 +522,7 @@ def _consume(
             dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
             dq_tile.reshape([BLOCK_M, D]).store(dq)
             row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
-            ds = (p.to(gl.float32) * (dp - row_delta[None, :])).to(dtype)
+            ds = (_wide(p) * (dp - row_delta[None, :])).to(dtype)
             ds_tile.store(ds)
             fence_async_shared()
             _barrier()
@@ -549,6 +553,16 @@ def _consume(
     offsets = (b64 * M * H + h64) * D + keys_of_sums.to(gl.int64)[:, None] * (H * D) + columns_of_sums[None, :]
     gl.store(dk + offsets, (dk_sum * scale).to(dtype), mask=(keys_of_sums < M)[:, None])
     gl.store(dv + offsets, dv_sum.to(dtype), mask=(keys_of_sums < M)[:, None])
+
+
+@gluon.jit
+def _wide(p):
+    """p in fp32. Of bf16 by an assembly that takes pairs: else the compiler keeps each in a register of its own."""
+    if p.dtype == gl.bfloat16:
+        p = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [p], dtype=gl.float32, is_pure=True, pack=2
+        )
+    return p.to(gl.float32)
 
 
 @gluon.jit
