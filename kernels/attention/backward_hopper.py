@@ -332,7 +332,8 @@ def _flash_bwd_specialised_kernel(
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, causal_block, scale, scale_log2, heads_at_once,
     D: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, ROTATE: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """The same by `CONSUMERS` warpgroups of 64 keys each, and four warps that ask for the query tiles."""
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
@@ -354,6 +355,8 @@ def _flash_bwd_specialised_kernel(
     real = _real_keys(key_mask, keys, gl.minimum(M, first_key + BLOCK_N), HAS_MASK)
     first_row = gl.minimum(gl.min(_seen_from(keys, real, N, causal_block, CAUSAL), 0), N)
     total = gl.cdiv(N - first_row, BLOCK_M)
+    # programs that run at the same time start at different rows, whose dQ they add to
+    start = first_key // BLOCK_N * 37 % gl.maximum(total, 1) if ROTATE else 0
 
     k_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
@@ -374,8 +377,8 @@ def _flash_bwd_specialised_kernel(
     # a tile past the end is fetched too: the last iterations use it like any other
     fetched = total if LEAN else total + 1
     loads = (q_desc, do_desc, lse_desc, delta_desc, q_ring, do_ring, lse_ring, delta_ring, filled, emptied,
-             b, h, head, first_row, fetched)  # fmt: skip
-    rings = (q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, scale_log2)
+             b, h, head, first_row, fetched, start, total)  # fmt: skip
+    rings = (q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, start, scale_log2)
     keys_and_values = (k, v, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h)
     rest = (dk, dv, key_mask, b, h, N, M, H, causal_block, scale)
     one = (k_tiles.index(0), v_tiles.index(0), ds_tiles.index(0), dq_tiles.index(0), first_key)
@@ -383,40 +386,40 @@ def _flash_bwd_specialised_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
         ], [4, 4], [CONSUMER_REGISTERS] * 2)  # fmt: skip
     elif CONSUMERS == 3:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
         ], [4, 4, 4], [CONSUMER_REGISTERS] * 3)  # fmt: skip
     else:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         four = (k_tiles.index(3), v_tiles.index(3), ds_tiles.index(3), dq_tiles.index(3), first_key + 192)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
-            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
         ], [4, 4, 4, 4], [CONSUMER_REGISTERS] * 4)  # fmt: skip
 
 
 @gluon.jit
 def _load_query_tiles(loads):
     """What the warps do that load: each tile as soon as its buffer is empty."""
-    q_desc, do_desc, lse_desc, delta_desc, q_ring, do_ring, lse_ring, delta_ring, filled, emptied, b, h, head, first_row, fetched = loads
+    q_desc, do_desc, lse_desc, delta_desc, q_ring, do_ring, lse_ring, delta_ring, filled, emptied, b, h, head, first_row, fetched, start, total = loads
     STAGES: gl.constexpr = q_ring.shape[0]
     BLOCK_M: gl.constexpr = q_ring.shape[3]
     D: gl.constexpr = q_ring.shape[4]
     for i in range(fetched):
         stage = i % STAGES
         ready = filled.index(stage)
-        row = first_row + i * BLOCK_M
+        row = first_row + _turned(i, start, total) * BLOCK_M
         mbarrier.wait(emptied.index(stage), (i // STAGES & 1) ^ 1)
         mbarrier.expect(ready, 2 * BLOCK_M * D * 2 + 2 * BLOCK_M * 4)
         tma.async_copy_global_to_shared(q_desc, [b, h, row, 0], ready, q_ring.index(stage))
@@ -428,11 +431,11 @@ def _load_query_tiles(loads):
 @gluon.jit
 def _consume(
     tiles, rings, keys_and_values, rest,
-    LEAN: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """What the others do: 64 keys and all rows that see one of them."""
     k_tile, v_tile, ds_tile, dq_tile, first_key = tiles
-    q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, scale_log2 = rings
+    q_ring, do_ring, lse_ring, delta_ring, filled, emptied, dq_desc, head, first_row, total, start, scale_log2 = rings
     k, v, k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h = keys_and_values
     dk, dv, key_mask, b, h, N, M, H, causal_block, scale = rest
     dtype: gl.constexpr = k_tile.dtype
@@ -469,7 +472,7 @@ def _consume(
     if LEAN:
         mbarrier.wait(filled.index(0), 0, pred=total > 0)
         for i in range(total):
-            slot, after = i % STAGES, (i + 1) % STAGES
+            slot, after, at = i % STAGES, (i + 1) % STAGES, _turned(i, start, total)
             q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
             s = warpgroup_mma(k_tile, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
             if HALF:  # the scores leave the registers before dP takes as many
@@ -478,7 +481,7 @@ def _consume(
                 dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [s])
             p = _probabilities(
-                s, lse_ring.index(slot), scale_log2, first_row, i, masked, seen_from, BLOCK_M, score_layout
+                s, lse_ring.index(slot), scale_log2, first_row, at, masked, seen_from, BLOCK_M, score_layout
             )
             if HALF:
                 p = p.to(dtype)
@@ -492,15 +495,16 @@ def _consume(
             fence_async_shared()
             tma.store_wait(0)  # dQ of i - 1 has been read
             _barrier()
-            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
             ds_left = gl.convert_layout(ds, left_layout)
             dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
             dq, dv_sum, p_left = warpgroup_mma_wait(1, [dq, dv_sum, p_left])
             dq_tile.reshape([BLOCK_M, D]).store(dq)
             fence_async_shared()
+            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             _barrier()  # every warp is done with dQ, and so with dS
-            _reduce_add(dq_desc, [head, first_row + i * BLOCK_M, 0], dq_tile)
+            if ADD:
+                _reduce_add(dq_desc, [head, first_row + at * BLOCK_M, 0], dq_tile)
             mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
             dk_sum, ds_left = warpgroup_mma_wait(0, [dk_sum, ds_left])
     else:
@@ -508,25 +512,25 @@ def _consume(
         s = warpgroup_mma(k_tile, _rows(q_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
         dp = warpgroup_mma(v_tile, _rows(do_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
         s, dp = warpgroup_mma_wait(0, [s, dp])
-        p = _probabilities(s, lse_ring.index(0), scale_log2, first_row, 0, masked, seen_from, BLOCK_M, score_layout)
+        p = _probabilities(s, lse_ring.index(0), scale_log2, first_row, start, masked, seen_from, BLOCK_M, score_layout)
         if HALF:
             p = p.to(dtype)
         mbarrier.wait(filled.index(1), 0, pred=total > 0)
         for i in range(total):
-            slot, after = i % STAGES, (i + 1) % STAGES
+            slot, after, at = i % STAGES, (i + 1) % STAGES, _turned(i + 1, start, total)
             q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
             p_left = gl.convert_layout(p.to(dtype), left_layout)
             tma.store_wait(0)  # dQ of i - 2 has been read
             _barrier()  # every warp is done with dQ of i - 1, and so with its dS and its buffers
-            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
             dq_tile.reshape([BLOCK_M, D]).store(dq)
             row_delta = delta_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
             ds = (_wide(p) * (dp - row_delta[None, :])).to(dtype)
             ds_tile.store(ds)
             fence_async_shared()
+            mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             _barrier()
-            _reduce_add(dq_desc, [head, first_row + gl.maximum(i - 1, 0) * BLOCK_M, 0], dq_tile)
+            _reduce_add(dq_desc, [head, first_row + _turned(gl.maximum(i - 1, 0), start, total) * BLOCK_M, 0], dq_tile)
             s = warpgroup_mma(k_tile, _rows(q_ring, after).permute([1, 0]), no_scores, use_acc=False, is_async=True)
             ds_left = gl.convert_layout(ds, left_layout)
             dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
@@ -534,7 +538,7 @@ def _consume(
             dp = warpgroup_mma(v_tile, _rows(do_ring, after).permute([1, 0]), no_scores, use_acc=False, is_async=True)
             s, dv_sum, p_left = warpgroup_mma_wait(3, [s, dv_sum, p_left])
             p = _probabilities(
-                s, lse_ring.index(after), scale_log2, first_row, i + 1, masked, seen_from, BLOCK_M, score_layout
+                s, lse_ring.index(after), scale_log2, first_row, at, masked, seen_from, BLOCK_M, score_layout
             )
             if HALF:
                 p = p.to(dtype)
@@ -545,7 +549,7 @@ def _consume(
         dq_tile.reshape([BLOCK_M, D]).store(dq)
         fence_async_shared()
         _barrier()
-        _reduce_add(dq_desc, [head, first_row + gl.maximum(total - 1, 0) * BLOCK_M, 0], dq_tile)
+        _reduce_add(dq_desc, [head, first_row + _turned(gl.maximum(total - 1, 0), start, total) * BLOCK_M, 0], dq_tile)
     tma.store_wait(0)
 
     keys_of_sums = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, sum_layout))
@@ -563,6 +567,13 @@ def _wide(p):
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [p], dtype=gl.float32, is_pure=True, pack=2
         )
     return p.to(gl.float32)
+
+
+@gluon.jit
+def _turned(i, start, total):
+    """The i-th tile of a walk in a circle."""
+    i += start
+    return gl.where(i >= total, i - total, i)
 
 
 @gluon.jit
@@ -605,6 +616,7 @@ def launch_backward(
     consumer_registers: int = 0,
     lean: bool = False,
     half: bool = True,
+    rotate: bool = False,
     max_registers: int = 255,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave."""
@@ -641,7 +653,7 @@ def launch_backward(
                 B, N, M, H, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
                 heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
                 D=D, BLOCK_M=block_m, CONSUMERS=consumers, CONSUMER_REGISTERS=consumer_registers, STAGES=stages,
-                LEAN=lean, HALF=half, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+                LEAN=lean, HALF=half, ADD=add != "none", ROTATE=rotate, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
                 num_warps=4, maxnreg=max_registers, enable_fp_fusion=True,
             )  # fmt: skip
         else:
