@@ -323,17 +323,17 @@ def _flash_bwd_hopper_kernel(
     gl.store(dv + offsets, dv_sum.to(dtype), mask=(keys_of_sums < M)[:, None])
 
 
-_SPECIALISED_NUMBERS = "B N M H causal_block scale scale_log2 heads_at_once".split()
+_SPECIALISED_NUMBERS = "B N M H causal_block scale scale_log2 heads_at_once turn".split()
 
 
 @gluon.jit(do_not_specialize=[f"{x}_stride_{y}" for x in "kv" for y in "bmh"] + _SPECIALISED_NUMBERS)
 def _flash_bwd_specialised_kernel(
     q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
-    B, N, M, H, causal_block, scale, scale_log2, heads_at_once,
+    B, N, M, H, causal_block, scale, scale_log2, heads_at_once, turn,
     D: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, ROTATE: gl.constexpr,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr,
+    KEYS_IN_REGISTERS: gl.constexpr,     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """The same by `CONSUMERS` warpgroups of 64 keys each, and four warps that ask for the query tiles."""
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
@@ -346,7 +346,8 @@ def _flash_bwd_specialised_kernel(
     first_head = pid // (num_tiles * heads_at_once) * heads_at_once
     among = gl.minimum(heads_at_once, B * H - first_head)
     rest = pid - first_head * num_tiles
-    first_key = rest // among * BLOCK_N
+    tile = rest // among
+    first_key = tile * BLOCK_N
     head = first_head + rest % among
     b, h = head // H, head % H
     key_mask += b.to(gl.int64) * M
@@ -356,7 +357,7 @@ def _flash_bwd_specialised_kernel(
     first_row = gl.minimum(gl.min(_seen_from(keys, real, N, causal_block, CAUSAL), 0), N)
     total = gl.cdiv(N - first_row, BLOCK_M)
     # programs that run at the same time start at different rows, whose dQ they add to
-    start = first_key // BLOCK_N * 37 % gl.maximum(total, 1) if ROTATE else 0
+    start = tile * turn % gl.maximum(total, 1)
 
     k_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, D], tile_layout)
@@ -386,26 +387,26 @@ def _flash_bwd_specialised_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
         ], [4, 4], [CONSUMER_REGISTERS] * 2)  # fmt: skip
     elif CONSUMERS == 3:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
         ], [4, 4, 4], [CONSUMER_REGISTERS] * 3)  # fmt: skip
     else:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         four = (k_tiles.index(3), v_tiles.index(3), ds_tiles.index(3), dq_tiles.index(3), first_key + 192)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
-            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, ADD, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
         ], [4, 4, 4, 4], [CONSUMER_REGISTERS] * 4)  # fmt: skip
 
 
@@ -431,7 +432,7 @@ def _load_query_tiles(loads):
 @gluon.jit
 def _consume(
     tiles, rings, keys_and_values, rest,
-    LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """What the others do: 64 keys and all rows that see one of them."""
     k_tile, v_tile, ds_tile, dq_tile, first_key = tiles
@@ -470,22 +471,26 @@ def _consume(
     dv_sum = gl.zeros([64, D], gl.float32, sum_layout)
     dq = no_dq
     if LEAN:
+        k_left, v_left = k_tile, v_tile
+        if KEYS_IN_REGISTERS:
+            k_left = k_tile.load(gl.DotOperandLayout(0, score_layout, 2))
+            v_left = v_tile.load(gl.DotOperandLayout(0, score_layout, 2))
         mbarrier.wait(filled.index(0), 0, pred=total > 0)
         for i in range(total):
             slot, after, at = i % STAGES, (i + 1) % STAGES, _turned(i, start, total)
             q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
-            s = warpgroup_mma(k_tile, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            s = warpgroup_mma(k_left, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
             if HALF:  # the scores leave the registers before dP takes as many
                 s = warpgroup_mma_wait(0, [s])
             else:
-                dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v_left, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [s])
             p = _probabilities(
                 s, lse_ring.index(slot), scale_log2, first_row, at, masked, seen_from, BLOCK_M, score_layout
             )
             if HALF:
                 p = p.to(dtype)
-                dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v_left, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
             p_left = gl.convert_layout(p.to(dtype), left_layout)
             dv_sum = warpgroup_mma(p_left, do_tile, dv_sum, is_async=True)
             dp = warpgroup_mma_wait(1, [dp])
@@ -616,7 +621,8 @@ def launch_backward(
     consumer_registers: int = 0,
     lean: bool = False,
     half: bool = True,
-    rotate: bool = False,
+    turn: int = 0,
+    keys_in_registers: bool = False,
     max_registers: int = 255,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave."""
@@ -651,9 +657,9 @@ def launch_backward(
             _flash_bwd_specialised_kernel[(triton.cdiv(M, 64 * consumers) * B * H,)](
                 q_desc, do_desc, lse_desc, delta_desc, dq_desc, k, v, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
                 B, N, M, H, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
-                heads_in_l2(N * D * (2 * q.element_size() + 4), B * H),
+                heads_in_l2(N * D * (2 * q.element_size() + 4), B * H), turn,
                 D=D, BLOCK_M=block_m, CONSUMERS=consumers, CONSUMER_REGISTERS=consumer_registers, STAGES=stages,
-                LEAN=lean, HALF=half, ADD=add != "none", ROTATE=rotate, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+                LEAN=lean, HALF=half, ADD=add != "none", KEYS_IN_REGISTERS=keys_in_registers, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
                 num_warps=4, maxnreg=max_registers, enable_fp_fusion=True,
             )  # fmt: skip
         else:
