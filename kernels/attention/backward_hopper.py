@@ -333,7 +333,7 @@ def _flash_bwd_specialised_kernel(
     B, N, M, H, causal_block, scale, scale_log2, heads_at_once, turn,
     D: gl.constexpr, BLOCK_M: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     STAGES: gl.constexpr, LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr,
-    KEYS_IN_REGISTERS: gl.constexpr,     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    KEYS_IN_REGISTERS: gl.constexpr, EARLY: gl.constexpr,     CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """The same by `CONSUMERS` warpgroups of 64 keys each, and four warps that ask for the query tiles."""
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
@@ -387,26 +387,26 @@ def _flash_bwd_specialised_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
         ], [4, 4], [CONSUMER_REGISTERS] * 2)  # fmt: skip
     elif CONSUMERS == 3:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
         ], [4, 4, 4], [CONSUMER_REGISTERS] * 3)  # fmt: skip
     else:
         three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
         four = (k_tiles.index(3), v_tiles.index(3), ds_tiles.index(3), dq_tiles.index(3), first_key + 192)
         gl.warp_specialize([
             (_load_query_tiles, (loads,)),
-            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
-            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, CAUSAL, HAS_MASK)),
+            (_consume, (one, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (two, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (three, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
+            (_consume, (four, rings, keys_and_values, rest, LEAN, HALF, ADD, KEYS_IN_REGISTERS, EARLY, CAUSAL, HAS_MASK)),
         ], [4, 4, 4, 4], [CONSUMER_REGISTERS] * 4)  # fmt: skip
 
 
@@ -432,7 +432,7 @@ def _load_query_tiles(loads):
 @gluon.jit
 def _consume(
     tiles, rings, keys_and_values, rest,
-    LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    LEAN: gl.constexpr, HALF: gl.constexpr, ADD: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     """What the others do: 64 keys and all rows that see one of them."""
     k_tile, v_tile, ds_tile, dq_tile, first_key = tiles
@@ -476,15 +476,23 @@ def _consume(
             k_left = k_tile.load(gl.DotOperandLayout(0, score_layout, 2))
             v_left = v_tile.load(gl.DotOperandLayout(0, score_layout, 2))
         mbarrier.wait(filled.index(0), 0, pred=total > 0)
+        s = no_scores
+        if EARLY:
+            s = warpgroup_mma_wait(0, [warpgroup_mma(
+                k_left, _rows(q_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True
+            )])
         for i in range(total):
             slot, after, at = i % STAGES, (i + 1) % STAGES, _turned(i, start, total)
             q_tile, do_tile = _rows(q_ring, slot), _rows(do_ring, slot)
-            s = warpgroup_mma(k_left, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
-            if HALF:  # the scores leave the registers before dP takes as many
-                s = warpgroup_mma_wait(0, [s])
-            else:
+            if not EARLY:
+                s = warpgroup_mma(k_left, q_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            if not HALF:
                 dp = warpgroup_mma(v_left, do_tile.permute([1, 0]), no_scores, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, [s])
+            if not EARLY:
+                if HALF:  # the scores leave the registers before dP takes as many
+                    s = warpgroup_mma_wait(0, [s])
+                else:
+                    s = warpgroup_mma_wait(1, [s])
             p = _probabilities(
                 s, lse_ring.index(slot), scale_log2, first_row, at, masked, seen_from, BLOCK_M, score_layout
             )
@@ -499,19 +507,28 @@ def _consume(
             ds_tile.store(ds)
             fence_async_shared()
             tma.store_wait(0)  # dQ of i - 1 has been read
+            if EARLY:
+                mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
             _barrier()
             dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
             ds_left = gl.convert_layout(ds, left_layout)
             dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
-            dq, dv_sum, p_left = warpgroup_mma_wait(1, [dq, dv_sum, p_left])
+            if EARLY:  # after the last tile, of what is there
+                s = warpgroup_mma(k_left, _rows(q_ring, after).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                dq, dv_sum, p_left = warpgroup_mma_wait(2, [dq, dv_sum, p_left])
+            else:
+                dq, dv_sum, p_left = warpgroup_mma_wait(1, [dq, dv_sum, p_left])
             dq_tile.reshape([BLOCK_M, D]).store(dq)
             fence_async_shared()
             mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             _barrier()  # every warp is done with dQ, and so with dS
             if ADD:
                 _reduce_add(dq_desc, [head, first_row + at * BLOCK_M, 0], dq_tile)
-            mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
-            dk_sum, ds_left = warpgroup_mma_wait(0, [dk_sum, ds_left])
+            if EARLY:
+                s, dk_sum, ds_left = warpgroup_mma_wait(0, [s, dk_sum, ds_left])
+            else:
+                mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
+                dk_sum, ds_left = warpgroup_mma_wait(0, [dk_sum, ds_left])
     else:
         mbarrier.wait(filled.index(0), 0)
         s = warpgroup_mma(k_tile, _rows(q_ring, 0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
@@ -659,7 +676,7 @@ def launch_backward(
                 B, N, M, H, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
                 heads_in_l2(N * D * (2 * q.element_size() + 4), B * H), turn,
                 D=D, BLOCK_M=block_m, CONSUMERS=consumers, CONSUMER_REGISTERS=consumer_registers, STAGES=stages,
-                LEAN=lean, HALF=half, ADD=add != "none", KEYS_IN_REGISTERS=keys_in_registers, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+                LEAN=lean, HALF=half, ADD=add != "none", KEYS_IN_REGISTERS=keys_in_registers, EARLY=early, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
                 num_warps=4, maxnreg=max_registers, enable_fp_fusion=True,
             )  # fmt: skip
         else:
