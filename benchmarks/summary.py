@@ -1,6 +1,6 @@
-"""The table of what the kernels reach, from the files of `make gpu-bench`.
+"""The tables of what a GPU reached, from the files of `make gpu-bench` and `bench.py training`.
 
-    python -m trunkline.benchmarks.summary [--write]   print the table; --write puts it into docs/measured.md too
+    python -m trunkline.benchmarks.summary [--write]   print the tables; --write puts them into docs/measured.md too
 
 Only a right result gives a number; what was not measured, or only in part, says so.
 """
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from trunkline.benchmarks.attention import AIMS, SHARE_AIMS
-from trunkline.benchmarks.contenders import FULL, MASKED
+from trunkline.benchmarks.contenders import CONTENDERS, FULL, MASKED, PATTERNS
 from trunkline.benchmarks.masked_mse import AIM, AIMED_AT, STRETCH
 from trunkline.benchmarks.report import OK, Row
 from trunkline.engine.record.tables import markdown
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results" / "nvidia-h200"
 BEGIN, END = "<!-- `make gpu-bench` writes what follows -->", "<!-- up to here -->"
 NOT_YET = "not yet measured"
+OURS = "ours"
 KERNELS = {
     ("forward", 64): "`flash_attention` forward, block-causal with a key mask, 20,136 to 67,120 tokens, D = 64",
     ("forward", 32): "the same, D = 32",
@@ -54,8 +55,58 @@ def table(folder: Path) -> str:
     return "\n\n".join([markdown(rows), *measured]) + "\n"
 
 
+def beside_others(folder: Path) -> str:
+    """In Markdown: our rate over that of what else solves the same problem, from attention.json; "" without any."""
+    path = folder / "attention.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rates = {
+        (row["contender"], *(row[key] for key in ("pattern", "head_dim", "direction", "tokens"))): row["tflop_per_s"]
+        for row in rows
+        if row["status"] == OK
+    }
+    spans: dict[tuple[str, str, int, str], list[tuple[float, float]]] = {}
+    for (contender, *problem), rate in rates.items():
+        ours = rates.get((OURS, *problem))
+        if ours is not None and not contender.startswith(OURS):
+            spans.setdefault((*problem[:-1], contender), []).append((ours, rate))
+    if not spans:
+        return ""
+    written = [["pattern", "D", "pass", "flash_attention", "beside it", "ratio"]]
+    for (pattern, head_dim, direction, contender), pairs in sorted(spans.items(), key=lambda item: _place(*item[0])):
+        ours, theirs = ([pair[at] for pair in pairs] for at in (0, 1))
+        ratios = [our / their for our, their in pairs]
+        cells = [_ends(ours, ".0f"), f"{contender} {_ends(theirs, '.0f')}", _ends(ratios, ".2f")]
+        written.append([pattern, str(head_dim), direction, *cells])
+    return markdown(written) + "\n"
+
+
+def _place(pattern: str, head_dim: int, direction: str, contender: str) -> tuple[int, int, bool, int]:
+    return list(PATTERNS).index(pattern), -head_dim, direction == "backward", list(CONTENDERS).index(contender)
+
+
+def training_step(folder: Path) -> str:
+    """In Markdown, from training.json: every contender that was right, the fastest first; "" without any."""
+    path = folder / "training.json"
+    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    rows = sorted((row for row in report["rows"] if row["status"] == OK), key=lambda row: row["median_s"])
+    if not rows:
+        return ""
+    written = [["training step", "median", "slowest", "tokens a second", "TFLOP/s of the model", "memory"]]
+    for row in rows:
+        seconds = [f"{row[key]:.3f} s" for key in ("median_s", "slowest_s")]
+        rates = [f"{row['tokens_per_s']:,.0f}", f"{row['tflop_per_s']:.0f}", f"{row['peak_gib']:.1f} GiB"]
+        written.append([row["contender"], *seconds, *rates])
+    origin = f"{report['device']}, {report['versions']}, {report['date'][:10]}: `{report['command']}`"
+    return "\n\n".join([markdown(written), *report["notes"], origin]) + "\n"
+
+
+def everything(folder: Path) -> str:
+    """All tables of `folder`."""
+    return "\n".join(part for part in (table(folder), beside_others(folder), training_step(folder)) if part)
+
+
 def _ours(rows: list[Row], direction: str, head_dim: int, pattern: str) -> list[Row]:
-    wanted = ("ours", direction, head_dim, pattern)
+    wanted = (OURS, direction, head_dim, pattern)
     return [row for row in rows if (row["contender"], row["direction"], row["head_dim"], row["pattern"]) == wanted]
 
 
@@ -74,7 +125,7 @@ def _shares(rows: list[Row], direction: str) -> list[Row]:
 
 def _of_copy(rows: list[Row], direction: str) -> list[Row]:
     """Ours of both kernels, at the sizes from AIMED_AT on: 2^28 and 2^30 values, 2^22 rows."""
-    ours = [row for row in rows if (row["contender"], row["direction"]) == ("ours", direction)]
+    ours = [row for row in rows if (row["contender"], row["direction"]) == (OURS, direction)]
     return [row for row in ours if row["values"] >= AIMED_AT[row["kernel"]]]
 
 
@@ -85,8 +136,13 @@ def _span(rows: list[Row], figure: str, unit: str, scale: float = 1) -> str:
     figures = [scale * row[figure] for row in rows if row["status"] == OK]
     if not figures:
         return NOT_YET
-    span = " to ".join(dict.fromkeys(f"{end:.0f}" for end in (min(figures), max(figures))))
-    return f"{span} {unit}" + (f" ({len(figures)} of {len(rows)} sizes)" if len(figures) < len(rows) else "")
+    return f"{_ends(figures, '.0f')} {unit}" + (
+        f" ({len(figures)} of {len(rows)} sizes)" if len(figures) < len(rows) else ""
+    )
+
+
+def _ends(figures: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(figures), max(figures))))
 
 
 def _in_both(spans: dict[str, str]) -> str:
@@ -98,7 +154,7 @@ def _in_both(spans: dict[str, str]) -> str:
 def put_into(text: str, new: str) -> str:
     """The text with what stands between BEGIN and END replaced."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"docs/measured.md must hold {BEGIN} and {END} once each, around its table of the kernels")
+        raise ValueError(f"docs/measured.md must hold {BEGIN} and {END} once each, around its tables")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n{END}{after}"
 
@@ -106,9 +162,9 @@ def put_into(text: str, new: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print, and with --write write. Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into docs/measured.md")
+    parser.add_argument("--write", action="store_true", help="put them into docs/measured.md")
     arguments = parser.parse_args(argv)
-    new = table(FOLDER)
+    new = everything(FOLDER)
     print(new, end="")
     if arguments.write:
         page = ROOT / "docs/measured.md"

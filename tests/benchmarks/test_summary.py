@@ -6,7 +6,18 @@ import torch
 from trunkline.benchmarks import attention as bench_attention
 from trunkline.benchmarks import masked_mse as bench_masked_mse
 from trunkline.benchmarks.report import OK, OUT_OF_TIME, Report
-from trunkline.benchmarks.summary import BEGIN, END, FOLDER, NOT_YET, ROOT, put_into, table
+from trunkline.benchmarks.summary import (
+    BEGIN,
+    END,
+    FOLDER,
+    NOT_YET,
+    ROOT,
+    beside_others,
+    everything,
+    put_into,
+    table,
+    training_step,
+)
 
 FORWARD_64, FORWARD_32, BACKWARD_64, BACKWARD_32, SHARE, MSE = range(2, 8)
 
@@ -38,9 +49,9 @@ def fill_in(report, figure, of, **wanted):
             row |= {figure: of(row), "status": OK}
 
 
-def test_the_page_of_figures_holds_the_table_of_the_files_in_benchmarks():
+def test_the_page_of_figures_holds_the_tables_of_the_files_in_benchmarks():
     page = (ROOT / "docs/measured.md").read_text()
-    assert page == put_into(page, table(FOLDER))
+    assert page == put_into(page, everything(FOLDER))
 
 
 def test_without_files_nothing_is_measured(tmp_path):
@@ -97,6 +108,36 @@ def test_a_wrong_result_leaves_no_number_beside_it(tmp_path):
     assert cell(written[BACKWARD_64]) == "wrong results"
     assert cell(written[SHARE]) == "forward 100 %, backward wrong results"
     assert cell(written[MSE]) == "forward 92 %, backward wrong results"
+
+
+def test_rates_stand_beside_those_of_the_same_problem(tmp_path):
+    attention, _ = reports(tmp_path)
+    where = {"head_dim": 64, "direction": "forward", "pattern": "block-causal"}
+    fill_in(attention, "tflop_per_s", lambda row: 400.0, contender="ours", **where)
+    fill_in(attention, "tflop_per_s", lambda row: 200.0 if row["tokens"] < 40_000 else 500.0, contender="cuDNN, slices")
+    for row in attention.rows:  # the longest was not run by one of them
+        if row["tokens"] == 67_120 and row["contender"] == "cuDNN, slices":
+            row |= {"tflop_per_s": None, "status": OUT_OF_TIME}
+    written = beside_others(attention.save()).splitlines()
+    assert written[2:] == ["| block-causal | 64 | forward | 400 | cuDNN, slices 200 to 500 | 0.80 to 2.00 |"]
+    assert beside_others(tmp_path) == training_step(tmp_path) == ""
+
+
+def test_training_steps_stand_the_fastest_first_and_only_the_right_ones(tmp_path):
+    report = Report("training", "", torch.device("cpu"), tmp_path)
+    report.notes.append("A note.")
+    figures = {"tokens_per_s": 1234.5, "tflop_per_s": 300.0, "peak_gib": 31.96}
+    report.add(contender="slow", median_s=0.75, slowest_s=0.8, **figures, status=OK)
+    report.add(contender="fast", median_s=0.5, slowest_s=0.6, **figures, status=OK)
+    report.add(contender="wrong", median_s=None, slowest_s=None, **figures, status="wrong: first_loss 3, not 1")
+    folder = report.save()
+    written = training_step(folder).splitlines()
+    assert written[2] == "| fast | 0.500 s | 0.600 s | 1,234 | 300 | 32.0 GiB |"
+    assert written[3].startswith("| slow | 0.750 s")
+    assert written[4] == ""
+    assert "A note." in written[5:]
+    assert written[-1].startswith("CPU (")
+    assert everything(folder).endswith(training_step(folder))
 
 
 def test_a_text_without_the_marks_is_left_alone():
