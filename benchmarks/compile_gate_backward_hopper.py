@@ -1,10 +1,10 @@
-"""What flash_attention's backward pass for sm_90 needs in shared memory and registers, as compile_gate says of the rest.
+"""What flash_attention's backward pass for sm_90 needs in shared memory and registers, as compile_gate says of others.
 
     python -m trunkline.benchmarks.compile_gate_backward_hopper [--only REGEX]
 
 No GPU is needed. What would make a tile slow or unusable fails it: more shared memory than there is, products that the
-assembler had to put one after the other, or registers spilled to memory in a loop. A few that are, around it, cost
-nothing.
+assembler had to put one after the other, or more than MOST_SPILLS transfers of spilled registers in a loop of some 450
+instructions, as many as cost nothing that was noticed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from trunkline.benchmarks.offline_compiler import compile_for, product_loops, ru
 from trunkline.kernels.attention.backward_hopper import BLOCK_M, _flash_bwd_hopper_kernel, shared_layout
 from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, ConsumerTile
 
+MOST_SPILLS = 12
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as Triton spells them
 
 
 def compiled_kernel(tile: ConsumerTile, head_dim: int, dtype: str, causal: bool, masked: bool) -> Any:
     rows, row_of = BLOCK_M.value, [1, BLOCK_M.value]
     blocks = {name: (dtype, [1, 1, rows, head_dim]) for name in ("q", "d_out")}
-    blocks |= {name: ("fp32", row_of) for name in ("row_lse", "row_delta")}
+    blocks |= dict.fromkeys(("row_lse", "row_delta"), ("fp32", row_of))
     blocks |= {"dq_sum": ("fp32", [1, rows, head_dim])}
 
     def type_of(argument: str) -> str:
@@ -61,8 +62,9 @@ def limits_broken(tile: ConsumerTile, compiled: Any) -> list[str]:
         broken.append("registers not handed over")
     # the consumers' own loops; around them is one that hands out the work
     loops = sorted(product_loops(compiled), key=len)[: tile.consumers]
-    if spilled := max(sum(name.startswith(("LDL", "STL")) for name in loop) for loop in loops):
-        broken.append(f"{spilled} transfers of spilled registers in a loop")
+    spills = max(sum(name.startswith(("LDL", "STL")) for name in loop) for loop in loops)
+    if spills > MOST_SPILLS:
+        broken.append(f"{spills} transfers of spilled registers in a loop")
     return broken
 
 

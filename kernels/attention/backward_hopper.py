@@ -15,10 +15,10 @@ al., "FlashAttention-3", 2024.) Of a query tile, a consumer
 With `scores_ahead`, where registers are left for them, S of the next tile is issued with dQ and dK, and dP before P.
 
 Walks start at the first row that sees a key of the program, not at a multiple of the tile: rows that see nothing, whose
-values may be NaN, are never read. Rows past the end are TMA's zeros, and add zeros. TMA reads from multiples of 16 bytes
-only, or the hardware reports an illegal instruction; hence four copies of lse and delta, the s-th without s rows.
+values may be NaN, are never read. Rows past the end are TMA's zeros, and add zeros. TMA reads from multiples of 16
+bytes only, or the hardware reports an illegal instruction; hence four copies of lse and delta, the s-th without s rows.
 
-Bytes and dtypes as in backward.py, but 40 B N H for lse and delta; bf16 and fp16, D of 32 or 64, one query head a key
+Bytes and dtypes as in backward.py, but 36 B N H for lse and delta; bf16 and fp16, D of 32 or 64, one query head a key
 head, not for deterministic mode.
 """
 
@@ -84,7 +84,7 @@ def _flash_bwd_rows_kernel(
         tl.store(row_delta + target, delta, mask=inside)
 
 
-_NUMBERS = "B N M H causal_block scale scale_log2 heads_at_once turn".split()
+_NUMBERS = ["B", "N", "M", "H", "causal_block", "scale", "scale_log2", "heads_at_once", "turn"]
 _STRIDES = [f"{x}_stride_{y}" for x in "kv" for y in "bmh"]
 
 
@@ -93,7 +93,8 @@ def _flash_bwd_hopper_kernel(
     q, d_out, row_lse, row_delta, dq_sum, k, v, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, causal_block, scale, scale_log2, heads_at_once, turn,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, SCORES_AHEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, SCORES_AHEAD: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q.block_shape[3]
     BLOCK_N: gl.constexpr = 64 * CONSUMERS

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 class ConsumerTile(NamedTuple):
-    """Of backward_hopper.py: 64 queries, and 64 keys for each of `consumers` warpgroups, beside four warps that load."""
+    """Of backward_hopper.py: 64 queries, 64 keys for each of `consumers` warpgroups, and four warps that load."""
 
     consumers: int
     scores_ahead: bool
