@@ -121,6 +121,7 @@ def test_a_run_shows_each_epoch_once_from_0_on(images: Path, tmp_path: Path) -> 
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server on loopback, with a database of SQLite."""
     pytest.importorskip("mlflow", reason="the extra 'mlflow' is not installed")
+    pytest.importorskip("flask", reason="a server is in all of MLflow only: pip install mlflow")
     folder, port = tmp_path_factory.mktemp("server"), find_free_port()
     uri = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
