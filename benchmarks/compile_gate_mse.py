@@ -61,17 +61,26 @@ def configurations(architectures: tuple[int, ...] = (90, 80)) -> Iterator[Config
                     yield Configuration(
                         architecture, title, dtype, kernel, layout | block | more, _masked.NUM_WARPS, loads
                     )
-            block = {"BLOCK_N": _linear.TILE // _linear.MAX_BLOCK_D, "BLOCK_D": _linear.MAX_BLOCK_D}
-            block |= {"PARTS": 1, "STAGES": _linear.STAGES}
-            # once before the loop for each tile that is fetched ahead, and once in it
-            loads = _linear.STAGES * _linear.TILE // (32 * _linear.NUM_WARPS) * (2 if dtype == "bf16" else 4) // 16
-            needs = {"NEED_HIDDEN": 1, "NEED_LINEAR": 1, "NEED_TARGET": 1}
-            for kernel, more in (
-                (_linear._linear_masked_mse_fwd_kernel, {"HAS_MASK": 1}),
-                (_linear._linear_masked_mse_bwd_kernel, needs),
-            ):
-                title = f"linear_masked_mse {'backward' if more is needs else 'forward'}"
-                yield Configuration(architecture, title, dtype, kernel, block | more, _linear.NUM_WARPS, loads)
+            launches = {
+                "forward": (_linear.TILE, _linear.NUM_WARPS, _linear.STAGES),
+                "backward": (_linear.BACKWARD_TILE, _linear.BACKWARD_NUM_WARPS, _linear.BACKWARD_STAGES),
+            }
+            kernels = {
+                "forward": _linear._linear_masked_mse_fwd_kernel,
+                "backward": _linear._linear_masked_mse_bwd_kernel,
+            }
+            parts = {"forward": 384 // _linear.BLOCK_D, "backward": 1}  # those of a row that a program has
+            constants = {
+                "forward": {"HAS_MASK": 1, "PARTS": parts["forward"], "MAX_UNROLLED": _linear.MAX_PARTS},
+                "backward": {"NEED_HIDDEN": 1, "NEED_LINEAR": 1, "NEED_TARGET": 1},
+            }
+            for name, (tile, num_warps, stages) in launches.items():
+                kernel = kernels[name]
+                block = {"BLOCK_N": tile // _linear.BLOCK_D, "BLOCK_D": _linear.BLOCK_D, "STAGES": stages}
+                # once before the loop for each tile that is fetched ahead, and once in it
+                loads = stages * parts[name] * tile // (32 * num_warps) * (2 if dtype == "bf16" else 4) // 16
+                title = f"linear_masked_mse {name}"
+                yield Configuration(architecture, title, dtype, kernel, block | constants[name], num_warps, loads)
         for keys in (16, 32, 64, 128):
             block = {"BLOCK_N": keys, "BLOCK_T": _key_tiles.TILES_AT_ONCE}
             title = f"sort_key_tiles, {keys} keys a tile"

@@ -50,7 +50,7 @@ CONSTANTS = {
     "PROGRAMS_PER_SM": (2, 4, 8, 16, 32),
     "STAGES": (2, 3, 4),
 }
-"""Constants that a kernel's module may have, and what --sweep tries for each."""
+"""Constants that a kernel's module may have, and what --sweep tries for each, and for its BACKWARD_... namesake."""
 AIM, STRETCH = 0.90, 0.95  # of the copy
 AIMED_AT = {"masked_mse": 2**28, "linear_masked_mse": 2**22}
 """Values and rows from which on the aim holds: no cache holds them, and an H200 takes over 0.4 ms, several times what
@@ -232,9 +232,12 @@ def _sweep(report: Report, copy: float, deadline: Deadline) -> int:
 
     def fill_in(row: Row) -> None:
         call, inputs, mask, plain, truth = checked(row["kernel"])
-        shipped, module = _constants(row["kernel"]), vars(_module(row["kernel"]))
+        module, chosen = vars(_module(row["kernel"])), {name: row[name.lower()] for name in _constants(row["kernel"])}
+        if not row["shipped"]:
+            chosen |= {f"BACKWARD_{name}": value for name, value in chosen.items() if f"BACKWARD_{name}" in module}
+        shipped = {name: module[name] for name in chosen}
         try:
-            module |= {name: row[name.lower()] for name in shipped}
+            module |= chosen
             status = as_accurate(_results(call, inputs, mask), plain, truth)
             figures = _figures(call, inputs, mask, report.device, copy, budget_s=0.05) if status == OK else {}
             row |= {"status": status, **{direction: figure["of_copy"] for direction, figure in figures.items()}}

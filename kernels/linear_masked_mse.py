@@ -5,9 +5,9 @@
 
 Forward and backward each pass once over the hidden rows [N, d]; rows with m = 0 are not read. Between them stand the
 e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target;
-4 N d FLOPs each way: memory is the limit. Programs stride over the rows and fetch the next ones while they work on some
-(in the forward pass up to d = 512). Each writes a row of partial sums, which a second, tiny kernel adds up: no atomics,
-so the same bits in every run.
+4 N d FLOPs each way: memory is the limit. Programs stride over the rows and fetch the next ones while they work on
+some (in the forward pass up to d = 2048), and a step before that what says which of them count. Each writes a row of
+partial sums, which a second, tiny kernel adds up: no atomics, so the same bits in every run.
 Dtype: products, differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the dtypes of
 the inputs. On CPUs, and for fp64, the prediction is torch's F.linear, in the dtype of hidden or autocast's.
 """
@@ -26,7 +26,9 @@ from trunkline.kernels.first_order import first_order
 from trunkline.kernels.masked_mse import check, masked_mse, runs_on_triton
 from trunkline.kernels.triton_path import jit, num_multiprocessors, tl, triton
 
-TILE, MAX_BLOCK_D, NUM_WARPS, PROGRAMS_PER_SM, STAGES = 4096, 512, 4, 8, 3
+BLOCK_D, MAX_PARTS = 128, 4  # 16 lanes a row: no row's sum goes through shared memory; longer rows in parts of 512
+TILE, NUM_WARPS, PROGRAMS_PER_SM, STAGES = 2048, 4, 8, 3
+BACKWARD_TILE, BACKWARD_NUM_WARPS, BACKWARD_PROGRAMS_PER_SM, BACKWARD_STAGES = 1024, 2, 16, 2
 
 
 @jit
@@ -45,34 +47,53 @@ def _linear_masked_mse_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
+    MAX_UNROLLED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     b = tl.load(bias).to(tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_N], tl.float32)
+    next_m = _weights(mask, tl.program_id(0), N, BLOCK_N, HAS_MASK)
     for tile in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = row < N
-        if HAS_MASK:
-            m = tl.load(mask + row, mask=inside, other=0).to(tl.float32)
+        m, counts = next_m.to(tl.float32), next_m != 0
+        next_m = _weights(mask, tile + tl.num_programs(0), N, BLOCK_N, HAS_MASK)
+        products = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if PARTS <= MAX_UNROLLED:
+            for part in tl.static_range(PARTS):
+                products += _products(hidden, weight, row, counts, part, d, stride, BLOCK_D)
         else:
-            m = inside.to(tl.float32)
-        counts = m != 0
-        pred = tl.zeros([BLOCK_N], tl.float32) + b
-        for part in range(PARTS):
-            column = part * BLOCK_D + tl.arange(0, BLOCK_D)
-            some = counts[:, None] & (column < d)[None, :]
-            h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
-            w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
-            pred += tl.sum(h * w[None, :], 1)
+            for part in range(PARTS):
+                products += _products(hidden, weight, row, counts, part, d, stride, BLOCK_D)
         t = tl.load(target + row, mask=inside, other=0).to(tl.float32)
-        difference = tl.where(counts, pred - t, 0.0)
+        difference = tl.where(counts, tl.sum(products, 1) + b - t, 0.0)
         e = m * difference
         tl.store(error + row, e, mask=inside)
         total += e * difference
         count += m
     tl.store(partials + tl.program_id(0) * 2, tl.sum(total))
     tl.store(partials + tl.program_id(0) * 2 + 1, tl.sum(count))
+
+
+@jit
+def _products(hidden, weight, row, counts, part, d, stride, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """h w [BLOCK_N, BLOCK_D] of one part of the columns."""
+    column = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    some = counts[:, None] & (column < d)[None, :]
+    h = tl.load(hidden + row[:, None] * stride + column[None, :], mask=some, other=0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
+    return h * w[None, :]
+
+
+@jit
+def _weights(mask, tile, N, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """m of a tile's rows, as they are stored; 0 past the last."""
+    row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_MASK:
+        return tl.load(mask + row, mask=row < N, other=0)
+    else:
+        return row < N
 
 
 @jit
@@ -100,10 +121,13 @@ def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
     w = tl.load(weight + column, mask=column < d, other=0).to(tl.float32)
     weight_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     bias_sum = tl.zeros([BLOCK_N], tl.float32)
+    first = tl.cast(program, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    next_e = tl.load(error + first, mask=first < N, other=0)
     for tile in tl.range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = row < N
-        e = tl.load(error + row, mask=inside, other=0)
+        inside, ahead = row < N, row + tl.num_programs(0) * BLOCK_N
+        e = next_e
+        next_e = tl.load(error + ahead, mask=ahead < N, other=0)
         counts = e != 0
         e = tl.where(counts, scale * e, 0.0)
         some = counts[:, None] & (column < d)[None, :]
@@ -124,17 +148,17 @@ def _linear_masked_mse_bwd_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + d, tl.sum(bias_sum))
 
 
-def _tiling(hidden: Tensor) -> tuple[Tensor, int, dict[str, int]]:
+def _tiling(hidden: Tensor, tile: int, num_warps: int, per_sm: int, stages: int) -> tuple[Tensor, int, dict[str, int]]:
     """hidden as rows [N, d] of any stride, the number of programs, and the kernels' arguments that say the sizes."""
     d = hidden.shape[-1]
     rows = hidden.reshape(hidden.shape[:-1].numel(), d)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     N = rows.shape[0]
-    block_d = min(MAX_BLOCK_D, triton.next_power_of_2(d))
-    block_n = TILE // block_d
-    programs = max(1, min(triton.cdiv(N, block_n), PROGRAMS_PER_SM * num_multiprocessors(hidden.device)))
+    block_d = min(BLOCK_D if d <= MAX_PARTS * BLOCK_D else 512, triton.next_power_of_2(d))
+    block_n = tile // block_d
+    programs = max(1, min(triton.cdiv(N, block_n), per_sm * num_multiprocessors(hidden.device)))
     numbers = {"N": N, "d": d, "stride": rows.stride(0), "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return rows, programs, numbers | {"STAGES": STAGES, "num_warps": NUM_WARPS}
+    return rows, programs, numbers | {"STAGES": stages, "num_warps": num_warps}
 
 
 @torch.library.custom_op("trunkline::linear_masked_mse", mutates_args=())
@@ -142,7 +166,7 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """[2] fp32, sum and count; and e like target, fp32."""
-    rows, programs, numbers = _tiling(hidden)
+    rows, programs, numbers = _tiling(hidden, TILE, NUM_WARPS, PROGRAMS_PER_SM, STAGES)
     partials = torch.empty(programs, 2, dtype=torch.float32, device=hidden.device)
     error = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
@@ -156,6 +180,7 @@ def _forward(
             partials,
             HAS_MASK=mask is not None,
             PARTS=triton.cdiv(numbers["d"], numbers["BLOCK_D"]),
+            MAX_UNROLLED=MAX_PARTS,
             **numbers,
         )
         return column_sums(partials), error
@@ -178,7 +203,9 @@ def _backward(
     need_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, of weight and bias in a row [d + 1] fp32, and of target; empty where not needed."""
-    rows, programs, numbers = _tiling(hidden)
+    rows, programs, numbers = _tiling(
+        hidden, BACKWARD_TILE, BACKWARD_NUM_WARPS, BACKWARD_PROGRAMS_PER_SM, BACKWARD_STAGES
+    )
     parts = triton.cdiv(numbers["d"], numbers["BLOCK_D"])
     programs = triton.cdiv(programs, parts)
     partials = torch.empty(programs, numbers["d"] + 1, dtype=torch.float32, device=hidden.device)

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
-    max_registers: int = 255  # a thread; with 128, two programs of 8 warps run side by side on a multiprocessor
+    max_registers: int = 255  # a thread; with 128 or 168, four or three programs of 4 warps share a multiprocessor
 
     def options(self) -> dict[str, int]:
         """For Triton's launches and its compiler; multiply-adds fused also where a later Triton does not by default."""
@@ -48,23 +48,23 @@ class ConsumerTile(NamedTuple):
 # (architecture, bits of an element, pass) -> head dimension, as a power of two -> tile
 TILES = {
     (90, 16, "forward"): {
-        16: Tile(128, 64, 8, 3, 128),
-        32: Tile(128, 64, 8, 3, 128),
-        64: Tile(128, 64, 8, 3, 128),
+        16: Tile(64, 64, 4, 3, 128),
+        32: Tile(64, 64, 4, 3, 128),
+        64: Tile(64, 64, 4, 3, 168),
         128: Tile(128, 64, 8, 3),
         256: Tile(128, 32, 8, 2),
     },
     (90, 16, "backward"): {
-        16: Tile(64, 128, 8, 3),
-        32: Tile(64, 128, 8, 3),
-        64: Tile(64, 128, 8, 2),
+        16: Tile(64, 64, 4, 3, 168),
+        32: Tile(64, 64, 4, 3, 168),
+        64: Tile(64, 64, 4, 3),
         128: Tile(64, 64, 8, 1),
         256: Tile(16, 64, 8, 1),
     },
     (90, 16, "backward_dq"): {
-        16: Tile(128, 64, 8, 3),
-        32: Tile(128, 64, 8, 3),
-        64: Tile(128, 64, 8, 3),
+        16: Tile(64, 64, 4, 3, 168),
+        32: Tile(64, 64, 4, 3, 168),
+        64: Tile(64, 64, 4, 3, 168),
         128: Tile(128, 64, 8, 2),
         256: Tile(64, 32, 8, 2),
     },
@@ -120,11 +120,13 @@ TILES |= {
     (86, 16, "backward_dq"): TILES[80, 16, "backward_dq"],
 }
 # no warp-group products, whose operands stay out of registers
-_TWO_SIDE_BY_SIDE_SPILL = dict.fromkeys((16, 32, 64), Tile(128, 64, 8, 3))
+_SMALL_HEADS = dict.fromkeys((16, 32, 64), Tile(128, 64, 8, 3))
 TILES |= {
-    (100, 16, "forward"): TILES[90, 16, "forward"] | _TWO_SIDE_BY_SIDE_SPILL,
-    (100, 16, "backward"): TILES[90, 16, "backward"],
-    (100, 16, "backward_dq"): TILES[90, 16, "backward_dq"],
+    (100, 16, "forward"): TILES[90, 16, "forward"] | _SMALL_HEADS,
+    (100, 16, "backward"): TILES[90, 16, "backward"]
+    | dict.fromkeys((16, 32), Tile(64, 128, 8, 3))
+    | {64: Tile(64, 128, 8, 2)},
+    (100, 16, "backward_dq"): TILES[90, 16, "backward_dq"] | _SMALL_HEADS,
 }
 # 99 KiB too, and an assembler that takes a few registers more
 TILES |= {

@@ -99,19 +99,24 @@ def test_a_sweep_times_what_is_right_and_leaves_the_constants_alone(interpreter,
     # not masked_mse: the interpreter rounds its bf16 gradients towards zero, more than the check allows
     module = importlib.import_module("trunkline.kernels.linear_masked_mse")
     names = ("TILE", "NUM_WARPS", "PROGRAMS_PER_SM", "STAGES")
-    shipped, tiling, used = [getattr(module, name) for name in names], module._tiling, set()
+    tiling, used = module._tiling, set()
 
-    def note(hidden):
-        used.add(tuple(getattr(module, name) for name in names))
-        return tiling(hidden)
+    def constants(prefix=""):
+        return tuple(getattr(module, prefix + name) for name in names)
+
+    def note(hidden, *chosen):
+        used.add(chosen)
+        return tiling(hidden, *chosen)
+
+    shipped, backward = constants(), constants("BACKWARD_")
 
     monkeypatch.setattr(module, "_tiling", note)
     status, report = sweep({"linear_masked_mse": 100})
     assert status == 0
-    assert used == {tuple(shipped), (1024, 4, 2, 2)}
-    assert shipped == [getattr(module, name) for name in names]
+    assert used == {shipped, backward, (1024, 4, 2, 2)}
+    assert (constants(), constants("BACKWARD_")) == (shipped, backward)
     found = {tuple(row[name.lower()] for name in names): (row["shipped"], row["status"]) for row in report.rows}
-    assert found == {tuple(shipped): (True, OK), (1024, 4, 2, 2): (False, OK)}
+    assert found == {shipped: (True, OK), (1024, 4, 2, 2): (False, OK)}
     assert all(row["forward"] > 0 and row["backward"] > 0 for row in report.rows)
     assert {path.suffix for path in tmp_path.glob("*/sweep.*")} == {".csv", ".md", ".json", ".png"}
 

@@ -162,6 +162,35 @@ def test_every_head_dimension(device, dtype, D):
     assert_as_accurate_as_dense_torch(leaves, causal_block=10)
 
 
+@pytest.mark.parametrize(
+    ("D", "Hkv", "N", "causal_block"), [(16, 2, 37, 7), (16, 1, 37, None), (24, 1, 37, 1), (64, 2, 20, 10)]
+)
+def test_dq_added_in_tiles(device, D, Hkv, N, causal_block, monkeypatch):
+    """As on Hopper, where `-m gpu` runs it in earnest. The last tile of a head must not reach into the next one."""
+    if device.type == "cpu":
+        add_tiles_in_the_interpreter(monkeypatch)
+    leaves = inputs(device, N=N, Hkv=Hkv, D=D, dtype=torch.bfloat16)
+    mask = some_keys(2, 37, device)
+    assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block, key_mask=mask)
+    assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block)
+
+
+def add_tiles_in_the_interpreter(monkeypatch):
+    """Triton's interpreter, up to 3.9, knows loads and stores of tensor descriptors, not additions."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    ir = interpreter._ir
+
+    def create_descriptor_reduce(self, kind, descriptor, value, indices):
+        assert kind == ir.DESCRIPTOR_REDUCE_KIND.ADD
+        pointers, mask = descriptor.materialize_pointers(indices)
+        order = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+        return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, *order)
+
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_descriptor_reduce", create_descriptor_reduce, raising=False)
+    monkeypatch.setattr(flash_attention_backward, "adds_tiles", lambda q: True)
+
+
 def draw_configuration(draw, device):
     """Leaves and arguments of one random call."""
     B, D = draw.randint(1, 2), draw.choice([16, 16, 19, 32, 40])
@@ -297,7 +326,7 @@ def test_both_passes_take_the_memory_that_the_docstring_counts(device, N, mode):
         launch_backward(d_out, q, k, v, out, lse, mask, 64, 0.25, deterministic=mode)
     (peak,) = (sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
     values = B * N * H * D
-    counted = 2 * (4 * values + 4 * values) + 8 * B * N * H + (0 if mode else 4 * values)
+    counted = 2 * (4 * values + 4 * values) + 12 * B * N * H + (0 if mode else 4 * values)
     assert counted <= peak <= 1.05 * counted
 
 

@@ -46,10 +46,10 @@ def test_an_amd_gpu_gets_small_tiles_and_no_option_of_nvidias(
     capability: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tile = TILES[90, 16, "forward"][64]
-    assert tile.options()["maxnreg"] == 128
+    assert tile.options()["maxnreg"] == 168
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert architecture_of(GPU) == 86
-    assert tile.options() == {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert tile.options() == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def test_there_is_a_tile_for_every_use() -> None:
