@@ -22,7 +22,7 @@ from trunkline.benchmarks.offline_compiler import compile_for, product_loops, ru
 from trunkline.kernels.attention.backward_hopper import BLOCK_M, _flash_bwd_hopper_kernel, shared_layout
 from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, ConsumerTile
 
-MOST_SPILLS = 12
+MOST_SPILLS = 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as Triton spells them
 
 

@@ -52,7 +52,9 @@ from trunkline.kernels.attention.forward import (
 from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, ConsumerTile
 from trunkline.kernels.triton_path import jit, tl, triton
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
+# their names in Triton 3.6 and up to 3.8
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _NEVER = gl.constexpr(1 << 30)
 
 
@@ -176,10 +178,10 @@ def _load_query_tiles(rings, walk, loads):
         copy, column = head * 4 + (row & 3), row & -4
         mbarrier.wait(emptied.index(stage), (i // STAGES & 1) ^ 1)
         mbarrier.expect(barrier, 2 * BLOCK_M * D * 2 + 2 * BLOCK_M * 4)
-        tma.async_copy_global_to_shared(q, [b, h, row, 0], barrier, q_ring.index(stage))
-        tma.async_copy_global_to_shared(row_lse, [copy, column], barrier, lse_ring.index(stage))
-        tma.async_copy_global_to_shared(d_out, [b, h, row, 0], barrier, do_ring.index(stage))
-        tma.async_copy_global_to_shared(row_delta, [copy, column], barrier, delta_ring.index(stage))
+        _load(q, [b, h, row, 0], barrier, q_ring.index(stage))
+        _load(row_lse, [copy, column], barrier, lse_ring.index(stage))
+        _load(d_out, [b, h, row, 0], barrier, do_ring.index(stage))
+        _load(row_delta, [copy, column], barrier, delta_ring.index(stage))
 
 
 @gluon.jit
@@ -272,7 +274,7 @@ def _consume(
 
 @builtin
 def _reduce_add(descriptor, coordinates, source, _semantic=None):
-    """Has TMA add a tile of shared memory into global memory. Gluon has the operation, but no function for it."""
+    """Has TMA add a tile of shared memory into global memory: tma.async_atomic_add, which comes with Triton 3.9."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, source.handle)
