@@ -79,6 +79,21 @@ def product_loop(compiled: Any) -> list[str]:
     return names
 
 
+def product_loops(compiled: Any) -> list[list[str]]:
+    """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
+    code = re.findall(
+        r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _disassembled(compiled.asm["cubin"])
+    )
+    loops = []
+    for end, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
+            body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
+            if any(x.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
+                loops.append(body)
+    return loops
+
+
 def wide_loads(ptx: str) -> int:
     """How many instructions load 16 bytes from memory."""
     forms = r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg\.shared\.global [^;]*, 0x10,"

@@ -14,7 +14,8 @@ FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes
 bytes a value the forward pass moves e (2R + 2S) bytes from and to memory, as long as the keys of the heads at work fit
 in the L2 cache. Both passes together hold
     e (4R + 4S)     q, k, v, out and their gradients
-    12 B N Hq       the log-sum-exp of each row, and backward again beside rowsum(dO * O), fp32
+    12 B N Hq       the log-sum-exp of each row, and backward again beside rowsum(dO * O), fp32; 36 B N Hq where
+                    backward_hopper.py runs
     4 R             dQ while it is summed, fp32 (not in deterministic mode)
 and nothing of size N x M: 67,120 tokens with 8 heads of 64 in bf16 take 524.4 + 6.1 + 131.1 = 661.6 MiB, and twice the
 length takes twice that. Dtype: inputs and outputs in one dtype, softmax and sums in fp32; under autocast q, k and v are
