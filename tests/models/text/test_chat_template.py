@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from trunkline.models.causal_lm.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from trunkline.models.text import chat_template
 from trunkline.models.text.chat_template import Asked, render, render_marked
 from trunkline.models.text.sources import BadRecord
+from trunkline.models.text.template_process import write
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -101,3 +103,17 @@ def test_the_child_imports_nothing_from_the_working_directory_and_ends_with_its_
     assert text == "['<|im_start|>user\\nq<|im_end|>\\n']"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_a_child_whose_parent_is_killed_before_its_reply_says_nothing() -> None:
+    call = {"template": "{{ messages[0]['content'] }}", "tokens": {}, "messages": [{"role": "user", "content": "q"}],
+            "tools": None, "asked": [(None, False, None, False)], "cpu_seconds": 60.0}  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from trunkline.models.text.template_process import serve; serve()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None  # noqa: PT018
+    child.stdout.close()
+    write(child.stdin, pickle.dumps(call))
+    said = child.stderr.read()
+    assert (child.wait(), said) == (0, b"")
