@@ -211,15 +211,20 @@ def _draw(rows: list[Row]) -> Figure:
     figure, axes = plt.subplots(
         len(head_dims), 3, figsize=(15, 3.6 * len(head_dims)), layout="constrained", squeeze=False
     )
+    labels = list(dict.fromkeys((row["contender"], row["pattern"]) for row in rows))
+    lines = {}
     for line, head_dim in zip(axes, head_dims, strict=True):
         for axis, key, which in zip(
             line, ("tflop_per_s", "tflop_per_s", "peak_mib"), ("forward", "backward", "backward")
         ):
             chosen = [row for row in rows if (row["head_dim"], row["direction"]) == (head_dim, which) and row[key]]
-            for label in dict.fromkeys((row["contender"], row["pattern"]) for row in chosen):
+            for number, label in enumerate(labels):  # one colour everywhere
                 points = [(row["tokens"], row[key]) for row in chosen if (row["contender"], row["pattern"]) == label]
-                axis.plot(*zip(*points), marker="o", label=", ".join(label))
+                if points:
+                    (lines[label],) = axis.plot(*zip(*points), marker="o", color=f"C{number}")
             title = f"D = {head_dim}, " + (f"{which}, TFLOP/s" if key == "tflop_per_s" else "peak of both passes, MiB")
             axis.set(title=title, xlabel="tokens", ylim=(0, None))
-    axes[0, 0].legend(fontsize=7)
+    shown = [label for label in labels if label in lines]
+    figure.legend([lines[label] for label in shown], [", ".join(label) for label in shown], loc="outside lower center",
+                  ncols=3, fontsize=8)  # fmt: skip
     return figure
