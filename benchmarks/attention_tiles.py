@@ -24,7 +24,7 @@ from trunkline.benchmarks.contenders import (
     upstream_of,
 )
 from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, as_accurate, first_line, median_seconds
-from trunkline.kernels.attention.tiles import HOPPER_FORWARD, TILES, Tile, architecture_of
+from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, HOPPER_FORWARD, TILES, Tile, architecture_of
 from trunkline.kernels.triton_path import triton
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def _fill_in(row: Row, name: str, table: dict[int, Tile], problem: Problem, chec
     entry = triton.next_power_of_2(problem.q.shape[-1])
     shipped, flops = table[entry], 4 * problem.q.shape[-1] * problem.visible
     attend, upstream = ours(problem), upstream_of(problem)
-    hopper = HOPPER_FORWARD.pop(problem.q.shape[-1], None) if name == "forward" else None
+    hopper = HOPPER_FORWARD if name == "forward" else HOPPER_BACKWARD
+    its_tile = hopper.pop(problem.q.shape[-1], None)
     try:
         table[entry] = Tile(*(row[field] for field in Tile._fields))
         with deterministic(name not in ("forward", "backward")):
@@ -90,8 +91,8 @@ def _fill_in(row: Row, name: str, table: dict[int, Tile], problem: Problem, chec
         row["status"] = f"not run: {first_line(error)}"
     finally:
         table[entry] = shipped
-        if hopper:
-            HOPPER_FORWARD[problem.q.shape[-1]] = hopper
+        if its_tile:
+            hopper[problem.q.shape[-1]] = its_tile
 
 
 def tiles() -> list[Tile]:

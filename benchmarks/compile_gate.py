@@ -3,11 +3,19 @@
     python -m trunkline.benchmarks.compile_gate
 
 Compiles the kernels for each architecture of SHARED_MEMORY_LIMIT with Triton and the assembler that it brings: no GPU
-is needed. What would make a tile slow or unusable fails it: registers spilled to memory, but for a few around the loop;
-more registers or shared memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute
-capabilities"); rows that are not loaded 16 bytes at a time; for 16-bit tiles, mask arithmetic in the loop that is to do
-without, and on sm_90 products that are no warp-group instructions, or that the assembler had to put one after the other
-for want of registers.
+is needed. What would make a tile slow or unusable fails it:
+
+- registers spilled to memory. STACK bytes a thread may wait there while the inner loop hardly asks for them; in
+  "backward_hopper" a consumer's loop of some 450 instructions may move MOST_SPILLS of them, which cost nothing that was
+  noticed on an H200;
+- more registers or shared memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute
+  capabilities");
+- rows that are not loaded 16 bytes at a time. "forward_hopper" and "backward_hopper" load by TMA, and are not asked;
+- in 16-bit tiles, mask arithmetic in the loop that is to do without;
+- on sm_90, 16-bit products that are no warp-group instructions, or that the assembler put one after the other for want
+  of registers;
+- registers that the loading warps of a Gluon kernel do not hand over; in "forward_hopper", exponentials that wait for
+  products.
 
 The table also counts what the inner loop, the one without mask arithmetic where there are two, asks of each
 multiprocessor for a tile of scores, and says what is asked the most: tensor cores, exponentials (16 a clock) or issued
@@ -25,16 +33,28 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from trunkline.benchmarks.offline_compiler import compile_for, product_loop, resources, run_tool, wide_loads
+import torch
+
+from trunkline.benchmarks.offline_compiler import (
+    compile_for,
+    product_loops,
+    resources,
+    run_tool,
+    shortest_way,
+    wide_loads,
+)
 from trunkline.kernels.attention import backward, forward
-from trunkline.kernels.attention.tiles import ARCHITECTURES, HOPPER_FORWARD, TILES, Tile
+from trunkline.kernels.attention.tiles import ARCHITECTURES, HOPPER_BACKWARD, HOPPER_FORWARD, TILES, Tile
 from trunkline.kernels.triton_path import triton
 
 REGISTERS = 65_536  # of a multiprocessor
 STACK = 96  # bytes a thread that may wait there, as long as the inner loop hardly asks for them
+MOST_SPILLS = 16  # instructions of a "backward_hopper" loop that move spilled registers
+HOPPER = {"forward_hopper": HOPPER_FORWARD, "backward_hopper": HOPPER_BACKWARD}  # passes of sm_90 alone, in Gluon
 SHARED_MEMORY_LIMIT = {
     architecture: kib * 1024 for architecture, kib in {90: 227, 80: 163, 86: 99, 89: 99, 100: 227, 120: 99}.items()
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as Triton spells them
 
 
 class Configuration(NamedTuple):
@@ -47,22 +67,22 @@ class Configuration(NamedTuple):
 
     @property
     def tile(self) -> Tile:
-        if self.name == "forward_hopper":
-            return HOPPER_FORWARD[self.head_dim]
+        if self.name in HOPPER:
+            return HOPPER[self.name][self.head_dim]
         bits = 32 if self.dtype == "fp32" else 16
         name = "backward" if self.name in ("backward_gqa", "backward_dkdv") else self.name
         return TILES[ARCHITECTURES[self.architecture], bits, name][triton.next_power_of_2(self.head_dim)]
 
     @property
     def warps_that_load(self) -> int:
-        return 4 if self.name == "forward_hopper" else 0  # beside those of the tile
+        return 4 if self.name in HOPPER else 0  # beside those of the tile
 
     @property
     def splits_loop(self) -> bool:
         """Whether the tiles that need no mask have a loop of their own."""
         if self.name in ("backward", "backward_gqa", "backward_dkdv"):
             return backward.split_loop(triton.next_power_of_2(self.head_dim), self.name == "backward_dkdv")
-        return self.name != "backward_delta"
+        return self.name not in ("backward_delta", "backward_hopper")
 
     @property
     def adds_tiles(self) -> bool:
@@ -85,6 +105,8 @@ class Usage(NamedTuple):
     wide_loads: int  # 16 bytes each
     loop: Counter[str]  # the machine instructions of the inner loop
     exponentials_beside_products: bool = False  # all of the loop's, while the tensor cores work for the same warps
+    spills_in_loops: int = 0  # transfers of spilled registers in one of the consumers' loops, at most
+    registers_handed_over: bool = True  # by the warps that load, where there are some
 
 
 class Chip(NamedTuple):
@@ -99,6 +121,7 @@ PRODUCTS = {
     "forward_hopper": 2,
     "backward": 5,
     "backward_gqa": 5,
+    "backward_hopper": 5,
 }  # of tiles; 2 head_dim operations a score each
 
 SHARES_TILES_WITH = {86: 80, 89: 86, 100: 90, 120: 86}  # most of them
@@ -106,7 +129,6 @@ HEAD_DIMS = (16, 24, 32, 40, 64, 72, 128, 256)
 PATTERNS = ((True, True), (True, False), (False, True), (False, False))  # a causal block, a key mask
 # "backward" is in one pass, "_gqa" where query heads share keys; "_dkdv" and "_dq" are the deterministic mode
 PASSES = ("forward", "backward_delta", "backward", "backward_gqa", "backward_dkdv", "backward_dq")
-# "forward_hopper" is Gluon's, of sm_90 alone
 
 
 def configurations(every: bool) -> Iterator[Configuration]:
@@ -120,11 +142,13 @@ def configurations(every: bool) -> Iterator[Configuration]:
             patterns = PATTERNS if name != "backward_delta" else PATTERNS[:1]
             for head_dim, dtype, pattern in itertools.product(HEAD_DIMS, ("bf16", "fp16", "fp32"), patterns):
                 yield Configuration(architecture, name, dtype, head_dim, *pattern)
-        for head_dim, dtype, pattern in itertools.product(HOPPER_FORWARD, ("bf16", "fp16"), PATTERNS):
-            yield Configuration(90, "forward_hopper", dtype, head_dim, *pattern)
+        for name, tiles in HOPPER.items():
+            for head_dim, dtype, pattern in itertools.product(tiles, ("bf16", "fp16"), PATTERNS):
+                yield Configuration(90, name, dtype, head_dim, *pattern)
         return
-    for head_dim in HOPPER_FORWARD:
-        yield Configuration(90, "forward_hopper", "bf16", head_dim, causal=True, masked=True)
+    for name, tiles in HOPPER.items():
+        for head_dim in tiles:
+            yield Configuration(90, name, "bf16", head_dim, causal=True, masked=True)
     names = [name for name in PASSES if name != "backward_dkdv"]
     for architecture, name, head_dim in itertools.product(SHARED_MEMORY_LIMIT, names, (16, 32, 64, 128, 256)):
         configuration = Configuration(architecture, name, "bf16", head_dim, causal=True, masked=True)
@@ -147,7 +171,10 @@ def measure(configuration: Configuration) -> Usage:
             assembler = get_ptxas(architecture).path
             remarks = run_tool(assembler, f"-arch=sm_{architecture}a", file.name, "-o", "/dev/null")
     serialized = "wgmma.mma_async instructions are serialized" in remarks
-    inner = product_loop(compiled)
+    loops = product_loops(compiled)
+    inner = shortest_way(loops[0]) if loops else []
+    # one loop for each warpgroup that multiplies; around them is one that hands out the work
+    own = loops[: configuration.tile.num_warps // 4] if configuration.name in HOPPER else []
     return Usage(
         usage["REG"],
         usage["STACK"],
@@ -158,6 +185,8 @@ def measure(configuration: Configuration) -> Usage:
         wide_loads(ptx),
         Counter(name.split(".")[0] for name in inner),
         exponentials_beside_products(inner),
+        max((sum(x.name.startswith(("LDL", "STL")) for x in loop) for loop in own), default=0),
+        "'setmaxnreg' ignored" not in remarks,
     )
 
 
@@ -172,7 +201,10 @@ def exponentials_beside_products(loop: list[str]) -> bool:
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
     broken = []
     seldom = 100 * (usage.loop["LDL"] + usage.loop["STL"]) < usage.loop.total()
-    if usage.local_bytes or usage.stack_bytes > (STACK if seldom else 0):
+    if configuration.name == "backward_hopper":
+        if usage.spills_in_loops > MOST_SPILLS:
+            broken.append(f"{usage.spills_in_loops} transfers of spilled registers in a loop")
+    elif usage.local_bytes or usage.stack_bytes > (STACK if seldom else 0):
         broken.append(f"spills {max(usage.stack_bytes, usage.local_bytes)} bytes")
     if usage.registers * 32 * (configuration.tile.num_warps + configuration.warps_that_load) > REGISTERS:
         broken.append("more registers than there are")
@@ -185,6 +217,8 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append(f"{usage.wide_loads} loads of 16 bytes, not {least}")
     if usage.wgmma_serialized:
         broken.append("wgmma serialized")
+    if not usage.registers_handed_over:
+        broken.append("registers not handed over")
     if configuration.name == "forward_hopper" and not usage.exponentials_beside_products:
         broken.append("exponentials wait for products")
     if multiplies_tiles and not usage.loop:
@@ -196,7 +230,7 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
 
 def least_wide_loads(configuration: Configuration) -> int:
     """Those of a thread that bring in each of the tiles once; of one that is too small for its threads, none."""
-    if configuration.name == "forward_hopper":
+    if configuration.name in HOPPER:
         return 0  # TMA does it
     tile = configuration.tile
     queries, keys = {"forward": (1, 2), "backward_delta": (2, 0)}.get(configuration.name, (2, 2))
@@ -235,7 +269,7 @@ def table_row(configuration: Configuration, usage: Usage) -> str:
 def _compile(configuration: Configuration) -> Any:
     architecture, pass_, dtype, head_dim, causal, masked = configuration
     tile = configuration.tile
-    if pass_ == "forward_hopper":
+    if pass_ in HOPPER:
         return _compile_hopper(configuration)
     kernel = {
         "forward": forward._flash_fwd_kernel,
@@ -268,19 +302,29 @@ def _compile(configuration: Configuration) -> Any:
 
 
 def _compile_hopper(configuration: Configuration) -> Any:
-    from trunkline.kernels.attention.forward_hopper import CONSUMER_ROWS, _flash_fwd_hopper_kernel, shared_layout
+    from trunkline.kernels.attention import backward_hopper, forward_hopper
+    from trunkline.kernels.attention.hopper_memory import LOADING_WARPS, shared_layout
 
     tile, head_dim, dtype = configuration.tile, configuration.head_dim, configuration.dtype
-    rows = {"q": CONSUMER_ROWS.value, "k": tile.block_n, "v": tile.block_n}
+    if configuration.name == "forward_hopper":
+        kernel = forward_hopper._flash_fwd_hopper_kernel
+        rows = {"q": forward_hopper.CONSUMER_ROWS.value, "k": tile.block_n, "v": tile.block_n}
+        blocks = {name: (dtype, [1, 1, count, head_dim]) for name, count in rows.items()}
+    else:
+        kernel = backward_hopper._flash_bwd_hopper_kernel
+        blocks = dict.fromkeys(("q", "d_out"), (dtype, [1, 1, tile.block_m, head_dim]))
+        blocks |= dict.fromkeys(("row_lse", "row_delta"), ("fp32", [1, tile.block_m]))
+        blocks["dq_sum"] = ("fp32", [1, tile.block_m, head_dim])
 
     def type_of(argument: str) -> str:
-        if argument in rows:
-            return f"tensordesc<{dtype}[1, 1, {rows[argument]}, {head_dim}],{shared_layout(head_dim)!r}>"
-        return _type(argument, dtype)
+        if argument not in blocks:
+            return _type(argument, dtype)
+        of, block = blocks[argument]
+        return f"tensordesc<{of}{block},{shared_layout(block, DTYPES[of])!r}>"
 
     constants = {"STAGES": tile.num_stages, "CAUSAL": configuration.causal, "HAS_MASK": configuration.masked}
-    options = {"num_warps": configuration.warps_that_load, "maxnreg": tile.max_registers}
-    return compile_for(90, _flash_fwd_hopper_kernel, constants, type_of, lambda _: False, options, gluon=True)
+    options = {"num_warps": LOADING_WARPS, "maxnreg": tile.max_registers, "enable_fp_fusion": True}
+    return compile_for(90, kernel, constants, type_of, lambda _: False, options, gluon=True)
 
 
 def _type(argument: str, dtype: str) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trunkline.kernels.triton_path import triton
 
@@ -52,46 +52,38 @@ def resources(compiled: Any) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
 
 
-def product_loop(compiled: Any) -> list[str]:
-    """The machine instructions, by name, of a compiled kernel's shortest loop that multiplies tiles on tensor cores.
+class Instruction(NamedTuple):
+    address: int
+    name: str  # of the machine instruction, "MUFU.EX2" for one
+    target: int | None  # where a branch leads
 
-    Where a branch can skip some of them, as it does the mask of a tile that needs none, it does. Empty without a loop.
-    """
+
+def product_loops(compiled: Any) -> list[list[Instruction]]:
+    """A compiled kernel's loops that multiply tiles on tensor cores, the shortest first."""
     pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);"
     code, loops = [], []
-    for at, name, operands in re.findall(pattern, _disassembled(compiled.asm["cubin"])):
+    for address, name, operands in re.findall(pattern, _disassembled(compiled.asm["cubin"])):
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        code.append((int(at, 16), name, int(target[1], 16) if target else None))
+        code.append(Instruction(int(address, 16), name, int(target[1], 16) if target else None))
     for end, _, start in code:
         if start is not None and start < end:
-            body = [x for x in code if start <= x[0] <= end]
+            body = [x for x in code if start <= x.address <= end]
             # one that leads further back is no loop but a wait, kept apart, and all between it and its place
-            leads_back = any(to is not None and to < start for _, _, to in body)
-            if not leads_back and any(name.startswith(("HGMMA", "HMMA", "UTCHMMA")) for _, name, _ in body):
+            leads_back = any(x.target is not None and x.target < start for x in body)
+            if not leads_back and any(x.name.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
                 loops.append(body)
+    return sorted(loops, key=len)
+
+
+def shortest_way(loop: list[Instruction]) -> list[str]:
+    """The names of a loop's instructions without those that a branch can skip, as the mask of a tile without one."""
     names, resume_at = [], 0
-    shortest = min(loops, key=len, default=[])
-    for at, name, to in shortest:
-        if at >= resume_at:
+    for address, name, target in loop:
+        if address >= resume_at:
             names.append(name)
-            if to is not None and at < to <= shortest[-1][0]:
-                resume_at = to
+            if target is not None and address < target <= loop[-1].address:
+                resume_at = target
     return names
-
-
-def product_loops(compiled: Any) -> list[list[str]]:
-    """The machine instructions, by name, of each loop of a compiled kernel that multiplies tiles on tensor cores."""
-    code = re.findall(
-        r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(.*?);", _disassembled(compiled.asm["cubin"])
-    )
-    loops = []
-    for end, name, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name.startswith("BRA") and target and int(target[1], 16) < int(end, 16):
-            body = [x for at, x, _ in code if int(target[1], 16) <= int(at, 16) <= int(end, 16)]
-            if any(x.startswith(("HGMMA", "HMMA", "UTCHMMA")) for x in body):
-                loops.append(body)
-    return loops
 
 
 def wide_loads(ptx: str) -> int:

@@ -9,8 +9,7 @@ it, and adds its share of dQ into an fp32 accumulator by atomics, of whole tiles
 exponential a pair, in an order of additions that varies from run to run. With
 `torch.use_deterministic_algorithms(True)` a second kernel, which holds a query tile and walks over keys as the forward
 pass does, makes dQ instead: the same bits in every run for 7 products and 2 exponentials. One program sums dK and dV
-over the query heads that share a key head. On Hopper GPUs backward_hopper.py makes the one pass for the head
-dimensions that it was measured to be faster for.
+over the query heads that share a key head. Where hopper.py says so, backward_hopper.py makes the one pass.
 
 S and P are held transposed, [keys, queries], so that dV and dK take their left operand from registers. Dtype: as in the
 forward pass; P and dS are rounded to the input dtype, sums stay fp32.
@@ -18,9 +17,7 @@ forward pass; P and dS are rounded to the input dtype, sums stay fp32.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +36,7 @@ from trunkline.kernels.attention.forward import (
     visible_keys,
 )
 from trunkline.kernels.attention.key_tiles import nth_tile, tiles_to_visit
-from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, Tile, architecture_of, choose_tile
+from trunkline.kernels.attention.tiles import Tile, architecture_of, choose_tile
 from trunkline.kernels.triton_path import jit, tl, triton
 
 
@@ -293,8 +290,6 @@ def launch_backward(
     """(dq, dk, dv) from what launch_forward took and gave; `tile` and `dq_tile` stand in for the table's."""
     B, N, Hq, D = q.shape
     M, Hkv = k.shape[1:3]
-    if not (deterministic or tile or dq_tile) and Hq == Hkv and (launch := _hopper_kernel(q)):
-        return launch(d_out, q, k, v, out, lse, key_mask, causal_block, softmax_scale)
     block_d = triton.next_power_of_2(D)
     tile = tile or choose_tile("backward", q, block_d)
     dq_tile = dq_tile or choose_tile("backward_dq", q, block_d)
@@ -343,22 +338,3 @@ def tiles_of(dq_sum: Tensor, block_m: int, block_d: int) -> Any:
 
     B, Hq, N, D = dq_sum.shape
     return TensorDescriptor(dq_sum, [B * Hq, N, D], [N * D, D, 1], [1, block_m, block_d])
-
-
-def _hopper_kernel(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """launch_backward_hopper where it serves q."""
-    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] not in HOPPER_BACKWARD or architecture_of(q.device) != 90:
-        return None
-    return _launch_backward_hopper()
-
-
-@functools.cache
-def _launch_backward_hopper() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """None where Triton brings no Gluon, or another one than the kernel was written for."""
-    if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9):
-        return None
-    try:
-        from trunkline.kernels.attention.backward_hopper import launch_backward_hopper
-    except ImportError:
-        return None
-    return launch_backward_hopper

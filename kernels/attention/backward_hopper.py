@@ -12,7 +12,7 @@ al., "FlashAttention-3", 2024.) Of a query tile, a consumer
     waits for dP;  dS, into shared memory             issues dQ = dS^T K and dK += dS^T Q
     waits for dQ, into shared memory                  has TMA add it to the fp32 sum;  waits for dK
 
-With `scores_ahead`, where registers are left for them, S of the next tile is issued with dQ and dK, and dP before P.
+With D = 32, where registers are left for them, S of the next tile is issued with dQ and dK, and dP before P.
 
 Walks start at the first row that sees a key of the program, not at a multiple of the tile: rows that see nothing, whose
 values may be NaN, are never read. Rows past the end are TMA's zeros, and add zeros. TMA reads from multiples of 16
@@ -39,27 +39,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trunkline.kernels.attention.forward import (
-    addressable,
     binding_causal_block,
     heads_in_l2,
     load_rows,
     mask_and_tiles,
     tile_and_head,
 )
-from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, ConsumerTile
+from trunkline.kernels.attention.hopper_memory import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    LOADING_WARPS,
+    async_load,
+    barrier,
+    describable,
+    descriptor,
+)
+from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, Tile
 from trunkline.kernels.triton_path import jit, tl, triton
 
-# their names in Triton 3.6 and up to 3.8
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_NEVER = gl.constexpr(1 << 30)
-
-
 BLOCK_M = gl.constexpr(64)  # queries of a tile
-STAGES = gl.constexpr(4)  # query tiles in shared memory
+_NEVER = gl.constexpr(1 << 30)  # a row that no sequence has
 
 
 @jit
@@ -86,6 +87,9 @@ def _flash_bwd_rows_kernel(
         tl.store(row_delta + target, delta, mask=inside)
 
 
+# A program may start its walk this many query tiles after its neighbour. None does. The kernel was measured with the
+# argument, and without it would be other machine code.
+_TURN = 0
 _NUMBERS = ["B", "N", "M", "H", "causal_block", "scale", "scale_log2", "heads_at_once", "turn"]
 _STRIDES = [f"{x}_stride_{y}" for x in "kv" for y in "bmh"]
 
@@ -95,8 +99,7 @@ def _flash_bwd_hopper_kernel(
     q, d_out, row_lse, row_delta, dq_sum, k, v, dk, dv, key_mask,
     k_stride_b, k_stride_m, k_stride_h, v_stride_b, v_stride_m, v_stride_h,
     B, N, M, H, causal_block, scale, scale_log2, heads_at_once, turn,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr, SCORES_AHEAD: gl.constexpr,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q.block_shape[3]
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
@@ -128,7 +131,7 @@ def _flash_bwd_hopper_kernel(
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(emptied.index(stage), count=CONSUMERS)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     rings = (q_ring, do_ring, lse_ring, delta_ring, filled, emptied)
     walk = (head, first_row, total, start)
@@ -137,31 +140,13 @@ def _flash_bwd_hopper_kernel(
     rest = (dq_sum, dk, dv, b, h, N, H, causal_block, scale, scale_log2)
     one = (k_tiles.index(0), v_tiles.index(0), ds_tiles.index(0), dq_tiles.index(0), first_key)
     two = (k_tiles.index(1), v_tiles.index(1), ds_tiles.index(1), dq_tiles.index(1), first_key + 64)
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_load_query_tiles, (rings, walk, loads)),
-            (_consume, (one, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
-    elif CONSUMERS == 3:
-        three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
-        gl.warp_specialize([
-            (_load_query_tiles, (rings, walk, loads)),
-            (_consume, (one, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
-    else:
-        gl.static_assert(CONSUMERS == 4)
-        three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
-        four = (k_tiles.index(3), v_tiles.index(3), ds_tiles.index(3), dq_tiles.index(3), first_key + 192)
-        gl.warp_specialize([
-            (_load_query_tiles, (rings, walk, loads)),
-            (_consume, (one, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (two, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (three, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-            (_consume, (four, rings, walk, inputs, rest, SCORES_AHEAD, CAUSAL, HAS_MASK)),
-        ], [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS])  # fmt: skip
+    three = (k_tiles.index(2), v_tiles.index(2), ds_tiles.index(2), dq_tiles.index(2), first_key + 128)
+    gl.warp_specialize([
+        (_load_query_tiles, (rings, walk, loads)),
+        (_consume, (one, rings, walk, inputs, rest, CAUSAL, HAS_MASK)),
+        (_consume, (two, rings, walk, inputs, rest, CAUSAL, HAS_MASK)),
+        (_consume, (three, rings, walk, inputs, rest, CAUSAL, HAS_MASK)),
+    ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
@@ -171,24 +156,22 @@ def _load_query_tiles(rings, walk, loads):
     head, first_row, total, start = walk
     q, d_out, row_lse, row_delta, b, h = loads
     D: gl.constexpr = q_ring.shape[4]
+    STAGES: gl.constexpr = q_ring.shape[0]
     for i in range(total):
         stage = i % STAGES
-        barrier = filled.index(stage)
+        landing = filled.index(stage)
         row = first_row + _turned(i, start, total) * BLOCK_M
         copy, column = head * 4 + (row & 3), row & -4
         mbarrier.wait(emptied.index(stage), (i // STAGES & 1) ^ 1)
-        mbarrier.expect(barrier, 2 * BLOCK_M * D * 2 + 2 * BLOCK_M * 4)
-        _load(q, [b, h, row, 0], barrier, q_ring.index(stage))
-        _load(row_lse, [copy, column], barrier, lse_ring.index(stage))
-        _load(d_out, [b, h, row, 0], barrier, do_ring.index(stage))
-        _load(row_delta, [copy, column], barrier, delta_ring.index(stage))
+        mbarrier.expect(landing, 2 * BLOCK_M * D * 2 + 2 * BLOCK_M * 4)
+        async_load(q, [b, h, row, 0], landing, q_ring.index(stage))
+        async_load(row_lse, [copy, column], landing, lse_ring.index(stage))
+        async_load(d_out, [b, h, row, 0], landing, do_ring.index(stage))
+        async_load(row_delta, [copy, column], landing, delta_ring.index(stage))
 
 
 @gluon.jit
-def _consume(
-    tiles, rings, walk, inputs, rest,
-    SCORES_AHEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
-):  # fmt: skip
+def _consume(tiles, rings, walk, inputs, rest, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr):
     """What the others do: dK and dV of 64 keys, and their share of dQ, from all rows that see a key of the program."""
     k_tile, v_tile, ds_tile, dq_tile, first_key = tiles
     q_ring, do_ring, lse_ring, delta_ring, filled, emptied = rings
@@ -197,6 +180,8 @@ def _consume(
     dq_sum, dk, dv, b, h, N, H, causal_block, scale, scale_log2 = rest
     dtype: gl.constexpr = k_tile.dtype
     D: gl.constexpr = q_ring.shape[4]
+    STAGES: gl.constexpr = q_ring.shape[0]
+    SCORES_AHEAD: gl.constexpr = D <= 32
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -205,7 +190,7 @@ def _consume(
     _load_keys(k + b * k_stride_b + h * k_stride_h, first_key, k_stride_m, key_mask, M, k_tile, HAS_MASK)
     _load_keys(v + b * v_stride_b + h * v_stride_h, first_key, v_stride_m, key_mask, M, v_tile, HAS_MASK)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     keys = first_key + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     seen_from = _seen_from(keys, _real_keys(key_mask, keys, M, HAS_MASK), N, causal_block, CAUSAL)
@@ -243,7 +228,7 @@ def _consume(
         tma.store_wait(0)  # dQ of the tile before has been read
         if SCORES_AHEAD:
             mbarrier.wait(filled.index(after), (i + 1) // STAGES & 1, pred=i + 1 < total)
-        _barrier()
+        barrier()
         dq = warpgroup_mma(ds_tile.permute([1, 0]), k_tile, no_dq, use_acc=False, is_async=True)
         ds_left = gl.convert_layout(ds, LEFT, assert_trivial=True)
         dk_sum = warpgroup_mma(ds_left, q_tile, dk_sum, is_async=True)
@@ -256,7 +241,7 @@ def _consume(
         fence_async_shared()
         # since the barrier above, every warp has seen the end of all products of the tile before
         mbarrier.arrive(emptied.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        _barrier()
+        barrier()
         _reduce_add(dq_sum, [head, first_row + at * BLOCK_M, 0], dq_tile)
         if SCORES_AHEAD:
             s, dk_sum, ds_left = warpgroup_mma_wait(0, [s, dk_sum, ds_left])
@@ -351,14 +336,14 @@ def launch_backward_hopper(
     key_mask: Tensor | None,
     causal_block: int | None,
     softmax_scale: float,
-    tile: ConsumerTile | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave: 16-bit, D of 32 or 64, as many heads in k as in q."""
     B, N, H, D = q.shape
     M = k.shape[1]
     tile = tile or HOPPER_BACKWARD[D]
     rows = BLOCK_M.value
-    q, k, v, out, d_out = (_describable(x) for x in (q, k, v, out, d_out))
+    q, k, v, out, d_out = (describable(x) for x in (q, k, v, out, d_out))
     mask, _ = mask_and_tiles(key_mask, None, q)
     causal_block = binding_causal_block(causal_block, N, M)
     row_length = -(-N // 4) * 4
@@ -370,29 +355,15 @@ def launch_backward_hopper(
             out, d_out, lse, row_lse, row_delta, *out.stride()[:3], *d_out.stride()[:3], N, H, row_length,
             D=D, BLOCK_M=128, num_warps=4,
         )  # fmt: skip
-        _flash_bwd_hopper_kernel[(triton.cdiv(M, 64 * tile.consumers) * B * H,)](
-            *(_descriptor(x.transpose(1, 2), [1, 1, rows, D]) for x in (q, d_out)),
-            *(_descriptor(x, [1, rows]) for x in (row_lse, row_delta)),
-            _descriptor(dq_sum.flatten(0, 1), [1, rows, D]),
+        _flash_bwd_hopper_kernel[(triton.cdiv(M, tile.block_n) * B * H,)](
+            *(descriptor(x.transpose(1, 2), [1, 1, rows, D]) for x in (q, d_out)),
+            *(descriptor(x, [1, rows]) for x in (row_lse, row_delta)),
+            descriptor(dq_sum.flatten(0, 1), [1, rows, D]),
             k, v, dk, dv, mask, *k.stride()[:3], *v.stride()[:3],
             B, N, M, H, causal_block or 1, softmax_scale, softmax_scale * math.log2(math.e),
-            heads_in_l2(N * D * (2 * q.element_size() + 4), B * H), tile.turn,
-            CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None, **tile.constants(), **tile.options(),
+            heads_in_l2(N * D * (2 * q.element_size() + 4), B * H), _TURN,
+            STAGES=tile.num_stages, CAUSAL=causal_block is not None, HAS_MASK=key_mask is not None,
+            num_warps=LOADING_WARPS, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip
         torch.mul(dq_sum.transpose(1, 2), softmax_scale, out=dq)
     return dq, dk, dv
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, shared_layout(block, x.dtype))
-
-
-def shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Of a block in shared memory, as TMA writes and reads it."""
-    return gl.NVMMASharedLayout.get_default_for(block, gl.float32 if dtype == torch.float32 else gl.bfloat16)
-
-
-def _describable(x: Tensor) -> Tensor:
-    """x as TMA can read it: all that `addressable` sees to, and no dimension expanded."""
-    x = addressable(x)
-    return x if all(x.stride()) else x.clone(memory_format=torch.contiguous_format)

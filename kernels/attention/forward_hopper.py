@@ -21,8 +21,6 @@ its softmax of tile j runs while the second of them does (Shah et al., "FlashAtt
 
 With D > 32 consumers issue in turn (section 3.1), so that the softmax of one falls into the products of the others;
 where exponentials take longer than products there is nothing to gain from that.
-
-Gluon is a part of Triton that its versions change; 3.6 to 3.9 compile this.
 """
 
 from __future__ import annotations
@@ -36,30 +34,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trunkline.kernels.attention.forward import (
-    addressable,
     binding_causal_block,
     heads_in_l2,
     mask_and_tiles,
     tile_and_head,
 )
+from trunkline.kernels.attention.hopper_memory import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    LOADING_WARPS,
+    async_load,
+    barrier,
+    describable,
+    descriptor,
+)
 from trunkline.kernels.attention.key_tiles import nth_tile, tiles_to_visit
 from trunkline.kernels.attention.tiles import HOPPER_FORWARD, Tile
 from trunkline.kernels.triton_path import triton
 
-LOADING_WARPS = 4
-CONSUMER_ROWS = gl.constexpr(64)
-_CONSUMERS = gl.constexpr(3)
-_CONSUMER_REGISTERS = gl.constexpr(160)  # a thread; those that load keep 32 of the 128 that all start with
-# by their names since Triton 3.7, or in 3.6
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+CONSUMER_ROWS = gl.constexpr(64)  # queries of a consumer
 
 
 @gluon.jit(do_not_specialize=["B", "N", "M", "Hq", "group", "causal_block", "heads_at_once"])
@@ -68,7 +66,7 @@ def _flash_fwd_hopper_kernel(
     B, N, M, Hq, group, causal_block, scale_log2, heads_at_once,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_M: gl.constexpr = _CONSUMERS * CONSUMER_ROWS
+    BLOCK_M: gl.constexpr = CONSUMERS * CONSUMER_ROWS
     BLOCK_N: gl.constexpr = k.block_shape[2]
     D: gl.constexpr = k.block_shape[3]
 
@@ -85,7 +83,7 @@ def _flash_fwd_hopper_kernel(
     key_tiles += b.to(gl.int64) * 3 * (gl.cdiv(M, BLOCK_N) + 1)
     whole, total, gap_at, gap = tiles_to_visit(key_tiles, seen_by_all, seen_by_any, M, BLOCK_N, HAS_MASK)
 
-    q_tiles = gl.allocate_shared_memory(q.dtype, [_CONSUMERS, 1, 1, CONSUMER_ROWS, D], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, 1, CONSUMER_ROWS, D], q.layout)
     k_ring = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, D], k.layout)
     v_ring = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, D], v.layout)
     limits = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -93,20 +91,20 @@ def _flash_fwd_hopper_kernel(
     landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_filled, count=1)
     mbarrier.init(landed, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
-        mbarrier.init(emptied.index(stage), count=_CONSUMERS)
-    for consumer in gl.static_range(_CONSUMERS):
+        mbarrier.init(emptied.index(stage), count=CONSUMERS)
+    for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     mbarrier.expect(q_filled, BLOCK_M * D * 2)
-    for part in gl.static_range(_CONSUMERS):
-        _load(q, [b, h, first_row + part * CONSUMER_ROWS, 0], q_filled, q_tiles.index(part))
+    for part in gl.static_range(CONSUMERS):
+        async_load(q, [b, h, first_row + part * CONSUMER_ROWS, 0], q_filled, q_tiles.index(part))
     ring = (k_ring, v_ring, limits, filled, emptied, whole, total)
     tiles = (k, v, b, h // group, key_mask, key_tiles, gap_at, gap, M)
     rest = (q_filled, turns, out, lse, b, h, N, M, Hq, causal_block, scale_log2)
@@ -115,7 +113,7 @@ def _flash_fwd_hopper_kernel(
         (_attend, (0, q_tiles.index(0), first_row, ring, rest, CAUSAL)),
         (_attend, (1, q_tiles.index(1), first_row + CONSUMER_ROWS, ring, rest, CAUSAL)),
         (_attend, (2, q_tiles.index(2), first_row + 2 * CONSUMER_ROWS, ring, rest, CAUSAL)),
-    ], [4, 4, 4], [_CONSUMER_REGISTERS, _CONSUMER_REGISTERS, _CONSUMER_REGISTERS])  # fmt: skip
+    ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
@@ -139,17 +137,17 @@ def _load_tiles(ring, tiles, landed, HAS_MASK: gl.constexpr):
             mbarrier.wait(landed, i - whole & 1)
             if HAS_MASK:
                 _zero_padding(_tile(v_ring, i), key_mask + first_key, M - first_key)
-            _barrier()
+            barrier()
             mbarrier.arrive(filled.index(stage), count=1)
         first_key = upcoming
 
 
 @gluon.jit
-def _ask(k, v, b, h, first_key, k_buffer, v_buffer, barrier):
+def _ask(k, v, b, h, first_key, k_buffer, v_buffer, landing):
     """For a key tile and its values."""
-    mbarrier.expect(barrier, 2 * k_buffer.shape[2] * k_buffer.shape[3] * 2)
-    _load(k, [b, h, first_key, 0], barrier, k_buffer)
-    _load(v, [b, h, first_key, 0], barrier, v_buffer)
+    mbarrier.expect(landing, 2 * k_buffer.shape[2] * k_buffer.shape[3] * 2)
+    async_load(k, [b, h, first_key, 0], landing, k_buffer)
+    async_load(v, [b, h, first_key, 0], landing, v_buffer)
 
 
 @gluon.jit
@@ -336,15 +334,16 @@ def launch_forward_hopper(
     B, N, Hq, D = q.shape
     M, Hkv = k.shape[1:3]
     tile = tile or HOPPER_FORWARD[D]
-    q, k, v = (_describable(x) for x in (q, k, v))
+    q, k, v = (describable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)
     mask, key_tiles = mask_and_tiles(key_mask, tile.block_n, q)
     causal_block = binding_causal_block(causal_block, N, M)
     group = Hq // Hkv
+    blocks = ((q, CONSUMER_ROWS.value), (k, tile.block_n), (v, tile.block_n))
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _flash_fwd_hopper_kernel[(triton.cdiv(N, tile.block_m) * B * Hq,)](
-            _descriptor(q, CONSUMER_ROWS.value), _descriptor(k, tile.block_n), _descriptor(v, tile.block_n),
+            *(descriptor(x.transpose(1, 2), [1, 1, rows, D]) for x, rows in blocks),
             out, lse, mask, key_tiles,
             B, N, M, Hq, group, causal_block or 0, softmax_scale * math.log2(math.e),
             group * heads_in_l2(2 * M * D * k.element_size(), B * Hkv),
@@ -352,20 +351,3 @@ def launch_forward_hopper(
             num_warps=LOADING_WARPS, maxnreg=tile.max_registers,
         )  # fmt: skip
     return out, lse
-
-
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Of x [B, N, H, D] as [B, H, N, D], for tiles of `block` rows of a head; past the last row it reads 0."""
-    x = x.transpose(1, 2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block, x.shape[3]], shared_layout(x.shape[3]))
-
-
-def shared_layout(head_dim: int) -> gl.NVMMASharedLayout:
-    """Of a tile of 16-bit rows, as TMA writes it and the tensor cores read it."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * head_dim, 128), element_bitwidth=16, rank=4)
-
-
-def _describable(x: Tensor) -> Tensor:
-    """x as TMA can read it: all that `addressable` sees to, and no dimension expanded."""
-    x = addressable(x)
-    return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x

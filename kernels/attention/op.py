@@ -1,14 +1,11 @@
 """flash_attention_op: the Triton kernels of flash_attention as one operator of torch, with its gradient.
 
 torch.compile sees it as a leaf, with shapes from the fake functions; autograd saves the inputs, the output and one fp32
-number a row and head. On Hopper GPUs forward_hopper.py serves the head dimensions that it was measured for, forward.py
-all others.
+number a row and head. hopper.py says where a kernel for Hopper GPUs serves; forward.py and backward.py serve elsewhere.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +13,7 @@ from torch import Tensor
 
 from trunkline.kernels.attention.backward import launch_backward
 from trunkline.kernels.attention.forward import launch_forward
-from trunkline.kernels.attention.tiles import HOPPER_FORWARD, architecture_of
-from trunkline.kernels.triton_path import INTERPRETED, triton
+from trunkline.kernels.attention.hopper import hopper_backward, hopper_forward
 
 
 @torch.library.custom_op("trunkline::flash_attention", mutates_args=())
@@ -25,24 +21,8 @@ def flash_attention_op(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal_block: int | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of checked arguments with at least one query and one key, D a multiple of 8."""
-    launch = launch_forward
-    if q.is_cuda and q.element_size() == 2 and q.shape[-1] in HOPPER_FORWARD and architecture_of(q.device) == 90:
-        launch = hopper_kernel() or launch_forward
+    launch = hopper_forward(q) or launch_forward
     return launch(q, k, v, key_mask, causal_block, softmax_scale)
-
-
-@functools.cache
-def hopper_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """launch_forward_hopper; None where Triton brings no Gluon, or another one than the kernel was written for."""
-    if triton is None or INTERPRETED:
-        return None
-    if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9):
-        return None
-    try:
-        from trunkline.kernels.attention.forward_hopper import launch_forward_hopper
-    except ImportError:
-        return None
-    return launch_forward_hopper
 
 
 @flash_attention_op.register_fake
@@ -63,6 +43,8 @@ def _backward_op(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
+    if launch := hopper_backward(q, k, deterministic):
+        return launch(d_out, q, k, v, out, lse, key_mask, causal_block, softmax_scale)
     return launch_backward(d_out, q, k, v, out, lse, key_mask, causal_block, softmax_scale, deterministic)
 
 

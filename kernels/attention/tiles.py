@@ -28,23 +28,6 @@ class Tile(NamedTuple):
         return options if torch.version.hip else options | {"maxnreg": self.max_registers}  # ROCm has no such option
 
 
-class ConsumerTile(NamedTuple):
-    """Of backward_hopper.py: 64 queries, 64 keys for each of `consumers` warpgroups, and four warps that load."""
-
-    consumers: int
-    scores_ahead: bool
-    turn: int = 0  # how many query tiles later than its neighbour a program starts
-
-    def constants(self) -> dict[str, int]:
-        """What the kernel is compiled for: 24 registers are left to a thread that loads."""
-        registers = (self.options()["maxnreg"] * (self.consumers + 1) - 24) // self.consumers // 8 * 8
-        return {"CONSUMERS": self.consumers, "REGISTERS": registers, "SCORES_AHEAD": self.scores_ahead}
-
-    def options(self) -> dict[str, int]:
-        """For Triton's launches and its compiler. All threads of a multiprocessor start with as many registers."""
-        return {"num_warps": 4, "maxnreg": 512 // (self.consumers + 1) // 8 * 8, "enable_fp_fusion": True}
-
-
 # (architecture, bits of an element, pass) -> head dimension, as a power of two -> tile
 TILES = {
     (90, 16, "forward"): {
@@ -134,11 +117,10 @@ TILES |= {
     (120, 16, "backward"): TILES[86, 16, "backward"] | dict.fromkeys((16, 32), Tile(32, 128, 8, 2)),
     (120, 16, "backward_dq"): TILES[86, 16, "backward_dq"],
 }
-# head dimension -> tile of forward_hopper.py, for 16 bits: three warpgroups multiply, beside four warps that load, and
-# all start with the registers that 16 warps leave each other
+# head dimension -> tile of forward_hopper.py and of backward_hopper.py, for 16 bits, where it is faster than the plain
+# kernel. num_warps are the three warpgroups that multiply; four more warps load, and all 16 start with 128 registers
 HOPPER_FORWARD = dict.fromkeys((32, 64), Tile(192, 128, 12, 4, 128))
-# head dimension -> tile of backward_hopper.py, for 16 bits, where it is faster than backward.py
-HOPPER_BACKWARD: dict[int, ConsumerTile] = {32: ConsumerTile(3, True), 64: ConsumerTile(3, False)}
+HOPPER_BACKWARD = dict.fromkeys((32, 64), Tile(64, 192, 12, 4, 128))
 ARCHITECTURES = {80: 80, 86: 86, 87: 80, 89: 86, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
 """Compute capability, 90 for 9.0 -> whose entries of TILES it uses."""
 # no tensor cores there: one tile for all

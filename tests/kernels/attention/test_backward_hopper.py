@@ -5,8 +5,8 @@ import torch
 
 from tests.kernels.attention.test_flash_kernels import assert_as_accurate_as_dense_torch, inputs, some_keys
 from trunkline.kernels.attention import flash_attention
-from trunkline.kernels.attention.backward import _hopper_kernel
-from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, ConsumerTile
+from trunkline.kernels.attention.hopper import hopper_backward
+from trunkline.kernels.attention.tiles import HOPPER_BACKWARD
 
 DEVICE = torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -18,7 +18,10 @@ def served():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     for head_dim in HOPPER_BACKWARD:
-        assert _hopper_kernel(torch.empty(1, 1, 1, head_dim, dtype=BF16, device=DEVICE)) is not None
+        q = torch.empty(1, 1, 1, head_dim, dtype=BF16, device=DEVICE)
+        assert hopper_backward(q, q, deterministic=False) is not None
+        assert hopper_backward(q, q, deterministic=True) is None
+        assert hopper_backward(q.expand(-1, -1, 2, -1), q, deterministic=False) is None
 
 
 @pytest.mark.gpu
@@ -85,12 +88,3 @@ def test_views_and_expanded_inputs(D):
         )
     )
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
-
-
-@pytest.mark.parametrize("consumers", [2, 3, 4])
-def test_a_program_hands_all_of_a_multiprocessor_s_registers_to_its_consumers(consumers):
-    tile = ConsumerTile(consumers, scores_ahead=False)
-    at_the_start, later = tile.options()["maxnreg"] * (consumers + 1), tile.constants()["REGISTERS"] * consumers
-    assert 480 <= at_the_start <= 65_536 // 128
-    assert 24 <= at_the_start - later < 24 + 8 * consumers
-    assert tile.options()["maxnreg"] % 8 == tile.constants()["REGISTERS"] % 8 == 0  # as the hardware gives them

@@ -12,7 +12,8 @@ import torch
 from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype
 from trunkline.kernels.attention import flash_attention
 from trunkline.kernels.attention.forward import launch_forward
-from trunkline.kernels.attention.op import flash_attention_op, hopper_kernel
+from trunkline.kernels.attention.hopper import hopper_forward, hopper_kernels
+from trunkline.kernels.attention.op import flash_attention_op
 from trunkline.kernels.attention.tiles import HOPPER_FORWARD
 from trunkline.kernels.reference import attention_reference, visible_pairs
 from trunkline.kernels.triton_path import triton
@@ -23,9 +24,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    hopper_kernel.cache_clear()
+    hopper_kernels.cache_clear()
     yield
-    hopper_kernel.cache_clear()
+    hopper_kernels.cache_clear()
 
 
 @pytest.fixture
@@ -35,27 +36,29 @@ def hopper():
     return torch.device("cuda")
 
 
-def test_a_triton_that_it_was_written_for_has_it():
+def test_a_triton_that_they_were_written_for_has_them():
     """In a process of its own: in this one, Triton interprets."""
     pytest.importorskip("triton")
-    command = "from trunkline.kernels.attention.op import hopper_kernel; print(hopper_kernel().__name__)"
+    command = (
+        "from trunkline.kernels.attention.hopper import hopper_kernels; print(*(x.__name__ for x in hopper_kernels()))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert done.stdout.strip() == "launch_forward_hopper"
+    assert done.stdout.strip() == "launch_forward_hopper launch_backward_hopper"
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
 def test_another_triton_goes_without(version, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(triton, "__version__", version)
-    assert hopper_kernel() is None
+    assert hopper_kernels() is None
 
 
 def test_a_triton_without_gluon_goes_without(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delitem(sys.modules, "trunkline.kernels.attention.forward_hopper", raising=False)
     monkeypatch.setitem(sys.modules, "triton.experimental", None)
-    assert hopper_kernel() is None
+    assert hopper_kernels() is None
 
 
 def tensors(device, D, B=1, N=1000, M=None, Hq=2, Hkv=1, dtype=BF16, scale=1.0):
@@ -123,14 +126,16 @@ def test_strided_and_expanded_inputs(hopper, D):
 
 @pytest.mark.gpu
 def test_it_serves_the_head_dimensions_it_was_measured_for_and_no_others(hopper):
+    forward = hopper_kernels()[0]
     for D, dtype, launch in (
-        (32, BF16, hopper_kernel()),
-        (64, FP16, hopper_kernel()),
+        (32, BF16, forward),
+        (64, FP16, forward),
         (40, BF16, launch_forward),
         (128, BF16, launch_forward),
         (64, torch.float32, launch_forward),
     ):
         q, k, v = tensors(hopper, D, dtype=dtype)
+        assert (hopper_forward(q) or launch_forward) == launch
         out, lse = flash_attention_op(q, k, v, None, 63, D**-0.5)
         same = launch(q, k, v, None, 63, D**-0.5)
         assert torch.equal(out, same[0])
@@ -162,7 +167,7 @@ def assert_both_kernels_are_right(q, k, v, mask, causal_block):
     plain = dense_in_the_same_dtype(*clean, causal_block=causal_block, key_mask=mask)
     allowed = 2 * (plain - truth).abs().max() + torch.finfo(q.dtype).eps * truth.abs().max() + 1e-5
     lse = log_sum_exp(*clean[:2], mask, causal_block, scale)
-    for launch in (hopper_kernel(), launch_forward):
+    for launch in (hopper_kernels()[0], launch_forward):
         out, ours = launch(q, k, v, mask, causal_block, scale)
         assert (out - truth).abs().max() <= allowed
         torch.testing.assert_close(ours, lse.float(), rtol=1e-5, atol=2e-3)
