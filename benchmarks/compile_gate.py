@@ -59,7 +59,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 
 class Configuration(NamedTuple):
     architecture: int  # 90 for sm_90
-    name: str  # of PASSES
+    name: str  # of PASSES or HOPPER
     dtype: str  # as Triton spells it
     head_dim: int
     causal: bool

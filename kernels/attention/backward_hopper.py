@@ -2,24 +2,25 @@
 # (the arguments of Gluon's functions are pointers, tiles and integers, which have no Python types)
 """launch_backward_hopper: flash_attention's backward pass for sm_90, by warpgroups that each go at their own pace.
 
-The mathematics and the one pass are those of backward.py. What differs is who waits for whom. A program holds 64 keys
-for each of its consumers, warpgroups that only compute, and has four warps of few registers that only ask for query
-tiles: q, dO, lse and delta come by TMA into a ring of buffers that all consumers read. No barrier spans the program; so
-while one consumer takes exponentials, the tensor cores work for another. (These roles of warps are those of Shah et
-al., "FlashAttention-3", 2024.) Of a query tile, a consumer
+The mathematics and the one pass over the scores are those of backward.py. What differs is who waits for whom. A program
+holds 192 keys, 64 for each of its three consumers. A consumer is a warpgroup, four warps, that only computes. Four more
+warps only load: they ask the tensor memory accelerator (TMA) for tiles of q, dO, lse and delta, which it puts into a
+ring of buffers in shared memory. All consumers read these. While the program is at work no barrier spans it, so the
+tensor cores multiply for one consumer while another takes exponentials. (Shah et al., "FlashAttention-3", 2024, divide
+the warps in this way.) Of each query tile, a consumer in this order
 
     issues S = K Q^T;  waits;  P                      issues dP = V dO^T and dV += P^T dO
     waits for dP;  dS, into shared memory             issues dQ = dS^T K and dK += dS^T Q
     waits for dQ, into shared memory                  has TMA add it to the fp32 sum;  waits for dK
 
-With D = 32, where registers are left for them, S of the next tile is issued with dQ and dK, and dP before P.
+With D = 32 there are registers left. Then S of the next tile is issued with dQ and dK, and dP before P is computed.
 
-Walks start at the first row that sees a key of the program, not at a multiple of the tile: rows that see nothing, whose
-values may be NaN, are never read. Rows past the end are TMA's zeros, and add zeros. TMA reads from multiples of 16
-bytes only, or the hardware reports an illegal instruction; hence four copies of lse and delta, the s-th without s rows.
+A program starts at the first row that sees one of its keys, which need not be a multiple of the tile. Rows that see
+nothing, whose values may be NaN, are never read. Rows past the end are TMA's zeros, and add zeros. TMA reads from
+multiples of 16 bytes only. So there are four copies of lse and delta, the s-th without its first s rows.
 
-Bytes and dtypes as in backward.py, but 36 B N H for lse and delta; bf16 and fp16, D of 32 or 64, one query head a key
-head, not for deterministic mode.
+Bytes and dtypes are those of backward.py, but lse and delta take 36 B N H. Inputs are bf16 or fp16, D is 32 or 64, and
+each query head has its own key head. dQ is summed in any order, so this is not for deterministic mode.
 """
 
 from __future__ import annotations

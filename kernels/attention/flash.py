@@ -5,10 +5,10 @@
 With causal_block c, query i sees key j if and only if j // c <= i // c: whole blocks of the sequence follow one
 another, and within its own block a query sees everything. A key that `key_mask` calls padding is seen by nobody.
 
-On GPUs the Triton kernels of forward.py and backward.py do it, and on Hopper with D = 32 or 64 that of
-forward_hopper.py; how is said there. The path below is composed of torch's own fused attention and runs on any device,
-and in fp64. Block-causal attention needs no mask there: the queries of block t attend, unmasked, to the first (t+1)c
-keys.
+On GPUs the Triton kernels of forward.py and backward.py do it, and on Hopper, where hopper.py says so, those of
+forward_hopper.py and backward_hopper.py. The path below is composed of torch's own fused attention and runs on any
+device, and in fp64. Block-causal attention needs no mask there: the queries of block t attend, unmasked, to the first
+(t+1)c keys.
 
 FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D, S = B M Hkv D and e
 bytes a value the forward pass moves e (2R + 2S) bytes from and to memory, as long as the keys of the heads at work fit

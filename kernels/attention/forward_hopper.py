@@ -3,24 +3,24 @@
 """launch_forward_hopper: flash_attention's forward pass for sm_90, in which the softmax overlaps the tensor cores.
 
 The mathematics, the order of the key tiles, bytes and dtypes are those of forward.py; inputs are bf16 or fp16. What
-differs is who waits for whom. A program consists of four warps that load and of three consumers, warpgroups of 64
-queries each.
+differs is who waits for whom. A program has four warps that load and three consumers. A consumer is a warpgroup, four
+warps, that computes attention of 64 queries.
 
-The warps that load bring key and value tiles by TMA into a ring of buffers in shared memory. A barrier for each buffer
-says that it is filled, another that all consumers are done with it. Tiles that need a mask come last. For each of them
-the same warps write down which of its keys may be seen, and set the values of padding, which may be NaN, to 0; past the
-last key TMA writes 0 itself.
+The warps that load ask the tensor memory accelerator (TMA) for tiles of keys and values, which it puts into a ring of
+buffers in shared memory. Each buffer has two barriers: one says that it is filled, the other that all consumers are
+done with it. Tiles that need a mask come last. For each of these the same warps write down which of its keys may be
+seen, and set the values of padding, which may be NaN, to 0. Past the last key TMA writes 0 itself.
 
-A consumer issues the scores of key tile j together with the product of the weights of tile j - 1 with its values, and
-its softmax of tile j runs while the second of them does (Shah et al., "FlashAttention-3", 2024, section 3.2):
+A consumer issues the scores of key tile j together with the product of the weights of tile j - 1 with its values. Its
+softmax of tile j runs while the second product does (Shah et al., "FlashAttention-3", 2024, section 3.2):
 
     issue S = Q K_j^T
     issue O += P_(j-1) V_(j-1)
     wait for S;  m, P_j, l           the tensor cores work on O
     wait for O;  O *= 2^(m_old - m)
 
-With D > 32 consumers issue in turn (section 3.1), so that the softmax of one falls into the products of the others;
-where exponentials take longer than products there is nothing to gain from that.
+With D > 32 consumers issue in turn (section 3.1), so that the softmax of one runs during the products of the others.
+With D = 32 exponentials take longer than products, and nothing is gained from that.
 """
 
 from __future__ import annotations
