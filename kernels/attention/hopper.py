@@ -1,8 +1,9 @@
 """hopper_forward, hopper_backward: where the kernels for Hopper GPUs (sm_90) serve, and whether they can be loaded.
 
 They serve CUDA tensors of compute capability 9.0 in bf16 or fp16, with the head dimensions of HOPPER_FORWARD and
-HOPPER_BACKWARD. The backward one adds dQ in any order and holds one query head for each key head: it serves neither
-deterministic mode nor heads that share keys. forward.py and backward.py serve everything else.
+HOPPER_BACKWARD, and sequences of at least FEWEST_ROWS. The backward one adds dQ in any order and holds one query head
+for each key head: it serves neither deterministic mode nor heads that share keys. forward.py and backward.py serve
+everything else.
 
 The kernels are written in Gluon, a part of Triton that changes from version to version. Versions 3.6 to 3.9 compile
 them. Gluon has no interpreter.
@@ -19,6 +20,9 @@ from torch import Tensor
 from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, HOPPER_FORWARD, Tile, architecture_of
 from trunkline.kernels.triton_path import INTERPRETED, triton
 
+FEWEST_ROWS = 1024
+"""Shorter sequences fill few tiles of 192 rows or keys. They were not timed: the plain kernels have smaller tiles."""
+
 
 def hopper_forward(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """launch_forward_hopper if it serves q [B, N, Hq, D], else None."""
@@ -34,8 +38,9 @@ def hopper_backward(q: Tensor, k: Tensor, deterministic: bool) -> Callable[..., 
 
 
 def _serves(tiles: dict[int, Tile], q: Tensor) -> bool:
-    # architecture_of calls no ROCm device 90
-    return q.is_cuda and q.element_size() == 2 and q.shape[-1] in tiles and architecture_of(q.device) == 90
+    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] not in tiles or q.shape[1] < FEWEST_ROWS:
+        return False
+    return architecture_of(q.device) == 90  # which is no ROCm device
 
 
 @functools.cache

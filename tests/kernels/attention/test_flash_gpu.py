@@ -15,21 +15,22 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.mark.parametrize(
-    ("N", "causal_block", "D", "dtype"),
+    ("N", "causal_block", "D", "dtype", "Hkv"),
     [
+        *((20136, 6712, D, BF16, 2) for D in (32, 64)),
         *(
-            (N, block, D, BF16)
+            (N, block, D, BF16, 1)
             for N, block in ((20136, 6712), (67120, 6712), (67120, 1), (30000, None))
             for D in (32, 64)
         ),
-        (67120, 6712, 64, FP16),
-        (30000, None, 32, FP16),
-        (20136, 6712, 64, FP32),
-        (30000, 1, 32, FP32),
+        (67120, 6712, 64, FP16, 1),
+        (30000, None, 32, FP16, 1),
+        (20136, 6712, 64, FP32, 1),
+        (30000, 1, 32, FP32, 1),
     ],
 )
-def test_long_sequences(N, causal_block, D, dtype):
-    leaves = inputs(DEVICE, B=1, N=N, M=N, Hq=2, Hkv=1, D=D, dtype=dtype)
+def test_long_sequences(N, causal_block, D, dtype, Hkv):
+    leaves = inputs(DEVICE, B=1, N=N, M=N, Hq=2, Hkv=Hkv, D=D, dtype=dtype)
     mask = torch.rand(1, N, generator=torch.Generator().manual_seed(1)) > 0.1
     mask[:, -N // 8 :] = False
     rows = [0, 127, 128, N // 2 - 1, N // 2, N - 129, N - 1]
