@@ -17,9 +17,9 @@ in the L2 cache. Both passes together hold
     12 B N Hq       the log-sum-exp of each row, and backward again beside rowsum(dO * O), fp32; 36 B N Hq where
                     backward_hopper.py runs
     4 R             dQ while it is summed, fp32 (not in deterministic mode)
-and nothing of size N x M: 67,120 tokens with 8 heads of 64 in bf16 take 524.4 + 6.1 + 131.1 = 661.6 MiB, and twice the
-length takes twice that. Dtype: inputs and outputs in one dtype, softmax and sums in fp32; under autocast q, k and v are
-cast to its dtype first, as torch's own attention does.
+and nothing of size N x M: 67,120 tokens with 8 heads of 64 in bf16 take 524.4 + 6.1 + 131.1 = 661.6 MiB, 673.9 MiB
+where backward_hopper.py runs, and twice the length takes twice that. Dtype: inputs and outputs in one dtype, softmax
+and sums in fp32; under autocast q, k and v are cast to its dtype first, as torch's own attention does.
 Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023).
 """
 
