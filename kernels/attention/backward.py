@@ -150,6 +150,8 @@ def _sum_over_queries(
         # in one load, of which each thread takes a part: two short ones every thread would issue whole, value by value
         sums = row_sums + 2 * (tl.cast(head, tl.int64) * padded_N + query_tile * BLOCK_M) + tl.arange(0, 2 * BLOCK_M)
         row_lse, row_delta = tl.split(tl.trans(tl.reshape(tl.load(sums), [2, BLOCK_M])))
+        if MASKED:  # a row that sees none of the keys may have a delta that is NaN
+            row_delta = tl.where(inside, row_delta, 0.0)
         q_head, do_head = q + tl.cast(head, tl.int64) * q_stride_h, d_out + tl.cast(head, tl.int64) * do_stride_h
         q_tile = load_rows(q_head, query_tile * BLOCK_M, in_tile, q_stride_n, inside, D, BLOCK_D, MASKED)
         do_tile = load_rows(do_head, query_tile * BLOCK_M, in_tile, do_stride_n, inside, D, BLOCK_D, MASKED)
