@@ -1,6 +1,8 @@
 """Rates of flash_attention by tile: what kernels/attention/tiles.py should ship on this device.
 
 sweep(...)   `python launchers/bench.py attention --sweep forward`, or another of PASSES; needs a GPU
+
+Only the plain kernels are timed, also where a Hopper kernel would serve: that one has one tile.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Compiles the kernels for each architecture of SHARED_MEMORY_LIMIT with Triton an
 is needed. What would make a tile slow or unusable fails it:
 
 - registers spilled to memory. STACK bytes a thread may wait there while the inner loop hardly asks for them; in
-  "backward_hopper" a consumer's loop of some 450 instructions may move MOST_SPILLS of them, which cost nothing that was
-  noticed on an H200;
+  "backward_hopper" a consumer's loop of some 450 instructions may move MOST_SPILLS of them: docs/measured.md has the
+  rate of bf16 with them;
 - more registers or shared memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute
   capabilities");
 - rows that are not loaded 16 bytes at a time. "forward_hopper" and "backward_hopper" load by TMA, and are not asked;
@@ -195,7 +195,9 @@ def exponentials_beside_products(loop: list[str]) -> bool:
     waits = [i for i, name in enumerate(loop) if name.startswith("WARPGROUP.DEPBAR")]
     products = [i for i, name in enumerate(loop) if name.startswith("HGMMA")]
     exponentials = [i for i, name in enumerate(loop) if name.startswith("MUFU.EX2")]
-    return len(waits) == 2 and all(waits[0] < i < waits[1] for i in exponentials) and max(products) < waits[0]
+    return (
+        len(waits) == 2 and all(waits[0] < i < waits[1] for i in exponentials) and max(products, default=-1) < waits[0]
+    )
 
 
 def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:

@@ -32,12 +32,17 @@ def compile_for(
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
+
+    source_type: Any = ASTSource
+    if gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_type = GluonASTSource
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or is_aligned(name)]
-    source = (GluonASTSource if gluon else ASTSource)(
+    source = source_type(
         kernel,
         signature,
         {(i,): constants[name] for i, name in enumerate(names) if name in constants},

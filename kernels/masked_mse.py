@@ -24,7 +24,7 @@ from trunkline.kernels.column_sums import column_sums
 from trunkline.kernels.first_order import first_order
 from trunkline.kernels.triton_path import available, jit, num_multiprocessors, tl, triton
 
-# 8 values a thread: more, and the gradient would pass through shared memory, in whose layout it can be stored
+# 8 values a thread: with more, Triton passes the gradient through shared memory to change its layout before the store
 TILE, NUM_WARPS, PROGRAMS_PER_SM = 2048, 8, 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -57,7 +57,7 @@ from trunkline.kernels.attention.hopper_memory import (
     describable,
     descriptor,
 )
-from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, Tile
+from trunkline.kernels.attention.tiles import HOPPER_BACKWARD
 from trunkline.kernels.triton_path import jit, tl, triton
 
 BLOCK_M = gl.constexpr(64)  # queries of a tile
@@ -337,12 +337,11 @@ def launch_backward_hopper(
     key_mask: Tensor | None,
     causal_block: int | None,
     softmax_scale: float,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from what launch_forward took and gave: 16-bit, D of 32 or 64, as many heads in k as in q."""
     B, N, H, D = q.shape
     M = k.shape[1]
-    tile = tile or HOPPER_BACKWARD[D]
+    tile = HOPPER_BACKWARD[D]
     rows = BLOCK_M.value
     q, k, v, out, d_out = (describable(x) for x in (q, k, v, out, d_out))
     mask, _ = mask_and_tiles(key_mask, None, q)

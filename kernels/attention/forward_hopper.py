@@ -54,7 +54,7 @@ from trunkline.kernels.attention.hopper_memory import (
     descriptor,
 )
 from trunkline.kernels.attention.key_tiles import nth_tile, tiles_to_visit
-from trunkline.kernels.attention.tiles import HOPPER_FORWARD, Tile
+from trunkline.kernels.attention.tiles import HOPPER_FORWARD
 from trunkline.kernels.triton_path import triton
 
 CONSUMER_ROWS = gl.constexpr(64)  # queries of a consumer
@@ -325,15 +325,11 @@ def launch_forward_hopper(
     key_mask: Tensor | None,
     causal_block: int | None,
     softmax_scale: float,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of checked arguments with at least one query and one key, 16-bit, D of HOPPER_FORWARD.
-
-    `tile` stands in for the table's.
-    """
+    """(out, lse) of checked arguments with at least one query and one key, 16-bit, D of HOPPER_FORWARD."""
     B, N, Hq, D = q.shape
     M, Hkv = k.shape[1:3]
-    tile = tile or HOPPER_FORWARD[D]
+    tile = HOPPER_FORWARD[D]
     q, k, v = (describable(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = torch.empty(B, Hq, N, dtype=torch.float32, device=q.device)

@@ -1,7 +1,7 @@
 """hopper_forward, hopper_backward: where the kernels for Hopper GPUs (sm_90) serve, and whether they can be loaded.
 
 They serve CUDA tensors of compute capability 9.0 in bf16 or fp16, with the head dimensions of HOPPER_FORWARD and
-HOPPER_BACKWARD, and sequences of at least FEWEST_ROWS. The backward one adds dQ in any order and holds one query head
+HOPPER_BACKWARD, and at least FEWEST_ROWS queries. The backward one adds dQ in any order and holds one query head
 for each key head: it serves neither deterministic mode nor heads that share keys. forward.py and backward.py serve
 everything else.
 
@@ -21,7 +21,7 @@ from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, HOPPER_FORWARD, T
 from trunkline.kernels.triton_path import INTERPRETED, triton
 
 FEWEST_ROWS = 1024
-"""Shorter sequences fill few tiles of 192 rows or keys. They were not timed: the plain kernels have smaller tiles."""
+"""Fewer queries fill few tiles of 192 rows. They were not timed: the plain kernels have smaller tiles."""
 
 
 def hopper_forward(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -292,6 +292,25 @@ def test_what_stands_in_padding_never_matters(device, causal_block):
             torch.testing.assert_close(got, want, rtol=0, atol=0 if device.type == "cpu" else 1e-6)
 
 
+def test_a_row_spoils_no_tile_of_keys_that_it_sees_none_of(device):
+    """Blocks begin inside a tile of queries: its first rows see none of the keys of the block."""
+    tile = 16 if device.type == "cpu" else 64
+    N, block, row, past = (tile * x // 8 for x in (36, 12, 10, 16))
+    leaves = inputs(device, B=1, N=N, M=N)
+    out = flash_attention(*leaves, causal_block=block)
+    clean = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
+    spoiled = clean.clone()
+    spoiled[:, row] = float("nan")
+    for mode in (False, True):
+        with deterministic(mode):
+            (_, *got), (_, *want) = (
+                torch.autograd.grad(out, leaves, upstream, retain_graph=True) for upstream in (spoiled, clean)
+            )
+        for ours, expected in zip(got, want, strict=True):  # of keys and values
+            assert ours[:, :block].isnan().all()
+            torch.testing.assert_close(ours[:, past:], expected[:, past:], rtol=0, atol=0 if tile == 16 else 1e-6)
+
+
 @pytest.mark.parametrize("shape", [{"N": 0}, {"M": 0}, {"B": 0}, {"N": 0, "M": 0}])
 def test_no_rows(device, shape):
     leaves = inputs(device, **shape)

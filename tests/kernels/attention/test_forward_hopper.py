@@ -11,6 +11,7 @@ import torch
 
 from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype
 from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention import hopper as hopper_module
 from trunkline.kernels.attention.forward import launch_forward
 from trunkline.kernels.attention.hopper import FEWEST_ROWS, hopper_forward, hopper_kernels
 from trunkline.kernels.attention.op import flash_attention_op
@@ -50,13 +51,16 @@ def test_a_triton_that_they_were_written_for_has_them():
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
 def test_another_triton_goes_without(version, monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(hopper_module, "INTERPRETED", False)
     monkeypatch.setattr(triton, "__version__", version)
     assert hopper_kernels() is None
 
 
 def test_a_triton_without_gluon_goes_without(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.delitem(sys.modules, "trunkline.kernels.attention.forward_hopper", raising=False)
+    monkeypatch.setattr(hopper_module, "INTERPRETED", False)
+    for kernel in ("forward_hopper", "backward_hopper", "hopper_memory"):
+        monkeypatch.delitem(sys.modules, f"trunkline.kernels.attention.{kernel}", raising=False)
     monkeypatch.setitem(sys.modules, "triton.experimental", None)
     assert hopper_kernels() is None
 
