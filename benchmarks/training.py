@@ -135,6 +135,9 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = [name for name in CONTENDERS if all(word in name for word in arguments.only)]
     if not chosen:
         raise ConfigError(f"--only {' '.join(arguments.only)}: no name has all of it: {'; '.join(CONTENDERS)}")
+    chosen = [
+        name for name in CONTENDERS if name in chosen or name == _REFERENCE
+    ]  # which says whether others are right
     config = _config(path, micro_batch, _WARM_UP + arguments.steps, device)
     if config.model.tokens != "scalar" or config.model.linear_skip:
         raise ConfigError(f'{path}: the data here are random scalars: use tokens "scalar" and no linear_skip')

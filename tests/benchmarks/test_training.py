@@ -52,7 +52,7 @@ def test_all_begin_alike_and_have_a_rate_or_a_reason(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short")
 def test_what_begins_otherwise_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "flash_attention", lambda q, k, v, *, causal_block: torch.zeros_like(v))
-    assert main(small(tmp_path, "plain")) == 1
+    assert main(small(tmp_path, "our attention")) == 1  # the reference runs beside it, unasked
     wrong = rows_of(tmp_path)["plain loop, our attention"]
     assert wrong["status"].startswith("wrong: first_")
     assert not any(wrong[key] for key in RATES)
