@@ -91,7 +91,8 @@ def results(attend: Attention, problem: Problem, upstream: Tensor) -> list[Tenso
 def references(problem: Problem, upstream: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """(plain, truth): the results of torch's own attention in the problem's dtype, and in fp32."""
     wide = problem.wide
-    return results(_slices(problem), problem, upstream), results(_slices(wide), wide, upstream.float())
+    attend = slices(problem.block, problem.key_mask)
+    return results(attend, problem, upstream), results(attend, wide, upstream.float())
 
 
 @contextmanager
@@ -112,22 +113,32 @@ def ours(problem: Problem) -> Attention:
     return partial(flash_attention, causal_block=problem.block, key_mask=problem.key_mask)
 
 
-def _slices(problem: Problem) -> Attention:
+def slices(causal_block: int | None, key_mask: Tensor | None) -> Attention:
     """Torch's own fused attention, the queries of block t on the real keys up to block t."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         N = q.shape[1]
-        block = problem.block or N
+        block = causal_block or N
         parts = []
         for start in range(0, N, block):
             k_seen, v_seen = k[:, : start + block], v[:, : start + block]
-            if problem.key_mask is not None:
-                real = problem.key_mask[0, : start + block].nonzero()[:, 0]
+            if key_mask is not None:
+                real = key_mask[0, : start + block].nonzero()[:, 0]
                 k_seen, v_seen = k_seen[:, real], v_seen[:, real]
             parts.append(_sdpa(q[:, start : start + block], k_seen, v_seen))
         return torch.cat(parts, dim=1)
 
     return attend
+
+
+def under(backend: SDPBackend, attend: Attention) -> Attention:
+    """The same by one of torch's fused kernels."""
+
+    def attend_so(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return attend_so
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -138,27 +149,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 def _cudnn(problem: Problem) -> Attention:
     if not problem.q.is_cuda:
         raise RuntimeError("needs a CUDA device")
-    slices = _slices(problem)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return slices(q, k, v)
-
-    return attend
+    return under(SDPBackend.CUDNN_ATTENTION, slices(problem.block, problem.key_mask))
 
 
 def _flex(problem: Problem) -> Attention:
-    if not problem.q.is_cuda:
+    return flex(problem.q.shape[1], problem.block, problem.key_mask, problem.q.device)
+
+
+def flex(N: int, causal_block: int | None, key_mask: Tensor | None, device: torch.device) -> Attention:
+    """FlexAttention over N rows, compiled at its first call. Raises RuntimeError without a GPU."""
+    if device.type != "cuda":
         raise RuntimeError("its backward pass needs a CUDA device")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    assert problem.key_mask is not None
-    block, real, N = problem.block or problem.q.shape[1], problem.key_mask[0], problem.q.shape[1]
+    block, real = causal_block or N, None if key_mask is None else key_mask[0]
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j // block <= i // block) & real[j]
+        seen = j // block <= i // block
+        return seen if real is None else seen & real[j]
 
-    block_mask = create_block_mask(sees, None, None, N, N, device=problem.q.device, _compile=True)
+    block_mask = create_block_mask(sees, None, None, N, N, device=device, _compile=True)
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 

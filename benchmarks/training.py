@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
+from trunkline.benchmarks import contenders
 from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, first_line, median_seconds, the_device
 from trunkline.engine.backends.model_options import apply_options
 from trunkline.engine.config.run_config import RunConfig
@@ -300,51 +300,25 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _slices(minutes: int, variables: int, device: torch.device, backend: SDPBackend | None = None) -> Attention:
-    """Torch's own attention, the queries of a minute on the keys up to that minute."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, causal_block: int) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-            parts = [
-                F.scaled_dot_product_attention(
-                    q[:, :, first : first + causal_block],
-                    k[:, :, : first + causal_block],
-                    v[:, :, : first + causal_block],
-                )
-                for first in range(0, q.shape[2], causal_block)
-            ]
-        return torch.cat(parts, dim=2).transpose(1, 2)
-
-    return attend
+def _slices(minutes: int, variables: int, device: torch.device) -> Attention:
+    return _called_as_ours(contenders.slices(variables, None))
 
 
 def _only(backend: SDPBackend) -> Callable[[int, int, torch.device], Attention]:
     def make(minutes: int, variables: int, device: torch.device) -> Attention:
         if device.type != "cuda":
             raise RuntimeError("needs a CUDA device")
-        return _slices(minutes, variables, device, backend)
+        return _called_as_ours(contenders.under(backend, contenders.slices(variables, None)))
 
     return make
 
 
 def _flex(minutes: int, variables: int, device: torch.device) -> Attention:
-    if device.type != "cuda":
-        raise RuntimeError("its backward pass needs a CUDA device")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    return _called_as_ours(contenders.flex(minutes * variables, variables, None, device))
 
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j // variables <= i // variables
 
-    tokens = minutes * variables
-    block_mask = create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=True)
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, causal_block: int) -> Tensor:
-        return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask).transpose(1, 2)
-
-    return attend
+def _called_as_ours(attend: contenders.Attention) -> Attention:
+    return lambda q, k, v, *, causal_block: attend(q, k, v)
 
 
 CONTENDERS = {

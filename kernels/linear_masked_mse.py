@@ -4,10 +4,11 @@
     d sum / d h_i = 2 e_i w      d w = sum_i 2 e_i h_i      d b = sum_i 2 e_i      d y_i = -2 e_i
 
 Forward and backward each pass once over the hidden rows [N, d]; rows with m = 0 are not read. Between them stand the
-e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target;
-4 N d FLOPs each way: memory is the limit. Programs stride over the rows and fetch the next ones while they work on
-some (in the forward pass up to d = 2048), and a step before that what says which of them count. Each writes a row of
-partial sums, which a second, tiny kernel adds up: no atomics, so the same bits in every run.
+e_i, 4 N bytes. Bytes in bf16: forward 2 N d, backward 4 N d, and some 4 N for each of target, e and gradient of target,
+of which the backward pass reads e once for each 128 columns; 4 N d FLOPs each way: memory is the limit. Programs stride
+over the rows and fetch the next ones while they work on some (in the forward pass up to d = 2048), and a step before
+that what says which of them count. Each writes a row of partial sums, which a second, tiny kernel adds up: no atomics,
+so the same bits in every run.
 Dtype: products, differences and sums in fp32 whatever the inputs are, also under autocast; gradients have the dtypes of
 the inputs. On CPUs, and for fp64, the prediction is torch's F.linear, in the dtype of hidden or autocast's.
 """

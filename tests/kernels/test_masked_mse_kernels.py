@@ -94,7 +94,7 @@ def test_masked_mse_is_as_accurate_as_plain_torch_in_the_same_dtype(device, dtyp
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES)
 def test_linear_masked_mse_is_as_accurate_as_plain_torch_in_the_same_dtype(device, dtype, kind):
-    for shape, d in [((3, 11, 9), 16), ((3, 11, 9), 100), ((2, 3, 5), 384), ((2, 3), 700), ((2,), 2049)]:
+    for shape, d in [((3, 11, 9), 16), ((3, 11, 9), 100), ((2, 3, 5), 384), ((2, 3), 700), ((2, 1, 3), 2049)]:
         mask = masks(shape, device)[kind]
         leaves = linear_inputs(shape, d, dtype, device)
         assert_as_accurate(linear_masked_mse, plain_linear_masked_mse, linear_masked_mse_reference, leaves, mask)
