@@ -42,7 +42,9 @@ def profile(parser: argparse.ArgumentParser) -> None:
 def training(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py training`."""
     add_common_arguments(parser)
-    parser.add_argument("--config", type=Path, default=Path("configs/fluid/large.json"), help="of the workload fluid")
+    parser.add_argument(
+        "--config", type=Path, help="of the workload fluid (configs/fluid/large.json; --quick: nano.json)"
+    )
     parser.add_argument("--micro-batch", type=int, default=8, help="samples a step (8)")
     parser.add_argument("--steps", type=int, default=6, help="steps that count (6)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of what has all these words in its name")

@@ -129,9 +129,10 @@ class _Clock:
 def run(arguments: argparse.Namespace) -> int:
     """Train, print and write. Returns the exit status."""
     deadline, device = Deadline(arguments.minutes), the_device()
-    path, micro_batch, boundary, states = arguments.config, arguments.micro_batch, REFERENCE_BOUNDARY, REFERENCE_STATES
+    path = arguments.config or Path("configs/fluid/nano.json" if arguments.quick else "configs/fluid/large.json")
+    micro_batch, boundary, states = arguments.micro_batch, REFERENCE_BOUNDARY, REFERENCE_STATES
     if arguments.quick:
-        path, micro_batch, boundary, states = path.with_name("nano.json"), 2, 8, 56
+        micro_batch, boundary, states = 2, 8, 56
     chosen = [name for name in CONTENDERS if all(word in name for word in arguments.only)]
     if not chosen:
         raise ConfigError(f"--only {' '.join(arguments.only)}: no name has all of it: {'; '.join(CONTENDERS)}")

@@ -65,3 +65,8 @@ def test_only_names_what_there_is(tmp_path: Path) -> None:
 def test_device_tokens_are_refused(tmp_path: Path) -> None:
     arguments = ["training", "--config", "configs/fluid/device-small.json", "--out", str(tmp_path)]
     assert main(arguments) == 2
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small(tmp_path), "--config", "configs/fluid/nowhere.json"]) == 2
+    assert "configs/fluid/nowhere.json" in capsys.readouterr().err
