@@ -5,33 +5,57 @@
 
     if __name__ == "__main__":             a program
         begin()
-        sys.exit(main())
+        sys.exit(main())                   or leave(main()), of one that may be one of several ranks
 
 So that signals are heard early and --help is quick, a launcher imports what takes seconds within its functions.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from trunkline.engine.errors import TrunklineError
 from trunkline.engine.machine.output import keep_printing
 
 INTERRUPTED = 130
 AGAIN = "run the same command again"
+_last_status: list[int] = []
 
 
 def begin(*streams: str, exit_code: int = INTERRUPTED, advice: str = AGAIN) -> None:
     """Be a program from now on: see trunkline.engine.machine.output and stopping."""
     from trunkline.engine.machine.stopping import listen  # needs psutil, which status_of can do without
 
+    atexit.register(_end_at_once)  # before all others, so it is called after them
     keep_printing(*streams)
     listen(exit_code, advice)
     if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
         del sys.path[0]  # `import evaluate` is to find Hugging Face's, not the launcher
+
+
+def leave(status: int) -> NoReturn:
+    """End the program that `begin` began, as sys.exit does: threads are waited for, and atexit's functions are called.
+
+    One of several ranks then ends at once. Python's own end would tear down gloo's threads while they still work, and
+    now and then one of them aborts the process: status -6 in place of 0, or of the 75 that a cluster resumes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _last_status.append(status)
+    sys.exit(status)
+
+
+def _end_at_once() -> None:
+    if _last_status:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # gone or full; closed; None
+                stream.flush()
+        os._exit(_last_status[0])
 
 
 def status_of(command: Callable[[], int | None], on_error: Callable[[Exception], None] = lambda error: None) -> int:

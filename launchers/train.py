@@ -20,7 +20,7 @@ from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.machine.again import resume_with, typed
 from trunkline.engine.machine.stopping import EXIT_CODE
 from trunkline.launchers.command_line import parse
-from trunkline.launchers.entry import begin, status_of
+from trunkline.launchers.entry import begin, leave, status_of
 from trunkline.launchers.explain import asked_key, explain
 from trunkline.models.registry import config_sections, onnx_writer, planned_task
 
@@ -101,7 +101,7 @@ def _plan(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> 
     print(json.dumps(plan, indent=2) if arguments.plan == "json" else render_plan(plan))
 
 
-def _leave() -> None:
+def _leave_group() -> None:
     """Leave the process group, if there still is one."""
     if "torch" in sys.modules:
         from trunkline.engine.ranks.distributed import stop
@@ -113,5 +113,5 @@ if __name__ == "__main__":
     with typed(sys.argv[1:]):
         begin(exit_code=EXIT_CODE, advice=f"with no step under way: nothing is lost; {resume_with(Path())}")
     status = main()
-    _leave()
-    sys.exit(status)
+    _leave_group()
+    leave(status)

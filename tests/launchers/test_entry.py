@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,23 @@ sys.exit(status_of(lambda: print("a line\\n" * 100_000)))
     command = f"{sys.executable} -c '{code}' | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr, done.returncode) == ("a line\n", "", 141)
+
+
+@pytest.mark.parametrize(("world_size", "status"), [("1", -signal.SIGABRT), ("2", 75)])
+def test_nothing_of_cpp_changes_the_status_of_one_of_several_ranks(world_size: str, status: int) -> None:
+    """C++'s end aborts here, as now and then gloo's does. Python's comes before it: threads and exit functions."""
+    code = """
+import atexit, ctypes, threading, time
+from trunkline.launchers.entry import begin, leave
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+begin()
+atexit.register(print, "exit function")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+leave(75)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"WORLD_SIZE": world_size, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("thread\nexit function\n", "", status)
