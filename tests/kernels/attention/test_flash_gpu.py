@@ -5,8 +5,15 @@ import gc
 import pytest
 import torch
 
-from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype, deterministic, gradients, inputs
+from tests.kernels.attention.test_flash_kernels import (
+    dense_in_the_same_dtype,
+    deterministic,
+    gradients,
+    inputs,
+    some_keys,
+)
 from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention.op import flash_attention_op
 from trunkline.kernels.reference import attention_reference
 
 pytestmark = pytest.mark.gpu
@@ -102,6 +109,21 @@ def test_deterministic_mode_repeats_bit_for_bit():
         first = gradients(out, leaves, retain_graph=True)
         for _ in range(5):
             assert all(torch.equal(a, b) for a, b in zip(first, gradients(out, leaves, retain_graph=True), strict=True))
+
+
+@pytest.mark.parametrize("D", [32, 64])
+def test_compiles_and_is_a_proper_operator_at_the_hopper_kernels_sizes(D):
+    torch.compiler.reset()
+    N, block = 2000, 671
+    leaves = inputs(DEVICE, N=N, M=N, Hq=2, Hkv=2, D=D, dtype=BF16)
+    mask = some_keys(2, N, DEVICE)
+    compiled = torch.compile(flash_attention, fullgraph=True)
+    out, want = (call(*leaves, causal_block=block, key_mask=mask) for call in (compiled, flash_attention))
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+    for got, expected in zip(gradients(out, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(flash_attention_op, (*leaves, mask, block, D**-0.5), test_utils=checks)
 
 
 def test_peak_memory_grows_linearly():
