@@ -38,7 +38,9 @@ def no_second_order(name: str, link: Tensor, upstream: Tensor, *gradients: Tenso
     Through `link` a second derivative in each input of the function leads by here; through `upstream` one in the
     gradient of its output.
     """
-    return gradients if torch.compiler.is_compiling() else _Gradients.apply(name, link, upstream, *gradients)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the latter only without create_graph
+        return gradients
+    return _Gradients.apply(name, link, upstream, *gradients)
 
 
 def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
@@ -58,7 +60,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return *(x.view_as(x) for x in tensors), tensors[0].new_zeros(())
+        return *(x.view_as(x) for x in tensors), tensors[0].new_empty(())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

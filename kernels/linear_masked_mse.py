@@ -23,8 +23,9 @@ from torch import Tensor
 
 from trunkline.kernels.arguments import check_tensors
 from trunkline.kernels.column_sums import column_sums
-from trunkline.kernels.first_order import first_order
+from trunkline.kernels.first_order import no_forward_mode, no_second_order
 from trunkline.kernels.masked_mse import check, masked_mse, runs_on_triton
+from trunkline.kernels.operators import Operator
 from trunkline.kernels.triton_path import jit, num_multiprocessors, tl, triton
 
 BLOCK_D, MAX_PARTS = 128, 4  # 16 lanes a row: no row's sum goes through shared memory; longer rows in parts of 512
@@ -162,11 +163,9 @@ def _tiling(hidden: Tensor, tile: int, num_warps: int, per_sm: int, stages: int)
     return rows, programs, numbers | {"STAGES": stages, "num_warps": num_warps}
 
 
-@torch.library.custom_op("trunkline::linear_masked_mse", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """[2] fp32, sum and count; and e like target, fp32."""
     rows, programs, numbers = _tiling(hidden, TILE, NUM_WARPS, PROGRAMS_PER_SM, STAGES)
     partials = torch.empty(programs, 2, dtype=torch.float32, device=hidden.device)
     error = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
@@ -187,12 +186,10 @@ def _forward(
         return column_sums(partials), error
 
 
-@_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(2, dtype=torch.float32), target.new_empty(target.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("trunkline::linear_masked_mse_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     hidden: Tensor,
@@ -203,7 +200,6 @@ def _backward(
     need_linear: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, of weight and bias in a row [d + 1] fp32, and of target; empty where not needed."""
     rows, programs, numbers = _tiling(
         hidden, BACKWARD_TILE, BACKWARD_NUM_WARPS, BACKWARD_PROGRAMS_PER_SM, BACKWARD_STAGES
     )
@@ -232,7 +228,6 @@ def _backward(
     return grad_hidden, grad_linear, grad_target
 
 
-@_backward.register_fake
 def _gradients(
     grad: Tensor,
     hidden: Tensor,
@@ -250,29 +245,45 @@ def _gradients(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, bias, target, _ = inputs
-    ctx.save_for_backward(hidden, weight, output[1])
-    ctx.bias_shape, ctx.bias_dtype, ctx.target_dtype = bias.shape, bias.dtype, target.dtype
+forward = Operator("linear_masked_mse", _forward, _fake_forward)
+"""[2] fp32, sum and count; and e like target, fp32."""
+backward = Operator("linear_masked_mse_backward", _backward, _gradients)
+"""The gradients of hidden, of weight and bias in a row [d + 1] fp32, and of target; empty where not needed."""
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, error = ctx.saved_tensors
-    need_hidden, need_weight, need_bias, need_target, _ = ctx.needs_input_grad
-    need_linear = need_weight or need_bias
-    grad_hidden, grad_linear, grad_target = _backward(
-        grad, hidden, weight, error, ctx.target_dtype, need_hidden, need_linear, need_target
-    )
-    return (
-        grad_hidden if need_hidden else None,
-        grad_linear[:-1].to(weight.dtype) if need_weight else None,
-        grad_linear[-1].to(ctx.bias_dtype).view(ctx.bias_shape) if need_bias else None,
-        grad_target if need_target else None,
-        None,
-    )
+class _LinearMaskedMse(torch.autograd.Function):
+    """apply(hidden, weight, bias, target, mask)[0] is [2] fp32: sum, count."""
 
+    generate_vmap_rule = True
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def forward(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sums, error = forward(hidden, *arguments)
+        return sums, error, sums.new_empty(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, target, _ = inputs
+        _, error, link = output
+        ctx.save_for_backward(link, hidden, weight, error)
+        ctx.bias_shape, ctx.bias_dtype, ctx.target_dtype = bias.shape, bias.dtype, target.dtype
+        ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        link, hidden, weight, error = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, need_target, _ = ctx.needs_input_grad
+        grad_hidden, grad_linear, grad_target = backward(
+            grad, hidden, weight, error, ctx.target_dtype, need_hidden, need_weight or need_bias, need_target
+        )
+        needed = (
+            grad_hidden if need_hidden else None,
+            grad_linear[:-1].to(weight.dtype) if need_weight else None,
+            grad_linear[-1].to(ctx.bias_dtype).view(ctx.bias_shape) if need_bias else None,
+            grad_target if need_target else None,
+        )
+        return *no_second_order("linear_masked_mse", link, grad, *needed), None
 
 
 def linear_masked_mse(
@@ -300,8 +311,8 @@ def linear_masked_mse(
             raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
     check(hidden[..., 0], target, mask, "hidden")
     if runs_on_triton(hidden, weight, bias, target, mask):
-        sums, _ = _forward(*first_order("linear_masked_mse", hidden, weight, bias, target), mask)
-        total, count = sums.unbind()
+        no_forward_mode("linear_masked_mse", hidden, weight, bias, target)
+        total, count = _LinearMaskedMse.apply(hidden, weight, bias, target, mask)[0].unbind()
         return total, count.detach()
     if mask is not None:  # of a row that does not count nothing may reach the gradient of weight, not even 0 x NaN
         hidden = hidden.masked_fill((mask == 0).expand(target.shape)[..., None], 0)

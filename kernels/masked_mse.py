@@ -21,7 +21,8 @@ from torch import Tensor
 
 from trunkline.kernels.arguments import check_tensors
 from trunkline.kernels.column_sums import column_sums
-from trunkline.kernels.first_order import first_order
+from trunkline.kernels.first_order import no_forward_mode, no_second_order
+from trunkline.kernels.operators import Operator
 from trunkline.kernels.triton_path import available, jit, num_multiprocessors, tl, triton
 
 # 8 values a thread: with more, Triton passes the gradient through shared memory to change its layout before the store
@@ -178,9 +179,7 @@ def _mask_layout(mask: Tensor | None, shape: torch.Size) -> tuple[Tensor | None,
     return mask, outer, inner, C, (stride0, stride1, stride2)
 
 
-@torch.library.custom_op("trunkline::masked_mse", mutates_args=())
 def _forward(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """[2] fp32: sum, count."""
     programs, arguments = _tiling(pred, mask)
     partials = torch.empty(programs, 2, dtype=torch.float32, device=pred.device)
     with torch.cuda.device_of(pred):
@@ -190,18 +189,11 @@ def _forward(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         return column_sums(partials)
 
 
-@_forward.register_fake
-def _(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    return pred.new_empty(2, dtype=torch.float32)
-
-
-@torch.library.custom_op("trunkline::masked_mse_backward", mutates_args=())
 def _backward(
     grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, need_pred: bool, need_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of pred and target, empty where not needed; grad [2], of which the count's part is unused."""
     programs, arguments = _tiling(pred, mask)
-    grad_pred, grad_target = _gradients(pred, target, need_pred, need_target)
+    grad_pred, grad_target = _gradients(grad, pred, target, mask, need_pred, need_target)
     with torch.cuda.device_of(pred):
         _masked_mse_bwd_kernel[(programs,)](
             pred=pred.contiguous(),
@@ -216,28 +208,40 @@ def _backward(
     return grad_pred, grad_target
 
 
-@_backward.register_fake
-def _(
+def _gradients(
     grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, need_pred: bool, need_target: bool
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(pred, target, need_pred, need_target)
-
-
-def _gradients(pred: Tensor, target: Tensor, need_pred: bool, need_target: bool) -> tuple[Tensor, Tensor]:
     return pred.new_empty(pred.shape if need_pred else 0), target.new_empty(target.shape if need_target else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+forward = Operator("masked_mse", _forward, lambda pred, *_: pred.new_empty(2, dtype=torch.float32))
+"""[2] fp32: sum, count."""
+backward = Operator("masked_mse_backward", _backward, _gradients)
+"""The gradients of pred and target, empty where not needed; grad [2], of which the count's part is unused."""
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    need_pred, need_target, _ = ctx.needs_input_grad
-    grad_pred, grad_target = _backward(grad, *ctx.saved_tensors, need_pred, need_target)
-    return grad_pred if need_pred else None, grad_target if need_target else None, None
+class _MaskedMse(torch.autograd.Function):
+    """apply(pred, target, mask)[0] is [2] fp32: sum, count."""
 
+    generate_vmap_rule = True
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def forward(pred: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        sums = forward(pred, target, mask)
+        return sums, sums.new_empty(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1], *inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        link, *saved = ctx.saved_tensors
+        need_pred, need_target, _ = ctx.needs_input_grad
+        grad_pred, grad_target = backward(grad, *saved, need_pred, need_target)
+        needed = grad_pred if need_pred else None, grad_target if need_target else None
+        return *no_second_order("masked_mse", link, grad, *needed), None
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -250,7 +254,8 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tupl
     """
     check(pred, target, mask)
     if runs_on_triton(pred, target, mask):
-        total, count = _forward(*first_order("masked_mse", pred, target), mask).unbind()
+        no_forward_mode("masked_mse", pred, target)
+        total, count = _MaskedMse.apply(pred, target, mask)[0].unbind()
         return total, count.detach()
     accumulator = torch.float64 if pred.dtype == torch.float64 else torch.float32
     if mask is None:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels.arguments import autocast_dtype, check_integer, check_positive, check_tensors
-from trunkline.kernels.attention.op import flash_attention_op
-from trunkline.kernels.first_order import first_order
+from trunkline.kernels.attention.op import FlashAttention
+from trunkline.kernels.first_order import first_order, no_forward_mode
 from trunkline.kernels.triton_path import available
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -58,21 +58,22 @@ def flash_attention(
     Raises ValueError for arguments that do not fit together, RuntimeError where it is differentiated twice, or in
     forward mode.
     """
-    _check(q, k, v, causal_block, key_mask, softmax_scale)
-    q, k, v = (x.to(autocast_dtype(x)) for x in first_order("flash_attention", q, k, v))
+    dtype = _check(q, k, v, causal_block, key_mask, softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    N, M = q.shape[1], k.shape[1]
+    N, M, D = q.shape[1], k.shape[1], q.shape[-1]
+    if q.numel() and M and available(q) and dtype != torch.float64:
+        no_forward_mode("flash_attention", q, k, v)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        if D % 8:  # rows of whole 16 bytes; the zeros change no score
+            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+        out = FlashAttention.apply(q, k, v, key_mask, causal_block, scale)[0]
+        return out[..., :D] if D % 8 else out
+    q, k, v = (x.to(dtype) for x in first_order("flash_attention", q, k, v))
     if q.numel() == 0 or M == 0:
         # Nothing is visible. The empty slices tie k and v into the graph, so that their gradients are zeros.
         nothing = k[:, :0].sum() + v[:, :0].sum()
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + nothing
-    if available(q) and q.dtype != torch.float64:
-        D = q.shape[-1]
-        if D % 8:  # rows of whole 16 bytes; the zeros change no score
-            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
-        out = flash_attention_op(q, k, v, key_mask, causal_block, scale)[0]
-        return out[..., :D] if D % 8 else out
-    dtype, sees = q.dtype, None
+    sees = None
     if key_mask is not None:
         sees = _sees_any_key(key_mask, N, causal_block)[:, :, None, None]
         q, k, v = _fold_mask_into_scores(q.masked_fill(~sees, 0), k, v, key_mask)
@@ -142,12 +143,14 @@ def _sees_any_key(key_mask: Tensor, num_queries: int, causal_block: int | None) 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, key_mask: Tensor | None, softmax_scale: float | None
-) -> None:
+) -> torch.dtype:
+    """That of the computation."""
     check_tensors(q=q, k=k, v=v)
+    dtype = autocast_dtype(q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be a tensor [batch, sequence, heads, head_dim]; got shape {list(x.shape)}")
-        if autocast_dtype(x) != autocast_dtype(q) or x.dtype not in _DTYPES:
+        if x.dtype not in _DTYPES or (x.dtype != q.dtype and autocast_dtype(x) != dtype):
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v must share one of bf16, fp16, fp32, fp64")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; they must be on one device")
@@ -171,3 +174,4 @@ def _check(
             raise ValueError(f"key_mask must be bool {expected}; got {key_mask.dtype} {list(key_mask.shape)}")
         if key_mask.device != q.device:
             raise ValueError(f"key_mask is on {key_mask.device}, q on {q.device}; they must be on one device")
+    return dtype

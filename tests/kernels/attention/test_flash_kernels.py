@@ -10,12 +10,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
 from trunkline.kernels.attention import backward as flash_attention_backward
-from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention import flash_attention, op
 from trunkline.kernels.attention import forward as flash_attention_forward
 from trunkline.kernels.attention.backward import launch_backward
 from trunkline.kernels.attention.forward import heads_in_l2, launch_forward
 from trunkline.kernels.attention.key_tiles import sort_key_tiles
-from trunkline.kernels.attention.op import flash_attention_op
 from trunkline.kernels.attention.tiles import TILES, Tile
 from trunkline.kernels.reference import attention_reference, visible_pairs
 
@@ -424,8 +423,8 @@ def test_compiles_without_graph_breaks(device, masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_is_a_proper_operator_of_torch(device, masked):
-    leaves = inputs(device, N=10, M=14)
-    torch.library.opcheck(flash_attention_op, (*leaves, some_keys(2, 14, device) if masked else None, 4, 0.25))
+    q, k, v = (x.detach() for x in inputs(device, N=10, M=14))
+    torch.library.opcheck(op.forward.operator, (q, k, v, some_keys(2, 14, device) if masked else None, 4, 0.25))
 
 
 def test_activation_checkpointing_changes_nothing(device):

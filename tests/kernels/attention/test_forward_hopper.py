@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype
-from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention import flash_attention, op
 from trunkline.kernels.attention import hopper as hopper_module
 from trunkline.kernels.attention.forward import launch_forward
 from trunkline.kernels.attention.hopper import FEWEST_ROWS, hopper_forward, hopper_kernels
-from trunkline.kernels.attention.op import flash_attention_op
 from trunkline.kernels.attention.tiles import HOPPER_FORWARD
 from trunkline.kernels.reference import attention_reference, visible_pairs
 from trunkline.kernels.triton_path import triton
@@ -141,7 +140,7 @@ def test_it_serves_what_it_was_measured_for_and_nothing_else(hopper):
     ):
         q, k, v = tensors(hopper, D, N=N, dtype=dtype)
         assert (hopper_forward(q) or launch_forward) == launch
-        out, lse = flash_attention_op(q, k, v, None, 63, D**-0.5)
+        out, lse = op.forward(q, k, v, None, 63, D**-0.5)
         same = launch(q, k, v, None, 63, D**-0.5)
         assert torch.equal(out, same[0])
         assert torch.equal(lse, same[1])
