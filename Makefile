@@ -164,7 +164,8 @@ lint: $(VENV)/.installed-test
 # Time on a GPU is dear: 475 seconds at most, kills included. A part begins nothing more after its --minutes, is stopped by
 # `timeout` if what it has begun takes too long, and stops no other by failing; what it has measured by then is written.
 # The tests, those of the sizes that matter first, are named as they end, and interrupted as if by hand; pytest-xdist then
-# waits 10 seconds for its workers before it says what passed and what failed.
+# waits 10 seconds for its workers before it says what passed and what failed. Those that take most of a GPU's memory
+# come after, one by one.
 first_tests := tests/kernels/attention/test_flash_gpu.py
 gpu_tests := $(first_tests) $(filter-out $(first_tests),$(wildcard tests/kernels/attention/test_*.py tests/kernels/test_*.py))
 in_order := -n logical --maxprocesses 12 --dist load --maxschedchunk 1
@@ -175,7 +176,8 @@ gpu-bench:
 	timeout -k 8 66 $(PYTHON) launchers/bench.py masked_mse --minutes 0.7 --out benchmarks/results || status=1; \
 	timeout -k 8 150 $(PYTHON) launchers/bench.py attention --minutes 2.0 --out benchmarks/results || status=1; \
 	timeout -k 6 86 $(PYTHON) launchers/bench.py profile --minutes 1.0 --out benchmarks/results || status=1; \
-	timeout -k 16 -s INT --foreground 120 $(PYTHON) -m pytest -m "gpu and not slow" -vv --tb=line $(in_order) $(gpu_tests) || status=1; \
+	timeout -k 16 -s INT --foreground 92 $(PYTHON) -m pytest -m "gpu and not slow and not large" -vv --tb=line $(in_order) $(gpu_tests) || status=1; \
+	timeout -k 2 26 $(PYTHON) -m pytest -m "gpu and large" -vv --tb=line $(gpu_tests) || status=1; \
 	timeout -k 2 13 $(PYTHON) -m trunkline.benchmarks.summary --write || status=1; \
 	exit $$status
 

@@ -91,7 +91,10 @@ def test_the_error_is_at_most_twice_that_of_plain_torch(small_chunks, device, dt
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_gradients_of_fp16_survive_what_its_range_does_not_hold(device, reduction):
-    """Probabilities of 2e-9, which is nothing in fp16 until the loss scale has met them."""
+    """Probabilities of 2e-9, which is nothing in fp16 until the loss scale has met them.
+
+    A GPU's products take them times 2^12, in fp16's steps of 2^-24: half a step is 0.4 % of them.
+    """
     V, scale = 32, 2.0**16
     targets = torch.arange(V, device=device)
     others = ~torch.eye(V, dtype=torch.bool, device=device)  # 1 - p of the target itself cancels in fp32 already
@@ -104,7 +107,8 @@ def test_gradients_of_fp16_survive_what_its_range_does_not_hold(device, reductio
     for ours, reference in zip(*gradients, strict=True):
         assert ours.dtype == torch.float16
         assert 0 < reference[others].max() / scale < 6e-8
-        torch.testing.assert_close(ours.double()[others], reference[others], rtol=1e-3, atol=0)
+        rtol = 1e-3 if device.type == "cpu" else 2.0**-25 / (2.0**12 * float(reference[others].min()) / scale)
+        torch.testing.assert_close(ours.double()[others], reference[others], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

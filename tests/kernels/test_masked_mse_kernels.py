@@ -311,6 +311,7 @@ def test_fp64_takes_torchs_operators(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_than_2_to_the_31_values():
     size = 2**31 + 4104
     pred = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
@@ -325,6 +326,7 @@ def test_more_than_2_to_the_31_values():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_than_2_to_the_31_hidden_values():
     rows, d = 2**23 + 77, 256
     hidden = torch.zeros(rows, d, dtype=torch.bfloat16, device="cuda")

@@ -45,6 +45,7 @@ def test_long_sequences(N, causal_block, D, dtype, Hkv):
     )
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements():
     """Rows of the last heads, most of which lie beyond, in tensors by rows and in sums by heads."""
     N, H, D = 66000, 256, 128
