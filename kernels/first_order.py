@@ -1,6 +1,6 @@
 """first_order: derivatives that a kernel does not have are errors that name it.
 
-    q, k, v = first_order("flash_attention", q, k, v)      before operators of torch.library that launch kernels
+    q, k, v = first_order("flash_attention", q, k, v)      before what is composed of torch's operators
     no_forward_mode(...)                                   before an autograd.Function of our own
     no_second_order(...)                                   in its backward
 
