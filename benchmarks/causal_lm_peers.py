@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trunkline.benchmarks.sides import Clock, Side, take_back_forward
+from trunkline.benchmarks.sides import Clock, Side
 from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import collate
@@ -160,7 +160,6 @@ class TransformersTrainer(Peer):
         logging.set_verbosity(verbosity)
 
     def train(self, samples: _InOrder) -> None:
-        take_back_forward(self.model)
         self.trainer.train_dataset = samples
         self.trainer.train()
 

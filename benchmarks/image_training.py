@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import ratio_of
-from trunkline.benchmarks.sides import Clock, Ours, Side, take_back_forward, take_turns, write
+from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import world
 from trunkline.engine.trainer import Trainer
@@ -169,7 +169,6 @@ class _Theirs:
         from transformers import PrinterCallback
         from transformers import Trainer as TheirTrainer
 
-        take_back_forward(self.model)
         with no_launcher():
             theirs = TheirTrainer(
                 model=self.model, args=self._arguments, train_dataset=self._pictures, callbacks=[self._clock],

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import ratio_of
-from trunkline.benchmarks.sides import Clock, Ours, Side, take_back_forward, take_turns, write
+from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import world
 from trunkline.engine.task import Batch
@@ -179,7 +179,6 @@ class _Theirs:
     def take_turn(self) -> None:
         from transformers import PrinterCallback, Seq2SeqTrainer
 
-        take_back_forward(self.model)
         self._turn += 1
         self._arguments.seed = self._arguments.data_seed = self._turn  # by which it shuffles
         with no_launcher():

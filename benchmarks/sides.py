@@ -101,11 +101,6 @@ def take_turns(sides: Sequence[Any], turns: int) -> list[Side]:
     return [each.side for each in sides]
 
 
-def take_back_forward(model: Any) -> None:
-    """The forward of a model's class: Accelerate wraps it once more each time that it prepares the model."""
-    vars(model).pop("forward", None)
-
-
 def write(
     arguments: argparse.Namespace, pairs: Sequence[tuple[Side, Side]], unit: str, about: str,
     flops_per_unit: float | None = None,
