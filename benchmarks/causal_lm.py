@@ -35,34 +35,38 @@ import numpy as np
 import torch
 
 from trunkline.benchmarks.causal_lm_peers import (
-    Clock,
     Peer,
     PlainAccelerate,
-    Side,
     TransformersTrainer,
     draws,
     no_launcher,
     real_tokens,
 )
 from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.sides import Clock, Side, write
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.data.loading import collate
 from trunkline.engine.errors import ConfigError, TrunklineError
 from trunkline.engine.ranks.distributed import Ranks, start, stop
 from trunkline.engine.task import Batch
 from trunkline.engine.trainer import Trainer
-from trunkline.models.causal_lm.config import PRESETS
+from trunkline.models.causal_lm.config import PRESETS, LlamaShape
 from trunkline.models.causal_lm.examples import write_examples
 from trunkline.models.causal_lm.flags import DEFAULT_VOCAB_SIZE
 from trunkline.models.causal_lm.prepare import prepare
+from trunkline.models.causal_lm.rendering import Rendered
+from trunkline.models.causal_lm.store_writer import StoreWriter
 from trunkline.models.causal_lm.task import KIND_OF
 from trunkline.models.registry import config_sections, make_task
+from trunkline.models.text.byte_tokenizer import plain_bytes
 
 SAME_LOSS = {"cpu": 1e-5, "cuda": 1e-2}
 """Largest relative difference of the losses before training, in fp32 and in bf16."""
 SAME_LOSS_TRAINED = 0.02
 """And after it, where all sides learned from the same batches."""
 _CHECKED = 8  # documents
+SMALLEST_GPT2 = LlamaShape(32_000, 768, 12, 12, 12, 2048)
+"""109 million parameters."""
 
 
 class _Engine(Trainer):
@@ -83,7 +87,7 @@ class _Engine(Trainer):
             if place == self.steps:
                 self.clock.end()
                 first = step - self.steps
-                self.side.tokens.append(real_tokens(self.dataset, self.batches, first, self.steps))
+                self.side.units.append(real_tokens(self.dataset, self.batches, first, self.steps))
                 turn = first // (self.steps + 1) % len(self.others)
                 for peer in self.others[turn:] + self.others[:turn]:  # none always follows the same one
                     peer.take_turn(first)
@@ -203,13 +207,14 @@ def make_config(
 
 
 def preset(name: str) -> dict[str, Any]:
-    """A run of one of the presets."""
+    """A run of one of the presets, or of the width of the smallest GPT-2."""
+    model = dict(zip(LlamaShape._fields, SMALLEST_GPT2, strict=True)) if name == "110m" else {"preset": name}
     return {
         "workload": "causal_lm",
         "data": {},
-        "model": {"objective": {"type": "pretrain"}, "preset": name},
+        "model": {"objective": {"type": "pretrain"}, **model},
         "deepspeed": {
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-4 if name == "110m" else 1e-3, "weight_decay": 0.01}},
             "scheduler": {"type": "WarmupCosine", "params": {"warmup": 0.1}},
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 0},
@@ -233,11 +238,16 @@ def run(arguments: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = arguments.store or _example_store(raw, folder)
+        total = total_steps(arguments.pairs, arguments.steps)
+        if arguments.random:
+            count = total * arguments.batch_size * arguments.accumulate
+            store = _random_store(folder, count, arguments.max_length)
+        else:
+            store = arguments.store or _example_store(raw, folder)
         ways = {"padded": [False], "packed": [True], "both": [False, True]}[arguments.batches]
         configs = [
             make_config(
-                raw, folder, store, steps=total_steps(arguments.pairs, arguments.steps), packing=packing, cuda=cuda,
+                raw, folder, store, steps=total, packing=packing, cuda=cuda,
                 batch_size=arguments.batch_size, accumulate=arguments.accumulate, max_length=arguments.max_length,
                 stage=arguments.stage,
             )
@@ -252,7 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"medians of {arguments.pairs} turns of {arguments.steps} steps each"
             f"{', seconds of CPU time' if arguments.cpu_time else ''}"
         )
-        slower = False
+        slower, pairs = False, list[tuple[Side, Side]]()
         try:
             for config in configs:
                 sides = measure(
@@ -260,6 +270,14 @@ def run(arguments: argparse.Namespace) -> int:
                     padding_mask=arguments.padding_mask, cpu_time=arguments.cpu_time,
                 )  # fmt: skip
                 slower |= report(sides)
+                pairs += [(sides[0], peer) for peer in sides[1:]]
+            task: Any = make_task(configs[0])
+            lengths = task.dataset("train").lengths
+            about = (
+                f"Llama {arguments.config or arguments.preset}, micro-batches of {arguments.batch_size} x at most "
+                f"{arguments.max_length} tokens{', all of that length' if arguments.random else ''}"
+            )
+            write(arguments, pairs, "tokens", about, task.flops_per_sample() * len(lengths) / int(lengths.sum()))
         finally:
             stop()
     print("slower than another" if slower else "not slower than any other")
@@ -316,3 +334,16 @@ def _example_store(raw: dict[str, Any], folder: Path) -> Path:
             workers=1, **vocabulary,
         )  # fmt: skip
     return out
+
+
+def _random_store(folder: Path, count: int, length: int) -> Path:
+    """Documents of random bytes: no padding, and no document twice in the run."""
+    generator, learned = np.random.default_rng(0), np.ones(length, bool)
+    (draft := folder / "draft").mkdir()
+    plain_bytes().save_pretrained(draft / "tokenizer")
+    with StoreWriter(draft, "text", 256) as writer:
+        for split, documents in (("train", count), ("val", _CHECKED)):
+            for _ in range(documents):
+                writer.add(split, [Rendered(generator.integers(1, 256, length), learned)])
+        writer.finish(folder / "store")
+    return folder / "store"

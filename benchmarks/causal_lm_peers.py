@@ -1,7 +1,6 @@
 """Those that the engine's training speed is compared with: they train transformers' own model.
 
     TransformersTrainer, PlainAccelerate   two peers, which take turns with the engine (trunkline.benchmarks.causal_lm)
-    Side, Clock                            what is kept of a turn
     no_launcher()                          where they are to be made
 
 Each has its defaults (the attention "sdpa") at their fastest: the fused AdamW, no cache of keys, no log, no evaluation,
@@ -14,9 +13,7 @@ import contextlib
 import copy
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from trunkline.benchmarks.sides import Clock, Side
 from trunkline.engine.config.deepspeed_section import batch_sizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import collate
@@ -32,49 +30,6 @@ from trunkline.engine.optim.parameter_rules import parameter_groups
 from trunkline.engine.optim.schedules import learning_rates
 from trunkline.engine.task import Batch
 from trunkline.models.text.linear_loss import IGNORE
-
-
-@dataclass
-class Side:
-    """One of those that take turns: the real tokens and the seconds of each turn, its losses, and peak bytes on a GPU.
-
-    `peak_bytes` is what it held beyond what all sides hold between turns: weights and optimizer states.
-    """
-
-    name: str
-    tokens: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    loss_before: float = 0.0
-    loss_after: float = 0.0
-    peak_bytes: int = 0
-
-    @property
-    def speeds(self) -> list[float]:
-        """Tokens a second of each turn."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
-
-
-class Clock:
-    """Seconds and peak memory of the part of a turn that counts."""
-
-    def __init__(self, side: Side, device: torch.device, cpu_time: bool) -> None:
-        self.side, self.cuda = side, device.type == "cuda"
-        self._now = time.process_time if cpu_time else time.perf_counter
-
-    def begin(self) -> None:
-        """The step that does not count is done."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._held = torch.cuda.memory_allocated()
-        self._start = self._now()
-
-    def end(self) -> None:
-        """The last step is done."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.side.peak_bytes = max(self.side.peak_bytes, torch.cuda.max_memory_allocated() - self._held)
-        self.side.seconds.append(self._now() - self._start)
 
 
 class Peer:
@@ -116,7 +71,7 @@ class Peer:
     def take_turn(self, first_step: int) -> None:
         """One step, and `steps` that count, over the batches from `first_step` on."""
         self.model.train()
-        self.side.tokens.append(real_tokens(self.dataset, self.batches, first_step, self.steps))
+        self.side.units.append(real_tokens(self.dataset, self.batches, first_step, self.steps))
         ahead = range(first_step, first_step + self.steps + 2)  # Accelerate reads a batch ahead
         places = np.concatenate([self.batches.samples(step) for step in ahead]).tolist()
         self.train(_InOrder(self.dataset, places))

@@ -116,6 +116,8 @@ def image_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn that count (4)")
+    add_workers(parser)
+    add_out(parser)
 
 
 def causal_lm(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +125,7 @@ def causal_lm(parser: argparse.ArgumentParser) -> None:
     from trunkline.models.causal_lm.config import PRESETS
 
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--preset", choices=PRESETS, default="tiny", help="the model (tiny)")
+    model.add_argument("--preset", choices=[*PRESETS, "110m"], default="tiny", help="the model (tiny)")
     model.add_argument(
         "--config", type=Path, metavar="FILE", help="a configuration: its model, optimizer, schedule and clipping"
     )
@@ -140,6 +142,10 @@ def causal_lm(parser: argparse.ArgumentParser) -> None:
         "--padding-mask", action="store_true", help="give the others the attention mask that tokenizers make"
     )
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
+    parser.add_argument(
+        "--random", action="store_true", help="in place of a store: documents of random bytes, all of --max-length"
+    )
+    add_out(parser)
 
 
 def seq2seq_training(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +155,7 @@ def seq2seq_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
+    add_out(parser)
 
 
 def seq2seq_memory(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +198,18 @@ def token_image_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn that count (3)")
+    add_workers(parser)
+    add_out(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Of the sides that read ahead."""
+    parser.add_argument("--workers", type=int, default=0, help="processes of each side that read ahead (0)")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Of the training benchmarks whose figures benchmarks/summary.py shows."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="figures also go to DIR/<device>/<name>.json")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

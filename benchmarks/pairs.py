@@ -1,14 +1,11 @@
-"""Two sides measured in turns: the median of their ratios, how sure it is, and the clock for training."""
+"""Two sides measured in turns: the median of their ratios, and how sure it is."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,3 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
         tenth=deciles[0],
         ninetieth=deciles[-1],
     )
-
-
-def now() -> float:
-    """Seconds: of the wall on a GPU, when all that was launched is done; else of this process's own CPU time."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()

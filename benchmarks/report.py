@@ -88,6 +88,14 @@ def median_seconds(call: Callable[[], object], device: torch.device, budget_s: f
     return statistics.median(times)
 
 
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a large product of random matrices, in bf16 on a GPU."""
+    size = 8192 if device.type == "cuda" else 512
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, 0.2)
+
+
 def as_accurate(ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> str:
     """Whether no result is, by its norm, over twice as far from the fp32 one as plain torch in the same dtype.
 

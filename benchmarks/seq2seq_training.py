@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ import torch
 from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
-from trunkline.benchmarks.pairs import now, ratio_of
+from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
 from trunkline.engine.config.run_config import RunConfig, load_config
-from trunkline.engine.ranks.distributed import start
+from trunkline.engine.ranks.distributed import world
 from trunkline.engine.task import Batch
 from trunkline.engine.trainer import Trainer
 from trunkline.models.registry import config_sections, make_task
@@ -41,38 +41,40 @@ VOCABULARY, WORDS = 2000, 300  # so that each word is a token
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print. Returns 0."""
-    sides = measure(
+    """Measure, print and write. Returns 0."""
+    sides, flops = measure(
         arguments.preset, arguments.micro_batch_size, arguments.turns, arguments.steps, arguments.backend
     )  # fmt: skip
-    for name, speeds in sides.items():
-        print(f"{name:<20} {statistics.median(speeds):10,.1f} tokens/s")
-    for name in (PADDED, PACKED):
-        ratio = ratio_of(sides[name], sides[THEIRS])
-        print(f"speed, {name} / {THEIRS} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    theirs, *ours = sides
+    for side in sides:
+        print(f"{side.name:<20} {statistics.median(side.speeds):10,.1f} tokens/s")
+    for side in ours:
+        ratio = ratio_of(side.speeds, theirs.speeds)
+        print(f"speed, {side.name} / {THEIRS} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    about = f"T5 {arguments.preset}, micro-batch {arguments.micro_batch_size}, or half as many packed rows"
+    write(arguments, [(side, theirs) for side in ours], "tokens", about, flops)
     return 0
 
 
-def measure(preset: str, micro_batch_size: int, turns: int, steps: int, backend: str) -> dict[str, list[float]]:
-    """Real tokens a second of each turn, by side; on a CPU by the process's own time."""
-    with tempfile.TemporaryDirectory() as name:
+def measure(preset: str, micro_batch_size: int, turns: int, steps: int, backend: str) -> tuple[list[Side], float]:
+    """Theirs and ours, on a CPU by the process's own time; useful FLOPs of a real token."""
+    with tempfile.TemporaryDirectory() as name, world() as ranks:
         folder, total = Path(name), turns * (steps + 1)
         for seed, (split, count) in enumerate((("train", micro_batch_size * total), ("val", 16))):
             _write_chats(folder / f"{split}.jsonl", count, seed)
         prepare(
             [folder / "train.jsonl"], folder / "store", vocab_size=VOCABULARY, val_sources=[folder / "val.jsonl"]
         )  # fmt: skip
-        ours = {}
+        ours = []
         for side, packing in ((PADDED, False), (PACKED, True)):
             config = _config(folder, preset, packing, micro_batch_size, total)
-            trainer = Trainer(make_task(config), config, start(), folder / side, backend)
-            ours[side] = _Ours(trainer, steps)
-        theirs = _Theirs(ours[PADDED].trainer, steps, folder)
-        sides: dict[str, Any] = {THEIRS: theirs, **ours}
-        for turn in range(turns):
-            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
-                each.take_turn()
-        return {each: side.speeds for each, side in sides.items()}
+            trainer = Trainer(make_task(config), config, ranks, folder / side, backend)
+            ours.append(Ours(side, trainer, steps, _real))
+        padded: Any = ours[0].trainer.task
+        pairs = padded.dataset("train")
+        tokens = sum(len(pairs[place].input) + len(pairs[place].target) for place in range(len(pairs)))
+        sides = take_turns([_Theirs(ours[0].trainer, steps, folder), *ours], turns)
+        return sides, padded.flops_per_sample() * len(pairs) / tokens
 
 
 def _write_chats(path: Path, count: int, seed: int) -> None:
@@ -112,24 +114,6 @@ def _config(folder: Path, preset: str, packing: bool, micro_batch_size: int, ste
     return load_config(path, sections=config_sections)
 
 
-class _Ours:
-    """The engine's own loop over its own batches."""
-
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps, self.speeds = trainer, steps, list[float]()
-        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
-
-    def take_turn(self) -> None:
-        tokens = 0
-        for step in range(self.steps + 1):
-            if step == 1:
-                tokens, begin = 0, now()
-            batches = next(self._batches)
-            tokens += sum(_real(batch) for batch in batches)
-            assert self.trainer.stepper.make(batches) is not None
-        self.speeds.append(tokens / (now() - begin))
-
-
 def _real(batch: Batch) -> int:
     return int(((batch["input_document"] >= 0).sum(1) + (batch["targets"] != IGNORE).sum(1))[batch["valid"]].sum())
 
@@ -164,7 +148,8 @@ class _Theirs:
         missing, unknown = self.model.load_state_dict(tensors, strict=False)
         assert not unknown
         assert set(missing) <= set(self.model.all_tied_weights_keys), missing
-        self.speeds = list[float]()
+        self.model.to(trainer.ranks.device)
+        self.side = Side(THEIRS)
         self._samples, self._turn = _Samples(task.dataset("train")), 0
         params = trainer.config.deepspeed.optimizer.params
         self._optimizer = torch.optim.AdamW(self.model.parameters(), **params)
@@ -178,16 +163,18 @@ class _Theirs:
                 logging_strategy="no", disable_tqdm=True, bf16=torch.cuda.is_available(),
                 use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             )  # fmt: skip
-        side = self
+        side, clock = self, Clock(self.side, trainer.ranks.device, cpu_time=True)
 
-        class Clock(TrainerCallback):
+        class TakeTime(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    side._tokens, self.begin = 0, now()
+                    side._tokens = 0
+                    clock.begin()
                 elif state.global_step == steps + 1:
-                    side.speeds.append(side._tokens / (now() - self.begin))
+                    clock.end()
+                    side.side.units.append(side._tokens)
 
-        self._clock = Clock()
+        self._clock = TakeTime()
 
     def take_turn(self) -> None:
         from transformers import PrinterCallback, Seq2SeqTrainer

@@ -1,4 +1,4 @@
-"""The tables of what a GPU reached, from the files of `make gpu-bench` and `bench.py training`.
+"""The tables of what a GPU reached, from the files of `make gpu-bench` and of bench.py's trainings.
 
     python -m trunkline.benchmarks.summary [--write]   print the tables; --write puts them into docs/measured.md too
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results" / "nvidia-h200"
 BEGIN, END = "<!-- `make gpu-bench` writes what follows -->", "<!-- up to here -->"
 NOT_YET = "not yet measured"
+WORKLOADS = ("causal_lm", "image_training", "seq2seq_training", "token_image_training")
 OURS = "ours"
 KERNELS = {
     ("forward", 64): "`flash_attention` forward, block-causal with a key mask, 20,136 to 67,120 tokens, D = 64",
@@ -101,9 +102,38 @@ def training_step(folder: Path) -> str:
     return "\n\n".join([markdown(written), *report["notes"], origin]) + "\n"
 
 
+def other_workloads(results: Path) -> str:
+    """In Markdown, from <benchmark>-<backend>.json in the folders of `results`, one for each device."""
+    written = [["workload", "backend", "ours", "beside it", "ratio (95 %)", "TFLOP/s (of a product)", "memory"]]
+    origins = []
+    for name in WORKLOADS:
+        for backend in ("deepspeed", "fsdp"):
+            paths = sorted(results.glob(f"*/{name}-{backend}.json"))
+            for report in (json.loads(path.read_text()) for path in paths):
+                written += [[name, backend, *_beside(row)] for row in report["rows"]]
+                origins.append(
+                    f"{', '.join(report['notes'])}: {report['device']}, {report['versions']}, {report['date'][:10]}: "
+                    f"`{report['command']}`"
+                )
+            if not paths:
+                written.append([name, backend, NOT_YET, "", "", "", ""])
+    about = "Training of the other workloads on a GPU. Memory is what steps take beyond weights and optimizer states."
+    return "\n\n".join([about, markdown(written), *origins]) + "\n"
+
+
+def _beside(row: Row) -> list[str]:
+    """A pair's cells."""
+    speeds = [f"{row[side]}: {row[f'{side}_per_s']:,.0f} {row['unit']}/s" for side in ("ours", "theirs")]
+    rate = "" if row["tflop_per_s"] is None else f"{row['tflop_per_s']:.0f} ({100 * row['of_matmul']:.0f} %)"
+    peaks = [row["ours_peak_gib"], row["theirs_peak_gib"]]
+    memory = "" if None in peaks else " and ".join(f"{peak:.1f}" for peak in peaks) + " GiB"
+    return [*speeds, f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})", rate, memory]
+
+
 def everything(folder: Path) -> str:
-    """All tables of `folder`."""
-    return "\n".join(part for part in (table(folder), beside_others(folder), training_step(folder)) if part)
+    """All tables of `folder`, and those of other workloads in all folders beside it."""
+    parts = table(folder), beside_others(folder), training_step(folder), other_workloads(folder.parent)
+    return "\n".join(part for part in parts if part)
 
 
 def _ours(rows: list[Row], direction: str, head_dim: int, pattern: str) -> list[Row]:

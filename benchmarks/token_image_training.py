@@ -3,7 +3,7 @@
     run(arguments)    `python launchers/bench.py token_image_training`
 
 Sides take turns of some steps, of which the first does not count. Nobody logs, evaluates or saves. All train a preset
-with torch's fused AdamW from the same weights on, in fp32 where nothing else is said:
+with torch's fused AdamW from the same weights on, in bf16 on a GPU, else and beside bf16 in fp32:
 
     accelerate    the loop of Accelerate's documentation, on the same network in plain PyTorch:
                   scaled_dot_product_attention with a mask, noise of torch.randn, the squared error written out. That
@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
-from trunkline.benchmarks.pairs import now, ratio_of
+from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.planned_memory import activation_bytes
-from trunkline.engine.ranks.distributed import start
-from trunkline.engine.task import Batch
+from trunkline.engine.ranks.distributed import world
 from trunkline.engine.trainer import Trainer
 from trunkline.models.registry import config_sections, make_task
 from trunkline.models.text.byte_tokenizer import plain_bytes
@@ -49,68 +49,79 @@ TEXTS, LARGER = 32, 4
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print. Returns 0."""
-    sides, kept = measure(
+    """Measure, print and write. Returns 0."""
+    sides, kept, flops = measure(
         arguments.beside, arguments.preset, arguments.layers, arguments.img_size, arguments.micro_batch_size,
-        arguments.turns, arguments.steps, arguments.backend,
+        arguments.turns, arguments.steps, arguments.backend, arguments.workers,
     )  # fmt: skip
-    for name, speeds in sides.items():
-        memory = f", {kept[name] / 2**20:,.0f} MiB kept for the backward pass" if name in kept else ""
-        print(f"{name:<20} {statistics.median(speeds):10,.4g} images/s{memory}")
-    other = next(name for name in sides if name != OURS)
-    ratio = ratio_of(sides[OURS], sides[other])
-    print(f"speed, {OURS} / {other} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    for side in sides:
+        memory = f", {kept[side.name] / 2**20:,.0f} MiB kept for the backward pass" if side.name in kept else ""
+        print(f"{side.name:<20} {statistics.median(side.speeds):10,.4g} images/s{memory}")
+    ours, other = sides
+    ratio = ratio_of(ours.speeds, other.speeds)
+    print(f"speed, {OURS} / {other.name} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    layers = "" if arguments.layers is None else f" with {arguments.layers} blocks"
+    about = (
+        f"JiT-{arguments.preset}{layers}, {arguments.img_size} x {arguments.img_size} pixels, micro-batch "
+        f"{arguments.micro_batch_size}, {arguments.workers} loader processes a side"
+    )
+    write(arguments, [(ours, other)], "images", about, flops)
     return 0
 
 
 def measure(
     beside: str, preset: str, layers: int | None, img_size: int, micro_batch_size: int, turns: int, steps: int,
-    backend: str,
-) -> tuple[dict[str, list[float]], dict[str, int]]:  # fmt: skip
-    """Images a second of each turn, by side, on a CPU by the process's own time; bytes kept for the backward pass."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, total = Path(name), turns * (steps + 1)
+    backend: str, workers: int,
+) -> tuple[list[Side], dict[str, int], float]:  # fmt: skip
+    """The sides, on a CPU by the process's own time; bytes kept for the backward pass; useful FLOPs of an image."""
+    with tempfile.TemporaryDirectory() as name, world() as ranks:
+        folder, total = Path(name), turns * (steps + 1 + 2 * workers)
         larger = img_size * LARGER if beside == "size" else img_size
-        _write_texts(folder, larger**2)
+        _write_texts(folder, larger**2, micro_batch_size)
+        kept = {}
 
-        def ours(side: str, size: int = img_size, bf16: bool = False) -> _Ours:
-            config = _config(folder / f"{side}.json", preset, layers, size, bf16, micro_batch_size, total)
-            return _Ours(Trainer(make_task(config), config, start(), folder / side, backend), steps)
+        def ours(side: str, size: int = img_size, bf16: bool = torch.cuda.is_available()) -> Ours:
+            config = _config(folder / f"{side}.json", preset, layers, size, bf16, micro_batch_size, total, workers)
+            task = make_task(config)
+            if (found := activation_bytes(task, task.build_model(), config, micro_batch_size)) is not None:
+                kept[side] = found
+            trainer = Trainer(task, config, ranks, folder / side, backend)
+            return Ours(side, trainer, steps, lambda batch: int(batch["valid"].sum()), 1 + 2 * workers)
 
-        sides: dict[str, Any] = {OURS: ours(OURS)}
+        first = ours(OURS, bf16=torch.cuda.is_available() and beside != "bf16")
         if beside == "size":
-            sides[f"{larger} x {larger}"] = ours("larger", size=larger)
+            other: Any = ours(f"{larger} x {larger}", size=larger)
         elif beside == "bf16":
-            sides["bf16"] = ours("bf16", bf16=True)
+            other = ours("bf16", bf16=True)
         else:
-            sides[THEIRS] = _Theirs(sides[OURS].trainer, steps)
-        kept = {name: side.kept for name, side in sides.items() if side.kept is not None}
-        for turn in range(turns):
-            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
-                each.take_turn()
-        return {each: side.speeds for each, side in sides.items()}, kept
+            other = _Theirs(first.trainer, steps, workers)
+        return take_turns([first, other], turns), kept, first.trainer.task.flops_per_sample()
 
 
-def _write_texts(folder: Path, longest: int) -> None:
+def _write_texts(folder: Path, longest: int, micro_batch_size: int) -> None:
     generator = np.random.default_rng(0)
     (draft := folder / "draft").mkdir()
     plain_bytes().save_pretrained(draft / "tokenizer")
     with ColumnWriter(draft, Store, "texts", 256, ["train", "val"]) as writer:
         for split in ("train", "val"):
-            for length in generator.integers(1, longest, TEXTS):
+            for length in generator.integers(1, longest, max(TEXTS, 8 * micro_batch_size)):
                 writer.add(split, generator.integers(1, 256, length).tolist())
         writer.finish(folder / "store")
 
 
 def _config(
-    path: Path, preset: str, layers: int | None, img_size: int, bf16: bool, micro_batch_size: int, steps: int
-) -> RunConfig:
+    path: Path, preset: str, layers: int | None, img_size: int, bf16: bool, micro_batch_size: int, steps: int,
+    workers: int,
+) -> RunConfig:  # fmt: skip
     never = steps + 1
     raw = {
         "workload": "token_image",
         "data": {"store": str(path.parent / "store"), "img_size": img_size},
         "model": {"preset": preset} | ({} if layers is None else {"num_layers": layers}),
-        "training": {"steps": steps, "eval_every": never, "save_every": never, "log_every": never, "trackers": []},
+        "training": {
+            "steps": steps, "eval_every": never, "save_every": never, "log_every": never, "trackers": [],
+            "num_workers": workers,
+        },
         "deepspeed": {
             "train_batch_size": micro_batch_size,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01, "fused": True}},
@@ -118,30 +129,9 @@ def _config(
             "bf16": {"enabled": bf16},
             "zero_optimization": {"stage": 0},
         },
-    }
+    }  # fmt: skip
     path.write_text(json.dumps(raw))
     return load_config(path, sections=config_sections)
-
-
-class _Ours:
-    """The engine's own loop over its own batches."""
-
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps, self.speeds = trainer, steps, list[float]()
-        self.kept = activation_bytes(
-            trainer.task, trainer.task.build_model(), trainer.config, trainer.micro.sizes.micro_batch_size
-        )
-        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
-
-    def take_turn(self) -> None:
-        images = 0
-        for step in range(self.steps + 1):
-            if step == 1:
-                images, begin = 0, now()
-            batches = next(self._batches)
-            images += sum(int(batch["valid"].sum()) for batch in batches)
-            assert self.trainer.stepper.make(batches) is not None
-        self.speeds.append(images / (now() - begin))
 
 
 class Plain(nn.Module):
@@ -194,9 +184,7 @@ class _Samples(Dataset[dict[str, Tensor]]):
 class _Theirs:
     """Accelerate's loop, with the weights that the engine began with."""
 
-    kept = None
-
-    def __init__(self, trainer: Trainer, steps: int) -> None:
+    def __init__(self, trainer: Trainer, steps: int, workers: int) -> None:
         from accelerate import Accelerator
 
         task: Any = trainer.task
@@ -204,12 +192,17 @@ class _Theirs:
         denoiser.load_state_dict(dict(trainer.backend.full_state()), strict=False)
         network = Plain(denoiser.jit)
         _check(network, denoiser, task)
-        self.steps, self.speeds = steps, list[float]()
+        self.side, self.steps, self.warm_up = Side(THEIRS), steps, 1 + 2 * workers
+        self.clock = Clock(self.side, trainer.ranks.device, cpu_time=True)
         with no_launcher():
-            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            cuda = torch.cuda.is_available()
+            self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
         params = trainer.config.deepspeed.optimizer.params
         samples = _Samples(task.dataset("train"), task.data.img_size)
-        loader = DataLoader(samples, trainer.micro.sizes.micro_batch_size, shuffle=True, drop_last=True)
+        loader = DataLoader(
+            samples, trainer.micro.sizes.micro_batch_size, shuffle=True, drop_last=True, num_workers=workers,
+            pin_memory=cuda, persistent_workers=workers > 0,
+        )  # fmt: skip
         optimizer = torch.optim.AdamW(network.parameters(), **params)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         self._prepared = self._accelerator.prepare(network, optimizer, schedule, loader)
@@ -221,9 +214,10 @@ class _Theirs:
 
     def take_turn(self) -> None:
         images, (network, optimizer, schedule, _) = 0, self._prepared
-        for step in range(self.steps + 1):
-            if step == 1:
-                images, begin = 0, now()
+        for step in range(self.warm_up + self.steps):
+            if step == self.warm_up:
+                images = 0
+                self.clock.begin()
             batch = next(self._batches)
             clean, mask = batch["image"], batch["mask"]
             images += len(clean)
@@ -237,7 +231,8 @@ class _Theirs:
             schedule.step()
             optimizer.zero_grad()
             loss.item()  # as it is shown by anyone who looks at a run
-        self.speeds.append(images / (now() - begin))
+        self.clock.end()
+        self.side.units.append(images)
 
 
 @torch.no_grad()

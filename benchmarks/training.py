@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from trunkline.benchmarks import contenders
-from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, first_line, median_seconds, the_device
+from trunkline.benchmarks.report import OK, OUT_OF_TIME, Deadline, Report, Row, first_line, matmul_flops, the_device
 from trunkline.engine.backends.model_options import apply_options
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.loading import training_loader
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     flops = micro_batch * task.flops_per_sample()
     tokens = micro_batch * config.data.history * task.schema.num_variables
     report = Report("training", "A training step of the fluid surrogate", device, arguments.out)
-    matmul = _matmul_flops(device)
+    matmul = matmul_flops(device)
     report.notes += [
         f"{path}: {sum(p.numel() for p in task.build_model().parameters()):,} parameters, {micro_batch} samples of "
         f"{config.data.history} x {task.schema.num_variables:,} tokens a step, {'bf16' if _bf16(config) else 'fp32'}, "
@@ -336,14 +336,6 @@ CONTENDERS = {
     "plain loop, FlexAttention": Contender(None, _flex),
 }
 """By name, what matters most first."""
-
-
-def _matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a large product of random matrices, in bf16 on a GPU."""
-    size = 8192 if device.type == "cuda" else 512
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, device, 0.2)
 
 
 def _draw(rows: list[Row]) -> Figure:

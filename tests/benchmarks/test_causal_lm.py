@@ -12,8 +12,9 @@ import pytest
 from tests.distributed import run_distributed_test
 from tests.models.causal_lm.toy_language import toy_config
 from trunkline.benchmarks.causal_lm import check_same, make_config, measure, report, total_steps
-from trunkline.benchmarks.causal_lm_peers import Side
 from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.sides import Side
+from trunkline.benchmarks.summary import other_workloads
 from trunkline.engine.errors import TrunklineError
 from trunkline.launchers.bench import main
 
@@ -48,8 +49,8 @@ def test_all_sides_learn_the_same_and_have_a_speed(
     ours, trainer, loop = sides
     assert [len(side.speeds) for side in sides] == [4] * 3
     assert all(0 < speed < 1e7 for side in sides for speed in side.speeds)
-    assert trainer.tokens == loop.tokens
-    assert (ours.tokens == loop.tokens) is not packing
+    assert trainer.units == loop.units
+    assert (ours.units == loop.units) is not packing
     assert [side.loss_before for side in sides] == pytest.approx([ours.loss_before] * 3, rel=1e-5)
     assert ours.loss_after < 0.99 * ours.loss_before
     if not packing:  # packed rows are other batches
@@ -68,12 +69,14 @@ def test_the_command_prints_a_table_and_its_status_is_the_verdict(stores: Path, 
     toy_config(tmp_path, stores)
     flags = [
         "--config", str(tmp_path / "pretrain.json"), "--store", str(stores / "text"), "--batch-size", "2",
-        "--max-length", "32", "--pairs", "2", "--steps", "1", "--batches", "padded",
+        "--max-length", "32", "--pairs", "2", "--steps", "1", "--batches", "padded", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     ((status, printed),) = run_distributed_test(bench, 1, flags, backend=None)
     lines = printed.splitlines()
     assert lines[-1] == ("slower than another" if status else "not slower than any other")
-    assert [line[:22].strip() for line in lines[-4:-1]] == ["Trunkline", "transformers Trainer", "Accelerate loop"]
+    assert [line[:22].strip() for line in lines[-5:-2]] == ["Trunkline", "transformers Trainer", "Accelerate loop"]
+    rows = [line for line in other_workloads(tmp_path / "out").splitlines() if line.startswith("| causal_lm | deepsp")]
+    assert [row.split(" | ")[3].split(":")[0] for row in rows] == ["transformers Trainer", "Accelerate loop"]
 
 
 def test_slower_is_what_noise_does_not_explain(capsys: pytest.CaptureFixture[str]) -> None:

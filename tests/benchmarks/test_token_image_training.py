@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from trunkline.benchmarks.summary import other_workloads
 from trunkline.launchers.bench import main
 
 
@@ -15,10 +18,14 @@ from trunkline.launchers.bench import main
         pytest.param("bf16", "bf16", marks=pytest.mark.slow),  # which some CPUs have to emulate
     ],
 )
-def test_both_sides_take_their_turns(beside: str, other: str, capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--preset B/16 --layers 1 --img-size 16 --micro-batch-size 1 --turns 2 --steps 1"
+def test_both_sides_take_their_turns(
+    beside: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = f"--preset B/16 --layers 1 --img-size 16 --micro-batch-size 1 --turns 2 --steps 1 --out {tmp_path}"
     assert main(["token_image_training", "--beside", beside, *small.split()]) == 0
-    lines = capsys.readouterr().out.splitlines()[-3:]
+    lines = capsys.readouterr().out.splitlines()[-4:-1]
     assert [line.split("  ")[0] for line in lines[:2]] == ["Trunkline", other]
     assert lines[2].startswith(f"speed, Trunkline / {other} ")
     assert "MiB kept" in lines[0]
+    (row,) = [line for line in other_workloads(tmp_path).splitlines() if line.startswith("| token_image_")]
+    assert row.split(" | ")[3].startswith(f"{other}: ")
