@@ -2,10 +2,11 @@
 
     run(arguments)    `python launchers/bench.py seq2seq_training`
 
-All sides train a T5 of one preset with torch's fused AdamW in fp32, or in bf16 with ZeRO 1 on a GPU, from the same weights on: the
-engine with a sample a row, and with half as many packed rows; Seq2SeqTrainer with its defaults, DataCollatorForSeq2Seq,
-the attention "sdpa" and batches in random order. Turns of some steps alternate; the first step of a turn does not
-count. Tokens are real ones of prompts and responses: padding counts nowhere. Nobody logs, evaluates or saves.
+All sides train a T5 of one preset with torch's fused AdamW in fp32, or on a GPU in bf16 with ZeRO 1, from the same
+weights on: the engine with a sample a row, and with half as many packed rows; Seq2SeqTrainer with its defaults,
+DataCollatorForSeq2Seq, the attention "sdpa" and batches in random order. Turns of some steps alternate; the first step
+of a turn does not count. Tokens are real ones of prompts and responses: padding counts nowhere. Nobody logs, evaluates
+or saves.
 
 The data are made up: words at random, in lengths as chats have them, log-normal: prompts of 24 tokens in the median
 (sigma 1.0), responses of 96 (sigma 0.9), cut at 256 each.
