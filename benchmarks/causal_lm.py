@@ -343,8 +343,9 @@ def _random_store(folder: Path, count: int, length: int) -> Path:
     (draft := folder / "draft").mkdir()
     plain_bytes().save_pretrained(draft / "tokenizer")
     with StoreWriter(draft, "text", 256) as writer:
-        splits: list[Split] = ["train"] * count + ["val"] * _CHECKED
-        for split in splits:
-            writer.add(split, [Rendered(generator.integers(1, 256, length), learned)])
+        counts: dict[Split, int] = {"train": count, "val": _CHECKED}
+        for split, documents in counts.items():
+            for _ in range(documents):
+                writer.add(split, [Rendered(generator.integers(1, 256, length), learned)])
         writer.finish(folder / "store")
     return folder / "store"
