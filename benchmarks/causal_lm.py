@@ -59,6 +59,7 @@ from trunkline.models.causal_lm.store_writer import StoreWriter
 from trunkline.models.causal_lm.task import KIND_OF
 from trunkline.models.registry import config_sections, make_task
 from trunkline.models.text.byte_tokenizer import plain_bytes
+from trunkline.models.text.splits import Split
 
 SAME_LOSS = {"cpu": 1e-5, "cuda": 1e-2}
 """Largest relative difference of the losses before training, in fp32 and in bf16."""
@@ -342,7 +343,8 @@ def _random_store(folder: Path, count: int, length: int) -> Path:
     (draft := folder / "draft").mkdir()
     plain_bytes().save_pretrained(draft / "tokenizer")
     with StoreWriter(draft, "text", 256) as writer:
-        for split, documents in (("train", count), ("val", _CHECKED)):
+        counts: dict[Split, int] = {"train": count, "val": _CHECKED}
+        for split, documents in counts.items():
             for _ in range(documents):
                 writer.add(split, [Rendered(generator.integers(1, 256, length), learned)])
         writer.finish(folder / "store")

@@ -2,9 +2,9 @@
 
     run(arguments)    `python launchers/bench.py image_training`
 
-All train a new network with torch's fused AdamW in fp32, or in bf16 on a GPU, a micro-batch being one group of each
-BatchNorm. The Trainer and one of our sides read a folder of PNGs and decode in each step: the Trainer by Pillow in a
-data set, as is usual. Our other side reads the prepared store of the same pictures. Each has --workers processes that
+All train a new network with torch's fused AdamW in fp32, or on a GPU in bf16 with ZeRO 1. A micro-batch is one group of
+each BatchNorm. The Trainer and one of our sides read a folder of PNGs and decode in each step: the Trainer by Pillow in
+a data set, as is usual. Our other side reads the prepared store of the same pictures. Each has --workers processes that
 read ahead, and what these may have read before a turn does not count. Turns of some steps alternate. Nothing is
 augmented, and nobody logs, evaluates or saves. The pictures are random and few: an epoch reads them again and again.
 """
@@ -93,7 +93,7 @@ def _config(
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.05, "fused": True}},
             "gradient_clipping": 1.0,
             "bf16": {"enabled": torch.cuda.is_available()},
-            "zero_optimization": {"stage": 0},
+            "zero_optimization": {"stage": int(torch.cuda.is_available())},
         },
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))

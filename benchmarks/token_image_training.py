@@ -2,8 +2,9 @@
 
     run(arguments)    `python launchers/bench.py token_image_training`
 
-Sides take turns of some steps, of which the first does not count. Nobody logs, evaluates or saves. All train a preset
-with torch's fused AdamW from the same weights on, in bf16 on a GPU, else and beside bf16 in fp32:
+Sides take turns of some steps. The first does not count, nor what the --workers processes of each may have read ahead.
+Nobody logs, evaluates or saves. All train a preset with torch's fused AdamW from the same weights on, on a GPU in bf16,
+else and beside bf16 in fp32:
 
     accelerate    the loop of Accelerate's documentation, on the same network in plain PyTorch:
                   scaled_dot_product_attention with a mask, noise of torch.randn, the squared error written out. That

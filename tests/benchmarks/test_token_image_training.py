@@ -27,5 +27,5 @@ def test_both_sides_take_their_turns(
     assert [line.split("  ")[0] for line in lines[:2]] == ["Trunkline", other]
     assert lines[2].startswith(f"speed, Trunkline / {other} ")
     assert "MiB kept" in lines[0]
-    (row,) = [line for line in other_workloads(tmp_path).splitlines() if line.startswith("| token_image_")]
+    row = next(line for line in other_workloads(tmp_path).splitlines() if line.startswith("| token_image"))
     assert row.split(" | ")[3].startswith(f"{other}: ")
