@@ -137,6 +137,7 @@ def test_a_language_is_sampled_with_its_pairs(method: Method, steps: int) -> Non
     language = Language(32)
     tokens = language.sampled(20_000, steps, method)
     found, error = entropy_of(tokens)
+    print(f"{method}, {steps} steps: {found:.4f} bits a token, entropy rate {language.entropy_rate:.4f}")
     assert error < 0.002
     assert found == pytest.approx(language.entropy_rate, abs=0.01)
     pairs = torch.bincount((4 * tokens[:, :-1] + tokens[:, 1:]).flatten(), minlength=16).view(4, 4)
