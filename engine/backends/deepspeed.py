@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.backends import Stepped
 from trunkline.engine.backends.model_options import blocks
+from trunkline.engine.backends.whole_steps import take_whole_steps
 from trunkline.engine.backends.zero_layout import ZeroLayout
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
@@ -125,6 +126,7 @@ class DeepSpeedBackend:
                 module._buffers[name] = buffer.to(ranks.device)
         self.engine.train = MethodType(nn.Module.train, self.engine)
         self.engine.eval = MethodType(nn.Module.eval, self.engine)
+        take_whole_steps(self.engine.optimizer)
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
         self._ranks, self._layout = ranks, ZeroLayout(self.engine, ranks)
