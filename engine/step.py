@@ -170,14 +170,14 @@ class Stepper:
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
         sums: Sums | None = None
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             run.lookout.look()  # a step that is broken off is made again from its beginning
             run.note("forward, backward and reduction of the gradients")
             part = run.task.loss(run.backend.model, batch)
             statistics.take(batch["valid"])
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
-            run.backend.backward(part["loss"] * (scale + (loss - loss)))
+            run.backend.backward(part["loss"] * (scale + (loss - loss)), is_last=number == len(micro_batches))
             statistics.put_back()
             if with_sums:
                 sums = add_sums(sums, part)
