@@ -214,10 +214,11 @@ def test_weights_carry_the_names_that_the_task_gives_and_config_json_what_it_add
 
 
 def test_early_stopping_counts_and_stops(tmp_path: Path) -> None:
-    stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50}
+    stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50, "log_every": 3}
     trainer = train(tmp_path / "run", tiny_config(tmp_path, training=stop))
     assert trainer.progress.step == 4  # the first evaluation is a gain, the next three are not
     assert len(lines(tmp_path / "run", "val")) == 4
+    assert [row["step"] for row in lines(tmp_path / "run")] == [3, 4]
     assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
 
 
