@@ -51,7 +51,7 @@ def measured(rank: int, world_size: int) -> list[tuple[float, str, str]]:
 
 @pytest.mark.distributed
 def test_ranks_whose_own_losses_lie_apart_are_named() -> None:
-    """350 samples in batches of 100: ranks 0, 1 and 2 have the first 100, the next and the next, and rank 0 the rest."""
+    """350 samples in batches of 100: ranks 0, 1 and 2 have the first, second and third 100, and rank 0 the rest."""
     (near, apart, few, one), *others = run_distributed_test(measured, 3)
     assert near[0] == pytest.approx((5 + 2 * 1.1) / 7)
     assert near[1].strip() == "val loss of the ranks' own samples: mean 1.03333, std 0.0471, min 1, max 1.1"
