@@ -71,7 +71,7 @@ def test_every_block_of_the_page_runs_and_the_model_answers(tmp_path: Path) -> N
             answers += "Paris." in said
     assert answers == (3 if can_serve else 2)  # of predict, of Python, of the server
     rows = [row["step"] for row in read_metrics(tmp_path / "runs/chats/metrics.jsonl") if row["split"] == "train"]
-    assert rows == list(range(10, 201, 10))
+    assert [step for step in rows if step % 10 == 0] == list(range(10, 201, 10))  # and one of the stop
     assert json.loads((tmp_path / "runs/chats/plan.json").read_text())["world_size"] == 2
 
 
