@@ -34,16 +34,16 @@ from trunkline.engine.task import Batch, Sums, add_sums
 class Accumulated(NamedTuple):
     """The gradient is there. On how many ranks a signal came and a save failed: `flags`, fp64 [2] on the device."""
 
-    sums: Sums
+    parts: list[Sums]
     weight: Tensor
     flags: Tensor
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was made, the same on all ranks but for `sums`.
+    """A step that was made, the same on all ranks but for `parts`.
 
-    sums: this rank's; of all steps since the last line with training.log_means.
+    parts: this rank's sums, to be added up; of all steps since the last line with training.log_means.
     samples, weight: of the global batch, without fillers.
     summed_weight: what the sums are divided by.
     learning_rate: the step's.
@@ -52,7 +52,7 @@ class StepResult:
     stop: a rank was asked to stop.
     """
 
-    sums: Sums
+    parts: list[Sums]
     samples: int
     weight: float
     summed_weight: Tensor
@@ -89,7 +89,7 @@ class Stepper:
         fits = longest <= self.room.longest_step
         try:
             with self.room.attempt(fits):
-                sums, weight, flags = self.accumulate(micro_batches)
+                parts, weight, flags = self.accumulate(micro_batches)
             updating = True
             if adaptive is not None:
                 run.backend.clip_at(clip_norm(adaptive, fixed, progress))
@@ -114,15 +114,18 @@ class Stepper:
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
             if run.config.training.log_means:
-                sums, weight = self._since_line(sums, weight, is_logged, stepped.skipped)
-            return StepResult(sums, samples, whole_weight, weight, rate, stepped.grad_norm, is_logged, bool(stop))
+                parts, weight = self._since_line(parts, weight, is_logged, stepped.skipped)
+            return StepResult(parts, samples, whole_weight, weight, rate, stepped.grad_norm, is_logged, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
         return None
 
-    def _since_line(self, sums: Sums, weight: Tensor, is_logged: bool, skipped: bool) -> tuple[Sums, Tensor]:
+    def _since_line(
+        self, parts: list[Sums], weight: Tensor, is_logged: bool, skipped: bool
+    ) -> tuple[list[Sums], Tensor]:
         """Of all steps since the last line. A step that was skipped is in no mean, but where there is no other."""
+        sums = _total(parts)
         if self._since is not None:
             before, before_weight = self._since
             sums, weight = self._since if skipped else (add_sums(before, sums), before_weight + weight)
@@ -130,7 +133,7 @@ class Stepper:
             self._since = None
         elif not skipped:
             self._since = sums, weight
-        return sums, weight
+        return [sums], weight
 
     def keep_means(self) -> None:
         """Put what the next line is made of into the progress, for a checkpoint."""
@@ -169,7 +172,7 @@ class Stepper:
         agreed = sum_over_ranks(mine, run.ranks)
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
-        sums: Sums | None = None
+        parts = []
         for number, batch in enumerate(micro_batches, 1):
             run.lookout.look()  # a step that is broken off is made again from its beginning
             run.note("forward, backward and reduction of the gradients")
@@ -179,14 +182,14 @@ class Stepper:
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
             run.backend.backward(part["loss"] * (scale + (loss - loss)), is_last=number == len(micro_batches))
             statistics.put_back()
-            sums = add_sums(sums, part)
-        assert sums is not None
-        return Accumulated(sums, agreed["weight"], agreed["flags"])
+            parts.append({name: value.detach() for name, value in part.items()})
+        return Accumulated(parts, agreed["weight"], agreed["flags"])
 
     def values(self, made: StepResult) -> dict[str, float]:
         """What is logged of a step: the means of its sums, the rate and the norm."""
-        check_names(made.sums, f"{type(self.run.task).__name__}.loss")
-        total = sum_over_ranks(made.sums, self.run.ranks)
+        sums = _total(made.parts)
+        check_names(sums, f"{type(self.run.task).__name__}.loss")
+        total = sum_over_ranks(sums, self.run.ranks)
         weight = made.summed_weight
         means = {key: float(value / weight) if weight else math.nan for key, value in total.items()}
         return means | {"lr": made.learning_rate, "grad_norm": float(made.grad_norm)}
@@ -215,3 +218,11 @@ class Stepper:
                 f"{line}: stopped (training.nonfinite_limit = {limit}); lower deepspeed.optimizer.params.lr, set "
                 f"deepspeed.gradient_clipping, or look at the data named above"
             )
+
+
+def _total(parts: list[Sums]) -> Sums:
+    sums = None
+    for part in parts:
+        sums = add_sums(sums, part)
+    assert sums is not None
+    return sums

@@ -38,7 +38,7 @@ def without_numbers(text: str) -> list[str]:
 def test_every_command_prints_what_the_page_shows(tmp_path: Path) -> None:
     """The chats and the model are made, the first training is stopped, the rest runs to its end."""
     _, model, _ = (block for language, block in steps("docs/your-own-model.md") if language == "python")
-    said, stopped = "", False
+    said, stopped, metrics = "", False, tmp_path / "runs/causal_lm/fine-tune/metrics.jsonl"
     for language, block in steps(PAGE):
         if language == "text":
             assert [line for line in without_numbers(block) if line not in without_numbers(said)] == [], said
@@ -52,7 +52,7 @@ def test_every_command_prints_what_the_page_shows(tmp_path: Path) -> None:
         is_to_stop = any(word.endswith("train.py") for word in words) and not stopped
         with started([word.replace("launchers/", f"{ROOT}/launchers/") for word in words], cwd=tmp_path) as process:
             if is_to_stop:
-                wait_until((tmp_path / "runs/causal_lm/fine-tune/metrics.jsonl").exists)
+                wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
                 process.send_signal(signal.SIGINT)
                 stopped = True
             said = process.communicate(timeout=900)[0].replace(f"{ROOT}/", "")

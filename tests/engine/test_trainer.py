@@ -446,7 +446,8 @@ def test_the_deepspeed_launcher_says_to_each_rank_who_it_is(tmp_path: Path) -> N
     script = tmp_path / "who.py"
     script.write_text(
         "import sys\nfrom trunkline.engine.ranks.launch import read_launch\nlaunch = read_launch()\n"
-        "print('rank', launch.rank, 'of', launch.world_size, launch.local_rank, *sys.argv[1:])\n"
+        "line = ' '.join(map(str, ('rank', launch.rank, 'of', launch.world_size, launch.local_rank, *sys.argv[1:])))\n"
+        "sys.stdout.write(line + '\\n')\n"  # at once: print would write word by word, between the other rank's
     )
     said = launch_by_deepspeed(script, "out")
     for rank in (0, 1):
