@@ -20,6 +20,7 @@ from trunkline.engine.ranks.distributed import Ranks, gather, sum_over_ranks
 from trunkline.engine.task import Batch, Sums, Task, add_sums
 
 _APART = 0.2
+_ENOUGH = 100  # samples a rank: the means of fewer lie apart by chance
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -69,7 +70,8 @@ def evaluate(
     if sums is None:
         raise ConfigError(f"the {split} split has no samples to evaluate")
     if ranks.world_size > 1:
-        _compare_ranks(split, gather(_own_loss(task, sums) if has_samples else None, ranks), ranks)
+        own = gather(_own_loss(task, sums) if has_samples else None, ranks)
+        _compare_ranks(split, own, ranks, few=len(loader) * micro_batch_size < _ENOUGH)
     sums = sum_over_ranks(sums, ranks)
     if show_in is not None and ranks.is_main:
         try:
@@ -89,8 +91,10 @@ def _own_loss(task: Task, sums: Sums) -> float | None:
         return None
 
 
-def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) -> None:
+def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks, few: bool = False) -> None:
     """Say how the ranks' own mean losses spread, and warn if one is far from their mean. None: it had no samples.
+
+    No mean of `few` samples is far.
 
     Metrics do not depend on who evaluated what. Here a rank shows whose weights or data are not those of the others.
     """
@@ -108,12 +112,12 @@ def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks) ->
     said = f"mean {mean:.6g}, std {spread:.3g}, min {min(losses):.6g}, max {max(losses):.6g}"
     LOG.info(f"{split} loss of the ranks' own samples: {said}")
     farthest = max(losses, key=lambda loss: abs(loss - mean))
-    if abs(farthest - mean) > _APART * abs(mean):
+    if not few and abs(farthest - mean) > _APART * abs(mean):
         # of two ranks, either may be the one that is wrong
         who = f"rank {by_rank.index(farthest)}'s own {split} loss is {farthest:.6g}," if len(losses) > 2 else (
             f"the two ranks' own {split} losses are {losses[0]:.6g} and {losses[1]:.6g},"
         )  # fmt: skip
         LOG.warning(
-            f"{who} more than {_APART:.0%} off the ranks' mean: each has few samples, or a rank's weights or data are "
-            "not those of the others"
+            f"{who} more than {_APART:.0%} off the ranks' mean: by chance, or a rank's weights or data are not those "
+            "of the others"
         )

@@ -34,29 +34,31 @@ from trunkline.engine.task import Batch, Sums, add_sums
 class Accumulated(NamedTuple):
     """The gradient is there. On how many ranks a signal came and a save failed: `flags`, fp64 [2] on the device."""
 
-    sums: Sums | None
+    parts: list[Sums]
     weight: Tensor
     flags: Tensor
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was made, the same on all ranks but for `sums`.
+    """A step that was made, the same on all ranks but for `parts`.
 
-    sums: this rank's, where the step is logged; of all steps since the last line with training.log_means.
+    parts: this rank's sums, to be added up; of all steps since the last line with training.log_means.
     samples, weight: of the global batch, without fillers.
-    logged_weight: what the sums are divided by.
-    learning_rate: the step's, where it is logged.
+    summed_weight: what the sums are divided by.
+    learning_rate: the step's.
     grad_norm: before clipping, a scalar on the device or a float.
+    is_logged: it has a line by training.log_every.
     stop: a rank was asked to stop.
     """
 
-    sums: Sums | None
+    parts: list[Sums]
     samples: int
     weight: float
-    logged_weight: Tensor
+    summed_weight: Tensor
     learning_rate: float
     grad_norm: Tensor | float
+    is_logged: bool
     stop: bool
 
 
@@ -82,12 +84,12 @@ class Stepper:
         run, progress, updating = self.run, self.run.progress, False
         adaptive, fixed = run.config.training.adaptive_clipping, run.config.deepspeed.gradient_clipping
         is_logged = run.is_due(run.config.training.log_every, progress.step + 1)
-        rate, scale = run.backend.learning_rate() if is_logged else math.nan, run.backend.loss_scale()
+        rate, scale = run.backend.learning_rate(), run.backend.loss_scale()
         longest = run.batches.heaviest(progress.step, self._lengths)
         fits = longest <= self.room.longest_step
         try:
             with self.room.attempt(fits):
-                sums, weight, flags = self.accumulate(micro_batches, is_logged or run.config.training.log_means)
+                parts, weight, flags = self.accumulate(micro_batches)
             updating = True
             if adaptive is not None:
                 run.backend.clip_at(clip_norm(adaptive, fixed, progress))
@@ -111,26 +113,27 @@ class Stepper:
                 run.assembly.applied(progress)
                 if adaptive is not None:
                     note_norm(adaptive, fixed, progress, float(stepped.grad_norm))
-            logged, logged_weight = self._logged(sums, weight, is_logged, stepped.skipped)
-            return StepResult(logged, samples, whole_weight, logged_weight, rate, stepped.grad_norm, bool(stop))
+            if run.config.training.log_means:
+                parts, weight = self._since_line(parts, weight, is_logged, stepped.skipped)
+            return StepResult(parts, samples, whole_weight, weight, rate, stepped.grad_norm, is_logged, bool(stop))
         micro_batches.clear()
         run.assembly.statistics.put_back()
         self.room.make(run.micro.halve, shortage, intact=not updating)
         return None
 
-    def _logged(self, sums: Sums | None, weight: Tensor, is_logged: bool, skipped: bool) -> tuple[Sums | None, Tensor]:
-        """What a step's line is made of. A step that was skipped is in no mean, but where there is no other."""
-        if not self.run.config.training.log_means or sums is None:
-            return sums, weight
+    def _since_line(
+        self, parts: list[Sums], weight: Tensor, is_logged: bool, skipped: bool
+    ) -> tuple[list[Sums], Tensor]:
+        """Of all steps since the last line. A step that was skipped is in no mean, but where there is no other."""
+        sums = _total(parts)
         if self._since is not None:
             before, before_weight = self._since
             sums, weight = self._since if skipped else (add_sums(before, sums), before_weight + weight)
         if is_logged:
             self._since = None
-            return sums, weight
-        if not skipped:
+        elif not skipped:
             self._since = sums, weight
-        return None, weight
+        return [sums], weight
 
     def keep_means(self) -> None:
         """Put what the next line is made of into the progress, for a checkpoint."""
@@ -153,7 +156,7 @@ class Stepper:
         *sums, weight = torch.tensor([*mine.values(), progress.since_line_weight], dtype=torch.float64).to(ranks.device)
         return dict(zip(mine, sums, strict=True)), weight
 
-    def accumulate(self, micro_batches: list[Batch], with_sums: bool) -> Accumulated:
+    def accumulate(self, micro_batches: list[Batch]) -> Accumulated:
         """Gradients of (sum of losses over the global batch) / (sum of weights over the global batch)."""
         run = self.run
         # what torch draws in a step (dropout) depends on nothing but this, so no generator has to be saved
@@ -169,27 +172,25 @@ class Stepper:
         agreed = sum_over_ranks(mine, run.ranks)
         # fp32 from here on: an fp64 scale would lift the loss, and a weight beyond 2^24 is rounded, which is harmless
         scale = agreed["weight"].clamp(min=1e-30).reciprocal().to(torch.float32)
-        sums: Sums | None = None
-        for batch in micro_batches:
+        parts = []
+        for number, batch in enumerate(micro_batches, 1):
             run.lookout.look()  # a step that is broken off is made again from its beginning
             run.note("forward, backward and reduction of the gradients")
             part = run.task.loss(run.backend.model, batch)
             statistics.take(batch["valid"])
             loss = part["loss"].detach()
             # loss - loss is 0, but NaN where the loss is not finite: then no gradient is, and the step is skipped
-            run.backend.backward(part["loss"] * (scale + (loss - loss)))
+            run.backend.backward(part["loss"] * (scale + (loss - loss)), is_last=number == len(micro_batches))
             statistics.put_back()
-            if with_sums:
-                sums = add_sums(sums, part)
-        return Accumulated(sums, agreed["weight"], agreed["flags"])
+            parts.append({name: value.detach() for name, value in part.items()})
+        return Accumulated(parts, agreed["weight"], agreed["flags"])
 
     def values(self, made: StepResult) -> dict[str, float]:
-        """What is logged of a step: the means of its sums, the rate and the norm; nothing of one that is not logged."""
-        if made.sums is None:
-            return {}
-        check_names(made.sums, f"{type(self.run.task).__name__}.loss")
-        total = sum_over_ranks(made.sums, self.run.ranks)
-        weight = made.logged_weight
+        """What is logged of a step: the means of its sums, the rate and the norm."""
+        sums = _total(made.parts)
+        check_names(sums, f"{type(self.run.task).__name__}.loss")
+        total = sum_over_ranks(sums, self.run.ranks)
+        weight = made.summed_weight
         means = {key: float(value / weight) if weight else math.nan for key, value in total.items()}
         return means | {"lr": made.learning_rate, "grad_norm": float(made.grad_norm)}
 
@@ -217,3 +218,11 @@ class Stepper:
                 f"{line}: stopped (training.nonfinite_limit = {limit}); lower deepspeed.optimizer.params.lr, set "
                 f"deepspeed.gradient_clipping, or look at the data named above"
             )
+
+
+def _total(parts: list[Sums]) -> Sums:
+    sums = None
+    for part in parts:
+        sums = add_sums(sums, part)
+    assert sums is not None
+    return sums

@@ -155,6 +155,7 @@ class Trainer(Run):
         self.lookout = Lookout(ranks)
         self.room = Room(self)
         self.stepper, self.validation = Stepper(self, self.room), Validation(self, self.room)
+        self._without_line: StepResult | None = None
 
     def _open_trackers(self) -> None:
         self.trackers = make_trackers(
@@ -209,6 +210,7 @@ class Trainer(Run):
         if step not in (0, self._saved_step):
             self.save()
         self.checkpoints.wait()
+        self._log_last()
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise stopping.InterruptedRunError(f"by {why} {where}; {resume_with(self.folder)}")
 
@@ -223,14 +225,14 @@ class Trainer(Run):
             if every.keep_best and progress.is_best:
                 self.save()
         peak = peak_flops(self.ranks.device, parameter_dtype(self.config.deepspeed))
-        meter = Meter(self.ranks, self.task.unit, self.task.flops_per_sample(), peak)
+        meter = self._meter = Meter(self.ranks, self.task.unit, self.task.flops_per_sample(), peak)
         with self._bar() as bar:
             for micro_batches in self._micro_batches():
                 made = self.stepper.make(micro_batches)
                 if made is None:
                     meter.restart()
                     continue
-                self._log(made, meter, bar)
+                self._log(made, bar)
                 over = progress.step == self.total_steps
                 progress.evaluation_due = self.is_due(every.eval_every, progress.step)
                 if made.stop:
@@ -243,6 +245,7 @@ class Trainer(Run):
                 if over:
                     break
                 self.note("reading the next batch")
+        self._log_last()
         self.save_weights(FINAL, {"step": progress.step})
         self.trackers.finish(progress.best_step)
 
@@ -261,13 +264,22 @@ class Trainer(Run):
                 if progress.step == step:
                     break
 
-    def _log(self, made: StepResult, meter: Meter, bar: tqdm[Any]) -> None:
-        self.progress.count(seconds=meter.add(made.samples, made.weight))
-        if values := self.stepper.values(made):
-            values |= meter.read()
-            self.log("train", values)
-            bar.set_postfix_str(brief(values, self.task.unit), refresh=False)
+    def _log(self, made: StepResult, bar: tqdm[Any]) -> None:
+        self.progress.count(seconds=self._meter.add(made.samples, made.weight))
+        self._without_line = None if made.is_logged else made
+        if made.is_logged:
+            bar.set_postfix_str(brief(self._log_step(made), self.task.unit), refresh=False)
         bar.update()
+
+    def _log_step(self, made: StepResult) -> dict[str, float]:
+        values = self.stepper.values(made) | self._meter.read()
+        self.log("train", values)
+        return values
+
+    def _log_last(self) -> None:
+        """Log the last step of a run that ends between two lines. The lines after a resume do not depend on it."""
+        if self._without_line is not None:
+            self._log_step(self._without_line)
 
     def save(self, in_background: bool | None = None) -> Path:
         """Write a checkpoint of the present step, in the background or not; as the configuration says unless given."""

@@ -88,7 +88,7 @@ def _trial(trainer: Trainer, wanted: BatchSizes) -> str | Shortage:
             for is_timed in (False, True):
                 batches = [collate(trainer.task, samples, [heaviest, heaviest]) for _ in range(accumulation)]
                 begin = _now(ranks)
-                trainer.stepper.accumulate(batches, with_sums=False)
+                trainer.stepper.accumulate(batches)
                 if not is_timed:
                     trainer.backend.step()
             seconds = _now(ranks) - begin

@@ -46,9 +46,9 @@ class Backend(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer inside, whose state is keyed by the owners of `fragments`."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to that of the step. Summed over the ranks and micro-batches of the step, these
-        gradients are the step's: the backend neither averages nor divides."""
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        """Add the gradient of `loss` to that of the step, whose last micro-batch it may be. Summed over the ranks and
+        micro-batches of the step, these gradients are the step's: the backend neither averages nor divides."""
 
     def clip_at(self, max_norm: float) -> None:
         """From now on `step` clips the gradient to this global norm, instead of the configured one; 0 for none."""

@@ -132,7 +132,6 @@ class DeepSpeedBackend:
         self._ranks, self._layout = ranks, ZeroLayout(self.engine, ranks)
         if hasattr(scaler := self._dynamic_scaler(), "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # the trainer ends the run, and not at the first such step
-        self._micro_step = 0
         self._clip = section.gradient_clipping if _engine_clips(section) else None
         if ranks.world_size == 1 and self._clip is not None and section.communication_data_type is None:
             self.engine.enable_backward_allreduce = False  # it would copy each gradient twice, to reduce nothing
@@ -154,11 +153,8 @@ class DeepSpeedBackend:
             self.optimizer.state.clear()
         self.restore_derived(0, {})
 
-    def backward(self, loss: Tensor) -> None:
-        # DeepSpeed wants step() after every micro-batch; all but the last of a step only count
-        if self._micro_step:
-            self.engine.step()
-        self._micro_step += 1
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_last)
         if self._ranks.world_size > 1:
             loss = loss * self._ranks.world_size
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -172,7 +168,6 @@ class DeepSpeedBackend:
             self.engine._config.gradient_clipping = max_norm
 
     def step(self) -> Stepped:
-        self._micro_step = 0
         norm = None
         if self._clip is not None:
             gradients = [p.grad for p in self._parameters if p.grad is not None]

@@ -71,12 +71,12 @@ class FSDPBackend:
         self._scaler = LossScaler.of(section.fp16)
         self._max_norm = section.gradient_clipping
         self._device = ranks.device
-        self._grad_accum_steps, self._micro_batch = sizes.grad_accum_steps, 0
+        self._is_last = True
 
-    def backward(self, loss: Tensor) -> None:
-        self._micro_batch += 1
-        if self._grad_accum_steps > 1 and self._micro_batch in (1, self._grad_accum_steps):
-            self._set_last(self._micro_batch == self._grad_accum_steps)
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        if is_last != self._is_last:
+            self._set_last(is_last)
+        self._is_last = is_last
         (loss * self._scaler.scale if self._scaler.scale != 1 else loss).backward()
 
     def _set_last(self, is_last: bool) -> None:
@@ -93,7 +93,6 @@ class FSDPBackend:
 
     @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
-        self._micro_batch = 0
         gradients = [cast(DTensor, p.grad).to_local() for p in self._trainable if p.grad is not None]
         norm = self._global_norm(gradients) / self._scaler.scale
         skipped = not math.isfinite(norm)

@@ -144,7 +144,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                raise ConfigError(f"{name}: no flag stands before it{self._hint}")
+                again = "; write --set before it, too" if "=" in unknown[0] and "--set" in self.options() else ""
+                raise ConfigError(f"{name}: no flag stands before it{again}{self._hint}")
             close = difflib.get_close_matches(name, sorted(self.options()), n=1, cutoff=0.6)
             raise ConfigError(f"{name}: unknown flag{f'; did you mean {close[0]}?' if close else ''}{self._hint}")
         return parsed

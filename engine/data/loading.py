@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ class Batches(Dataset[Batch]):
 
     task: Task
     dataset: Samples
-    draws: Callable[[int], Draws]
-    """The draws of a place."""
+    draws: Callable[[int], Draws | None]
+    """The draws of a place. Where there are none, the batch is empty: it holds nothing on any rank."""
     count: int
     pin_memory: bool = False
 
@@ -38,6 +39,8 @@ class Batches(Dataset[Batch]):
 
     def __getitem__(self, place: int) -> Batch:
         draws = self.draws(place)
+        if draws is None:
+            return {}
         batch = collate(self.task, [self.dataset[index] for index in draws[0].clip(0).tolist()], draws)
         return {key: value.pin_memory() for key, value in batch.items()} if self.pin_memory else batch
 
@@ -49,21 +52,27 @@ def training_loader(
     task: Task, dataset: Samples, batches: GlobalBatches, sizes: BatchSizes, rank: int, *,
     first_step: int, last_step: int, num_workers: int, pin_memory: bool,
 ) -> Iterator[list[Batch]]:  # fmt: skip
-    """For each step of range(first_step, last_step): this rank's micro-batches, `grad_accum_steps` of them."""
+    """For each step of range(first_step, last_step): this rank's micro-batches, equally many on all ranks.
+
+    There are `grad_accum_steps` of them; fewer where a short batch leaves some without a sample on any rank.
+    """
     accumulation = sizes.grad_accum_steps
 
     @lru_cache(maxsize=1)
     def of_step(step: int) -> np.ndarray:
         return batches.draws(step).reshape(2, accumulation, sizes.world_size, sizes.micro_batch_size)[:, :, rank]
 
-    def draws(place: int) -> Draws:
-        drawn, micro = of_step(first_step + place // accumulation), place % accumulation
+    def draws(place: int) -> Draws | None:
+        step, micro = first_step + place // accumulation, place % accumulation
+        if micro * sizes.world_size * sizes.micro_batch_size >= batches.count(step):
+            return None
+        drawn = of_step(step)
         return [drawn[0, micro], drawn[1, micro]]
 
     steps = range(first_step, last_step)
     loader = iter(_loader(Batches(task, dataset, draws, len(steps) * accumulation), num_workers, pin_memory))
     for _ in steps:
-        yield [next(loader) for _ in range(accumulation)]
+        yield [batch for batch in islice(loader, accumulation) if batch]
 
 
 def evaluation_loader(

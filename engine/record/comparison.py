@@ -73,6 +73,7 @@ def _facts(runs: Runs) -> list[tuple[str, ...]]:
         return called, *(cell or NONE for cell in cells)
 
     histories = list(runs.values())
+    apart = [_apart(histories[0], other) for other in histories[1:]]
     return [
         line("workload", *(run.workload for run in histories)),
         line("steps", *(_of(run.steps, run.planned_steps) for run in histories)),
@@ -81,6 +82,7 @@ def _facts(runs: Runs) -> list[tuple[str, ...]]:
         line("throughput, median", *(run.throughput() for run in histories)),
         line("resumed after step", *(", ".join(f"{resume.step:,}" for resume in run.resumes) for run in histories)),
         line("training loss, last", *(_last(run.series("train", "loss")) for run in histories)),
+        *([line(f"largest difference from {next(iter(runs))}", "", *apart)] if any(apart) else []),
     ]
 
 
@@ -94,6 +96,17 @@ def _duration(seconds: float | None) -> str:
 
 def _last(series: Series) -> str:
     return f"{series.values[-1]:.6g}" if series.values else ""
+
+
+def _apart(one: History, other: History) -> str:
+    """How far the training losses of two runs of one workload lie apart where they lie farthest, at the same step."""
+    if one.workload != other.workload:
+        return ""
+    ours, theirs = (
+        dict(zip(s.steps, s.values, strict=True)) for s in (r.series("train", "loss") for r in (one, other))
+    )
+    apart = [(abs(ours[step] - theirs[step]), step) for step in ours if step in theirs]
+    return "{:.3g} at step {:,}".format(*max(apart)) if apart else ""
 
 
 def _metrics(runs: Runs) -> str:

@@ -47,7 +47,9 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Seconds a step, samples and units a second over all ranks, memory in use, and the share of the device's peak
-        where known."""
+        where known. Nothing without a step since the last reading."""
+        if not self.steps:
+            return {}
         rate = self.samples / self.seconds
         values = {
             "step_time_s": self.seconds / self.steps,

@@ -42,6 +42,12 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield words
 
 
+def steps(page: Path | str) -> list[tuple[str, str]]:
+    """(language, block) of a page in its order; a line that is indented is a block of the language "sh"."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$|^ {4}(\S[^\n]*)$", read(page), re.MULTILINE | re.DOTALL)
+    return [(language, block) if language else ("sh", line) for language, block, line in found]
+
+
 def spans(text: str) -> list[str]:
     """What stands between backticks."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)

@@ -19,31 +19,31 @@ from trunkline.engine.task import Batch, Sums
 
 
 class NumberTask(TinyTask):
-    """The loss of a sample is a number: 1, and more for samples 2 and 3."""
+    """The loss of a sample is a number: 1, and more for samples 100 to 199."""
 
     def __init__(self, more: float) -> None:
         super().__init__(TinyData(), TinyModel())
         self.more = more
 
     def dataset(self, split: str) -> range:
-        return range(7)
+        return range(350)
 
     def collate(self, samples: Sequence[int]) -> Batch:
         return {"number": torch.tensor(samples)}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
-        loss = torch.where(batch["number"] // 2 == 1, 1.0 + self.more, 1.0)
+        loss = torch.where(batch["number"] // 100 == 1, 1.0 + self.more, 1.0)
         return {"loss": (loss * batch["valid"]).sum(), "weight": batch["valid"].sum(), "samples": batch["valid"].sum()}
 
 
 def measured(rank: int, world_size: int) -> list[tuple[float, str, str]]:
     found = []
-    for more, samples in ((0.1, None), (1.0, None), (1.0, 1)):
+    for more, samples, micro_batch_size in ((0.1, None, 100), (1.0, None, 100), (1.0, 6, 2), (1.0, 1, 2)):
         out, err = StringIO(), StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             metrics = evaluate(
                 NumberTask(more), nn.Identity(), Ranks(rank, world_size, rank, torch.device("cpu")),
-                num_samples=samples, micro_batch_size=2, progress=False,
+                num_samples=samples, micro_batch_size=micro_batch_size, progress=False,
             )  # fmt: skip
         found.append((metrics["loss"], out.getvalue(), err.getvalue()))
     return found
@@ -51,8 +51,8 @@ def measured(rank: int, world_size: int) -> list[tuple[float, str, str]]:
 
 @pytest.mark.distributed
 def test_ranks_whose_own_losses_lie_apart_are_named() -> None:
-    """Seven samples in batches of two: ranks 0, 1 and 2 have the first two, the next two and the next, twice."""
-    (near, apart, one), *others = run_distributed_test(measured, 3)
+    """350 samples in batches of 100: ranks 0, 1 and 2 have the first, second and third 100, and rank 0 the rest."""
+    (near, apart, few, one), *others = run_distributed_test(measured, 3)
     assert near[0] == pytest.approx((5 + 2 * 1.1) / 7)
     assert near[1].strip() == "val loss of the ranks' own samples: mean 1.03333, std 0.0471, min 1, max 1.1"
     assert near[2] == ""
@@ -60,8 +60,10 @@ def test_ranks_whose_own_losses_lie_apart_are_named() -> None:
     assert "mean 1.33333, std 0.471, min 1, max 2" in apart[1]
     assert "\nwarning: rank 1's own val loss is 2, more than 20% off the ranks' mean" in apart[1]
     assert apart[2] == ""
+    assert "mean 1.33333, std 0.471, min 1, max 2" in few[1]
+    assert "warning" not in few[1], "two samples a rank say nothing"
     assert one[1:] == ("", ""), "one rank alone has a sample"
-    assert [line for rank in others for found in rank for line in found[1:]] == [""] * 12
+    assert [line for rank in others for found in rank for line in found[1:]] == [""] * 16
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""training.log_means: a line of metrics.jsonl is the mean over the steps since the line before."""
+"""The lines of steps in metrics.jsonl: one step's, or with training.log_means the mean over those since the last."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.test_trainer import interrupted_then_resumed, lines, train
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.progress import Progress
@@ -62,3 +63,23 @@ def test_a_resume_between_two_lines_changes_none(tmp_path: Path) -> None:
         tmp_path / "resumed", str(tmp_path / "unbroken/run/checkpoints/step-00000006"), save_every=3, **MEANS
     )
     assert resumed == {8: unbroken[8], 11: unbroken[11]}
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_a_stop_between_two_lines_leaves_one_more_and_changes_no_other(tmp_path: Path, means: bool) -> None:
+    each, heavy = losses(tmp_path / "each", log_every=1), weights(tmp_path)
+    settings = {"steps": 11, "eval_every": 99, "save_every": 99, "log_every": 4, "log_means": means}
+    config = tiny_config(tmp_path, training=settings)
+    train(tmp_path / "unbroken", config)
+    interrupted_then_resumed(tmp_path / "stopped", config, at=6)
+
+    kept = ("step", "epoch", "points_seen", "samples_seen", "loss", "absolute", "lr", "grad_norm")
+    whole, found = (
+        {row["step"]: [row[key] for key in kept] for row in lines(tmp_path / run)} for run in ("unbroken", "stopped")
+    )
+    more = dict(zip(kept, found.pop(6), strict=True))
+    assert found == whole
+    since = (5, 6) if means else (6,)
+    mean = sum(each[step] * heavy[step - 1] for step in since) / sum(heavy[step - 1] for step in since)
+    assert more["loss"] == pytest.approx(mean, rel=1e-6)
+    assert more["points_seen"] == sum(heavy[:6])

@@ -214,10 +214,11 @@ def test_weights_carry_the_names_that_the_task_gives_and_config_json_what_it_add
 
 
 def test_early_stopping_counts_and_stops(tmp_path: Path) -> None:
-    stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50}
+    stop = {"eval_every": 1, "early_stopping": {"patience": 3, "min_delta": 100.0}, "steps": 50, "log_every": 3}
     trainer = train(tmp_path / "run", tiny_config(tmp_path, training=stop))
     assert trainer.progress.step == 4  # the first evaluation is a gain, the next three are not
     assert len(lines(tmp_path / "run", "val")) == 4
+    assert [row["step"] for row in lines(tmp_path / "run")] == [3, 4]
     assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
 
 
@@ -445,7 +446,8 @@ def test_the_deepspeed_launcher_says_to_each_rank_who_it_is(tmp_path: Path) -> N
     script = tmp_path / "who.py"
     script.write_text(
         "import sys\nfrom trunkline.engine.ranks.launch import read_launch\nlaunch = read_launch()\n"
-        "print('rank', launch.rank, 'of', launch.world_size, launch.local_rank, *sys.argv[1:])\n"
+        "line = ' '.join(map(str, ('rank', launch.rank, 'of', launch.world_size, launch.local_rank, *sys.argv[1:])))\n"
+        "sys.stdout.write(line + '\\n')\n"  # at once: print would write word by word, between the other rank's
     )
     said = launch_by_deepspeed(script, "out")
     for rank in (0, 1):

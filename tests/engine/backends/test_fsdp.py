@@ -178,7 +178,7 @@ def sum_gradients(rank: int, world_size: int, folder: Path) -> list[dict[str, Te
     for keys in layouts(world_size):
         backend = make_backend(folder, ranks, Linear(), micro=16 // world_size // 2, **keys)
         for micro_batch in range(2):
-            backend.backward(backend.model(inputs(rank, micro_batch)))
+            backend.backward(backend.model(inputs(rank, micro_batch)), is_last=micro_batch == 1)
         gradients = {
             name: p.grad.full_tensor().clone() for name, p in backend.model.named_parameters() if p.requires_grad
         }
@@ -230,8 +230,8 @@ def count_collectives(rank: int, world_size: int, folder: Path) -> list[tuple[in
     for keys in layouts(world_size):
         backend = make_backend(folder, ranks, micro=16 // world_size // 4, **keys)
         with Collectives() as seen:
-            for _ in range(4):
-                backend.backward(backend.model(torch.ones(2, 6)).sum())
+            for micro_batch in range(4):
+                backend.backward(backend.model(torch.ones(2, 6)).sum(), is_last=micro_batch == 3)
             backend.step()
         kinds = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
         assert set(seen.counts) <= set(kinds)

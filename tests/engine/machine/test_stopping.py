@@ -100,7 +100,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(tmp_path: Path) -
 def stop_rank_1(rank: int, world_size: int, folder: Path) -> tuple[str, int]:
     lookout.EVERY_MS = 0
     section = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    config = tiny_config(folder / f"config-{rank}", training={"eval_every": 2}, deepspeed=section)
+    config = tiny_config(folder / f"config-{rank}", training={"eval_every": 2, "log_every": 5}, deepspeed=section)
     task = Signalled(config, signal.SIGUSR1, at=1 + 1 if rank else 0)
     trainer = Trainer(task, config, start(), folder / "run")
     with pytest.raises(InterruptedRunError) as stopped:
@@ -114,6 +114,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_in_the_same_batch(tmp_
     assert "by a signal to another rank after step 2, which is saved" in said_0
     assert "by SIGUSR1 after step 2" in said_1
     assert batches_0 == batches_1 < 1 + 6
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [2]
     assert (tmp_path / "run/checkpoints/step-00000002/MANIFEST.json").exists()
 
 

@@ -60,6 +60,7 @@ def test_two_runs_are_told_apart_by_what_they_reached_and_by_the_keys_that_diffe
 | throughput, median | 4 samples/s, 35 words/s | 4 samples/s, 35 words/s |
 | resumed after step | 2 | 2 |
 | training loss, last | 0.25 | 0.333333 |
+| largest difference from a | - | 0 at step 3 |
 
 - b has made 3 of its 4 steps
 
