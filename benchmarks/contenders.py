@@ -179,8 +179,8 @@ def flex(N: int, causal_block: int | None, real: int | None, device: torch.devic
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        filled = (F.pad(x.transpose(1, 2), (0, 0, 0, rows - N)) for x in (q, k, v))
-        return compiled(*filled, block_mask=block_mask)[:, :, :N].transpose(1, 2)
+        q, k, v = (F.pad(x.transpose(1, 2), (0, 0, 0, rows - N)) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=block_mask)[:, :, :N].transpose(1, 2)
 
     return attend
 

@@ -32,8 +32,9 @@ from torch._subclasses import FakeTensor
 from trunkline.kernels.arguments import autocast_dtype, check_integer, check_tensors
 from trunkline.kernels.first_order import no_forward_mode, no_second_order
 
-# A chunk's logits in fp32. On a CPU, 16 to 64 MiB took the same time, for weights of 10,000 x 128.
-CHUNK_BYTES = 2**25
+# A chunk's logits in fp32. On a CPU, 16 to 64 MiB took the same time, for weights of 10,000 x 128. A GPU needs longer
+# products to be busy, and adds to the gradient of W once a chunk.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 2**25, 2**28
 # A chunk reads W twice, and reads and writes its gradient: with fewer rows the products would wait for memory.
 MIN_ROWS = 512
 _FP16_SCALE = 2.0**12
@@ -161,7 +162,7 @@ def _sweep(
         targets = targets.where(kept, 0)
     masked = rows is None and row_scale is not None
     num_rows = N if rows is None else len(rows)
-    C = _chunk_rows(num_rows, V)
+    C = _chunk_rows(num_rows, V, GPU_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES)
     with torch.autocast(hidden.device.type, enabled=False):
         factors = torch.float32 if dtype == torch.float16 and not hidden.is_cuda else dtype
         w = weight.to(dtype).to(factors)
@@ -210,9 +211,9 @@ def _is_read_at_once(x: Tensor) -> bool:
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
-def _chunk_rows(num_rows: int, V: int) -> int:
+def _chunk_rows(num_rows: int, V: int, most_bytes: int) -> int:
     """Rows a chunk, at least 1: of the fewest chunks that keep to the limit, of nearly equal sizes."""
-    most = max(MIN_ROWS, CHUNK_BYTES // (4 * V))
+    most = max(MIN_ROWS, most_bytes // (4 * V))
     chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // chunks))
 

@@ -1,9 +1,9 @@
 """hopper_forward, hopper_backward: where the kernels for Hopper GPUs (sm_90) serve, and whether they can be loaded.
 
 They serve CUDA tensors of compute capability 9.0 in bf16 or fp16, with the head dimensions of HOPPER_FORWARD and
-HOPPER_BACKWARD, and at least FEWEST_ROWS queries. The backward one adds dQ in any order and holds one query head
-for each key head: it serves neither deterministic mode nor heads that share keys. forward.py and backward.py serve
-everything else.
+HOPPER_BACKWARD, at least FEWEST_ROWS queries, and FEWEST_TILES tiles of them. The backward one adds dQ in any order and
+holds one query head for each key head: it serves neither deterministic mode nor heads that share keys. forward.py and
+backward.py serve everything else.
 
 The kernels are written in Gluon, a part of Triton that changes from version to version. Versions 3.6 to 3.9 compile
 them. Gluon has no interpreter.
@@ -20,8 +20,9 @@ from torch import Tensor
 from trunkline.kernels.attention.tiles import HOPPER_BACKWARD, HOPPER_FORWARD, Tile, architecture_of
 from trunkline.kernels.triton_path import INTERPRETED, triton
 
-FEWEST_ROWS = 1024
-"""Fewer queries fill few tiles of 192 rows. They were not timed: the plain kernels have smaller tiles."""
+FEWEST_ROWS, FEWEST_TILES = 1024, 512
+"""On an H200, with 132 multiprocessors, the plain kernels were as fast or faster below these: with their smaller tiles
+less is left of a sequence's last one, and of the last round of programs."""
 
 
 def hopper_forward(q: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -38,7 +39,11 @@ def hopper_backward(q: Tensor, k: Tensor, deterministic: bool) -> Callable[..., 
 
 
 def _serves(tiles: dict[int, Tile], q: Tensor) -> bool:
-    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] not in tiles or q.shape[1] < FEWEST_ROWS:
+    if not q.is_cuda or q.element_size() != 2 or q.shape[-1] not in tiles:
+        return False
+    B, N, H, _ = q.shape
+    rows = max(tiles[q.shape[-1]][:2])  # 192, of queries or of keys, as many of which there usually are
+    if N < FEWEST_ROWS or B * H * -(-N // rows) < FEWEST_TILES:
         return False
     return architecture_of(q.device) == 90  # which is no ROCm device
 

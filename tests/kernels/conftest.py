@@ -18,6 +18,11 @@ def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
+@pytest.fixture(autouse=True)
+def kernels_serve_short_sequences_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trunkline.kernels.attention.flash.ROWS_PER_CHANNEL", 0)
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
     """While this module's tests run, the kernels run on CPU tensors, through Triton's interpreter."""

@@ -24,6 +24,7 @@ def device(request):
 def small_chunks(monkeypatch):
     """At most 3 rows at a time."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "GPU_CHUNK_BYTES", 0)
     monkeypatch.setattr(module, "MIN_ROWS", 3)
 
 

@@ -16,6 +16,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 def served(monkeypatch):
     """Nothing is tested where another kernel would run."""
     monkeypatch.setattr(hopper, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(hopper, "FEWEST_TILES", 1)
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     for head_dim in HOPPER_BACKWARD:

@@ -6,18 +6,24 @@ import pytest
 import torch
 
 from tests.kernels.attention.test_flash_kernels import (
+    assert_as_accurate_as_dense_torch,
     dense_in_the_same_dtype,
     deterministic,
     gradients,
     inputs,
     some_keys,
 )
-from trunkline.kernels.attention import flash_attention, op
+from trunkline.kernels.attention import flash, flash_attention, hopper, op
 from trunkline.kernels.reference import attention_reference
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def hopper_kernels_serve_few_heads_too(monkeypatch):
+    monkeypatch.setattr(hopper, "FEWEST_TILES", 1)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +147,15 @@ def test_peak_memory_grows_linearly():
         assert peaks[-1] < 1.1 * (2 * (4 * R + 4 * S) + 8 * B * N * H + 4 * R)
         del leaves, out
     assert peaks[1] < 2.1 * peaks[0]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("causal_block", [None, 1, 1000])
+@pytest.mark.parametrize(("N", "Hkv", "D"), [(1, 4, 64), (300, 2, 40), (1000, 1, 128)])
+def test_torch_s_own_kernels_serve_short_sequences(N, Hkv, D, causal_block, dtype, monkeypatch):
+    monkeypatch.setattr(flash, "ROWS_PER_CHANNEL", 32)
+    monkeypatch.setattr(op.FlashAttention, "apply", None)
+    leaves = inputs(DEVICE, N=N, M=N, Hq=4, Hkv=Hkv, D=D, dtype=dtype)
+    assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block)
+    with deterministic(), pytest.raises(TypeError):
+        flash_attention(*leaves, causal_block=causal_block)

@@ -13,7 +13,7 @@ from tests.kernels.attention.test_flash_kernels import dense_in_the_same_dtype
 from trunkline.kernels.attention import flash_attention, op
 from trunkline.kernels.attention import hopper as hopper_module
 from trunkline.kernels.attention.forward import launch_forward
-from trunkline.kernels.attention.hopper import FEWEST_ROWS, hopper_forward, hopper_kernels
+from trunkline.kernels.attention.hopper import FEWEST_ROWS, FEWEST_TILES, hopper_forward, hopper_kernels
 from trunkline.kernels.attention.tiles import HOPPER_FORWARD
 from trunkline.kernels.reference import attention_reference, visible_pairs
 from trunkline.kernels.triton_path import triton
@@ -130,15 +130,17 @@ def test_strided_and_expanded_inputs(hopper, D):
 @pytest.mark.gpu
 def test_it_serves_what_it_was_measured_for_and_nothing_else(hopper):
     forward = hopper_kernels()[0]
-    for D, dtype, N, launch in (
-        (32, BF16, FEWEST_ROWS, forward),
-        (64, FP16, FEWEST_ROWS, forward),
-        (64, BF16, FEWEST_ROWS - 1, launch_forward),
-        (40, BF16, FEWEST_ROWS, launch_forward),
-        (128, BF16, FEWEST_ROWS, launch_forward),
-        (64, torch.float32, FEWEST_ROWS, launch_forward),
+    heads = FEWEST_TILES // (FEWEST_ROWS // 192)
+    for D, dtype, N, H, launch in (
+        (32, BF16, FEWEST_ROWS, heads, forward),
+        (64, FP16, FEWEST_ROWS, heads, forward),
+        (64, BF16, FEWEST_ROWS - 1, heads, launch_forward),
+        (64, BF16, FEWEST_ROWS, heads // 2, launch_forward),
+        (40, BF16, FEWEST_ROWS, heads, launch_forward),
+        (128, BF16, FEWEST_ROWS, heads, launch_forward),
+        (64, torch.float32, FEWEST_ROWS, heads, launch_forward),
     ):
-        q, k, v = tensors(hopper, D, N=N, dtype=dtype)
+        q, k, v = tensors(hopper, D, N=N, Hq=H, Hkv=H, dtype=dtype)
         assert (hopper_forward(q) or launch_forward) == launch
         out, lse = op.forward(q, k, v, None, 63, D**-0.5)
         same = launch(q, k, v, None, 63, D**-0.5)
