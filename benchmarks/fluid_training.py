@@ -92,6 +92,8 @@ class _Ours:
 class _WithNoise(nn.Module):
     """The network as one hands it to others: it adds the noise and returns the mean loss."""
 
+    noise: Tensor
+
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         task: Any = trainer.task

@@ -212,6 +212,8 @@ of one resumes under the other.
 Each key is obeyed or refused. A refused key passes where it holds one of the values shown, which ask for nothing: most
 are those that DeepSpeed has anyway. Any other value is an error before training begins.
 
+One process that trains in fp32, and offloads nothing, has nothing to share: its model is left as it is, at every stage.
+
 Model code has to keep to two rules: parameters are used inside the forward of the model, or of the block that they
 belong to; and a parameter has at least one dimension. Buffers keep their dtype in bf16 and fp16 runs.
 
