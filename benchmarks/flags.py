@@ -108,6 +108,16 @@ def images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 
 
+def fluid_training(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py fluid_training`."""
+    demo = Path("configs/fluid/demo.json")
+    parser.add_argument("--config", type=Path, metavar="FILE", default=demo, help=f"what is trained ({demo})")
+    parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
+    parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage (the configuration's)")
+    parser.add_argument("--turns", type=int, default=12, help="turns of each side (12)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn that count (20)")
+
+
 def image_training(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py image_training`."""
     parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")

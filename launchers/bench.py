@@ -20,6 +20,7 @@ BENCHMARKS = {
     "numbers": ("trunkline.benchmarks.numbers", "the demo of seq2seq beside tables, rules and neighbours"),
     "prepare": ("trunkline.benchmarks.fluid_prepare", "reading CSV cases, against pandas"),
     "memory": ("trunkline.benchmarks.fluid_memory", "memory of preparing and reading, by number of cases"),
+    "fluid_training": ("trunkline.benchmarks.fluid_training", "training of the surrogate against transformers"),
     "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),
     "image_training": ("trunkline.benchmarks.image_training", "training of image classifiers against transformers"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),

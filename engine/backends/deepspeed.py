@@ -10,6 +10,7 @@ What differs from the protocol, and is put right here:
 - The fp32 masters that it makes in bf16 and fp16 are copies of the rounded parameters, and ZeRO 0 decays them once
   more and counts a step that was none. They begin as the model was built, and the optimizer with nothing.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
+- On one rank in fp32 ZeRO would copy each parameter and gradient to share them with nobody: there every stage is 0.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
 
@@ -84,6 +85,14 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameter
     return config
 
 
+def _for_one_rank(section: DeepSpeedSection) -> DeepSpeedSection:
+    """Without ZeRO, unless it moves something, or something else comes from it."""
+    zero = section.zero_optimization
+    at_zero_0 = section.model_copy(update={"zero_optimization": type(zero)(stage=0)})
+    moves = zero.offload_optimizer or zero.offload_param
+    return section if moves or section.optimizer.is_deepspeed_only or not _engine_clips(at_zero_0) else at_zero_0
+
+
 def _engine_clips(section: DeepSpeedSection) -> bool:
     autocast = section.torch_autocast is not None and section.torch_autocast.enabled
     return not (section.zero_optimization.stage or section.bf16.enabled or section.fp16.enabled or autocast)
@@ -102,7 +111,7 @@ class DeepSpeedBackend:
 
         quiet()
         join(ranks.device)
-        section = config.deepspeed
+        section = _for_one_rank(config.deepspeed) if ranks.world_size == 1 else config.deepspeed
         if config.training.compile:  # ZeRO 3 gathers a whole block then, for its hooks must stand around a graph
             for block in blocks(model):
                 deepspeed.utils.set_z3_leaf_module(block, True)
@@ -170,7 +179,10 @@ class DeepSpeedBackend:
     def step(self) -> Stepped:
         norm = None
         if self._clip is not None:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            for parameter in self._parameters:
+                if parameter.grad is None:  # an unused one has the gradient 0, as where gradients are reduced
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [p.grad for p in self._parameters]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             if not torch.isfinite(norm):
                 for parameter in self._parameters:

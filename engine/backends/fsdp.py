@@ -9,7 +9,8 @@ The section "deepspeed" means here what it means there (engine/config/fsdp_secti
 - `zero_hpz_partition_size` is the number of ranks that share one copy of the state; the copies are replicas (HSDP).
 
 Parameters are fp32 shards, which the optimizer steps; bf16 and fp16 are what they are gathered in. Buffers keep their
-dtype. What is put right here: FSDP averages gradients over the ranks, but the protocol wants their sum.
+dtype. One rank in fp32 has nothing to share, gather or cast: fully_shard, which would copy all of it, is not called.
+What is put right here: FSDP averages gradients over the ranks, but the protocol wants their sum.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.optim.parameter_rules import parameter_groups
 from trunkline.engine.optim.schedules import build_scheduler
 from trunkline.engine.ranks.distributed import Ranks
-from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
+from trunkline.engine.state.sharded_state import Fragment, local_part, persistent_buffers
 
 
 class FSDPBackend:
@@ -65,8 +66,13 @@ class FSDPBackend:
         self.model = self.module = model
         # the shards, kept because the modules themselves hold gathered copies at times
         self._parameters = list(model.named_parameters())
+        # what is stepped and saved: this rank's part without DTensor, which costs more than a step of small ones
+        self._local = {p: nn.Parameter(local_part(p.detach()), p.requires_grad) for _, p in self._parameters}
         self._trainable = [parameter for _, parameter in self._parameters if parameter.requires_grad]
-        self.optimizer = build_optimizer(parameter_groups(model, config, kept), section.optimizer)
+        groups = parameter_groups(model, config, kept)
+        for group in groups:
+            group["params"] = [self._local[parameter] for parameter in group["params"]]
+        self.optimizer = build_optimizer(groups, section.optimizer)
         self._scheduler = build_scheduler(self.optimizer, section.scheduler, total_steps)
         self._scaler = LossScaler.of(section.fp16)
         self._max_norm = section.gradient_clipping
@@ -74,7 +80,7 @@ class FSDPBackend:
         self._is_last = True
 
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
-        if is_last != self._is_last:
+        if self._units and is_last != self._is_last:
             self._set_last(is_last)
         self._is_last = is_last
         (loss * self._scaler.scale if self._scaler.scale != 1 else loss).backward()
@@ -93,7 +99,12 @@ class FSDPBackend:
 
     @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
-        gradients = [cast(DTensor, p.grad).to_local() for p in self._trainable if p.grad is not None]
+        gradients = []
+        for parameter in self._trainable:
+            owner = self._local[parameter]
+            # an unused parameter has the gradient 0, as where gradients are reduced
+            owner.grad = torch.zeros_like(owner) if parameter.grad is None else local_part(parameter.grad)
+            gradients.append(owner.grad)
         norm = self._global_norm(gradients) / self._scaler.scale
         skipped = not math.isfinite(norm)
         if not skipped:
@@ -105,14 +116,13 @@ class FSDPBackend:
             self.optimizer.step()
             self._scheduler.step()
         for parameter in self._trainable:
-            parameter.grad = None
+            parameter.grad = self._local[parameter].grad = None
         self._scaler.update(skipped)
         return Stepped(float("inf") if skipped else norm, skipped)
 
     def _global_norm(self, gradients: list[Tensor]) -> float:
         """The norm over all shards: each element counts once, replicas do not."""
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-        norm = torch.linalg.vector_norm(norms, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)), dtype=torch.float64)
         if self._shards.size() > 1:
             square = norm.to(self._device).square()
             dist.all_reduce(square, group=self._shards.get_group())
@@ -133,13 +143,12 @@ class FSDPBackend:
     def fragments(self) -> list[Fragment]:
         return [self._fragment(name, parameter) for name, parameter in self._parameters]
 
-    def _fragment(self, name: str, owner: nn.Parameter) -> Fragment:
+    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment:
         """FSDP cuts the rows like torch.chunk: as many to each rank as to the first, until there are none left."""
-        rows, row_size = owner.shape[0], math.prod(owner.shape[1:])
+        rows, row_size, owner = parameter.shape[0], math.prod(parameter.shape[1:]), self._local[parameter]
         first_row = min(rows, self._shards.get_local_rank() * -(-rows // self._shards.size()))
         return Fragment(
-            name, tuple(owner.shape), owner, offset=0, start=first_row * row_size,
-            length=cast(DTensor, owner).to_local().numel(),
+            name, tuple(parameter.shape), owner, offset=0, start=first_row * row_size, length=owner.numel(),
             replicas=self._replicas.size() if self._replicas else 1,
             replica=self._replicas.get_local_rank() if self._replicas else 0,
         )  # fmt: skip
@@ -159,7 +168,8 @@ class FSDPBackend:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters:
-            yield name, cast(DTensor, parameter.detach().to(self._device)).full_tensor().to("cpu", copy=True)
+            value = parameter.detach().to(self._device)
+            yield name, (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
         for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
 
@@ -167,6 +177,9 @@ class FSDPBackend:
     def gathered(self) -> Iterator[nn.Module]:
         """The model with whole parameters, entered on all ranks. Within, neither its forward nor its gradients take a
         collective, so that ranks may go different ways."""
+        if not self._units:
+            yield self.module
+            return
         root = self._units[-1]
         root._get_fsdp_state()._lazy_init()  # else a block that is called before the model takes itself for the root
         for unit in self._units:
@@ -207,7 +220,10 @@ def _mesh(section: DeepSpeedSection, ranks: Ranks) -> DeviceMesh:
 
 
 def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source: str) -> list[FSDPModule]:
-    """Shard the model in place. Returns what communicates as one: each block, and last the model with all the rest."""
+    """Shard the model in place, unless one rank trains it in fp32.
+
+    Returns what communicates as one: each block, and last the model with all the rest.
+    """
     units = [*reversed(blocks(model)), model]  # a block inside a block before the one around it
     _check_parameters(model, units, source)
     if mesh.size() > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
@@ -222,10 +238,12 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
         cast_forward_inputs=section.fp16.auto_cast,
     )
     offload = _offload_policy(section, mesh.device_type)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    if mesh.size() == 1 and {dtype, reduce_dtype(section)} == {torch.float32} and type(offload) is OffloadPolicy:
+        return []
     for unit in units:
-        for parameter in unit.parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
         fully_shard(
             unit, mesh=mesh, mp_policy=precision, offload_policy=offload,
             # the parameters outside the blocks stay gathered: the backward begins with them

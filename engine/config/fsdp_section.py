@@ -42,7 +42,6 @@ class Refused:
 
 Rule = Obeyed | Refused
 
-_NOT_ON_SHARDS = ("Adafactor", "Rprop")
 _BY_BLOCK = "FSDP communicates block by block, as the model names its blocks"
 _PREFETCHES = "FSDP gathers the next block while one is computed"
 
@@ -51,8 +50,8 @@ RULES: dict[str, Rule] = {
     "train_micro_batch_size_per_gpu": Obeyed("samples a rank computes at once"),
     "gradient_accumulation_steps": Obeyed("derived and checked"),
     "optimizer.type": Obeyed("torch.optim's classes, Adam and AdamW with DeepSpeed's meaning. Not Lamb, Lion, Muon and "
-                             "MuAdam, which only DeepSpeed builds, nor those that cannot step shards (Adafactor, "
-                             "Rprop, apex.*): use AdamW"),
+                             "MuAdam, which only DeepSpeed builds, nor Adafactor, which needs whole parameters: use "
+                             "AdamW"),
     "optimizer.params": Obeyed("arguments of the class"),
     "optimizer.legacy_fusion": Refused("it chooses between DeepSpeed's own kernels", (False,)),
     "scheduler.type": Obeyed("all: DeepSpeed's five, torch's and the engine's, with the same rates step by step"),
@@ -160,9 +159,6 @@ def _faults(section: DeepSpeedSection, world_size: int) -> Iterator[tuple[str, s
     optimizer = section.optimizer.type
     if section.optimizer.is_deepspeed_only:
         yield "optimizer.type", f"only DeepSpeed builds {optimizer}: use AdamW, or --backend deepspeed"
-    elif optimizer in _NOT_ON_SHARDS or optimizer.startswith("apex."):
-        ways = "use AdamWScale" if optimizer == "Adafactor" else "use AdamW, or --backend deepspeed"
-        yield "optimizer.type", f"{optimizer} cannot step shards (DTensor): {ways}"
     zero = section.zero_optimization
     together = zero.zero_hpz_partition_size or 1
     if together < 1 or world_size % together:
@@ -215,6 +211,8 @@ of one resumes under the other.
 
 Each key is obeyed or refused. A refused key passes where it holds one of the values shown, which ask for nothing: most
 are those that DeepSpeed has anyway. Any other value is an error before training begins.
+
+One process that trains in fp32, and offloads nothing, has nothing to share: its model is left as it is, at every stage.
 
 Model code has to keep to two rules: parameters are used inside the forward of the model, or of the block that they
 belong to; and a parameter has at least one dimension. Buffers keep their dtype in bf16 and fp16 runs.

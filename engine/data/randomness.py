@@ -64,18 +64,18 @@ def _signed(z: int) -> int:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the mask makes it logical
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # int64 shifts arithmetically; the mask makes it logical
 
 
 def _finalise(z: Tensor) -> Tensor:
-    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift_right(z, 31)
+    z = _mixed(z)
+    return _shift_right(z, 31).bitwise_xor_(z)
 
 
-def _counters(keys: Tensor, count: int, stream: int) -> Tensor:
-    steps = torch.arange(count, device=keys.device, dtype=torch.int64) + (stream << 40)
-    return _finalise(_finalise(keys)[:, None] + steps * _signed(_GOLDEN))
+def _mixed(z: Tensor) -> Tensor:
+    """The finaliser without its last step."""
+    z = _shift_right(z, 30).bitwise_xor_(z).mul_(_signed(0xBF58476D1CE4E5B9))
+    return _shift_right(z, 27).bitwise_xor_(z).mul_(_signed(0x94D049BB133111EB))
 
 
 def uniform(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
@@ -83,11 +83,18 @@ def uniform(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
 
     `stream` separates several draws that are made with one key.
     """
-    bits = _shift_right(_counters(keys, math.prod(shape), stream), 40)
-    return ((bits.to(torch.float32) + 0.5) * 2.0**-24).reshape(len(keys), *shape)
+    return _uniform(_finalise(keys), math.prod(shape), stream).view(len(keys), *shape)
 
 
 def normal(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     """Standard normal numbers by Box-Muller: [B, *shape] fp32 from int64 `keys` [B]."""
-    radius = torch.sqrt(-2.0 * torch.log(uniform(keys, shape, 2 * stream + 1)))
-    return radius * torch.cos(2 * math.pi * uniform(keys, shape, 2 * stream + 2))
+    state, count = _finalise(keys), math.prod(shape)
+    radius = _uniform(state, count, 2 * stream + 1).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(_uniform(state, count, 2 * stream + 2).mul_(2 * math.pi).cos_()).view(len(keys), *shape)
+
+
+def _uniform(state: Tensor, count: int, stream: int) -> Tensor:
+    steps = torch.arange(count, device=state.device, dtype=torch.int64).add_(stream << 40).mul_(_signed(_GOLDEN))
+    # the finaliser's last step would not change the bits that are taken
+    bits = (_mixed(state[:, None] + steps) >> 40).to(torch.int32).bitwise_and_((1 << 24) - 1)
+    return bits.to(torch.float32).add_(0.5).mul_(2.0**-24)

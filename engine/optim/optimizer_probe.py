@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from trunkline.engine.config.deepspeed_section import DeepSpeedSection, Optimizer
-from trunkline.engine.config.own_class import is_own
 from trunkline.engine.config.strict import show
 from trunkline.engine.config.typed_params import ADAMW_SCALE
 from trunkline.engine.errors import ConfigError, TrunklineError
@@ -38,8 +35,6 @@ def check_optimizer(section: DeepSpeedSection, backend: str, total_steps: int, d
     try:
         scheduled = build_optimizer([nn.Parameter(torch.zeros(1, device=device))], optimizer)
         learning_rates(section.scheduler, 0.0, total_steps, [0, min(total_steps, 1000)], scheduled)
-        if backend == "fsdp" and is_own(optimizer.type):
-            _step_shard(optimizer, device)
         whole = _Probe(optimizer, device, flat=False)
         groups = whole.groups()
         whole.step()
@@ -76,15 +71,6 @@ def _instead(kind: str) -> str:
     if kind == "Adafactor":
         return f"{ADAMW_SCALE}, whose steps are relative to the parameter as Adafactor's are"
     return "AdamW with its defaults"
-
-
-def _step_shard(section: Optimizer, device: torch.device) -> None:
-    """A step of what FSDP gives an optimizer, on a mesh of this process alone. Raises whatever the class raises."""
-    mesh = DeviceMesh(device.type, [0], _init_backend=False, _rank=0)
-    value, gradient = (DTensor.from_local(torch.ones(4, 3, device=device), mesh, [Shard(0)]) for _ in range(2))
-    parameter = nn.Parameter(value)
-    parameter.grad = gradient
-    build_optimizer([parameter], section).step()
 
 
 class _Probe:

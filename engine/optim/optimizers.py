@@ -43,7 +43,8 @@ def build_optimizer(
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     given = [each for each in parameters if isinstance(each, dict) or each.requires_grad]
     trainable = [parameter for each in given for parameter in (each["params"] if isinstance(each, dict) else [each])]
-    if "fused" in known and "foreach" not in params and all(p.device.type == "cuda" for p in trainable):
+    otherwise = {"foreach", "differentiable", "capturable"} & params.keys()
+    if "fused" in known and not otherwise and all(p.device.type in ("cpu", "cuda") for p in trainable):
         params.setdefault("fused", True)
     try:
         return cls(given, **params)

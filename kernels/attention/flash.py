@@ -81,14 +81,18 @@ def flash_attention(
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + nothing
     sees = None
     if key_mask is not None:
-        sees = _sees_any_key(key_mask, N, causal_block)[:, :, None, None]
-        q, k, v = _fold_mask_into_scores(q.masked_fill(~sees, 0), k, v, key_mask)
+        sees, padding = _sees_any_key(key_mask, N, causal_block)[:, :, None, None], ~key_mask[:, :, None, None]
+        # 0 x NaN would reach the result
+        q, k, v = q.masked_fill(~sees, 0), k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        if causal_block == 1:
+            q, k, v = _fold_mask_into_scores(q, k, v, padding)
+            key_mask = None
     groups = q.shape[2] // k.shape[2]
     if groups > 1:  # torch's fused kernel for CPU wants as many key heads as query heads
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # or torch's kernel falls to a dense one
-    out = _attend(q, k, v, causal_block, scale)
-    return out if sees is None else out[..., :-_EXTRA].masked_fill(~sees, 0).to(dtype)
+    out = _attend(q, k, v, causal_block, scale, key_mask)
+    return out if sees is None else out[..., :D].masked_fill(~sees, 0).to(dtype)
 
 
 def _is_short(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None, key_mask: Tensor | None) -> bool:
@@ -99,11 +103,13 @@ def _is_short(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None
     return one_call and short and not torch.are_deterministic_algorithms_enabled()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: float, key_mask: Tensor | None = None
+) -> Tensor:
     """The attention itself, in as few fused calls as the pattern allows. q [B, N, H, D], k and v [B, M, H, D]."""
     N, M = q.shape[1], k.shape[1]
     if causal_block is None:
-        return _fused(q, k, v, scale)
+        return _fused(q, k, v, scale, key_mask)
     if causal_block == 1:
         square = min(N, M)  # later keys are seen by no query; later queries see every key
         out = _fused(q[:, :square], k[:, :square], v[:, :square], scale, is_causal=True)
@@ -112,36 +118,39 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal_block: int | None, scale: fl
     while start < N:
         seen = min(start + causal_block, M)
         stop = N if seen == M else min(start + causal_block, N)
-        parts.append(_fused(q[:, start:stop], k[:, :seen], v[:, :seen], scale))
+        mask = None if key_mask is None else key_mask[:, :seen]
+        parts.append(_fused(q[:, start:stop], k[:, :seen], v[:, :seen], scale, mask))
         start = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool = False) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale).transpose(1, 2)
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None
+    if key_mask is not None:  # with no key at all, each is seen: such rows would be NaN, and are not looked at
+        mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
 
 
 _EXTRA = 8  # columns that carry the key mask: one would do, eight keep the head dimension a multiple of eight
 _NEVER = -1e30  # a score whose exponential is 0, and finite, so that rows without a key make no NaN
 
 
-def _fold_mask_into_scores(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fold_mask_into_scores(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append columns to q, k and v so that q.k is as before at real keys and hugely negative at padding.
 
-    So every pattern stays a call without a mask tensor, also the causal one, which torch's kernels do not combine with
-    masks. Padded keys and values are zeroed first: 0 x NaN would otherwise reach the result.
+    So the causal pattern, which torch's kernels do not combine with masks, stays a call without a mask tensor.
     """
     if q.dtype == torch.float16:  # its range ends at 65504
         q, k, v = q.float(), k.float(), v.float()
-    padding = ~key_mask[:, :, None, None]
     select = F.pad(q.new_ones(1), (0, _EXTRA - 1)).expand(*q.shape[:-1], _EXTRA)
     score = torch.zeros_like(padding, dtype=k.dtype).masked_fill(padding, _NEVER)
     score = F.pad(score, (0, _EXTRA - 1)).expand(*k.shape[:-1], _EXTRA)
     return (
         torch.cat([q, select], dim=-1),
-        torch.cat([k.masked_fill(padding, 0), score], dim=-1),
-        F.pad(v.masked_fill(padding, 0), (0, _EXTRA)),
+        torch.cat([k, score], dim=-1),
+        F.pad(v, (0, _EXTRA)),
     )
 
 

@@ -22,12 +22,16 @@ def history_noise(draw: Tensor, minutes: int, num_states: int) -> Tensor:
     minutes; on each span of older ones, which double in length (1, 2, 4, ... minutes), its correlation with the next
     newer is 0.8. Both are the same on all minutes of a span.
     """
-    ages = spans(minutes)
-    drift = normal(draw, (len(ages), num_states))
-    alone = normal(draw, (len(ages), num_states), stream=1)
+    count = len(spans(minutes))
+    drifts = count if count > 2 else 1  # of the second span there is none
+    return over_spans(normal(draw, (drifts, num_states)), normal(draw, (count, num_states), stream=1), minutes)
+
+
+def over_spans(drift: Tensor, alone: Tensor, minutes: int) -> Tensor:
+    """The noise [B, minutes, num_states] of standard normal numbers [B, spans, num_states], newest span first."""
     parts = []
     level = drift[:, 0]
-    for k, (first, last) in enumerate(ages):
+    for k, (first, last) in enumerate(spans(minutes)):
         if k > 1:
             level = _KEPT * level + (1 - _KEPT**2) ** 0.5 * drift[:, k]
         parts.append((level + JITTER * alone[:, k])[:, None].expand(-1, last - first, -1))

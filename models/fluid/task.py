@@ -104,11 +104,11 @@ class FluidTask(Task):
         """Squared error summed over the targets present, with noise on the input states if the options ask for it."""
         x = batch["x"]
         if self.model.input_noise:
-            num_boundary = self.schema.num_boundary
-            noise = history_noise(batch["draw"], self.data.history, self.schema.num_states)
-            noise = F.pad(noise, (0, 0, 0, x.shape[1] - self.data.history))  # of later minutes no state is seen
+            history, num_boundary = self.data.history, self.schema.num_boundary
+            noise = history_noise(batch["draw"], history, self.schema.num_states)
+            x = x.clone()  # of the minutes after the history no state is seen
             scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
-            x = torch.cat([x[..., :num_boundary], x[..., num_boundary:] + scale * noise], dim=-1)
+            x[:, :history, num_boundary:] += noise.mul_(scale)
         total, _ = model(x, batch["target"], _mask(batch))
         return {"loss": total}
 

@@ -129,7 +129,7 @@ def test_an_optimizer_that_cannot_be_trained_saved_and_resumed_is_refused(
 def test_every_other_optimizer_of_torch_is_ready_at_every_stage(tmp_path: Path) -> None:
     refused = {"Optimizer", "Adafactor", "LBFGS", "SparseAdam", "Muon"}  # of that name is DeepSpeed's
     for kind in {key for key, value in vars(torch.optim).items() if inspect.isclass(value)} - refused:
-        for stage, backend in ((0, "deepspeed"), (3, "deepspeed"), *([] if kind == "Rprop" else [(2, "fsdp")])):
+        for stage, backend in ((0, "deepspeed"), (3, "deepspeed"), (2, "fsdp")):
             ready(config_of(tmp_path, kind, stage), backend, 12, 1, CPU)
 
 

@@ -64,15 +64,6 @@ class Forgetful(Lion):
             p.sub_(0.1 * self.count * p.grad)
 
 
-class Copying(Lion):
-    """Does what a shard of FSDP cannot."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            p.sub_(torch.full(p.shape, 0.1) * p.grad)
-
-
 class Halving(LRScheduler):
     def __init__(self, optimizer, every, last_epoch=-1):
         self.every = every
@@ -166,7 +157,7 @@ def test_a_name_that_leads_nowhere_is_an_error_that_names_it(tmp_path: Path, nam
     [
         ("Rows", "deepspeed", 1, "by what others of its parameter are, and ZeRO 1 splits parameters over ranks"),
         ("Forgetful", "deepspeed", 0, "keeps more than its state"),
-        ("Copying", "fsdp", 3, "it cannot step here"),
+        ("Rows", "fsdp", 3, "by what others of its parameter are, and FSDP splits parameters over ranks"),
     ],
 )
 def test_a_class_that_could_not_be_split_or_resumed_is_refused(

@@ -1,0 +1,194 @@
+"""Training of the fluid surrogate, beside transformers' Trainer and a loop of Accelerate on the same module.
+
+    run(arguments)    `python launchers/bench.py fluid_training [--config configs/fluid/demo.json]`
+
+All train the configuration's network with its optimizer, in fp32 or in bf16 on a GPU, from the same weights on and on
+windows of the same store. The others have AdamW fused, as the Trainer's default is, and noise of torch.randn. Turns of
+some steps alternate; the first step of a turn does not count. Nobody logs, evaluates, saves or averages weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trunkline.benchmarks.causal_lm_peers import no_launcher
+from trunkline.benchmarks.pairs import now, ratio_of
+from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.ranks.distributed import start
+from trunkline.engine.task import Batch
+from trunkline.engine.trainer import Trainer
+from trunkline.launchers.api import load_config
+from trunkline.models.fluid.device_tokens import spans
+from trunkline.models.fluid.noise import over_spans
+from trunkline.models.registry import make_task
+
+OURS, TRAINER, ACCELERATE = "Trunkline", "transformers Trainer", "Accelerate loop"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print. Returns 0."""
+    sides = measure(arguments.config, arguments.backend, arguments.stage, arguments.turns, arguments.steps)
+    for name, seconds in sides.items():
+        print(f"{name:<22} {statistics.median(seconds) / arguments.steps * 1e3:8.2f} ms a step")
+    for name in (TRAINER, ACCELERATE):
+        ratio = ratio_of(sides[name], sides[OURS])
+        print(f"speed, {OURS} / {name} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    return 0
+
+
+def measure(path: Path, backend: str, stage: int | None, turns: int, steps: int) -> dict[str, list[float]]:
+    """The seconds of each turn, by side; on a CPU those of the process's own time."""
+    config = _config(path, stage, turns * (steps + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(make_task(config), config, start(), Path(folder, "run"), backend)
+        sides: dict[str, Any] = {
+            OURS: _Ours(trainer, steps),
+            TRAINER: _Trainer(trainer, steps, folder),
+            ACCELERATE: _Accelerate(trainer, steps),
+        }
+        for turn in range(turns):
+            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
+                each.take_turn()
+        trainer.close()
+    return {name: side.seconds for name, side in sides.items()}
+
+
+def _config(path: Path, stage: int | None, steps: int) -> RunConfig:
+    never = steps + 1
+    return load_config(
+        path,
+        {
+            "training.epochs": None, "training.steps": steps, "training.eval_every": never, "training.ema": None,
+            "training.save_every": never, "training.log_every": never, "training.trackers": [],
+            "deepspeed.bf16.enabled": torch.cuda.is_available(),
+        } | ({} if stage is None else {"deepspeed.zero_optimization.stage": stage}),
+    )  # fmt: skip
+
+
+class _Ours:
+    """The engine's own loop over its own batches."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps, self.seconds = trainer, steps, list[float]()
+        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
+
+    def take_turn(self) -> None:
+        for step in range(self.steps + 1):
+            if step == 1:
+                begin = now()
+            assert self.trainer.stepper.make(next(self._batches)) is not None
+        self.seconds.append(now() - begin)
+
+
+class _WithNoise(nn.Module):
+    """The network as one hands it to others: it adds the noise and returns the mean loss."""
+
+    noise: Tensor
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        task: Any = trainer.task
+        self.network = task.build_model()
+        self.network.load_state_dict(dict(trainer.backend.full_state()))
+        self.num_boundary, self.minutes = task.schema.num_boundary, task.data.history
+        self.register_buffer("noise", task.normalization.state_scale * task.model.input_noise)
+
+    def forward(self, x: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = x.clone()
+        seen = x[:, : self.minutes, self.num_boundary :]
+        drift, alone = torch.randn(2, len(x), len(spans(self.minutes)), seen.shape[-1], device=x.device)
+        seen += self.noise * over_spans(drift, alone, self.minutes)
+        total, count = self.network(x, target, mask)
+        return {"loss": total / count}
+
+
+class _Peer:
+    """What both others have: the module, its optimizer and the windows that it trains on."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.steps, self.seconds, self.task = steps, list[float](), trainer.task
+        self.module = _WithNoise(trainer)
+        section = trainer.config.deepspeed
+        self.batch_size, self.clip = trainer.micro.sizes.micro_batch_size, section.gradient_clipping
+        params = section.optimizer.params | {"betas": tuple(section.optimizer.params.get("betas", (0.9, 0.999)))}
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), **(params | {"fused": True}))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+        self.windows: Any = self.task.dataset("train")
+
+
+class _Trainer(_Peer):
+    """transformers' Trainer; each turn is a train() of its own."""
+
+    def __init__(self, trainer: Trainer, steps: int, folder: str) -> None:
+        super().__init__(trainer, steps)
+        from transformers import TrainerCallback, TrainingArguments
+
+        with no_launcher():
+            self._arguments = TrainingArguments(
+                output_dir=f"{folder}/theirs", max_steps=steps + 1, per_device_train_batch_size=self.batch_size,
+                max_grad_norm=self.clip, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+            )  # fmt: skip
+        side = self
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 1:
+                    self.begin = now()
+                elif state.global_step == steps + 1:
+                    side.seconds.append(now() - self.begin)
+
+        self._clock = Clock()
+
+    def take_turn(self) -> None:
+        from transformers import PrinterCallback
+        from transformers import Trainer as TheirTrainer
+
+        with no_launcher():
+            theirs = TheirTrainer(
+                model=self.module, args=self._arguments, train_dataset=self.windows, data_collator=self.task.collate,
+                callbacks=[self._clock], optimizers=(self.optimizer, self.schedule),
+            )  # fmt: skip
+            theirs.remove_callback(PrinterCallback)
+            theirs.train()
+
+
+class _Accelerate(_Peer):
+    """The loop of Accelerate's documentation, with clipping."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        super().__init__(trainer, steps)
+        from accelerate import Accelerator
+
+        cuda = torch.cuda.is_available()
+        with no_launcher():
+            self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+        loader = DataLoader(self.windows, self.batch_size, True, collate_fn=self.task.collate, drop_last=True)
+        self._prepared = self._accelerator.prepare(self.module, self.optimizer, self.schedule, loader)
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self._prepared[3]
+
+    def take_turn(self) -> None:
+        module, optimizer, schedule, _ = self._prepared
+        for step in range(self.steps + 1):
+            if step == 1:
+                begin = now()
+            loss = module(**next(self._batches))["loss"]
+            self._accelerator.backward(loss)
+            self._accelerator.clip_grad_norm_(module.parameters(), self.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self.seconds.append(now() - begin)
