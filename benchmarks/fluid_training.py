@@ -21,45 +21,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
-from trunkline.benchmarks.pairs import now, ratio_of
+from trunkline.benchmarks.pairs import ratio_of
+from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.ranks.distributed import start
-from trunkline.engine.task import Batch
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.api import load_config
 from trunkline.models.fluid.device_tokens import spans
 from trunkline.models.fluid.noise import over_spans
 from trunkline.models.registry import make_task
 
-OURS, TRAINER, ACCELERATE = "Trunkline", "transformers Trainer", "Accelerate loop"
+OURS = "Trunkline"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Returns 0."""
-    sides = measure(arguments.config, arguments.backend, arguments.stage, arguments.turns, arguments.steps)
-    for name, seconds in sides.items():
-        print(f"{name:<22} {statistics.median(seconds) / arguments.steps * 1e3:8.2f} ms a step")
-    for name in (TRAINER, ACCELERATE):
-        ratio = ratio_of(sides[name], sides[OURS])
-        print(f"speed, {OURS} / {name} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
+    ours, *others = measure(arguments.config, arguments.backend, arguments.stage, arguments.turns, arguments.steps)
+    for side in (ours, *others):
+        print(f"{side.name:<22} {statistics.median(side.seconds) / arguments.steps * 1e3:8.2f} ms a step")
+    for side in others:
+        ratio = ratio_of(ours.speeds, side.speeds)
+        print(f"speed, {ours.name} / {side.name} {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
     return 0
 
 
-def measure(path: Path, backend: str, stage: int | None, turns: int, steps: int) -> dict[str, list[float]]:
-    """The seconds of each turn, by side; on a CPU those of the process's own time."""
+def measure(path: Path, backend: str, stage: int | None, turns: int, steps: int) -> list[Side]:
+    """Ours, then the others; on a CPU by the process's own time."""
     config = _config(path, stage, turns * (steps + 1))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(make_task(config), config, start(), Path(folder, "run"), backend)
-        sides: dict[str, Any] = {
-            OURS: _Ours(trainer, steps),
-            TRAINER: _Trainer(trainer, steps, folder),
-            ACCELERATE: _Accelerate(trainer, steps),
-        }
-        for turn in range(turns):
-            for each in list(sides.values())[:: 1 if turn % 2 else -1]:
-                each.take_turn()
+        ours = Ours(OURS, trainer, steps, lambda batch: int(batch["valid"].sum()))
+        sides = take_turns([ours, _Trainer(trainer, steps, folder), _Accelerate(trainer, steps)], turns)
         trainer.close()
-    return {name: side.seconds for name, side in sides.items()}
+    return sides
 
 
 def _config(path: Path, stage: int | None, steps: int) -> RunConfig:
@@ -72,21 +66,6 @@ def _config(path: Path, stage: int | None, steps: int) -> RunConfig:
             "deepspeed.bf16.enabled": torch.cuda.is_available(),
         } | ({} if stage is None else {"deepspeed.zero_optimization.stage": stage}),
     )  # fmt: skip
-
-
-class _Ours:
-    """The engine's own loop over its own batches."""
-
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps, self.seconds = trainer, steps, list[float]()
-        self._batches: Iterator[list[Batch]] = trainer._micro_batches()
-
-    def take_turn(self) -> None:
-        for step in range(self.steps + 1):
-            if step == 1:
-                begin = now()
-            assert self.trainer.stepper.make(next(self._batches)) is not None
-        self.seconds.append(now() - begin)
 
 
 class _WithNoise(nn.Module):
@@ -114,8 +93,11 @@ class _WithNoise(nn.Module):
 class _Peer:
     """What both others have: the module, its optimizer and the windows that it trains on."""
 
+    name: str
+
     def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.steps, self.seconds, self.task = steps, list[float](), trainer.task
+        self.steps, self.task, self.side = steps, trainer.task, Side(self.name)
+        self.clock = Clock(self.side, trainer.ranks.device, cpu_time=True)
         self.module = _WithNoise(trainer)
         section = trainer.config.deepspeed
         self.batch_size, self.clip = trainer.micro.sizes.micro_batch_size, section.gradient_clipping
@@ -127,6 +109,8 @@ class _Peer:
 
 class _Trainer(_Peer):
     """transformers' Trainer; each turn is a train() of its own."""
+
+    name = "transformers Trainer"
 
     def __init__(self, trainer: Trainer, steps: int, folder: str) -> None:
         super().__init__(trainer, steps)
@@ -140,14 +124,14 @@ class _Trainer(_Peer):
             )  # fmt: skip
         side = self
 
-        class Clock(TrainerCallback):
+        class TakeTime(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == 1:
-                    self.begin = now()
+                    side.clock.begin()
                 elif state.global_step == steps + 1:
-                    side.seconds.append(now() - self.begin)
+                    side.clock.end()
 
-        self._clock = Clock()
+        self._take_time = TakeTime()
 
     def take_turn(self) -> None:
         from transformers import PrinterCallback
@@ -156,14 +140,17 @@ class _Trainer(_Peer):
         with no_launcher():
             theirs = TheirTrainer(
                 model=self.module, args=self._arguments, train_dataset=self.windows, data_collator=self.task.collate,
-                callbacks=[self._clock], optimizers=(self.optimizer, self.schedule),
+                callbacks=[self._take_time], optimizers=(self.optimizer, self.schedule),
             )  # fmt: skip
             theirs.remove_callback(PrinterCallback)
             theirs.train()
+        self.side.units.append(self.steps * self.batch_size)
 
 
 class _Accelerate(_Peer):
     """The loop of Accelerate's documentation, with clipping."""
+
+    name = "Accelerate loop"
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
         super().__init__(trainer, steps)
@@ -184,11 +171,12 @@ class _Accelerate(_Peer):
         module, optimizer, schedule, _ = self._prepared
         for step in range(self.steps + 1):
             if step == 1:
-                begin = now()
+                self.clock.begin()
             loss = module(**next(self._batches))["loss"]
             self._accelerator.backward(loss)
             self._accelerator.clip_grad_norm_(module.parameters(), self.clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        self.seconds.append(now() - begin)
+        self.clock.end()
+        self.side.units.append(self.steps * self.batch_size)
