@@ -193,7 +193,7 @@ def _bare_deepspeed_step(task: OverheadTask, config: RunConfig, ranks: Ranks) ->
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=list(model.parameters()),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, **section.optimizer.params),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **section.optimizer.params, fused=True),
         config={
             "train_batch_size": section.train_batch_size,
             "gradient_clipping": section.gradient_clipping,
@@ -221,8 +221,7 @@ def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Call
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    cuda = ranks.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=cuda or None)
+    optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=_WARM_UP)
     source = _bare_batches(task, config, ranks)
 
