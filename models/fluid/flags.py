@@ -10,8 +10,8 @@ from trunkline.models.fluid.schema import MINUTES
 
 FLAGS = (Flag("store", "folder that launchers/prepare.py wrote", str, "data.store"),)
 DEFAULTS = Path(__file__).parents[2] / "configs/fluid/tiny.json"
-HORIZONS = ("1 minute", "60 minutes", "whole day")
-"""How far from its start a rollout is judged."""
+HORIZONS = {"1 minute": 1, "60 minutes": 60, "6 hours": 360, "whole day": None}
+"""How far from its start a rollout is judged, in minutes; None: to the end of the day."""
 
 BASELINES = ("persistence", "ridge", "switches", "mlp", "graph")
 """What a surrogate is compared with."""
