@@ -40,7 +40,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
-    parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
+    parser.add_argument("--horizons", nargs="+", choices=tuple(HORIZONS), default=list(HORIZONS))
     parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
     parser.add_argument("--no-ridge", action="store_true", help="leave the ridges out (minutes for V = 6,712)")
     parser.add_argument(
