@@ -3,15 +3,16 @@
     evaluate(trained, store, split, ...)   -> Evaluation
     run(arguments)  what launchers/evaluate.py calls
 
-Three horizons: every single minute, rollouts of 60 minutes one after another, and one rollout a day from its first
-minutes to its end. All forecasters start from the same true minutes and see the same boundary.
+Four horizons: every single minute, rollouts of 60 minutes and of 6 hours one after another, and one rollout a day from
+its first minutes to its end. A horizon that no case is long enough for is left out. All forecasters start from the same
+true minutes and see the same boundary.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
@@ -43,10 +44,11 @@ def evaluate(
     with_ridge: bool = True,
     baselines: Sequence[str] | None = None,
     baseline_minutes: float | None = None,
-    horizons: Sequence[str] = HORIZONS,
+    horizons: Collection[str] = HORIZONS,
     progress: bool = False,
 ) -> Evaluation:
-    """Errors on the cases of a split that have outputs. Raises DataError if none has, or if the store does not fit.
+    """Errors on the cases of a split that have outputs. Raises DataError if none has, or none of enough minutes,
+    or if the store does not fit.
 
     Raises ConfigError for baselines that contradict the other two options about them.
     """
@@ -72,12 +74,10 @@ def evaluate(
     result = Evaluation(split, cases, copied_states(store), others.facts)
     yardstick = Yardstick(normalization, store.schema, result.copied)
     for horizon in horizons:
-        steps, every = {
-            "1 minute": (1, 1),
-            "60 minutes": (60, 60),
-            "whole day": (store.minutes - history, store.minutes),
-        }[horizon]
-        places = [(case, row) for case in cases for row in starts(store.minutes, history, steps, every)]
+        steps = HORIZONS[horizon] or store.minutes - history
+        places = [(case, row) for case in cases for row in starts(store.minutes, history, steps, every=steps)]
+        if not places:
+            continue
         size = max(1, min(batch_size, _VALUES_AT_ONCE // (store.schema.num_states * (history + steps))))
         tallies: dict[str, Tally] = {}
         for first in tqdm(range(0, len(places), size), desc=horizon, unit="batch", disable=not progress):
@@ -96,6 +96,11 @@ def evaluate(
                 tally = Tally.of(predicted, states[:, history:], yardstick)
                 tallies[name] = tallies[name] + tally if name in tallies else tally
         result.tallies[horizon] = tallies
+    if not result.tallies:
+        raise DataError(
+            f"{store.root}: cases of {store.minutes} minutes are too short for {' and '.join(horizons)} after the "
+            f"{history} that a forecaster starts from: choose shorter --horizons"
+        )
     return result
 
 

@@ -10,8 +10,8 @@ from trunkline.models.fluid.schema import MINUTES
 
 FLAGS = (Flag("store", "folder that launchers/prepare.py wrote", str, "data.store"),)
 DEFAULTS = Path(__file__).parents[2] / "configs/fluid/tiny.json"
-HORIZONS = ("1 minute", "60 minutes", "whole day")
-"""How far from its start a rollout is judged."""
+HORIZONS = {"1 minute": 1, "60 minutes": 60, "6 hours": 360, "whole day": None}
+"""How far from its start a rollout is judged, in minutes; None: to the end of the day."""
 
 BASELINES = ("persistence", "ridge", "switches", "mlp", "graph")
 """What a surrogate is compared with."""
@@ -40,7 +40,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     """This workload's own flags of `launchers/evaluate.py`."""
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--max-cases", type=int, help="evaluate on the first N cases only")
-    parser.add_argument("--horizons", nargs="+", choices=HORIZONS, default=list(HORIZONS))
+    parser.add_argument("--horizons", nargs="+", choices=tuple(HORIZONS), default=list(HORIZONS))
     parser.add_argument("--batch-size", type=int, default=256, help="windows rolled out together")
     parser.add_argument("--no-ridge", action="store_true", help="leave the ridges out (minutes for V = 6,712)")
     parser.add_argument(

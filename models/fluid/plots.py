@@ -94,7 +94,7 @@ def plot_evaluation(evaluation: Evaluation, schema: Schema, path: Path) -> None:
 
 
 def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], colours: dict[str, str], horizon: str) -> None:
-    hours = horizon == "whole day"
+    hours = horizon in ("6 hours", "whole day")
     for k, (name, curve) in enumerate(curves.items()):
         time = np.arange(1, len(curve) + 1) / (60 if hours else 1)
         axes.plot(time, curve, color=colours[name], lw=1.6, label=name, zorder=3 - 0.1 * k)  # the first in front
@@ -102,7 +102,7 @@ def _draw_curves(axes: Axes, curves: dict[str, np.ndarray], colours: dict[str, s
     axes.set_xlim(0, time[-1])
     axes.set_ylim(bottom=0)
     if hours:
-        axes.set_xticks(range(0, 25, 6))
+        axes.set_xticks(range(0, round(time[-1]) + 1, max(1, round(time[-1] / 4))))
 
 
 def _draw_groups(axes: Axes, evaluation: Evaluation, horizon: str, schema: Schema, colours: dict[str, str]) -> None:

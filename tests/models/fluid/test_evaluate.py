@@ -20,14 +20,14 @@ from trunkline.models.fluid.tally import Tally, Yardstick, mean_by_minute
 from trunkline.models.fluid.trained import load_trained
 
 CPU = torch.device("cpu")
-T = 3
+T, MINUTES = 3, 480
 SIX = ("surrogate", "ridge", "ridge with switches", "ridge + MLP", "graph network", "persistence")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
-    write_toy_store(root / "store", cases=(6, 2, 3))
+    write_toy_store(root / "store", MINUTES, cases=(6, 2, 3))
     write_run(root / "run", root / "store", history=T)
     return load_trained(root / "run", CPU)
 
@@ -51,9 +51,10 @@ def test_persistence_by_hand(result, trained, store):
     cases = [np.asarray(store.state("test", case)) / scale for case in store.cases("test")[:2]]
     assert result.cases == store.cases("test")[:2], "the case without outputs cannot be scored"
     one = [c[T:] - c[T - 1 : -1] for c in cases]
-    hour = [c[r + T : r + T + 60] - c[r + T - 1] for c in cases for r in range(0, 240 - T - 60 + 1, 60)]
+    hour = [c[r + T : r + T + 60] - c[r + T - 1] for c in cases for r in range(0, MINUTES - T - 60 + 1, 60)]
+    six_hours = [c[T : T + 360] - c[T - 1] for c in cases]
     whole = [c[T:] - c[T - 1] for c in cases]
-    for horizon, errors in zip(HORIZONS, (one, hour, whole)):
+    for horizon, errors in zip(HORIZONS, (one, hour, six_hours, whole), strict=True):
         want = np.sqrt(np.square(np.stack(errors)).mean())
         assert rmse(result, horizon, "persistence") == pytest.approx(want, rel=1e-4)
     by_minute = np.square(np.stack(hour)).mean(axis=(0, 2))
@@ -144,7 +145,7 @@ def test_report_and_picture(result, trained, tmp_path):
     lines = text.splitlines()
     assert lines[1].split() == names
     assert [line for line in lines if line in HORIZONS] == list(HORIZONS)
-    assert lines[-4].split() == ["horizon", *names, "surrogate", "/", "best", "other"]
+    assert lines[-1 - len(HORIZONS)].split() == ["horizon", *names, "surrogate", "/", "best", "other"]
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert record["copied_from_set_points"] == {}
     assert record["scores_with_copies"] == record["scores"]
@@ -243,6 +244,13 @@ def test_predictions_outside_bounds_are_counted_in_the_report(copying, tmp_path)
     assert record["outside_bounds"]["60 minutes"]["surrogate"] == {"P_001_inv": {"values": 5, "worst": -300.0}}
     line = "- 60 minutes, surrogate: 5 values outside physical bounds: P_001_inv 5 (worst -300 Nm3, bound 0)."
     assert line in (tmp_path / "evaluation.md").read_text().splitlines()
+
+
+def test_a_horizon_longer_than_the_cases_is_left_out_or_named(copying):
+    trained, result, *_ = copying
+    assert list(result.tallies) == ["1 minute", "60 minutes", "whole day"], "of cases of four hours"
+    with pytest.raises(DataError, match=r"cases of 240 minutes are too short for 6 hours after the 3 that"):
+        evaluate(trained, Store.open(trained.data.store), "test", with_ridge=False, horizons=["6 hours"])
 
 
 def test_six_forecasters_have_a_column_and_a_colour_each(copying, tmp_path):
