@@ -180,7 +180,9 @@ def ways_out(shortage: Shortage, plan: dict[str, Any]) -> str:
         ("zero_optimization.offload_optimizer to the cpu", zero["stage"] > 0 and "offload_optimizer" not in zero),
     ]
     figures = ", ".join(
-        f"{name} {'unknown' if size is None else readable_size(size)}" for name, size in plan["memory_bytes"].items()
+        f"{name} {'unknown' if size is None else readable_size(size)}"
+        for name, size in plan["memory_bytes"].items()
+        if size != 0
     )
     return f" ({shortage.text}); counted are, a rank: {figures}. Use " + ", ".join(
         [*(remedy for remedy, helps in remedies if helps), "shorter samples or a smaller model"]
