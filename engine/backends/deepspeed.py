@@ -5,6 +5,7 @@ What differs from the protocol, and is put right here:
   number of ranks, and the division is switched off.
 - ZeRO 0 in fp32 neither looks for non-finite gradients nor reports the norm; this adapter does both, with one norm
   that also clips. Every other mode skips a step by itself when the norm is not finite.
+- ZeRO 0 in fp16 divides gradients by a loss scale that DeepSpeed's engine did not multiply the loss by. Here it is.
 - In bf16 and fp16 it narrows buffers too. They are tables and statistics, such as the frequencies of rotary positions,
   and keep their dtype, as under FSDP.
 - The fp32 masters that it makes in bf16 and fp16 are copies of the rounded parameters, and ZeRO 0 decays them once
@@ -108,6 +109,7 @@ class DeepSpeedBackend:
         kept: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         import deepspeed
+        from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
         quiet()
         join(ranks.device)
@@ -136,6 +138,7 @@ class DeepSpeedBackend:
         self.engine.train = MethodType(nn.Module.train, self.engine)
         self.engine.eval = MethodType(nn.Module.eval, self.engine)
         take_whole_steps(self.engine.optimizer)
+        self._scales_losses = self.engine.fp16_enabled() and not isinstance(self.engine.optimizer, ZeROOptimizer)
         self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
         self._ranks, self._layout = ranks, ZeroLayout(self.engine, ranks)
@@ -166,6 +169,8 @@ class DeepSpeedBackend:
         self.engine.set_gradient_accumulation_boundary(is_last)
         if self._ranks.world_size > 1:
             loss = loss * self._ranks.world_size
+        if self._scales_losses:
+            loss = loss * self.loss_scale()
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def clip_at(self, max_norm: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,23 @@ def _count_looks(wrapper: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     look = owner._has_inf_or_nan
     monkeypatch.setattr(owner, "_has_inf_or_nan", lambda *given: (looks.append(1), look(*given))[1])
     return looks
+
+
+@pytest.mark.parametrize("layout", ["deepspeed-0", "deepspeed-1", "deepspeed-2", "deepspeed-3"])
+def test_gradients_in_fp16_are_those_of_the_loss_whatever_the_scale(layout: str, tmp_path: Path) -> None:
+    """SGD takes steps as long as its gradients are. The scale grows in every second step, and clipping acts."""
+    found = []
+    for name in (layout, "fsdp-3", "fp32"):
+        backend, _, stage = name.partition("-")
+        fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1}
+        section = {
+            "zero_optimization": {"stage": int(stage or 0)}, "gradient_clipping": 0.5,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
+        } | ({"fp16": fp16} if stage else {})  # fmt: skip
+        config = tiny_config(tmp_path, training={"steps": 8, "log_every": 1}, deepspeed=section)
+        task = TinyTask(config.data, config.model)
+        Trainer(task, config, start(), tmp_path / name, backend="fsdp" if backend == "fsdp" else "deepspeed").run()
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([row[key] for row in rows if row["split"] == "train" for key in ("loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+    assert found[0] == pytest.approx(found[2], rel=0.02)
