@@ -118,6 +118,6 @@ def _compare_ranks(split: str, by_rank: Sequence[float | None], ranks: Ranks, fe
             f"the two ranks' own {split} losses are {losses[0]:.6g} and {losses[1]:.6g},"
         )  # fmt: skip
         LOG.warning(
-            f"{who} more than {_APART:.0%} off the ranks' mean: by chance, or a rank's weights or data are not those "
-            "of the others"
+            f"{who} more than {_APART:.0%} off the ranks' mean: this is chance, or a rank's weights or data are not "
+            "those of the others"
         )

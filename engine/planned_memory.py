@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from trunkline.engine.config import deepspeed_section
 from trunkline.engine.config.deepspeed_section import parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import MissingDataError
@@ -21,9 +22,9 @@ def state_bytes(config: RunConfig, parameters: int, trainable: int, world_size: 
     zero, width = config.deepspeed.zero_optimization, _parameter_bytes(config)
     shards = [world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
     optimizer_on_device = 0 if zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu" else 1
-    # on several ranks ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
-    alone = world_size == 1 and zero.offload_optimizer is None and zero.offload_param is None
-    master = 4 * trainable if width == 2 or (zero.stage > 0 and not alone) else 0
+    # ZeRO keeps a master copy in fp32 even of fp32 parameters, in the flat partitions that it updates
+    partitioned = zero.stage > 0 and not deepspeed_section.shares_nothing(config.deepspeed, world_size)
+    master = 4 * trainable if width == 2 or partitioned else 0
     average = {"average": math.ceil(4 * trainable / shards[2]) * optimizer_on_device} if config.training.ema else {}
     return {
         "parameters": math.ceil(width * parameters / shards[0]),

@@ -32,6 +32,7 @@ from trunkline.engine.backends import Stepped
 from trunkline.engine.backends.model_options import blocks
 from trunkline.engine.backends.whole_steps import take_whole_steps
 from trunkline.engine.backends.zero_layout import ZeroLayout
+from trunkline.engine.config import deepspeed_section
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
@@ -86,14 +87,6 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameter
     return config
 
 
-def _for_one_rank(section: DeepSpeedSection) -> DeepSpeedSection:
-    """Without ZeRO, unless it moves something, or something else comes from it."""
-    zero = section.zero_optimization
-    at_zero_0 = section.model_copy(update={"zero_optimization": type(zero)(stage=0)})
-    moves = zero.offload_optimizer or zero.offload_param
-    return section if moves or section.optimizer.is_deepspeed_only or not _engine_clips(at_zero_0) else at_zero_0
-
-
 def _engine_clips(section: DeepSpeedSection) -> bool:
     autocast = section.torch_autocast is not None and section.torch_autocast.enabled
     return not (section.zero_optimization.stage or section.bf16.enabled or section.fp16.enabled or autocast)
@@ -113,7 +106,10 @@ class DeepSpeedBackend:
 
         quiet()
         join(ranks.device)
-        section = _for_one_rank(config.deepspeed) if ranks.world_size == 1 else config.deepspeed
+        section = config.deepspeed
+        if deepspeed_section.shares_nothing(section, ranks.world_size):
+            zero = type(section.zero_optimization)(stage=0)
+            section = section.model_copy(update={"zero_optimization": zero})
         if config.training.compile:  # ZeRO 3 gathers a whole block then, for its hooks must stand around a graph
             for block in blocks(model):
                 deepspeed.utils.set_z3_leaf_module(block, True)

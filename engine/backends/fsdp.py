@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from trunkline.engine.backends import Stepped
 from trunkline.engine.backends.model_options import blocks
+from trunkline.engine.config import deepspeed_section
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
 from trunkline.engine.config.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
 from trunkline.engine.config.run_config import RunConfig
@@ -220,7 +221,7 @@ def _mesh(section: DeepSpeedSection, ranks: Ranks) -> DeviceMesh:
 
 
 def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source: str) -> list[FSDPModule]:
-    """Shard the model in place, unless one rank trains it in fp32.
+    """Shard the model in place, unless there is nothing to share.
 
     Returns what communicates as one: each block, and last the model with all the rest.
     """
@@ -241,7 +242,7 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    if mesh.size() == 1 and {dtype, reduce_dtype(section)} == {torch.float32} and type(offload) is OffloadPolicy:
+    if deepspeed_section.shares_nothing(section, mesh.size()):
         return []
     for unit in units:
         fully_shard(

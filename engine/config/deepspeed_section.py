@@ -224,6 +224,15 @@ def parameter_dtype(section: DeepSpeedSection) -> torch.dtype:
     return torch.bfloat16 if section.bf16.enabled else torch.float16 if section.fp16.enabled else torch.float32
 
 
+def shares_nothing(section: DeepSpeedSection, world_size: int) -> bool:
+    """Whether ZeRO and FSDP would only copy what there is: one rank, fp32, nothing offloaded, torch's optimizer."""
+    zero, autocast = section.zero_optimization, section.torch_autocast
+    narrow = parameter_dtype(section) != torch.float32 or (autocast is not None and autocast.enabled)
+    narrow |= section.communication_data_type not in (None, "fp32")
+    elsewhere = zero.offload_optimizer or zero.offload_param or section.optimizer.is_deepspeed_only
+    return world_size == 1 and not narrow and not elsewhere
+
+
 def bucket_size(num_parameters: int) -> int:
     """DeepSpeed's buckets where none are given: its default is a gigabyte, for the smallest model too."""
     return min(ZERO_DEFAULTS["reduce_bucket_size"], -(-num_parameters // 1024) * 1024)

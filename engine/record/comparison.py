@@ -16,7 +16,7 @@ from pathlib import Path
 from trunkline.engine.config.draft import leaves, value_at
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import replace_whole
-from trunkline.engine.record.history import History, Series, duration, read_history
+from trunkline.engine.record.history import History, Series, duration, is_number, read_history
 from trunkline.engine.record.report_plots import Panel, plot_panels
 from trunkline.engine.record.tables import amount, markdown
 
@@ -106,7 +106,14 @@ def _apart(one: History, other: History) -> str:
         dict(zip(s.steps, s.values, strict=True)) for s in (r.series("train", "loss") for r in (one, other))
     )
     apart = [(abs(ours[step] - theirs[step]), step) for step in ours if step in theirs]
-    return "{:.3g} at step {:,}".format(*max(apart)) if apart else ""
+    said = ["{:.3g} at step {:,}".format(*max(apart))] if apart else []
+    lost = [
+        row["step"]
+        for run in (one, other)
+        for row in run.rows
+        if row.get("split") == "train" and "loss" in row and not is_number(row["loss"])
+    ]
+    return ", ".join([*said, *([f"not finite at step {min(lost):,}"] if lost else [])])
 
 
 def _metrics(runs: Runs) -> str:

@@ -42,7 +42,7 @@ def _serves(tiles: dict[int, Tile], q: Tensor) -> bool:
     if not q.is_cuda or q.element_size() != 2 or q.shape[-1] not in tiles:
         return False
     B, N, H, _ = q.shape
-    rows = max(tiles[q.shape[-1]][:2])  # 192, of queries or of keys, as many of which there usually are
+    rows = max(tiles[q.shape[-1]][:2])  # 192: of queries, or of as many keys
     if N < FEWEST_ROWS or B * H * -(-N // rows) < FEWEST_TILES:
         return False
     return architecture_of(q.device) == 90  # which is no ROCm device

@@ -281,9 +281,16 @@ def test_the_operators_keep_the_rules_of_torch_library(device):
     pred, target = (x.detach() for x in masked_inputs((3, 40), torch.bfloat16, device))
     for arguments in ((pred, target, some((40,), device)), (pred, target, None)):
         torch.library.opcheck(torch.ops.trunkline.masked_mse.default, arguments)
+        for needs in ((True, True), (True, False), (False, True)):
+            backward = torch.ops.trunkline.masked_mse_backward.default
+            torch.library.opcheck(backward, (torch.ones(2, device=device), *arguments, *needs))
     leaves = [x.detach() for x in linear_inputs((3, 5), 32, torch.bfloat16, device)]
     for arguments in ((*leaves, some((3, 5), device)), (*leaves, None)):
         torch.library.opcheck(torch.ops.trunkline.linear_masked_mse.default, arguments)
+    hidden, weight, _, target = leaves
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        given = (torch.ones(2, device=device), hidden, weight, target.float(), target.dtype, *needs)
+        torch.library.opcheck(torch.ops.trunkline.linear_masked_mse_backward.default, given)
 
 
 @pytest.mark.parametrize("function", [masked_mse, linear_masked_mse])

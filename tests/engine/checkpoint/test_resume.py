@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.distributed import run_distributed_test
 from tests.engine.test_trainer import lines, losses, seen
 from tests.engine.tiny import TinyTask, tiny_config
+from trunkline.engine.config import deepspeed_section
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 
@@ -48,7 +49,9 @@ def train(folder: Path, layout: Layout, steps: int, resume: str = "none", rank: 
     own = folder.parent / f"config-{folder.name}-{rank}"
     config = tiny_config(own, data={"noise": 0.1}, training=training, deepspeed=section)
     task = TinyTask(config.data, config.model)
-    Trainer(task, config, start(), folder, backend=layout.backend, resume=resume).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_section, "shares_nothing", lambda section, world_size: False)  # on one rank, too
+        Trainer(task, config, start(), folder, backend=layout.backend, resume=resume).run()
 
 
 def save_all(rank: int, world_size: int, folder: Path, layouts: Sequence[Layout]) -> None:

@@ -141,3 +141,11 @@ def test_runs_without_numbers_have_a_page_without_curves(tmp_path: Path) -> None
     assert "![" not in write_comparison(runs, tmp_path / "out").read_text()
     assert runs["a"].series("train", "loss") == Series([], [])
     assert median([1.0, 2.0]) == 2.0
+
+
+def test_losses_that_lie_apart_or_are_none_are_named(tmp_path: Path) -> None:
+    for name, third in (("b", 0.5), ("c", None)):  # as what is not finite is written
+        with (run(tmp_path / name, steps=2) / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 3, "split": "train", "loss": third}) + "\n")
+    text = comparison(named([run(tmp_path / "a"), tmp_path / "b", tmp_path / "c"]))
+    assert "| largest difference from a | - | 0.167 at step 3 | 0 at step 2, not finite at step 3 |" in text

@@ -424,7 +424,11 @@ def test_compiles_without_graph_breaks(device, masked):
 @pytest.mark.parametrize("masked", [False, True])
 def test_is_a_proper_operator_of_torch(device, masked):
     q, k, v = (x.detach() for x in inputs(device, N=10, M=14))
-    torch.library.opcheck(op.forward.operator, (q, k, v, some_keys(2, 14, device) if masked else None, 4, 0.25))
+    pattern = some_keys(2, 14, device) if masked else None, 4, 0.25
+    torch.library.opcheck(op.forward.operator, (q, k, v, *pattern))
+    out, lse = op.forward(q, k, v, *pattern)
+    checks = ("test_schema", "test_faketensor")  # its sums have no order on a GPU
+    torch.library.opcheck(op.backward.operator, (out, q, k, v, out, lse, *pattern), test_utils=checks)
 
 
 def test_activation_checkpointing_changes_nothing(device):
