@@ -64,9 +64,7 @@ def flash_attention(
     dtype = _check(q, k, v, causal_block, key_mask, softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     N, M, D = q.shape[1], k.shape[1], q.shape[-1]
-    on_triton = (
-        available(q) and dtype != torch.float64 and not (q.is_cuda and _is_short(q, k, dtype, causal_block, key_mask))
-    )
+    on_triton = available(q) and dtype != torch.float64 and not _is_short(q, k, dtype, causal_block, key_mask)
     if q.numel() and M and on_triton:
         no_forward_mode("flash_attention", q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -100,7 +98,7 @@ def _is_short(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None
     longest, D = max(q.shape[1], k.shape[1]), q.shape[-1]
     one_call = key_mask is None and (causal_block is None or causal_block == 1 or causal_block >= longest)
     short = dtype.itemsize == 2 and longest <= ROWS_PER_CHANNEL * D
-    return one_call and short and not torch.are_deterministic_algorithms_enabled()
+    return q.is_cuda and one_call and short and not torch.are_deterministic_algorithms_enabled()
 
 
 def _attend(
