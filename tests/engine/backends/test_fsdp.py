@@ -269,7 +269,8 @@ def test_gradients_are_summed_not_averaged_over_ranks_and_micro_batches(examined
         for gradients in rank.gradients:
             assert torch.equal(gradients["outer"], total)
             assert torch.equal(gradients["inner.weight"], 2 * total)
-            assert torch.equal(gradients.get("unused", torch.zeros(5)), torch.zeros(5))
+            if world_size > 1:  # where gradients are reduced; `step` makes it on one rank
+                assert torch.equal(gradients["unused"], torch.zeros(5))
             assert gradients["norm"].item() == pytest.approx(norm, rel=1e-6)
 
 

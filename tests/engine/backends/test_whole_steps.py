@@ -1,4 +1,4 @@
-"""whole_steps.py: steps in 16 bits are DeepSpeed's own, and one that is not finite is skipped as there."""
+"""whole_steps.py: steps in bf16 are DeepSpeed's own, and those in fp16 are FSDP's and fp32's."""
 
 from __future__ import annotations
 
