@@ -161,8 +161,8 @@ def _flex(problem: Problem) -> Attention:
 def flex(N: int, causal_block: int | None, real: int | None, device: torch.device) -> Attention:
     """FlexAttention over N rows, compiled at its first call; of each block the first `real` keys count, or all.
 
-    It is given what it is fast with: rows filled up to a multiple of 128, and a mask that is computed. On an H100 it
-    was 7 times slower forward with neither. Raises RuntimeError without a GPU.
+    It is given what it is fast with: rows filled up to a multiple of 128, and a mask that is computed, not read. Raises
+    RuntimeError without a GPU.
     """
     if device.type != "cuda":
         raise RuntimeError("its backward pass needs a CUDA device")

@@ -2,9 +2,9 @@
 
     forward = Operator("flash_attention", launch, fake)        forward(q, ...), within an autograd.Function
 
-torch.compile, fake tensors, transforms of torch.func and dispatch modes need an operator of torch.library, and get
-trunkline::flash_attention. It costs tens of microseconds a call, more than a kernel for a short sequence takes.
-So everything else gets the function itself.
+torch.compile, fake tensors, transforms of torch.func and dispatch modes need a registered operator, and get
+trunkline::flash_attention. Calling one takes longer than a kernel for a short sequence does. So everything else gets
+the function itself.
 """
 
 from __future__ import annotations
