@@ -106,8 +106,10 @@ def check_columns(columns: Columns, schema: Schema, folder: Path) -> None:
 
 
 def _files(folder: Path, outputs: bool | None) -> list[str]:
-    """The names of the files to read, Boundary first. Raises DataError if Boundary.csv or every output is missing."""
+    """The files to read, Boundary first. Raises DataError without folder, Boundary.csv or an output asked for."""
     present = [name for name in (BOUNDARY, *GROUPS) if (folder / f"{name}.csv").is_file()]
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder, of a case's CSV files: check the path")
     if BOUNDARY not in present:
         raise DataError(f"{folder / BOUNDARY}.csv: missing: every case needs its set-points; add the file")
     if outputs and len(present) == 1:

@@ -173,6 +173,8 @@ def test_a_case_without_outputs_has_no_state(tmp_path: Path) -> None:
     assert read_case(tmp_path, SCHEMA).state is None
     with pytest.raises(DataError, match=r"has no output file, .*: add those of B\.csv, C\.csv, .*T&E\.csv that"):
         read_case(tmp_path, SCHEMA, outputs=True)
+    with pytest.raises(DataError, match=r"/nowhere: no such folder, of a case's CSV files: check the path"):
+        read_case(tmp_path / "nowhere", SCHEMA)
 
 
 def test_outputs_can_be_left_alone(tmp_path: Path) -> None:
