@@ -31,7 +31,9 @@ def render_summary(plan: dict[str, Any]) -> str:
         lines.append(f"lr          {rates}{relative * ', each times the root mean square of the parameter'}")
     if plan["parameters"] is not None:
         memory = {
-            name: "unknown" if size is None else readable_size(size) for name, size in plan["memory_bytes"].items()
+            name: "unknown" if size is None else readable_size(size)
+            for name, size in plan["memory_bytes"].items()
+            if size != 0
         }
         total = sum(size for size in plan["memory_bytes"].values() if size is not None)
         lines += [

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from trunkline.engine.data.store import Array
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import DataError, MissingDataError
 from trunkline.models.seq2seq.config import Seq2SeqData
 from trunkline.models.seq2seq.packing import Room, choose_room, pack
 from trunkline.models.seq2seq.store import Store
@@ -62,7 +62,11 @@ class PairRows:
             if source is not None and target is not None:
                 self.room = Room(source, target)
             else:
-                self.room = choose_room(PairSamples(store, "train", data, eos_id).sides, source, target)
+                try:
+                    sides = PairSamples(store, "train", data, eos_id).sides
+                except MissingDataError:  # of a plan without data: the longest pair stands for all
+                    sides = np.array([self.room])
+                self.room = choose_room(sides, source, target)
             self.cut += f" packed in {self.room.source} and {self.room.target}"
             self.notes = [
                 f"data.packed_source_length = {self.room.source}, data.packed_target_length = {self.room.target}"

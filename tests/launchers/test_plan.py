@@ -42,7 +42,7 @@ SMALL_PAGES = ["data.encoding=rgb", "model.loss=x", "model.prior=none", "model.n
 def test_sizes_come_from_the_configuration_alone(capsys: pytest.CaptureFixture[str]) -> None:
     for name, settings, parameters in (
         ("causal_lm/demo", [], llama(4096, 128, 4, 4, 1, 384)),
-        ("seq2seq/demo", ["data.packing=false"], t5(512, 128, (3, 2), 128, 4, _feed_forward())),
+        ("seq2seq/demo", [], t5(512, 128, (3, 2), 128, 4, _feed_forward())),
         ("image_classification/resnet18", [], 11_689_512 - 998 * 513),  # torchvision's, with 2 classes for 1,000
         ("token_image/demo", SMALL_PAGES, None),
     ):
