@@ -13,14 +13,16 @@ device, and in fp64. Block-causal attention needs no mask there: the queries of 
 
 FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D, S = B M Hkv D and e
 bytes a value the forward pass moves e (2R + 2S) bytes from and to memory, as long as the keys of the heads at work fit
-in the L2 cache. Both passes together hold
+in the L2 cache. Both passes of the Triton kernels together hold
     e (4R + 4S)     q, k, v, out and their gradients
     12 B N Hq       the log-sum-exp of each row, and backward again beside rowsum(dO * O), fp32; 36 B N Hq where
                     backward_hopper.py runs
     4 R             dQ while it is summed, fp32 (not in deterministic mode)
 and nothing of size N x M: 67,120 tokens with 8 heads of 64 in bf16 take 524.4 + 6.1 + 131.1 = 661.6 MiB, 673.9 MiB
-where backward_hopper.py runs, and twice the length takes twice that. Dtype: inputs and outputs in one dtype, softmax
-and sums in fp32; under autocast q, k and v are cast to its dtype first, as torch's own attention does.
+where backward_hopper.py runs, and twice the length takes twice that. The path below also holds copies: of all that a
+key mask changes, of slices, and, where _takes_groups says no, of k and v for each query head. Dtype: inputs and outputs
+in one dtype, softmax and sums in fp32; under autocast q, k and v are cast to its dtype first, as torch's own attention
+does.
 Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023).
 """
 
@@ -86,7 +88,7 @@ def flash_attention(
             q, k, v = _fold_mask_into_scores(q, k, v, padding)
             key_mask = None
     groups = q.shape[2] // k.shape[2]
-    if groups > 1:  # torch's fused kernel for CPU wants as many key heads as query heads
+    if groups > 1 and not _takes_groups(q, key_mask):
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # or torch's kernel falls to a dense one
     out = _attend(q, k, v, causal_block, scale, key_mask)
@@ -98,7 +100,21 @@ def _is_short(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None
     longest, D = max(q.shape[1], k.shape[1]), q.shape[-1]
     one_call = key_mask is None and (causal_block is None or causal_block == 1 or causal_block >= longest)
     short = dtype.itemsize == 2 and longest <= ROWS_PER_CHANNEL * D
-    return q.is_cuda and one_call and short and not torch.are_deterministic_algorithms_enabled()
+    in_grid = max(q.shape[0], q.shape[2]) < 2**16  # the second and the third dimension of its grid of programs
+    return q.is_cuda and one_call and short and in_grid and not torch.are_deterministic_algorithms_enabled()
+
+
+def _takes_groups(q: Tensor, key_mask: Tensor | None) -> bool:
+    """Whether a fused kernel of torch takes fewer key heads than query heads, with gradients as exact.
+
+    That for CPUs rounds dk and dv to the dtype of k at each head that it adds: in 16 bits that is too coarse. On GPUs
+    those for 16 bits without a mask do, up to the head dimension that they train on every GPU; in place of the others
+    torch would hold an N x M matrix.
+    """
+    narrow = q.dtype.itemsize == 2
+    if q.is_cuda:
+        return narrow and key_mask is None and q.shape[-1] <= 192
+    return q.is_cpu and not narrow
 
 
 def _attend(
@@ -128,7 +144,9 @@ def _fused(
     q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None
     if key_mask is not None:  # with no key at all, each is seen: such rows would be NaN, and are not looked at
         mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 _EXTRA = 8  # columns that carry the key mask: one would do, eight keep the head dimension a multiple of eight

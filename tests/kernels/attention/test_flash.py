@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from trunkline.kernels.attention import flash_attention
+from trunkline.kernels.attention import flash, flash_attention
 from trunkline.kernels.reference import attention_reference, visible_pairs
 
 
@@ -51,7 +52,7 @@ def test_equals_the_dense_reference_in_fp64(causal_block, masked):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 128, 256])
 def test_is_as_accurate_as_dense_torch_in_the_same_dtype(dtype, masked, D):
-    leaves = inputs(N=126, M=126, Hq=2, Hkv=1, D=D, dtype=dtype)
+    leaves = inputs(N=126, M=126, Hq=8, Hkv=1, D=D, dtype=dtype)
     mask = some_keys(2, 126) if masked else None
     wide = [x.detach().float().requires_grad_() for x in leaves]
     want = attention_reference(*wide, causal_block=63, key_mask=mask)
@@ -158,6 +159,26 @@ def test_no_tensor_of_size_n_by_m(causal_block, masked, turned):
         out = flash_attention(*leaves, causal_block=causal_block, key_mask=some_keys(1, N) if masked else None)
         out.sum().backward()
     assert 0 < largest.numel < N * N / 20
+
+
+@pytest.mark.parametrize("causal_block", [None, 1, 500])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_key_head_is_held_once_for_each_query_head(causal_block, masked):
+    N, M = 2, 2000
+    leaves = inputs(B=1, N=N, M=M, Hq=16, Hkv=1)
+    with LargestTensor() as largest:
+        out = flash_attention(*leaves, causal_block=causal_block, key_mask=some_keys(1, M) if masked else None)
+        out.sum().backward()
+    assert M * 16 <= largest.numel <= 2 * M * 16
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(2**16, 1), (1, 2**16)])
+def test_what_exceeds_the_grid_of_torch_s_kernels_is_none_of_theirs(batch, heads, monkeypatch):
+    monkeypatch.setattr(flash, "ROWS_PER_CHANNEL", 32)
+    short = lambda B, H: flash._is_short(*[torch.empty(B, 1, H, 64, device="cuda")] * 2, torch.bfloat16, 1, None)  # noqa: E731
+    with FakeTensorMode():
+        assert short(max(batch - 1, 1), max(heads - 1, 1))
+        assert not short(batch, heads)
 
 
 def test_the_detector_of_large_tensors_detects_the_dense_reference():

@@ -367,6 +367,30 @@ def test_offsets_beyond_two_to_the_31_elements(device):
                         torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.usefixtures("overflows_are_found")
+def test_a_batch_larger_than_a_grid_s_second_dimension(device, monkeypatch):
+    """On a CPU the last programs of each kernel run, for the last samples. With one key, its weight is 1."""
+    if device.type == "cpu":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        monkeypatch.setattr(interpreter, "range", lambda *ends: range(*ends)[-16:], raising=False)
+        set_grid_dim = interpreter.InterpreterBuilder.set_grid_dim
+
+        def as_cuda_does(self, x, y, z):
+            assert x < 2**31
+            assert max(y, z) < 2**16
+            set_grid_dim(self, x, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", as_cuda_does)
+    q, k, v = (x.detach() for x in inputs(device, B=2**16 + 1, N=1, M=1, Hq=2, Hkv=2))
+    upstream, mask = torch.randn_like(v), torch.ones(len(q), 1, dtype=torch.bool, device=device)
+    mask[-2] = False
+    for mode in (False, True):
+        out, lse = launch_forward(q, k, v, mask, None, 0.25)
+        dq, _, dv = launch_backward(upstream, q, k, v, out, lse, mask, None, 0.25, deterministic=mode)
+        for got, want in ((out, v), (dv, upstream), (dq, torch.zeros_like(q))):
+            torch.testing.assert_close(got[-4:], (want * mask[:, :, None, None])[-4:], rtol=1e-5, atol=1e-5)
+
+
 def test_few_keys_do_not_put_more_heads_to_work_than_there_are():
     """Kernels multiply this by a number of tiles, in 32 bits: it must not exceed what the grid holds."""
     assert heads_in_l2(bytes_per_head=2 * 16 * 2, num_heads=8) == 8
