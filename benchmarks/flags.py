@@ -120,6 +120,10 @@ def fluid_training(parser: argparse.ArgumentParser) -> None:
 
 def image_training(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py image_training`."""
+    parser.add_argument(
+        "--beside", choices=("trainer", "batch_norm"), default="trainer",
+        help="the other side: transformers' Trainer (default), or torch's BatchNorm beside ours, which writes no files",
+    )  # fmt: skip
     parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")
     parser.add_argument("--img-size", type=int, default=64, help="edge of the pictures in pixels (64)")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="images a step (32)")

@@ -5,13 +5,15 @@
 Batches of fixed squares are compared as bytes, and all sides must give the same. Random crops are compared as the
 network sees them: a store keeps the shorter side at 256 pixels and the batch is cropped, resized and normalised at
 once; Pillow does the same image by image, with the same crops. Beside it stands a DataLoader that crops the image as
-it was decoded, as most programs do: its pixels are others. Everything runs in one process on one thread, from the page
-cache, in turns.
+it was decoded, as most programs do: its pixels are others. Last, all that training does to an image by default, without
+decoding: to a batch at once, and by Pillow image by image, with the same draws. Everything runs in one process on one
+thread, from the page cache, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +22,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline.benchmarks.pairs import ratio_of
+from trunkline.engine.data.randomness import uniform
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import Batch, Samples
-from trunkline.models.image_classification.augment import augmented, random_part
-from trunkline.models.image_classification.config import Augmentation, Crop, ImageData
+from trunkline.models.image_classification.augment import COLOUR, augmented, random_part, turned
+from trunkline.models.image_classification.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    Crop,
+    ImageData,
+)
 from trunkline.models.image_classification.conversion import prepare
 from trunkline.models.image_classification.data import collate
 from trunkline.models.image_classification.decode import Size
@@ -41,7 +50,8 @@ LEAST = {"store of 224 x 224": 20.0, "store of short side 256, cropped": 3.0}
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _BATCH = 64
 _CROP = Crop()
-_CLOSE = 1.5  # of 255, on average: Pillow also filters where a crop is shrunk, and rounds in between
+_CLOSE = {"a crop": 1.5, "an augmented image": 2.5}
+"""Of 255, on average: Pillow also filters where a crop is shrunk, and rounds in between, hues to 256 of them."""
 Side = Callable[[], Iterator[Tensor]]
 
 
@@ -58,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.images} JPEGs of {_WIDTH} x {_HEIGHT}, {size / arguments.images / 1e3:.0f} kB each, one thread"
         )
         missed = 0
-        for theirs, sides in (_squares(root), _crops(root)):
+        for theirs, sides in (_squares(root), _crops(root), _augmentation(root)):
             missed += _compare(theirs, sides, arguments.images, arguments.rounds, clock)
     return int(missed > 0)
 
@@ -107,31 +117,69 @@ def _crops(root: Path) -> tuple[Side, dict[str, Side]]:
     data = ImageData(store=str(root / "short"), img_size=EDGE, augmentation=plain)
     store = Prepared(data).split("train")
     folder = Folders(ImageData(path=str(root / "images"), img_size=EDGE)).split("train")
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (data.mean, data.std))
-
-    def normalised(image: Image.Image) -> Tensor:
-        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255 - mean) / std
 
     def same(image: Image.Image, index: int) -> Tensor:
         short = image.resize(Size(short_side=SHORT_SIDE).of(*image.size), Image.Resampling.BILINEAR)
-        return normalised(short.resize((EDGE, EDGE), Image.Resampling.BILINEAR, box=_box(index, short.size)))
+        return _normalised(short.resize((EDGE, EDGE), Image.Resampling.BILINEAR, box=_box(index, short.size)))
 
     def whole(image: Image.Image, index: int) -> Tensor:
-        return normalised(image.resize((EDGE, EDGE), Image.Resampling.BILINEAR, box=_box(index, image.size)))
+        return _normalised(image.resize((EDGE, EDGE), Image.Resampling.BILINEAR, box=_box(index, image.size)))
 
     def ours() -> Iterator[Tensor]:
         return (augmented(batch | {"draw": batch["index"]}, data) for batch in _batches(store))
 
     theirs = _Transformed(root / "images", folder, same)
-    for one, other in zip(ours(), _loaded(theirs), strict=True):
-        if (difference := float(((one - other) * std).abs().mean() * 255)) > _CLOSE:
-            raise DataError(f"a crop differs from Pillow's by {difference:.2f} of 255 on average: no speed is reported")
+    _check_close(ours(), _loaded(theirs), "a crop")
     cropped = _Transformed(root / "images", folder, whole)
     sides: dict[str, Side] = {
         "store of short side 256, cropped": ours,
         "Pillow, crops of the whole image": lambda: _loaded(cropped),
     }
     return lambda: _loaded(theirs), sides
+
+
+def _augmentation(root: Path) -> tuple[Side, dict[str, Side]]:
+    """Pillow's side, and ours, of images that are 224 x 224 already: fp32 [B, 3, 224, 224], normalised."""
+    data = ImageData(store=str(root / "squares"), img_size=EDGE)
+    options, store = data.augmentation, Prepared(data).split("train")
+    widths = torch.tensor([options.brightness, options.contrast, options.saturation, options.hue])
+
+    def by_pillow(samples: list[dict[str, Any]]) -> Tensor:
+        draw, made = torch.tensor([sample["index"] for sample in samples]), []
+        colours = (widths * (2 * uniform(draw, (4,), stream=COLOUR) - 1)).tolist()
+        for sample, turn, (*amounts, hue) in zip(samples, turned(draw, options).tolist(), colours, strict=True):
+            image, (sin, cos) = Image.fromarray(sample["image"]), turn[1]
+            if turn[0][0] < 0:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = image.rotate(math.degrees(math.atan2(sin, cos)), Image.Resampling.BILINEAR)
+            kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            for kind, amount in zip(kinds, amounts, strict=True):
+                image = kind(image).enhance(1 + amount)
+            hues, *rest = image.convert("HSV").split()
+            hues = hues.point([(value + round(256 * hue)) % 256 for value in range(256)])
+            made.append(_normalised(Image.merge("HSV", (hues, *rest)).convert("RGB")))
+        return torch.stack(made)
+
+    def ours() -> Iterator[Tensor]:
+        return (augmented(batch | {"draw": batch["index"]}, data) for batch in _batches(store))
+
+    samples = [store[index] for index in range(len(store))]
+    theirs = DataLoader(samples, batch_size=_BATCH, collate_fn=by_pillow)  # type: ignore[arg-type]
+    _check_close(ours(), iter(theirs), "an augmented image")
+    return lambda: iter(theirs), {"augmentation of a batch at once": ours}
+
+
+_MEAN, _STD = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def _normalised(image: Image.Image) -> Tensor:
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255 - _MEAN) / _STD
+
+
+def _check_close(ours: Iterator[Tensor], theirs: Iterator[Tensor], what: str) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        if (difference := float(((one - other) * _STD).abs().mean() * 255)) > _CLOSE[what]:
+            raise DataError(f"{what} differs from Pillow's by {difference:.2f} of 255 on average: no speed is reported")
 
 
 def _box(index: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
