@@ -17,6 +17,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from trunkline.benchmarks import attention_borders
 from trunkline.benchmarks import attention_tiles as bench_attention_tiles
 from trunkline.benchmarks.contenders import (
     CONTENDERS,
@@ -98,6 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         return bench_attention_tiles.sweep(
             arguments.sweep, head_dims, counts[0] * V, arguments.heads, device, arguments.out, deadline
         )
+    if arguments.borders:
+        return attention_borders.borders(head_dims, arguments.heads, device, arguments.out, deadline)
     report = Report("attention", "flash_attention over fluid sequences", device, arguments.out)
     report.notes.append(
         f"One sample, {arguments.heads} heads, blocks of {block:,} variables, {PADDING:.0%} of them padding; "

@@ -18,7 +18,11 @@ def attention(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=integers, metavar="T,...", help="lengths, in blocks of 6,712 (default: 3,5,7,10)"
     )
     parser.add_argument("--heads", type=int, default=8, help="query and key heads (8)")
-    parser.add_argument("--sweep", choices=PASSES, help="time tiles of a pass instead, at the shortest length (GPU)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep", choices=PASSES, help="time tiles of a pass instead, at the shortest length (GPU)")
+    instead.add_argument(
+        "--borders", action="store_true", help="time what borders between kernels choose instead (GPU)"
+    )
 
 
 def masked_mse(parser: argparse.ArgumentParser) -> None:

@@ -53,8 +53,8 @@ CONSTANTS = {
 """Constants that a kernel's module may have, and what --sweep tries for each, and for its BACKWARD_... namesake."""
 AIM, STRETCH = 0.90, 0.95  # of the copy
 AIMED_AT = {"masked_mse": 2**28, "linear_masked_mse": 2**22}
-"""Values and rows from which on the aim holds: no cache holds them. A launch is not negligible: on an H200 a
-call of few values takes 0.3 to 0.5 ms, these 0.4 to 0.8."""
+"""Values and rows from which on the aim holds: no cache holds them. Of fewer, what a call costs the host is much of its
+time."""
 
 
 def run(arguments: argparse.Namespace) -> int:

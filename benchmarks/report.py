@@ -169,19 +169,19 @@ class Report:
         self.stopped = True
         raise Stopped
 
-    def write(self, draw: Draw) -> int:
+    def write(self, draw: Draw | None = None) -> int:
         """Print the table and write all files. Returns the exit status: 1 if there are red rows, or SIGTERM came."""
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print(self._markdown(), flush=True)
         folder = self.save()
-        if right := [row for row in self.rows if row["status"] == OK]:
+        if draw and (right := [row for row in self.rows if row["status"] == OK]):
             import matplotlib.pyplot as plt
 
             figure = draw(right)
             figure.suptitle(device_name(self.device))
             figure.savefig(folder / f"{self.name}.png", dpi=120)
             plt.close(figure)
-        print(f"written to {folder}: {self.name}.csv, .md, .json" + (", .png" if right else ""), flush=True)
+        print(f"written to {folder}: {self.name}.csv, .md, .json" + (", .png" if draw and right else ""), flush=True)
         if not self.stopped:
             signal.signal(signal.SIGTERM, before)
         return 1 if self.red or self.stopped else 0

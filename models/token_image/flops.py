@@ -5,7 +5,8 @@
 All places count, also those that attention masks. The backward pass takes twice as many, but for layers whose input
 needs no gradient, which take as many: the patch embeddings and what the time modulates. A forward pass of B/4 at
 64 x 64 is 126 GFLOP. The usual estimate, 2 x parameters x tokens plus attention, gives 140. It counts the weights of
-the time's modulation once per token, but they act once per image.
+the time's modulation once per token, but they act once per image. With the official block and no places for a condition
+a forward pass is 46 GFLOP, and 138 with its backward pass.
 """
 
 from __future__ import annotations

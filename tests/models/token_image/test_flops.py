@@ -40,3 +40,9 @@ def test_the_preset_b_4_takes_what_is_said_of_it(size: int, forward: float) -> N
     model, encoding = TokenImageModel(preset="B/4"), Encoding("rgb", 4096)
     assert forward_flops(model, size, encoding, conditioned=False) == pytest.approx(forward, rel=1e-4)
     assert training_flops(model, size, encoding, conditioned=False) == pytest.approx(3 * forward, rel=2e-3)
+
+
+def test_the_official_b_4_without_places_for_a_condition_takes_what_is_said_of_it() -> None:
+    model, encoding = TokenImageModel(preset="B/4", block="official", condition=False), Encoding("rgb", 4096)
+    assert forward_flops(model, 64, encoding, conditioned=False) == pytest.approx(46.025e9, rel=1e-4)
+    assert training_flops(model, 64, encoding, conditioned=False) == pytest.approx(137.97e9, rel=1e-4)
