@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 def write_random_case(folder: Path, seed: int) -> None:
     """Write the eight files of a case with the reference network's columns (V = 6,712), in its usual decimals."""
     random = np.random.default_rng(seed)
-    schema = _reference_schema()
+    schema = reference_schema()
     files = [(BOUNDARY, schema.boundary, range(0, MINUTES, 30))]
     files += [(group, schema.groups[group], range(1, MINUTES + 1)) for group in GROUPS]
     for name, columns, minutes in files:
@@ -63,7 +63,8 @@ def write_random_case(folder: Path, seed: int) -> None:
         pl.DataFrame(table).write_csv(folder / f"{name}.csv")
 
 
-def _reference_schema() -> Schema:
+def reference_schema() -> Schema:
+    """The reference network's columns."""
     groups = {
         group: tuple(f"{group}_{number:03d}_{quantity}" for number in range(1, count + 1) for quantity in quantities)
         for group, (count, quantities) in _DEVICES.items()

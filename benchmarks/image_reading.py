@@ -164,7 +164,7 @@ def _augmentation(root: Path) -> tuple[Side, dict[str, Side]]:
         return (augmented(batch | {"draw": batch["index"]}, data) for batch in _batches(store))
 
     samples = [store[index] for index in range(len(store))]
-    theirs = DataLoader(samples, batch_size=_BATCH, collate_fn=by_pillow)  # type: ignore[arg-type]
+    theirs: DataLoader[Any] = DataLoader(samples, batch_size=_BATCH, collate_fn=by_pillow)  # type: ignore[arg-type]
     _check_close(ours(), iter(theirs), "an augmented image")
     return lambda: iter(theirs), {"augmentation of a batch at once": ours}
 

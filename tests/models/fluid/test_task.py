@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from tests.models.fluid.toy_network import SCHEMA, write_toy_store
 from tests.models.fluid.trained_run import write_run
+from trunkline.benchmarks.fluid_prepare import reference_schema
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.task import add_sums
 from trunkline.models.fluid.config import FluidData, FluidModel
@@ -251,6 +252,20 @@ def test_flops_count_minutes_and_rollouts(store):
     attention = 3 * 4 * 32 * 7**2  # one layer, tokens of one minute that see one minute
     assert three == pytest.approx(3 * (one - attention) + 6 * attention)
     assert rolled == pytest.approx(5 * three)
+
+
+@pytest.mark.parametrize(
+    ("preset", "history", "times"), [("large", 3, 12.4), ("large", 10, 17.3), ("small", 3, 17.7), ("small", 10, 21.6)]
+)
+def test_scalar_tokens_of_the_reference_network_take_more_flops_than_devices(store, preset, history, times):
+    """As docs/measured.md says."""
+    task = make(store, history)
+    task.schema = reference_schema()
+    flops = []
+    for tokens in ("scalar", "device"):
+        task.model = FluidModel(preset=preset, tokens=tokens)
+        flops.append(task.flops_per_sample())
+    assert flops[0] / flops[1] == pytest.approx(times, abs=0.05)
 
 
 def test_what_a_model_of_tokens_needs_is_named(store):
