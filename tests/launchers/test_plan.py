@@ -77,11 +77,11 @@ def test_what_only_data_say_is_named_with_the_way_to_know_it(capsys: pytest.Capt
     assert "no prepared data set here (no store.json): make one with `python launchers/prepare.py fluid" in said
     assert "--samples N stands in for the number of training samples" in said
     plan = plan_of(capsys, "--config", "fluid/demo")
-    assert (plan["steps"], plan["epochs"], plan["parameters"]) == (8000, None, None)
-    assert plan["learning_rate"]["last (step 7999)"] == pytest.approx(0, abs=1e-6)
+    assert (plan["steps"], plan["epochs"], plan["parameters"]) == (16000, None, None)
+    assert plan["learning_rate"]["last (step 15999)"] == pytest.approx(0, abs=1e-6)
     assert plan["unknown"].keys() == {"epochs", "parameters, memory and checkpoint"}
     plan = plan_of(capsys, "--config", "fluid/demo", "--samples", "2560")
-    assert (plan["epochs"], plan["unknown"].keys()) == (800, {"parameters, memory and checkpoint"})
+    assert (plan["epochs"], plan["unknown"].keys()) == (1600, {"parameters, memory and checkpoint"})
     plan = plan_of(capsys, "--config", "token_image/demo", "--samples", "6400")
     assert plan["parameters"] is None  # bits, and the logits of a vocabulary that is not known
 
