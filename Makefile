@@ -116,7 +116,8 @@ train-seq2seq: $(spelled)/pairs $(spelled)/sv
 	$(train_numbers)/demo.json --output-dir $(run)/pretrained
 	$(train_numbers)/demo-sv.json --output-dir $(run)/sv
 	$(train_numbers)/demo-sv.json --output-dir $(run)/sv-frozen \
-		--set 'training.parameters=[{"names": ["lm.shared.*", "lm.encoder.*"], "frozen": true}]'
+		--set 'training.parameters=[{"names": ["lm.shared.*", "lm.encoder.*"], "frozen": true}]' \
+		--set deepspeed.optimizer.params.lr=0.05
 	$(train_numbers)/demo-sv.json --output-dir $(run)/sv-scratch \
 		--set model.path=null --set model.preset=tiny --set model.dropout=0
 	$(python) launchers/bench.py numbers --example $(spelled)/numbers --runs $(run)

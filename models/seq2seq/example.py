@@ -3,7 +3,7 @@
     write_numbers(folder)   {train,val,test}.jsonl in eight languages, and sv-{train,val,test}.jsonl in one more
 
 A record is {"prompt": "dreiunvierzig", "response": "43", "clean": "dreiundvierzig", "language": "de"}. Prompts are as a
-person types them: of the training records three of 16 have a typing error and one of 16 lacks its accents; all of val
+person types them: of the training records seven of 16 have a typing error and one of 16 lacks its accents; all of val
 and test have an error. "clean" is the same without. The words are those of the package num2words (LGPL), in lower case
 and without commas. What language they are of, the prompt does not say.
 
@@ -119,7 +119,7 @@ def _drawn(draw: random.Random, split: str) -> int:
 
 def _as_typed(clean: str, draw: random.Random) -> str:
     kind = draw.randrange(16)
-    return with_typo(clean, draw) if kind < 3 else without_accents(clean) if kind == 3 else clean
+    return with_typo(clean, draw) if kind < 7 else without_accents(clean) if kind == 7 else clean
 
 
 def _record(number: int, clean: str, language: str, typed: str) -> Record:

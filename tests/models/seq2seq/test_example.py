@@ -82,7 +82,7 @@ def test_held_out_prompts_have_one_error_and_training_prompts_sometimes() -> Non
     train = list(train_records("pt", 2000))
     changed = [r for r in train if r["prompt"] != r["clean"]]
     bare = [r for r in changed if r["prompt"] == without_accents(r["clean"])]
-    assert 0.16 < (len(changed) - len(bare)) / len(train) < 0.22  # 3 of 16
+    assert 0.40 < (len(changed) - len(bare)) / len(train) < 0.48  # 7 of 16
     assert all(one_edit_apart(r["clean"], r["prompt"]) for r in changed if r not in bare)
     assert 0.005 < len(bare) / len(train) < 0.04  # 1 of 16, of those that have any
 
@@ -91,7 +91,8 @@ def test_held_out_prompts_have_one_error_and_training_prompts_sometimes() -> Non
 def test_words_are_lower_case_and_without_commas() -> None:
     records = [*train_records("en", 200), *held_out_records("en", "test", 20)]
     assert not any("," in r["clean"] or r["clean"] != r["clean"].lower() for r in records)
-    assert {"prompt": "ett", "response": "1", "clean": "ett", "language": "sv"} in train_records("sv", 0, first=2)
+    one = list(train_records("sv", 0, first=2))[1]
+    assert (one["clean"], one["response"], one["language"]) == ("ett", "1", "sv")
     assert [r["clean"] for r in train_records("de", 0, first=22)][-1] == "einundzwanzig"
 
 
@@ -120,8 +121,9 @@ def test_the_files_are_the_same_each_time(
 @spells
 def test_the_first_draws_are_those_of_the_measured_figures() -> None:
     """Of num2words 0.5.14: other draws are another data set, and the figures in the documents are of this one."""
-    assert [r["prompt"] for r in train_records("en", 3)] == [
+    assert [r["prompt"] for r in train_records("en", 6)] == [
         "seven thousand seven hundred ani twenty-six", "ecghteen", "two",
+        "sixtw-one thousand five hundred and fifty-two", "thirty-to", "nine",
     ]  # fmt: skip
 
 
