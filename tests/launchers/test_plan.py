@@ -19,6 +19,12 @@ from trunkline.models.registry import config_sections, weights_task
 CONFIGS = Path(train.__file__).parents[1] / "configs"
 
 
+@pytest.fixture(autouse=True)
+def no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without data sets: a clone has some after `make train`."""
+    monkeypatch.chdir(tmp_path)
+
+
 def plan_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert train.main([*words, "--plan", "json"]) == 0
     return json.loads(capsys.readouterr().out)
