@@ -40,8 +40,8 @@ test_cases := 8
 simulated := $(csv)/.simulated-$(cases)-$(test_cases)
 unseen := $(csv)/test/case_0001
 
-# one process: a step of so small a network on two cores is no quicker on two ranks
-train_days = $(python) launchers/train.py --resume auto --config configs/fluid
+# one process and one thread: a step of so small a network is no quicker on two ranks or two threads
+train_days = OMP_NUM_THREADS=1 $(python) launchers/train.py --resume auto --config configs/fluid
 
 .PHONY: train-fluid
 train-fluid: $(store)/store.json
