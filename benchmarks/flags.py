@@ -124,10 +124,6 @@ def fluid_training(parser: argparse.ArgumentParser) -> None:
 
 def image_training(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py image_training`."""
-    parser.add_argument(
-        "--beside", choices=("trainer", "batch_norm"), default="trainer",
-        help="the other side: transformers' Trainer (default), or torch's BatchNorm beside ours, which writes no files",
-    )  # fmt: skip
     parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")
     parser.add_argument("--img-size", type=int, default=64, help="edge of the pictures in pixels (64)")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="images a step (32)")
@@ -136,6 +132,15 @@ def image_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn that count (4)")
     add_workers(parser)
     add_out(parser)
+
+
+def batch_norm(parser: argparse.ArgumentParser) -> None:
+    """The flags of `launchers/bench.py batch_norm`."""
+    parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")
+    parser.add_argument("--img-size", type=int, default=64, help="edge of the images in pixels (64)")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="images a step (32)")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn that count (4)")
 
 
 def causal_lm(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,12 @@
 """Training of image classifiers, beside transformers' Trainer on the same network.
 
-    run(arguments)    `python launchers/bench.py image_training`, or `... --beside batch_norm`
+    run(arguments)    `python launchers/bench.py image_training`
 
 All train a new network with torch's fused AdamW in fp32, or on a GPU in bf16 with ZeRO 1. A micro-batch is one group of
 each BatchNorm. The Trainer and one of our sides read a folder of PNGs and decode in each step: the Trainer by Pillow in
 a data set, as is usual. Our other side reads the prepared store of the same pictures. Each has --workers processes that
 read ahead, and what these may have read before a turn does not count. Turns of some steps alternate. Nothing is
 augmented, and nobody logs, evaluates or saves. The pictures are random and few: an epoch reads them again and again.
-
-Beside batch_norm, plain steps on the same random images: with torch's BatchNorm, and with ours of one, two and four
-groups.
 """
 
 from __future__ import annotations
@@ -23,22 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import ratio_of
-from trunkline.benchmarks.report import the_device
 from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import world
 from trunkline.engine.trainer import Trainer
-from trunkline.models.image_classification.config import IMAGENET_MEAN, IMAGENET_STD, ImageModel
+from trunkline.models.image_classification.config import IMAGENET_MEAN, IMAGENET_STD
 from trunkline.models.image_classification.conversion import prepare
 from trunkline.models.image_classification.decode import Size
-from trunkline.models.image_classification.network import make_network
 from trunkline.models.registry import config_sections, make_task
 
 CLASSES, PICTURES = 10, 512
@@ -47,8 +40,6 @@ FOLDER, STORE, THEIRS = "Trunkline", "Trunkline, store", "transformers Trainer"
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0."""
-    if arguments.beside == "batch_norm":
-        return _batch_norms(arguments)
     folder, store, theirs = measure(
         arguments.arch, arguments.img_size, arguments.micro_batch_size, arguments.turns, arguments.steps,
         arguments.backend, arguments.workers,
@@ -64,55 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     write(arguments, [(folder, theirs), (store, theirs)], "images", about)
     return 0
-
-
-def _batch_norms(arguments: argparse.Namespace) -> int:
-    """Check that one group gives what torch's BatchNorm does, time and print. Returns 0."""
-    from transformers import AutoModelForImageClassification
-
-    device, size = the_device(), arguments.micro_batch_size
-    torch.manual_seed(0)
-    images = torch.randn(size, 3, arguments.img_size, arguments.img_size, device=device)
-    labels = torch.arange(size, device=device) % CLASSES
-    names = {1: "one group", 2: "two groups", 4: "four groups"}
-    ours = {
-        name: make_network(
-            ImageModel(arch=arguments.arch, batch_norm_group=-(-size // count)), CLASSES, images.shape[-1]
-        )
-        for count, name in names.items()
-    }
-    loader: Any = AutoModelForImageClassification
-    networks = {"torch": loader.from_config(ours["one group"].config), **ours}
-    for network in networks.values():
-        network.load_state_dict(ours["one group"].state_dict())
-        network.to(device)
-    found, wanted = (networks[name].train()(pixel_values=images).logits for name in ("one group", "torch"))
-    torch.testing.assert_close(found, wanted)
-    steps = [_Steps(name, network, images, labels, arguments.steps) for name, network in networks.items()]
-    theirs, *sides = take_turns(steps, arguments.turns)
-    for side in sides:
-        ratio = ratio_of(theirs.speeds, side.speeds)
-        print(f"time, {side.name} / torch's BatchNorm {ratio.median:.3f} (95 %: {ratio.low:.3f} ... {ratio.high:.3f})")
-    return 0
-
-
-class _Steps:
-    """Steps of a plain loop; the first of a turn does not count."""
-
-    def __init__(self, name: str, network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
-        self.side, self.network, self.images, self.labels, self.steps = Side(name), network, images, labels, steps
-        self.optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-        self.clock = Clock(self.side, images.device, cpu_time=True)
-
-    def take_turn(self) -> None:
-        for step in range(1 + self.steps):
-            if step == 1:
-                self.clock.begin()
-            F.cross_entropy(self.network(pixel_values=self.images).logits, self.labels).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.clock.end()
-        self.side.units.append(self.steps * len(self.images))
 
 
 def measure(

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "fluid_training": ("trunkline.benchmarks.fluid_training", "training of the surrogate against transformers"),
     "images": ("trunkline.benchmarks.image_reading", "reading images, against a DataLoader with Pillow transforms"),
     "image_training": ("trunkline.benchmarks.image_training", "training of image classifiers against transformers"),
+    "batch_norm": ("trunkline.benchmarks.batch_norm", "a step with BatchNorm by groups, against torch's BatchNorm"),
     "causal_lm": ("trunkline.benchmarks.causal_lm", "training of language models against transformers and Accelerate"),
     "seq2seq_training": ("trunkline.benchmarks.seq2seq_training", "training of encoder-decoders against transformers"),
     "seq2seq_memory": ("trunkline.benchmarks.seq2seq_memory", "what encoder-decoders keep for the backward pass"),

@@ -19,10 +19,3 @@ def test_all_sides_take_their_turns(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line.split(" / ")[0] for line in lines[3:]] == [f"speed, {name}" for name in names[:2]]
     rows = [line for line in other_workloads(tmp_path).splitlines() if line.startswith("| image_training | deepspeed")]
     assert [row.split(" | ")[2].split(":")[0] for row in rows] == names[:2]
-
-
-def test_batch_norms_by_groups_are_timed_beside_torch_s(capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--beside batch_norm --arch resnet_tiny --img-size 16 --micro-batch-size 8 --turns 2 --steps 1"
-    assert main(["image_training", *small.split()]) == 0
-    names = [line.split(" / ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["time, one group", "time, two groups", "time, four groups"]
