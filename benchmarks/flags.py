@@ -136,7 +136,10 @@ def image_training(parser: argparse.ArgumentParser) -> None:
 
 def batch_norm(parser: argparse.ArgumentParser) -> None:
     """The flags of `launchers/bench.py batch_norm`."""
-    parser.add_argument("--arch", default="resnet18", help="the network (resnet18)")
+    from trunkline.models.image_classification.architectures import ARCHITECTURES, BATCH_NORMALIZED
+
+    networks = [name for name, network in ARCHITECTURES.items() if network.series in BATCH_NORMALIZED]
+    parser.add_argument("--arch", choices=networks, default="resnet18", help="the network (resnet18)")
     parser.add_argument("--img-size", type=int, default=64, help="edge of the images in pixels (64)")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="images a step (32)")
     parser.add_argument("--turns", type=int, default=8, help="turns of each side (8)")

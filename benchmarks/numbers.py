@@ -34,6 +34,7 @@ NETWORK, RULES = "network", "text2num, told the language"
 TUNED = {"whole": "sv", "frozen": "sv-frozen", "from scratch": "sv-scratch"}
 """How the new language was learnt, and the run's folder."""
 NEW_PAIRS = NEW_FIRST + NEW_TRAIN
+_MAKES = "python launchers/prepare.py seq2seq --example numbers"
 _AT_ONCE = 250
 _COMPARED = 24_000  # records that the nearest is sought among
 _SHOWN = 10  # wrong answers
@@ -87,10 +88,10 @@ def read(path: Path) -> list[Record]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not records or any(set(record) != {"prompt", "response", "clean", "language"} for record in records):
             raise ValueError("other records")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: is missing: make it with `{_MAKES} --out {path.parent}`") from error
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path}: not the example's records ({error}): python launchers/prepare.py seq2seq --example numbers"
-        ) from error
+        raise DataError(f"{path}: not the example's records ({error}): make them anew with `{_MAKES}`") from error
     return records
 
 

@@ -120,6 +120,6 @@ def test_the_demo_from_its_records_to_its_table(
 
 def test_other_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
-    for folder in (tmp_path, tmp_path / "none"):
+    for folder, fault in ((tmp_path, "not the example's records"), (tmp_path / "none", "is missing: make it with `")):
         assert bench.main(["numbers", "--example", str(folder), "--runs", str(tmp_path)]) == 2
-        assert f"{folder / 'train.jsonl'}: not the example's records" in capsys.readouterr().err
+        assert f"{folder / 'train.jsonl'}: {fault}" in capsys.readouterr().err
