@@ -22,7 +22,7 @@ _NAMED = 20
 _FACTS = {
     "penalty": "penalty {:g}",
     "noise": "noise {:g}",
-    "minutes": "{:g} minutes of training allowed",
+    "minutes": "{:g} min of training allowed",
     "steps": "{:,} steps",
     "best_step": "the best after {:,}",
     "days": "{:,} training days",
