@@ -112,9 +112,7 @@ def test_the_report_says_how_each_baseline_was_fitted(trained, store, tmp_path):
         f"- ridge: penalty {ridge['penalty']:g}, noise 0, fitted in {ridge['seconds']:.3g} s altogether"
     )
     (line,) = [line for line in lines if line.startswith("- ridge + MLP: ")]
-    assert line.startswith(
-        f"- ridge + MLP: 0.002 min of training allowed, {network['steps']:,} steps, the best after "
-    )
+    assert line.startswith(f"- ridge + MLP: 0.002 min of training allowed, {network['steps']:,} steps, the best after ")
     assert ", 6 training days, fitted in " in line
 
 
