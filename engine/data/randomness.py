@@ -68,33 +68,36 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 
 def _finalise(z: Tensor) -> Tensor:
-    z = _mixed(z)
-    return _shift_right(z, 31).bitwise_xor_(z)
-
-
-def _mixed(z: Tensor) -> Tensor:
-    """The finaliser without its last step."""
     z = _shift_right(z, 30).bitwise_xor_(z).mul_(_signed(0xBF58476D1CE4E5B9))
-    return _shift_right(z, 27).bitwise_xor_(z).mul_(_signed(0x94D049BB133111EB))
+    z = _shift_right(z, 27).bitwise_xor_(z).mul_(_signed(0x94D049BB133111EB))
+    return _shift_right(z, 31).bitwise_xor_(z)
 
 
 def uniform(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     """Uniform numbers of the open interval (0, 1): [B, *shape] fp32 from int64 `keys` [B].
 
-    `stream` separates several draws that are made with one key.
+    `stream`, 0 or more, separates several draws that are made with one key.
     """
-    return _uniform(_finalise(keys), math.prod(shape), stream).view(len(keys), *shape)
+    bits = (_words(keys, math.prod(shape), stream) >> 40).to(torch.int32).bitwise_and_((1 << 24) - 1)
+    return bits.to(torch.float32).add_(0.5).mul_(2.0**-24).view(len(keys), *shape)
 
 
 def normal(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
-    """Standard normal numbers by Box-Muller: [B, *shape] fp32 from int64 `keys` [B]."""
-    state, count = _finalise(keys), math.prod(shape)
-    radius = _uniform(state, count, 2 * stream + 1).log_().mul_(-2.0).sqrt_()
-    return radius.mul_(_uniform(state, count, 2 * stream + 2).mul_(2 * math.pi).cos_()).view(len(keys), *shape)
+    """Standard normal numbers: [B, *shape] fp32 from int64 `keys` [B]. Its streams are others than those of `uniform`.
+
+    By Box-Muller, which makes two of 64 bits: 31 and a sign that is not used for the radius, 32 for the angle.
+    """
+    count = math.prod(shape)
+    pairs = (count + 1) // 2
+    halves = _words(keys, pairs, ~stream).view(torch.int32).to(torch.float32)
+    radius, angle = halves.view(len(keys), 2, pairs).unbind(1)
+    radius.add_(0.5).abs_().mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
+    angle.mul_(2 * math.pi * 2.0**-32)
+    both = torch.cat([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=1)
+    return both[:, :count].reshape(len(keys), *shape)
 
 
-def _uniform(state: Tensor, count: int, stream: int) -> Tensor:
-    steps = torch.arange(count, device=state.device, dtype=torch.int64).add_(stream << 40).mul_(_signed(_GOLDEN))
-    # the finaliser's last step would not change the bits that are taken
-    bits = (_mixed(state[:, None] + steps) >> 40).to(torch.int32).bitwise_and_((1 << 24) - 1)
-    return bits.to(torch.float32).add_(0.5).mul_(2.0**-24)
+def _words(keys: Tensor, count: int, stream: int) -> Tensor:
+    """int64 [B, count], every bit of which is random."""
+    steps = torch.arange(count, device=keys.device, dtype=torch.int64).add_(stream << 40).mul_(_signed(_GOLDEN))
+    return _finalise(_finalise(keys)[:, None] + steps)

@@ -24,7 +24,8 @@ def history_noise(draw: Tensor, minutes: int, num_states: int) -> Tensor:
     """
     count = len(spans(minutes))
     drifts = count if count > 2 else 1  # of the second span there is none
-    return over_spans(normal(draw, (drifts, num_states)), normal(draw, (count, num_states), stream=1), minutes)
+    drift, alone = normal(draw, (drifts + count, num_states)).split([drifts, count], dim=1)
+    return over_spans(drift, alone, minutes)
 
 
 def over_spans(drift: Tensor, alone: Tensor, minutes: int) -> Tensor:
