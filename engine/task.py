@@ -38,7 +38,11 @@ Sums = dict[str, Tensor]
 
 
 class Samples(Protocol):
-    """A map-style data set, such as a torch.utils.data.Dataset that has a length. `dataset[i]` depends only on i."""
+    """A map-style data set, such as a torch.utils.data.Dataset that has a length. `dataset[i]` depends only on i.
+
+    One that reads many samples faster than one by one has `__getitems__(indices)`, which returns the list of them, as
+    for torch's own DataLoader.
+    """
 
     def __len__(self) -> int: ...
 

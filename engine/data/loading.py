@@ -41,7 +41,7 @@ class Batches(Dataset[Batch]):
         draws = self.draws(place)
         if draws is None:
             return {}
-        batch = collate(self.task, [self.dataset[index] for index in draws[0].clip(0).tolist()], draws)
+        batch = collate(self.task, _read(self.dataset, draws[0].clip(0).tolist()), draws)
         return {key: value.pin_memory() for key, value in batch.items()} if self.pin_memory else batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,6 +147,11 @@ def _loader(batches: Batches, num_workers: int, pin_memory: bool) -> _FromWorker
     if num_workers == 0:
         return replace(batches, pin_memory=pin_memory)
     return _FromWorkers(batches, num_workers, pin_memory)
+
+
+def _read(dataset: Samples, indices: list[int]) -> list[Any]:
+    together = getattr(dataset, "__getitems__", None)
+    return [dataset[index] for index in indices] if together is None else together(indices)
 
 
 def collate(task: Task, samples: Sequence[Any], draws: Draws) -> Batch:

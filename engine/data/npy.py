@@ -108,13 +108,15 @@ class NpyFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start ... stop-1, a copy [stop - start, ...]."""
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows start ... stop-1, a copy [stop - start, ...], or in `out`, contiguous and of that shape and dtype."""
         if not 0 <= start <= stop <= self._spec.shape[0]:
             raise IndexError(f"rows {start} to {stop} of {self._spec.shape[0]}")
-        out = np.empty((stop - start, *self._spec.shape[1:]), self._dtype)
-        place, done = self._start + start * self._row_bytes, 0
-        while done < out.nbytes:  # one call reads at most 2 GiB
+        if out is None:
+            out = np.empty((stop - start, *self._spec.shape[1:]), self._dtype)
+        size, place, done = (stop - start) * self._row_bytes, self._start + start * self._row_bytes, 0
+        assert out.nbytes == size
+        while done < size:  # one call reads at most 2 GiB
             try:
                 rest: list[Any] = [out.reshape(-1).view(np.uint8)[done:] if done else out]
                 count = os.preadv(self.file.fileno(), rest, place + done)

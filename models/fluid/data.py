@@ -59,16 +59,18 @@ class FluidWindows(Dataset[Sample]):
         return len(self.cases) * self.windows_per_case
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        case, start = self.locate(index)
-        stop = start + self.history + self.ahead + 1
-        state = self.store.state_rows(self.split, case, start, stop)
-        boundary = self.store.boundary_rows(self.split, case, start + 1, stop)
-        return np.concatenate([boundary, state[:-1]], axis=1), state[-self.targets :]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        places = [self.locate(index) for index in indices]
+        boundary, state = self.store.windows(self.split, places, self.history + self.ahead + 1)
+        x = np.concatenate([boundary[:, 1:], state[:, :-1]], axis=2)
+        return list(zip(x, state[:, -self.targets :], strict=True))
 
     def locate(self, index: int) -> tuple[str, int]:
         """(case, first row) of window `index`; the window's inputs are rows first ... first + T - 1."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         return self.cases[index // self.windows_per_case], index % self.windows_per_case
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,6 +68,5 @@ def take_windows(
     store: Store, split: str, places: Sequence[tuple[str, int]], rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(boundary [B, rows, Vb], state [B, rows, Vs]) of the windows that begin at the given (case, row)."""
-    boundary = np.stack([store.boundary_rows(split, case, row, row + rows) for case, row in places])
-    state = np.stack([store.state_rows(split, case, row, row + rows) for case, row in places])
+    boundary, state = store.windows(split, places, rows)
     return torch.from_numpy(boundary).to(device), torch.from_numpy(state).to(device)

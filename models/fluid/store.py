@@ -127,6 +127,15 @@ class Store(ArrayStore):
         """Rows start ... stop-1 of the state, a float32 copy [stop - start, Vs]; the case must have outputs."""
         return self[f"{split}/{case}/state"].rows(start, stop)
 
+    def windows(self, split: str, places: Sequence[tuple[str, int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """(boundary [B, rows, Vb], state [B, rows, Vs]) from each of the given (case, row) on, float32 copies."""
+        widths = {"boundary": self.schema.num_boundary, "state": self.schema.num_states}
+        found = {kind: np.empty((len(places), rows, width), "<f4") for kind, width in widths.items()}
+        for kind, windows in found.items():
+            for (case, row), window in zip(places, windows, strict=True):
+                self._open(f"{split}/{case}/{kind}").rows(row, row + rows, window)
+        return found["boundary"], found["state"]
+
     @classmethod
     def from_version_1(cls, root: Path, index: dict[str, Any]) -> dict[str, Any]:
         """That version kept a digest of each array's file, header included, and none of the statistics."""

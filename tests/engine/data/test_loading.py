@@ -11,6 +11,7 @@ from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.data.loading import evaluation_loader, training_loader
 from trunkline.engine.data.order import FILLER, GlobalBatches
 from trunkline.engine.errors import DataError
+from trunkline.engine.task import Batch, Samples
 
 TASK = TinyTask(TinyData(samples=21), TinyModel())
 SIZES = BatchSizes(global_batch_size=8, micro_batch_size=2, grad_accum_steps=2, world_size=2)
@@ -49,6 +50,34 @@ def test_an_evaluation_holds_every_sample_once_on_all_ranks_together(num_workers
     assert sorted(x.sum((1, 2)).tolist()) == sorted(
         TASK.collate([TASK.dataset("val")[index] for index in range(11)])["x"].sum((1, 2)).tolist()
     )
+
+
+class _Together:
+    """Reads many samples at once, and one alone not at all."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> object:
+        raise AssertionError("read one by one")
+
+    def __getitems__(self, indices: list[int]) -> list[object]:
+        rows = TASK.dataset("val")
+        return [rows[index] for index in indices]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_that_can_be_read_together_are(num_workers: int) -> None:
+    def read(dataset: Samples) -> list[Batch]:
+        return list(
+            evaluation_loader(
+                TASK, dataset, num_samples=None, micro_batch_size=3, world_size=1, rank=0, num_workers=num_workers
+            )
+        )
+
+    rows = [TASK.dataset("val")[index] for index in range(4)]
+    for together, alone in zip(read(_Together()), read(rows), strict=True):
+        assert all(torch.equal(together[key], alone[key]) for key in alone)
 
 
 class _Unreadable:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,27 @@ def test_windows_end_where_the_data_does(store: Store) -> None:
     for index in (-1, len(windows)):
         with pytest.raises(IndexError):
             windows[index]
+
+
+@pytest.mark.parametrize(("targets", "ahead"), [(None, 0), (1, 0), (2, 3)])
+def test_many_windows_are_those_of_one_by_one(store: Store, targets: int | None, ahead: int) -> None:
+    windows = FluidWindows(store, "train", 3, targets, ahead)
+    indices = [177, 2000, 0, len(windows) - 1, 177]
+    for together, index in zip(windows.__getitems__(indices), indices, strict=True):
+        for found, alone in zip(together, windows[index], strict=True):
+            assert found.dtype == alone.dtype
+            np.testing.assert_array_equal(found, alone)
+    with pytest.raises(IndexError):
+        windows.__getitems__([0, len(windows)])
+
+
+def test_a_file_cut_short_after_it_was_opened_is_named(store: Store, tmp_path: Path) -> None:
+    root = shutil.copytree(store.root, tmp_path / "store")
+    windows = FluidWindows(Store.open(root), "train", 3)
+    windows.__getitems__([0, 1500])
+    os.truncate(root / "train/case_2/state.npy", 1000)
+    with pytest.raises(DataError, match=r"case_2/state\.npy: cut short since it was opened: .*prepare"):
+        windows.__getitems__([0, 1500])
 
 
 @pytest.mark.parametrize("history", [1, 10, 1439])
