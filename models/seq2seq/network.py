@@ -1,7 +1,7 @@
 """Seq2Seq: a T5 whose head and loss are one. Logits are never held whole.
 
-The network is transformers' own, parameter for parameter. What changes is its head, which is a LinearLoss, its attention,
-which is trunkline.kernels.attention.relative, and its GELU, which is torch's: one pass in place of eight.
+The network is transformers' own, parameter for parameter. What changes is its head, which is a LinearLoss, its
+attention, which is trunkline.kernels.attention.relative, and its GELU, which is torch's: one pass in place of eight.
 """
 
 from __future__ import annotations
