@@ -171,12 +171,7 @@ class LanguageModelTask(Task):
         network = make_network(self.model, self.hf_config)
         why = f"; {network.attention_note}" if network.attention_note else ""
         self._model_notes = [f"attention: {network.attention}{why}"]
-        if beside := self._file_format.beside:
-            shown = f"{', '.join(beside[:3])}{', ...' if beside[3:] else ''}"
-            self._model_notes.append(
-                f"{len(beside)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s: they are not "
-                f"trained, and are written as they are: {shown}"
-            )
+        self._model_notes += self._file_format.notes
         if self.data.packing and not network.packs:
             raise ConfigError(
                 f"data.packing: documents packed into one row change one another's loss in the model of "

@@ -181,7 +181,7 @@ class Seq2SeqTask(Task):
                 f"the network has {rows:,} rows of embeddings, and the tokenizer of {self.data.store} "
                 f"{self.store.vocab_size:,} tokens: the others are never used; set model.vocab_size"
             )
-        return said + self._model_notes
+        return said + self._model_notes + self._file_format.notes
 
     def tensor_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""
