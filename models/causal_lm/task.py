@@ -33,7 +33,7 @@ from trunkline.models.text.file_format import FileFormat, shell_of
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import pad_id, special_ids
+from trunkline.models.text.tokenizer import pad_id, special_ids, vocabulary_digest
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -130,6 +130,10 @@ class LanguageModelTask(Task):
         """Names the data set's content, and how samples are cut from it."""
         cut = f"{self.data.max_length}{' packed' if self.data.packing else ''}"
         return f"{self.store.fingerprint} in samples of {cut}"
+
+    def meaning(self) -> dict[str, Any]:
+        """Which token is which."""
+        return {"vocabulary": vocabulary_digest(self.tokenizer)}
 
     def notes(self) -> list[str]:
         """What was left out of the data, and, once the network is built, which attention it uses and which tensors are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,6 +178,10 @@ class FluidTask(Task):
     def fingerprint(self) -> str:
         """Names the data set's content."""
         return self.store.fingerprint
+
+    def meaning(self) -> dict[str, Any]:
+        """The columns, in their order."""
+        return {"columns": hashlib.sha256("\n".join(self.schema.columns).encode()).hexdigest()}
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""

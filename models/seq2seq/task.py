@@ -31,7 +31,7 @@ from trunkline.models.text.file_format import FileFormat
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import check_ids
+from trunkline.models.text.tokenizer import check_ids, vocabulary_digest
 
 KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 
@@ -171,6 +171,10 @@ class Seq2SeqTask(Task):
     def fingerprint(self) -> str:
         """Names the data set's content, and how samples are cut from it."""
         return f"{self.store.fingerprint} in samples of {self._samples.cut}"
+
+    def meaning(self) -> dict[str, Any]:
+        """Which token is which."""
+        return {"vocabulary": vocabulary_digest(self.tokenizer)}
 
     def notes(self) -> list[str]:
         """What was left out of the data, how it is cut, and which weights training starts from."""

@@ -3,6 +3,7 @@
     load_tokenizer(folder)          checked; nothing is downloaded and no code of the folder runs
     vocabulary_size(tokenizer)      ids are 0 ... vocabulary_size - 1
     tokenizer_digest(tokenizer)     names what it does
+    vocabulary_digest(tokenizer)    names which of its tokens is which
     special_tokens(tokenizer)       their texts
     leading_ids(tokenizer)          what it puts before every text
     pad_id(tokenizer)               a token to fill up batches with
@@ -86,6 +87,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     """Names everything that decides how records become tokens: SHA-256, hexadecimal."""
     content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of its tokens and their ids, hexadecimal."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
