@@ -125,7 +125,7 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, folder: Path, store: str) -> N
     if not holds_tokenizer(folder):
         return
     known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
-    for token, number in tokenizer.get_vocab().items():
+    for number, token in sorted((number, token) for token, number in tokenizer.get_vocab().items()):
         if known.get(number, token) != token:
             raise ConfigError(
                 f"data.store: {store}: its token {number} is {token!r}, but {known[number]!r} to the model of "
