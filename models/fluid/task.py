@@ -180,8 +180,9 @@ class FluidTask(Task):
         return self.store.fingerprint
 
     def meaning(self) -> dict[str, Any]:
-        """The columns, in their order."""
-        return {"columns": hashlib.sha256("\n".join(self.schema.columns).encode()).hexdigest()}
+        """The columns, in their order, and the units in which errors are measured."""
+        columns = hashlib.sha256("\n".join(self.schema.columns).encode()).hexdigest()
+        return {"columns": columns, "data.normalization": self.data.normalization}
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""

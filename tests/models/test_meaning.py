@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
+from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store_writer import write_store
 from trunkline.models.registry import config_sections, make_task
 from trunkline.models.seq2seq.prepare import prepare
@@ -34,23 +36,28 @@ def classes(folder: Path) -> Changed:
     return one, two
 
 
+def fluid(folder: Path, schema: Schema = SCHEMA, **data: Any) -> RunConfig:
+    splits = {split: {"case_0001": day(seed, 60)} for seed, split in enumerate(("train", "val", "test"))}
+    store = write_store(folder / "store", schema, splits)
+    raw = {
+        "workload": "fluid",
+        "data": {"store": str(store.root), **data},
+        "model": {"preset": "nano"},
+        "training": SHORT | {"trackers": [], "best": {"metric": "mse"}},
+        "deepspeed": {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+    }
+    (folder / "run.json").write_text(json.dumps(raw))
+    return load_config(folder / "run.json", sections=config_sections)
+
+
 def columns(folder: Path) -> Changed:
     swapped = replace(SCHEMA, groups=SCHEMA.groups | {"N": SCHEMA.groups["N"][::-1]})
-    found = []
-    for place, schema in enumerate((SCHEMA, swapped)):
-        splits = {split: {"case_0001": day(seed, 60)} for seed, split in enumerate(("train", "val", "test"))}
-        store = write_store(folder / str(place), schema, splits)
-        optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}
-        raw = {
-            "workload": "fluid",
-            "data": {"store": str(store.root)},
-            "model": {"preset": "nano"},
-            "training": SHORT | {"trackers": [], "best": {"metric": "mse"}},
-            "deepspeed": {"train_batch_size": 4, "optimizer": optimizer},
-        }
-        (folder / f"{place}.json").write_text(json.dumps(raw))
-        found.append(load_config(folder / f"{place}.json", sections=config_sections))
-    return found[0], found[1]
+    return fluid(folder / "one"), fluid(folder / "two", swapped)
+
+
+def units(folder: Path) -> Changed:
+    """The network keeps those that it was trained in, and its errors would be measured in others."""
+    return fluid(folder / "one"), fluid(folder / "two", normalization="minmax")
 
 
 def tokens(folder: Path) -> Changed:
@@ -64,11 +71,15 @@ def tokens(folder: Path) -> Changed:
 
 
 @pytest.mark.fault("another data set, accepted, whose {made} are others")
-@pytest.mark.parametrize("made", [classes, columns, tokens], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [classes, columns, units, tokens], ids=lambda made: made.__name__)
 def test_a_checkpoint_fits_no_data_that_mean_something_else(tmp_path: Path, made: Callable[[Path], Changed]) -> None:
     config, other = made(tmp_path)
     Trainer(make_task(config), config, start(), tmp_path / "run").run()
-    named = {"classes": r"classes \['bright', 'dark', 'green'\], but this run has \['bright', 'dim', 'green'\]",
-             "columns": "columns '", "tokens": "vocabulary '"}[made.__name__]  # fmt: skip
+    named = {
+        "classes": r"classes \['bright', 'dark', 'green'\], but this run has \['bright', 'dim', 'green'\]",
+        "columns": "columns '",
+        "units": "data.normalization 'standard', but this run has 'minmax'",
+        "tokens": "vocabulary '",
+    }[made.__name__]
     with pytest.raises(CheckpointError, match=f"was written with {named}.*; make them equal, or start afresh"):
         Trainer(make_task(other), other, start(), tmp_path / "run", resume="auto", accept_new_data=True)
