@@ -10,6 +10,7 @@ A run that has not ended, or is damaged, is compared as far as it goes, and that
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -156,14 +157,17 @@ def _notes(runs: Runs) -> list[str]:
         kinds = ", ".join(f"{name} {run.workload}" for name, run in runs.items())
         notes.append(f"the workloads differ ({kinds}): a loss of one is no measure of another")
     measured = {name: run.keys("val") for name, run in runs.items()}
-    everywhere = set.intersection(*map(set, measured.values()))
     for name, keys in measured.items():
         if not keys:
             notes.append(f"{name} was never evaluated")
-        elif lacking := [key for key in keys if key not in everywhere]:
-            others = [other for other in runs if other != name and not set(lacking) <= set(measured[other])]
-            if others:
-                notes.append(f"not measured by {', '.join(others)}, but by {name}: {', '.join(lacking)}")
+        lacking: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+        for other in runs:
+            lacking[tuple(key for key in keys if key not in measured[other])].append(other)
+        notes += [
+            f"not measured by {', '.join(others)}, but by {name}: {', '.join(keys)}"
+            for keys, others in lacking.items()
+            if keys
+        ]
     notes += [
         f"{name}: its validation loss is {run.validation_loss}: it cannot be compared with its training loss"
         for name, run in runs.items()

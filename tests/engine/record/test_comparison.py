@@ -149,3 +149,16 @@ def test_losses_that_lie_apart_or_are_none_are_named(tmp_path: Path) -> None:
             file.write(json.dumps({"step": 3, "split": "train", "loss": third}) + "\n")
     text = comparison(named([run(tmp_path / "a"), tmp_path / "b", tmp_path / "c"]))
     assert "| largest difference from a | - | 0.167 at step 3 | 0 at step 2, not finite at step 3 |" in text
+
+
+def test_of_three_runs_it_is_said_what_each_did_not_measure(tmp_path: Path) -> None:
+    folders = [run(tmp_path / name, metric=metric) for name, metric in (("a", "bleu"), ("b", "bleu"), ("c", "rouge"))]
+    rows = folders[0] / "metrics.jsonl"
+    rows.write_text(rows.read_text().replace('"bleu"', '"chrf": 1.0, "bleu"'))
+    lines = [line for line in comparison(named(folders)).splitlines() if "not measured" in line]
+    assert lines == [
+        "- not measured by b, but by a: chrf",
+        "- not measured by c, but by a: chrf, bleu",
+        "- not measured by c, but by b: bleu",
+        "- not measured by a, b, but by c: rouge",
+    ]
