@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trunkline.engine.config.draft import leaves, value_at
 from trunkline.engine.errors import DataError
-from trunkline.engine.machine.files import replace_whole
+from trunkline.engine.machine.files import made_folder, replace_whole, written_to
 from trunkline.engine.record.history import History, Series, duration, is_number, read_history
 from trunkline.engine.record.report_plots import Panel, plot_panels
 from trunkline.engine.record.tables import amount, markdown
@@ -55,13 +55,11 @@ def comparison(runs: Runs) -> str:
 
 def write_comparison(runs: Runs, out: Path) -> Path:
     """The page in the folder `out`, and curves of losses beside it. Returns the page's path. Raises DataError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-    drawn = plot_panels(out / CURVES, list(_panels(runs)))
-    picture = f"![training and validation loss]({CURVES})\n\n" if drawn else ""
-    replace_whole(out / PAGE, f"# {', '.join(runs)}\n\n{picture}{comparison(runs)}")
+    made_folder(out)
+    with written_to(out):
+        drawn = plot_panels(out / CURVES, list(_panels(runs)))
+        picture = f"![training and validation loss]({CURVES})\n\n" if drawn else ""
+        replace_whole(out / PAGE, f"# {', '.join(runs)}\n\n{picture}{comparison(runs)}")
     return out / PAGE
 
 

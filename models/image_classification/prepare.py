@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         _write_example(arguments) if arguments.example else _prepare(arguments)
     except OSError as error:  # a full disk, a folder that must not be written
-        raise DataError(f"{error}: mend that and run the same command again") from error
+        raise DataError(f"{arguments.out}: {error}: mend that and run the same command again") from error
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
