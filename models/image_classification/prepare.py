@@ -43,7 +43,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     if not is_new:
-        print(f"{arguments.out}: already prepared from the same files; nothing to do")
+        print(f"{arguments.out}: already prepared from files of the same names and sizes; nothing to do")
+        print("  if what is in one of them has changed, remove that folder first")
     counts = ", ".join(f"{len(store[f'{split}/labels']):,} {split}" for split in store.splits)
     shape = f"at most {short_side} pixels on the shorter side" if square is None else f"{square} x {square} pixels"
     print(f"{arguments.out}: {len(store.classes):,} classes, {counts} images of {shape}")
