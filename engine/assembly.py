@@ -22,6 +22,7 @@ import torch
 from trunkline.engine.backends import Backend, prepare_backend
 from trunkline.engine.backends.averaging import WeightAverage
 from trunkline.engine.backends.model_options import apply_options
+from trunkline.engine.checkpoint.best import judging
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
 from trunkline.engine.checkpoint.manifest import Checkpoint
 from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
@@ -126,7 +127,7 @@ class Assembly:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
         schedule = followed(self.config, self.total_steps) | {"rate": self.backend.learning_rate()}
         trainers = asdict(progress) | self.identity | {
-            "loss_scaler": self.backend.loss_scaler(), "schedule": schedule
+            "loss_scaler": self.backend.loss_scaler(), "schedule": schedule, "judging": judging(self.task, self.config)
         }  # fmt: skip
         return capture(self.backend, self.average.of), trainers
 

@@ -142,6 +142,13 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """Names the data set's content. A resumed run must find the same."""
 
+    def meaning(self) -> dict[str, Any]:
+        """What inputs and outputs stand for, such as {"classes": [...]} or a digest of columns, as JSON holds it.
+
+        A checkpoint fits nothing else, also where another data set is accepted.
+        """
+        return {}
+
     def collate(self, samples: Sequence[Any]) -> Batch:
         """The batch of these samples. The default stacks samples that are dicts of tensors, arrays or numbers."""
         return default_collate(list(samples))

@@ -146,7 +146,7 @@ class Trainer(Run):
         notes = [*task.notes(), *self.assembly.notes, *self.micro.notes]
         self.say("\n".join([render_summary(self.assembly.plan), *notes]))
         keep_assets(folder, task, config, ranks)
-        for note in BestWeights(folder, task, settings.best, self.progress).settle(found, ranks):
+        for note in BestWeights(folder, task, config, self.progress).settle(found, ranks):
             self.say(f"note: {note}")
         on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
         if found is not None and self.progress.step < self.total_steps:

@@ -43,10 +43,12 @@ def work_on_run(
     add_flags(workload, room, parser)
     arguments = parser.parse_args(words)
 
+    from trunkline.engine.machine.files import written_to
     from trunkline.engine.machine.hardware import choose_device
 
     arguments.device = choose_device(arguments.device)
-    return open_room(workload, room).run(arguments)
+    with written_to(arguments.out):
+        return open_room(workload, room).run(arguments)
 
 
 def _flags_by_workload(room: str) -> str:

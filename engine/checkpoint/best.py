@@ -1,8 +1,9 @@
 """best/: the weights of the best evaluation of the run as it stands.
 
-    BestWeights(folder, task, best, progress).settle(found, ranks)   at the start: best/ and final/ are this run's
-    kept_best(found, folder, progress)                               the checkpoints of the best step that are kept
-    outcome(folder, best, progress, report)                          what a finished run says of them
+    BestWeights(folder, task, config, progress).settle(found, ranks)   at the start: best/ and final/ are this run's
+    judging(task, config)                                              what evaluations measure, beside the metric
+    kept_best(found, folder, progress)                                 the checkpoints of the best step that are kept
+    outcome(folder, best, progress, report)                            what a finished run says of them
 
 What makes best/ the run's own is the SHA-256 of its weights, which the state in a checkpoint carries: after a resume
 from an earlier step, best/ may hold what was abandoned there.
@@ -15,13 +16,15 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trunkline.engine.checkpoint.assets import copy_assets
 from trunkline.engine.checkpoint.digests import check_digests, recorded, replace_files
 from trunkline.engine.checkpoint.export import export_weights
 from trunkline.engine.checkpoint.manifest import Checkpoint, verify
 from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
-from trunkline.engine.config.run_config import Best
+from trunkline.engine.config.meaning import judged_by
+from trunkline.engine.config.run_config import Best, RunConfig
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import unused
 from trunkline.engine.machine.log import LOG
@@ -38,8 +41,13 @@ class BestWeights:
 
     folder: Path
     task: Task
-    best: Best
+    config: RunConfig
     progress: Progress
+
+    @property
+    def best(self) -> Best:
+        """What is judged by."""
+        return self.config.training.best
 
     def settle(self, found: Checkpoint | None, ranks: Ranks) -> list[str]:
         """Make the best value, best/ and final/ those of the state. Called on all ranks.
@@ -57,6 +65,9 @@ class BestWeights:
                 f"{self.best.metric} ({self.best.mode}): the next evaluation is the first to count"
             )
             self.progress.forget_best()
+        elif known[0] and found is not None and (changed := self._judged_otherwise(found)):
+            notes.append(f"the best weights so far were judged {changed}: the next evaluation is the first to count")
+            self.progress.forget_best()
 
         def put_in_place() -> None:
             notes.extend(note for name in (BEST, FINAL) if (note := self._set_aside(name)))
@@ -66,6 +77,16 @@ class BestWeights:
         on_main(put_in_place, ranks, f"{self.folder}: cannot put {BEST}/ in place")
         self.progress.best_weights = from_main(self.progress.best_weights, ranks)
         return notes
+
+    def _judged_otherwise(self, found: Checkpoint) -> str:
+        """In what the evaluations before differ from those to come: their values cannot be compared. Empty if not."""
+        # one of an earlier version says of the data alone
+        before = {"data": found.state.get("data")} | found.state.get("judging", {})
+        now = judging(self.task, self.config).items()
+        changed = {key: value for key, value in now if before.get(key, value) != value}
+        if "data" in changed:  # digests, which say nothing to a person
+            return "on other data than this run has"
+        return ", ".join(f"with {key} {before[key]}, and it is {value} now" for key, value in changed.items())
 
     def _set_aside(self, name: str) -> str | None:
         held = self.folder / name
@@ -135,6 +156,14 @@ class BestWeights:
             copy_assets(self.folder, draft)
 
         progress.best_weights = replace_files(self.folder / BEST, write)[WEIGHTS]["sha256"]
+
+
+def judging(task: Task, config: RunConfig) -> dict[str, Any]:
+    """What the value of a metric depends on beside the weights: only where it is equal can values be compared."""
+    num_samples = len(task.dataset("val"))
+    model = {f"model.{name}": value for name, value in judged_by(config.model).items()}
+    eval_samples = min(config.training.eval_samples or num_samples, num_samples)
+    return {"data": task.fingerprint(), "training.eval_samples": eval_samples} | model
 
 
 def kept_best(found: Checkpoint, folder: Path, progress: Progress) -> Iterator[Checkpoint]:

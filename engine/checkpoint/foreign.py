@@ -2,6 +2,7 @@
 
     read_foreign(path)                    name -> tensor of a .safetensors, .pth, .pt or .bin file, or of a folder
     load_foreign(model, path, rename)     the same in the model's names and shapes, whole or not at all
+    unfit(theirs, ours)                   whether a tensor's numbers cannot be those of the model's
     read_torch(path)                      all that torch.save wrote: tensors and plain values, such as an epoch
 
 `rename` says what a tensor of the file is called in the model, and None of one that the model has no use for.
@@ -73,6 +74,9 @@ def load_foreign(
             for name, tensor in state.items()
             if name in named and named[name].shape != tensor.shape and not _is_one_of(name, fresh)
         ],
+        "tensors without a finite floating-point number for each element": [
+            name for name, tensor in named.items() if name in state and unfit(tensor, state[name])
+        ],
         "names of one tensor in the model that hold two there": list(_torn(ties, named)),
     }
     if any(faults.values()):
@@ -84,6 +88,20 @@ def load_foreign(
     model.load_state_dict(fitting, strict=False)
     new = [name for name in state if _is_one_of(name, fresh) and name not in fitting]
     return f"{path}: {len(fitting)} tensors loaded{_stripped(prefix)}{f'; new are {_first(new)}' if new else ''}"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it holds a floating-point number for each element: neither quantized, nor sparse, nor complex."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def unfit(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether a tensor of a file cannot be a weight, or a statistic, of the model."""
+    return ours.is_floating_point() and not (is_plain(theirs) and is_finite(theirs))
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
@@ -184,7 +202,7 @@ def _ties(model: nn.Module) -> list[list[str]]:
 
 def _torn(ties: list[list[str]], named: Mapping[str, Tensor]) -> Iterator[str]:
     for names in ties:
-        held = [name for name in names if name in named]
+        held = [name for name in names if name in named and is_plain(named[name])]
         for name in held[1:]:
             if not torch.equal(named[held[0]], named[name]):
                 yield f"{held[0]} and {name}"

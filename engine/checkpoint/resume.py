@@ -6,7 +6,8 @@
     PATH       a run's folder or one checkpoint; refused where another run has left anything
 
 A checkpoint does not depend on the backend, the ZeRO stage, the precision or the number of ranks: those may differ. The
-model, the optimizer, the order of samples and the data set must not. Optimizer and schedule settings, such as the
+model, the optimizer, the order of samples and the data set must not. Another data set may be accepted, but not one of
+other tokens, classes or columns. Optimizer and schedule settings, such as the
 learning rate, are the new configuration's.
 """
 
@@ -42,7 +43,7 @@ from trunkline.engine.state.sharded_state import Averages, restore
 from trunkline.engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
-LAYOUT, GROUPED = "layout", "group_by_length"
+LAYOUT, GROUPED, MEANING = "layout", "group_by_length", "meaning"
 
 
 def identity(task: Task, config: RunConfig, backend: str, world_size: int, batches: GlobalBatches) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         "global_batch_size": batches.global_batch_size,
         "seed": batches.seed,
         GROUPED: batches.lengths is not None,
+        MEANING: task.meaning(),
     }
 
 
@@ -140,10 +142,14 @@ def _check_identity(
     found: Checkpoint, identity: dict[str, Any], accept_new_data: bool, model: type[BaseModel] | None
 ) -> None:
     for key, mine in identity.items():
-        theirs = _meant(key, found.state.get(key), model)
+        # one of an earlier version does not say what its data mean
+        theirs = _meant(key, found.state.get(key, mine if key == MEANING else None), model)
         if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
             continue
-        what = f"with {key} {theirs!r}, but this run has {mine!r}"
+        if key == MEANING:
+            key = next(each for each in mine if theirs.get(each) != mine[each])
+            theirs, mine = theirs.get(key), mine[key]
+        what = f"with {key} {theirs!r:.300}, but this run has {mine!r:.300}"
         if key == DATA[0]:  # digests, which say nothing to a person
             what = "with other data than this run has"
         remedy = "--accept-new-data takes the data set as it is now" if key in DATA else "make them equal"

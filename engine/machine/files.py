@@ -23,6 +23,7 @@ from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.reading import open_regular
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 _libc = ctypes.CDLL(None)
@@ -115,6 +116,20 @@ def made_folder(path: Path, flag: str = "--out") -> Path:
         why = "is a file" if path.is_file() else f"cannot be made ({error.strerror})"
         raise ConfigError(f"{flag} {path}: {why}: name a folder, which is made if it is not there") from error
     return path
+
+
+@contextmanager
+def written_to(out: Path, flag: str = "--out") -> Iterator[None]:
+    """What is written within goes to the folder that a person has named. Raises DataError where there is no room.
+
+    What writes pictures and texts does not say which file it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        raise DataError(f"{flag} {out}: cannot be written ({error.strerror}): make room, or choose another") from error
 
 
 def unused(path: Path) -> Path:

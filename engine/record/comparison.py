@@ -10,12 +10,13 @@ A run that has not ended, or is damaged, is compared as far as it goes, and that
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trunkline.engine.config.draft import leaves, value_at
 from trunkline.engine.errors import DataError
-from trunkline.engine.machine.files import replace_whole
+from trunkline.engine.machine.files import made_folder, replace_whole, written_to
 from trunkline.engine.record.history import History, Series, duration, is_number, read_history
 from trunkline.engine.record.report_plots import Panel, plot_panels
 from trunkline.engine.record.tables import amount, markdown
@@ -54,13 +55,11 @@ def comparison(runs: Runs) -> str:
 
 def write_comparison(runs: Runs, out: Path) -> Path:
     """The page in the folder `out`, and curves of losses beside it. Returns the page's path. Raises DataError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-    drawn = plot_panels(out / CURVES, list(_panels(runs)))
-    picture = f"![training and validation loss]({CURVES})\n\n" if drawn else ""
-    replace_whole(out / PAGE, f"# {', '.join(runs)}\n\n{picture}{comparison(runs)}")
+    made_folder(out)
+    with written_to(out):
+        drawn = plot_panels(out / CURVES, list(_panels(runs)))
+        picture = f"![training and validation loss]({CURVES})\n\n" if drawn else ""
+        replace_whole(out / PAGE, f"# {', '.join(runs)}\n\n{picture}{comparison(runs)}")
     return out / PAGE
 
 
@@ -156,14 +155,17 @@ def _notes(runs: Runs) -> list[str]:
         kinds = ", ".join(f"{name} {run.workload}" for name, run in runs.items())
         notes.append(f"the workloads differ ({kinds}): a loss of one is no measure of another")
     measured = {name: run.keys("val") for name, run in runs.items()}
-    everywhere = set.intersection(*map(set, measured.values()))
     for name, keys in measured.items():
         if not keys:
             notes.append(f"{name} was never evaluated")
-        elif lacking := [key for key in keys if key not in everywhere]:
-            others = [other for other in runs if other != name and not set(lacking) <= set(measured[other])]
-            if others:
-                notes.append(f"not measured by {', '.join(others)}, but by {name}: {', '.join(lacking)}")
+        lacking: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+        for other in runs:
+            lacking[tuple(key for key in keys if key not in measured[other])].append(other)
+        notes += [
+            f"not measured by {', '.join(others)}, but by {name}: {', '.join(keys)}"
+            for keys, others in lacking.items()
+            if keys
+        ]
     notes += [
         f"{name}: its validation loss is {run.validation_loss}: it cannot be compared with its training loss"
         for name, run in runs.items()

@@ -15,9 +15,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.causal_lm.trained import Trained, load_trained
+from trunkline.models.text.answers import answers_file
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import leading_ids, pad_id
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         _talk(trained, system, options)
         return 0
     stream = arguments.out is None
-    with _answers(arguments.out) as out:
+    with nullcontext() if stream else answers_file(arguments.out, arguments.prompts) as out:
         for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):
             if arguments.chat:
                 answer = reply(trained, [*system, {"role": "user", "content": prompt}], stream=stream, **options)
@@ -58,20 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not stream:
         print(f"wrote {len(prompts)} answers to {arguments.out}")
     return 0
-
-
-@contextmanager
-def _answers(path: Path | None) -> Iterator[TextIO | None]:
-    """The file for answers, open, or None."""
-    if path is None:
-        yield None
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written: {error.strerror}; choose another") from error
 
 
 def continue_text(trained: Trained, prompt: str, *, stream: bool = False, **options: Any) -> str:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             progress=True,
         )
     except OSError as error:  # a full disk, a folder that must not be written
-        raise DataError(f"{error}: mend that and run the same command again") from error
+        raise DataError(f"{arguments.out}: {error}: mend that and run the same command again") from error
     if not is_new:
         print(f"{arguments.out}: already prepared from the same files; nothing to do")
         if "noted" not in store.index:

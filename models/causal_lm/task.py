@@ -33,7 +33,7 @@ from trunkline.models.text.file_format import FileFormat, shell_of
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import pad_id, special_ids
+from trunkline.models.text.tokenizer import pad_id, special_ids, vocabulary_digest
 
 DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "loss": "min", "perplexity": "min", "rewards/chosen": "max", "rewards/rejected": "min", "rewards/margins": "max",
@@ -131,6 +131,10 @@ class LanguageModelTask(Task):
         cut = f"{self.data.max_length}{' packed' if self.data.packing else ''}"
         return f"{self.store.fingerprint} in samples of {cut}"
 
+    def meaning(self) -> dict[str, Any]:
+        """Which token is which."""
+        return {"vocabulary": vocabulary_digest(self.tokenizer)}
+
     def notes(self) -> list[str]:
         """What was left out of the data, and, once the network is built, which attention it uses and which tensors are
         not trained."""
@@ -171,12 +175,7 @@ class LanguageModelTask(Task):
         network = make_network(self.model, self.hf_config)
         why = f"; {network.attention_note}" if network.attention_note else ""
         self._model_notes = [f"attention: {network.attention}{why}"]
-        if beside := self._file_format.beside:
-            shown = f"{', '.join(beside[:3])}{', ...' if beside[3:] else ''}"
-            self._model_notes.append(
-                f"{len(beside)} tensors of {self.model.path} are none of {type(network.lm).__name__}'s: they are not "
-                f"trained, and are written as they are: {shown}"
-            )
+        self._model_notes += self._file_format.notes
         if self.data.packing and not network.packs:
             raise ConfigError(
                 f"data.packing: documents packed into one row change one another's loss in the model of "

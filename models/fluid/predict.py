@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [name for name in arguments.variables or () if name not in schema.states]
     if unknown:
         raise DataError(f"--variables {unknown[0]}: no such output column; they are named as in the CSV files' headers")
-    if arguments.out.resolve() == arguments.case.resolve():
-        raise DataError(f"--out {arguments.out}: is the case itself, whose files would be overwritten; give another")
+    if (arguments.out / "Boundary.csv").exists():
+        raise DataError(f"--out {arguments.out}: is a case's folder, whose files would be overwritten; give another")
     made_folder(arguments.out)
     case = read_case(arguments.case, schema)
     normalization = trained.model.normalization

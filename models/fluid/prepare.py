@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         usual, uneven = uneven_boundaries([case for case in cases if case.key not in skipped])
     except OSError as error:  # a full disk, a folder that must not be written
         raise DataError(
-            f"{error}: mend that and run the same command again, which continues where it stopped"
+            f"{arguments.out}: {error}: mend that and run the same command again, which continues where it stopped"
         ) from error
     store = Store.open(arguments.out)
     counts = ", ".join(f"{len(store.cases(split))} {split}" for split in SPLITS)

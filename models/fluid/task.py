@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,6 +178,11 @@ class FluidTask(Task):
     def fingerprint(self) -> str:
         """Names the data set's content."""
         return self.store.fingerprint
+
+    def meaning(self) -> dict[str, Any]:
+        """The columns, in their order, and the units in which errors are measured."""
+        columns = hashlib.sha256("\n".join(self.schema.columns).encode()).hexdigest()
+        return {"columns": columns, "data.normalization": self.data.normalization}
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""

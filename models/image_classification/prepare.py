@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         _write_example(arguments) if arguments.example else _prepare(arguments)
     except OSError as error:  # a full disk, a folder that must not be written
-        raise DataError(f"{error}: mend that and run the same command again") from error
+        raise DataError(f"{arguments.out}: {error}: mend that and run the same command again") from error
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -43,7 +43,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     if not is_new:
-        print(f"{arguments.out}: already prepared from the same files; nothing to do")
+        print(f"{arguments.out}: already prepared from files of the same names and sizes; nothing to do")
+        print("  if what is in one of them has changed, remove that folder first")
     counts = ", ".join(f"{len(store[f'{split}/labels']):,} {split}" for split in store.splits)
     shape = f"at most {short_side} pixels on the shorter side" if square is None else f"{square} x {square} pixels"
     print(f"{arguments.out}: {len(store.classes):,} classes, {counts} images of {shape}")

@@ -130,6 +130,10 @@ class ImageTask(Task):
         """Names the data's content."""
         return self.source.fingerprint
 
+    def meaning(self) -> dict[str, Any]:
+        """The classes."""
+        return {"classes": list(self.classes)}
+
     def notes(self) -> list[str]:
         """What of the data was left out, what the network began with, and what of it is not as in other programs."""
         said = [*self.source.notes, *self._network_notes]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trunkline.engine.checkpoint.digests import check_digests
-from trunkline.engine.checkpoint.foreign import load_foreign
+from trunkline.engine.checkpoint.foreign import load_foreign, read_foreign, unfit
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
 from trunkline.models.image_classification.torchvision_names import from_torchvision
@@ -95,8 +95,16 @@ def load_folder(network: Any, folder: Path, head: Sequence[str]) -> str:
             f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
             f"{', '.join(shown)}{f' and {len(absent) - _SHOWN} more' if absent[_SHOWN:] else ''}"
         )
+    tensors = loaded.state_dict()
+    if broken := [
+        name for name, tensor in read_foreign(folder).items() if name in tensors and unfit(tensor, tensors[name])
+    ]:
+        raise CheckpointError(
+            f"model.path: {folder}: holds no finite floating-point numbers in {', '.join(broken[:_SHOWN])}"
+            f"{f' and {len(broken) - _SHOWN} more' if broken[_SHOWN:] else ''}: give weights that work"
+        )
     fresh = {*found["missing_keys"], *mismatched} & set(head)
-    state = {name: tensor for name, tensor in loaded.state_dict().items() if name not in fresh}
+    state = {name: tensor for name, tensor in tensors.items() if name not in fresh}
     network.load_state_dict(state, strict=False)
     if not fresh:
         return f"{folder}: weights of {type(loaded).__name__}, with its head"

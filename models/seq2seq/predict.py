@@ -13,9 +13,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from trunkline.models.seq2seq.generation import in_batches, reply, tokens_of
 from trunkline.models.seq2seq.records import prompt_of
 from trunkline.models.seq2seq.trained import Trained, load_trained
 from trunkline.models.seq2seq.turns import between
+from trunkline.models.text.answers import answers_file
 from trunkline.models.text.fields import checked_text
 from trunkline.models.text.sources import BadRecord, Problem, read_records
 
@@ -50,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None and arguments.out is None:
         _say(trained, talks[0], options)
         return 0
-    with _answers(arguments.out) as out:
+    out_file = nullcontext(sys.stdout) if arguments.out is None else answers_file(arguments.out, arguments.prompts)
+    with out_file as out:
         answers = in_batches(trained, talks, arguments.batch_size or 16, **options)
         bar = tqdm(talks, desc="answer", unit="prompt", disable=arguments.out is None)
         for talk, answer in zip(bar, answers, strict=True):  # line by line: an interruption costs one batch
@@ -59,20 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         print(f"wrote {len(talks):,} answers to {arguments.out}")
     return 0
-
-
-@contextmanager
-def _answers(path: Path | None) -> Iterator[TextIO]:
-    """Where answers are written, open."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"--out {path}: cannot be written: {error.strerror}; choose another") from error
 
 
 def _say(trained: Trained, talk: Talk, options: dict[str, Any]) -> str:

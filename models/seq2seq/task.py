@@ -31,7 +31,7 @@ from trunkline.models.text.file_format import FileFormat
 from trunkline.models.text.folder import read_generation, token_ids
 from trunkline.models.text.linear_loss import IGNORE
 from trunkline.models.text.skipped import remarks
-from trunkline.models.text.tokenizer import check_ids
+from trunkline.models.text.tokenizer import check_ids, vocabulary_digest
 
 KIND_OF = {"pairs": "pairs", "span_corruption": "text"}
 
@@ -172,6 +172,10 @@ class Seq2SeqTask(Task):
         """Names the data set's content, and how samples are cut from it."""
         return f"{self.store.fingerprint} in samples of {self._samples.cut}"
 
+    def meaning(self) -> dict[str, Any]:
+        """Which token is which."""
+        return {"vocabulary": vocabulary_digest(self.tokenizer)}
+
     def notes(self) -> list[str]:
         """What was left out of the data, how it is cut, and which weights training starts from."""
         said = [f"{self.data.store}: {remark}" for remark in remarks(self.store.index)] + self._samples.notes
@@ -181,7 +185,7 @@ class Seq2SeqTask(Task):
                 f"the network has {rows:,} rows of embeddings, and the tokenizer of {self.data.store} "
                 f"{self.store.vocab_size:,} tokens: the others are never used; set model.vocab_size"
             )
-        return said + self._model_notes
+        return said + self._model_notes + self._file_format.notes
 
     def tensor_name(self, name: str) -> str | None:
         """The name in the Hugging Face model."""

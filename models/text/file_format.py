@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.errors import CheckpointError
-from trunkline.models.text.folder import read_tensors, reading, tensor_shapes
+from trunkline.models.text.folder import no_floats, read_tensors, reading, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,7 +32,7 @@ class FileFormat:
         shell: transformers' model, which may be without values (on the device "meta").
         folder: where its tensors came from; None for a new model, which gets the names that transformers gives.
 
-    beside: the folder's tensors that the network does not have.
+    beside: the folder's tensors that the network does not have; notes: the same for a person to read.
     Raises CheckpointError for a folder that cannot be read, or whose tensors have other shapes than the network's.
     """
 
@@ -59,6 +59,17 @@ class FileFormat:
                 )
         self.beside = sorted(self._shapes.keys() - written.keys())
 
+    @property
+    def notes(self) -> list[str]:
+        """What the folder holds beside the network, in a line."""
+        if not self.beside:
+            return []
+        shown = f"{', '.join(self.beside[:3])}{', ...' if self.beside[3:] else ''}"
+        return [
+            f"{len(self.beside)} tensors of {self._folder} are none of {type(self._shell).__name__}'s: they are not "
+            f"trained, and are written as they are: {shown}"
+        ]
+
     def _learn_names(self) -> None:
         """Replay how transformers renames what it loads, and note which of its conversions that takes."""
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -69,7 +80,7 @@ class FileFormat:
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         known = shell.state_dict()
-        wrong: list[str] = []
+        wrong, others = list[str](), no_floats(self._folder)
         for name in sorted(self._shapes, key=dot_natural_key):  # some depend on the order
             ours, converted = rename_source_key(name, renamings, converters, shell.base_model_prefix, known)
             if ours not in known and name in known:  # a name that is ours already
@@ -78,6 +89,8 @@ class FileFormat:
                 self._file_name[ours] = name
                 if known[ours].shape != self._shapes[name]:
                     wrong.append(f"{ours} is {list(self._shapes[name])}, not {list(known[ours].shape)}")
+                elif name in others and known[ours].is_floating_point():
+                    wrong.append(f"{ours} holds no floating-point numbers")
         needed = sum(parameter.numel() for parameter in shell.parameters())
         held = sum(map(math.prod, self._shapes.values()))
         if wrong or needed > 2 * held + _MADE:  # then transformers would first take the memory for all of it
@@ -117,7 +130,7 @@ class FileFormat:
 def misfit(folder: Path | None, wrong: list[str]) -> CheckpointError:
     """The error that lists the tensors that do not fit a network."""
     return CheckpointError(
-        f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
+        f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape or kind: "
         f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if wrong[3:] else ''}"
     )
 

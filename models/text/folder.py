@@ -4,6 +4,7 @@ None of its code runs. Whatever is wrong with it is one error.
 
     read_config(folder)        config.json as transformers' configuration
     tensor_shapes(folder)      the tensors in its files of weights, by name, from their headers alone
+    no_floats(folder)          those that hold no floating-point numbers
     read_tensors(folder, ..)   some of them, with their values
     read_generation(folder)    generation_config.json as it is, or nothing
     reading(folder)            what transformers raises within becomes a CheckpointError that names the folder
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from trunkline.engine.checkpoint.foreign import is_plain
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
 
@@ -120,15 +122,28 @@ def token_ids(value: Any, what: str) -> list[int]:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the folder's files of weights. No values are read. Raises CheckpointError."""
-    found: dict[str, tuple[int, ...]] = {}
+    return {name: shape for name, (shape, _) in _headers(folder).items()}
+
+
+def no_floats(folder: Path) -> set[str]:
+    """Those tensors that do not hold a floating-point number for each element. Raises CheckpointError."""
+    return {name for name, (_, is_float) in _headers(folder).items() if not is_float}
+
+
+def _headers(folder: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
     for path in _files(folder):
         with reading(folder, path.name):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                    found |= {
+                        name: (tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
+                        for name, part in parts.items()
+                    }
             else:
                 state = _unpickled(path)
-                found |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+                found |= {name: (tuple(tensor.shape), is_plain(tensor)) for name, tensor in state.items()}
     return found
 
 

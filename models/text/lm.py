@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trunkline.engine.checkpoint.foreign import is_finite
+from trunkline.engine.errors import CheckpointError
 from trunkline.models.text.file_format import misfit
 from trunkline.models.text.folder import tensor_shapes
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 def load_lm(auto_class: str, hf_config: PreTrainedConfig, folder: Path | None, attention: str) -> Any:
     """Initialised from torch's global generator, or with the weights of `folder`; none of its code runs.
 
-    Raises CheckpointError that lists the tensors of which transformers did not find what the network needs.
+    Raises CheckpointError that lists the tensors of which transformers did not find what the network needs, or that are
+    not finite.
     """
     import transformers
     from transformers.utils.logging import disable_progress_bar
@@ -39,6 +42,11 @@ def load_lm(auto_class: str, hf_config: PreTrainedConfig, folder: Path | None, a
     ]
     if wrong:
         raise misfit(folder, wrong)
+    if broken := [name for name, parameter in lm.named_parameters() if not is_finite(parameter)]:
+        raise CheckpointError(
+            f"model.path: {folder}: holds NaN or infinity in {', '.join(broken[:3])}"
+            f"{f' and {len(broken) - 3} more' if broken[3:] else ''}: give weights that work"
+        )
     return lm
 
 

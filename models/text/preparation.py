@@ -176,7 +176,7 @@ def report(out: Path, prepare: Callable[[], tuple[ColumnStore, bool]], vocab_siz
     try:
         store, is_new = prepare()
     except OSError as error:  # a full disk, a folder that must not be written
-        raise DataError(f"{error}: mend that and run the same command again") from error
+        raise DataError(f"{out}: {error}: mend that and run the same command again") from error
     if not is_new:
         print(f"{out}: already prepared from the same files; nothing to do")
     print(f"{store.root}: {store.kind}, {store.vocab_size:,} tokens in the vocabulary")

@@ -3,6 +3,7 @@
     load_tokenizer(folder)          checked; nothing is downloaded and no code of the folder runs
     vocabulary_size(tokenizer)      ids are 0 ... vocabulary_size - 1
     tokenizer_digest(tokenizer)     names what it does
+    vocabulary_digest(tokenizer)    names which of its tokens is which
     special_tokens(tokenizer)       their texts
     leading_ids(tokenizer)          what it puts before every text
     pad_id(tokenizer)               a token to fill up batches with
@@ -88,6 +89,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def vocabulary_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of its tokens and their ids, hexadecimal."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The BOS token, if the tokenizer puts one before every text, or nothing."""
     bos = tokenizer.bos_token_id
@@ -119,7 +125,7 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, folder: Path, store: str) -> N
     if not holds_tokenizer(folder):
         return
     known = {number: token for token, number in open_tokenizer(folder).get_vocab().items()}
-    for token, number in tokenizer.get_vocab().items():
+    for number, token in sorted((number, token) for token, number in tokenizer.get_vocab().items()):
         if known.get(number, token) != token:
             raise ConfigError(
                 f"data.store: {store}: its token {number} is {token!r}, but {known[number]!r} to the model of "

@@ -75,6 +75,10 @@ class Denoiser(nn.Module):
         """fp32, the share of the image at times t."""
         return alpha_of(t, self.schedule, self._curve)
 
+    def known(self) -> tuple[Tensor, Curve]:
+        """The tokens' frequencies, fp32 [V], and the curve, as the network was trained with them."""
+        return self.log_frequencies.exp(), Curve(*self.curve)
+
     def time(self, alpha: Tensor) -> Tensor:
         """The time, fp32, at which the share of the image is alpha."""
         return time_of(alpha, self.schedule, self._curve)

@@ -21,6 +21,7 @@ from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.task import Batch
+from trunkline.models.text.tokenizer import check_ids
 from trunkline.models.token_image import samples
 from trunkline.models.token_image.bigram import Bigram
 from trunkline.models.token_image.byte_counts import count_bytes
@@ -84,6 +85,7 @@ def evaluate(
             f"--store {data.store}: has {task.encoding.vocab_size:,} tokens, and the network knows "
             f"{network.encoding.vocab_size:,}: give the data set that it was trained on, or one of its tokenizer"
         )
+    check_ids(task.tokenizer, trained.folder / "tokenizer", data.store)
     if trained.kind == "texts" and task.store.kind == "dialogues":
         raise ConfigError(
             f"--store {data.store}: holds dialogues, and the network was trained on texts, which have no condition: "

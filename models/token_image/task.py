@@ -18,7 +18,7 @@ from trunkline.engine.errors import ConfigError
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.whole_state import WholeState
 from trunkline.kernels.masked_mse import masked_mse
-from trunkline.models.text.tokenizer import load_tokenizer
+from trunkline.models.text.tokenizer import load_tokenizer, vocabulary_digest, vocabulary_size
 from trunkline.models.token_image import checkpoint_pth, validation
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.data import Sample, Texts, collate
@@ -93,7 +93,8 @@ class TokenImageTask(Task):
     def _noisy(self, model: nn.Module, batch: Batch) -> Noisy:
         clean, held = self.images(batch)
         t = drawn_times(batch["draw"], self.model.noise)
-        alpha = self.alpha(t)
+        # by the curve that the network knows, which is of the data that its training began with
+        alpha = model.alpha(t) if self.curve else self.alpha(t)  # type: ignore[operator]
         x = noised(clean, alpha, batch["draw"])
         given = x, t, held, *self.condition(batch)
         output = model(*given, previous=self._estimate(model, given, batch["draw"]))
@@ -122,7 +123,7 @@ class TokenImageTask(Task):
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """The sums of `loss`, and what trunkline.models.token_image.validation tells of the same forward."""
         seen = self._noisy(model, batch)
-        bound = (self.frequencies, self.curve) if self.curve else None
+        bound = model.known() if self.curve else None  # type: ignore[operator]
         further = validation.sums(seen, batch["tokens"], self.encoding, self.gives_logits, bound)
         return {"loss": self._error(seen, batch), "weight": self.weight(batch)} | further
 
@@ -187,6 +188,10 @@ class TokenImageTask(Task):
         cut = f"{most} tokens" if stride is None else f"{most} tokens every {stride}"
         return f"{self.store.fingerprint} as {size} x {size} of {cut} in {self.data.encoding}"
 
+    def meaning(self) -> dict[str, Any]:
+        """Which token is which."""
+        return {"vocabulary": vocabulary_digest(self.tokenizer)}
+
     def notes(self) -> list[str]:
         """What of the data was cut."""
         return [f"{split}: {note}" for split in ("train", "val") for note in self.dataset(split).notes]
@@ -221,7 +226,7 @@ class _WithoutData(TokenImageTask):
     def encoding(self) -> Encoding:
         """Of the tokens of data.tokenizer; without it of any, where none of the network depends on their number."""
         if self.data.tokenizer is not None:
-            return Encoding(self.data.encoding, len(load_tokenizer(Path(self.data.tokenizer))))
+            return Encoding(self.data.encoding, vocabulary_size(load_tokenizer(Path(self.data.tokenizer))))
         is_free = self.data.encoding == "rgb" and self.model.prior == "none" and not self.gives_logits
         return Encoding("rgb", 2) if is_free else super().encoding
 

@@ -126,6 +126,29 @@ def test_another_metric_is_judged_anew_and_the_old_best_is_set_aside(
     assert (run / "best").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "judged"),
+    [
+        ({"training": {"eval_samples": None}}, "with training.eval_samples 2, and it is 11 now"),
+        ({"data": {"samples": 39, "longest": 4}}, "on other data than this run has"),
+    ],
+)
+def test_a_best_that_was_measured_otherwise_is_not_compared(
+    tmp_path: Path, change: dict[str, Any], judged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, short = tmp_path / "run", {"eval_every": 2, "save_every": 2, "eval_samples": 2}
+    config = tiny_config(tmp_path, training=short | {"steps": 4})
+    Trainer(Scored(config.data, config.model), config, start(), run).run()
+    for steps, lines in ((6, 1), (8, 0)):  # what is measured in the new way is not forgotten
+        training = short | {"steps": steps} | change.get("training", {})
+        config = tiny_config(tmp_path, training=training, data=change.get("data", {}))
+        trainer = Trainer(Scored(config.data, config.model), config, start(), run, resume="auto", accept_new_data=True)
+        assert capsys.readouterr().out.count(f"were judged {judged}: the next evaluation is the first") == lines
+        trainer.run()
+        assert trainer.progress.best_step > 4
+    assert (run / "aside-best-step-4").is_dir()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_after_a_resume_from_an_earlier_step_best_is_of_this_branch(
     tmp_path: Path, kept: bool, capsys: pytest.CaptureFixture[str]
@@ -216,7 +239,7 @@ def test_a_best_of_an_earlier_version_is_recognised_by_step_and_value(tmp_path: 
     trainer = train(run, config_of(tmp_path, steps=4))
     (run / "best/digests.json").unlink()
     progress = replace(trainer.progress, best_weights="")
-    best = BestWeights(run, trainer.task, trainer.config.training.best, progress)
+    best = BestWeights(run, trainer.task, trainer.config, progress)
     assert best.settle(None, start()) == []
     assert (run / "best").exists()
     progress.best_step = 2

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,24 @@ def test_what_does_not_fit_is_listed_and_the_model_stays_as_it_was(tmp_path: Pat
     assert "extra.9 and 2 more\n" in message
     assert "1 tensors of another shape: first.weight is [5, 3], but [4, 3] in the model\n" in message
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda tensor: (10 * tensor).to(torch.int8),
+        lambda tensor: tensor > 0,
+        lambda tensor: torch.complex(tensor, tensor),
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor / 0,
+    ],
+)
+def test_what_is_no_finite_number_for_each_element_is_listed(
+    tmp_path: Path, broken: Callable[[Tensor], Tensor]
+) -> None:
+    torch.save(STATE | {"first.weight": broken(STATE["first.weight"])}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensors without a finite floating-point .*: first\.weight\n"):
+        load_foreign(Small(), tmp_path / "weights.pth")
 
 
 def test_tied_tensors_are_wanted_once_and_must_be_one_in_the_file(tmp_path: Path) -> None:

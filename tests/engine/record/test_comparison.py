@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.record.comparison import comparison, named, write_comparison
 from trunkline.engine.record.history import Series, median
 from trunkline.engine.record.metrics_file import RESUMED, MetricsFile
@@ -128,8 +128,12 @@ def test_folders_of_one_name_are_told_by_their_paths_and_what_is_no_run_is_an_er
     with pytest.raises(DataError, match=r"nowhere: not the folder of a run \(no metrics\.jsonl"):
         named([one, tmp_path / "nowhere"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"--out .*file: cannot be made \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"--out .*file: is a file: name a folder"):
         write_comparison(named([one, two]), tmp_path / "file")
+    (out := tmp_path / "full").mkdir()
+    (out / "compare.png").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"--out .*full: cannot be written \(No space left on device\): make room"):
+        write_comparison(named([one, two]), out)
 
 
 def test_runs_without_numbers_have_a_page_without_curves(tmp_path: Path) -> None:
@@ -149,3 +153,16 @@ def test_losses_that_lie_apart_or_are_none_are_named(tmp_path: Path) -> None:
             file.write(json.dumps({"step": 3, "split": "train", "loss": third}) + "\n")
     text = comparison(named([run(tmp_path / "a"), tmp_path / "b", tmp_path / "c"]))
     assert "| largest difference from a | - | 0.167 at step 3 | 0 at step 2, not finite at step 3 |" in text
+
+
+def test_of_three_runs_it_is_said_what_each_did_not_measure(tmp_path: Path) -> None:
+    folders = [run(tmp_path / name, metric=metric) for name, metric in (("a", "bleu"), ("b", "bleu"), ("c", "rouge"))]
+    rows = folders[0] / "metrics.jsonl"
+    rows.write_text(rows.read_text().replace('"bleu"', '"chrf": 1.0, "bleu"'))
+    lines = [line for line in comparison(named(folders)).splitlines() if "not measured" in line]
+    assert lines == [
+        "- not measured by b, but by a: chrf",
+        "- not measured by c, but by a: chrf, bleu",
+        "- not measured by c, but by b: bleu",
+        "- not measured by a, b, but by c: rouge",
+    ]

@@ -144,12 +144,16 @@ def test_a_narrower_dtype_leaves_rotary_positions_where_they_are(pretrained: Pat
         (["--prompt", "a", "--device", "abacus"], "--device abacus: not usable here"),
         (["--prompt", "a" * 200], "positions that this model knows: shorten either"),
         (["--prompt", "a", "--max-new-tokens", "2", "--out", "{tmp}"], "cannot be written"),
+        (["--prompts", "{tmp}/asked.txt", "--out", "{tmp}/linked.txt"], "is the file of --prompts"),
     ],
 )
 def test_mistakes_are_named(
     pretrained: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "asked.txt").write_text("a\n")
+    (tmp_path / "linked.txt").symlink_to(tmp_path / "asked.txt")
     assert main(["--run", str(pretrained), *[flag.format(tmp=tmp_path) for flag in flags]]) == 2
+    assert (tmp_path / "asked.txt").read_text() == "a\n"
     assert message in capsys.readouterr().err
 
 

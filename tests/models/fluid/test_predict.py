@@ -192,9 +192,12 @@ def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
     from trunkline.launchers.predict import main
 
     run, case, out = str(root / "run"), str(root / "bare"), str(tmp_path / "out")
+    other = str(tmp_path / "other")
+    shutil.copytree(case, other)
     wrong = {
         "no such output column": ["--run", run, "--case", case, "--out", out, "--variables", "N_001_x"],
-        "would be overwritten": ["--run", run, "--case", case, "--out", case],
+        "is a case's folder, whose files": ["--run", run, "--case", case, "--out", case],
+        "would be overwritten": ["--run", run, "--case", case, "--start", other, "--out", other],
         "Boundary.csv": ["--run", run, "--case", str(tmp_path), "--out", out],
         "no prepared data set": ["--run", run, "--case", case, "--out", out, "--store", str(tmp_path)],
         "not the folder of a run": ["--run", str(tmp_path), "--case", case, "--out", out],

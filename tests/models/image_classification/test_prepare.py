@@ -22,7 +22,7 @@ def test_the_command_prepares_a_store_and_says_what_is_in_it(
     assert said[2] == "  train: 3 of 8 images are used, drawn with seed 42 (train_size = 3)"
     assert len(ImageStore.open(out)["train/labels"]) == 3
     assert main([*command, "--short-side", "16"]) == 0
-    assert "already prepared from the same files; nothing to do" in capsys.readouterr().out
+    assert "already prepared from files of the same names and sizes; nothing to do" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_message_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,6 +200,11 @@ def damaged(folder: Path, case: str) -> None:
     elif case == "code":
         config.write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
         (folder / "mine.py").write_text("raise SystemExit('ran')")
+    elif case in ("integers", "infinity"):
+        held = load_file(weights)
+        broken = held["classifier.1.weight"]
+        held["classifier.1.weight"] = broken.to(torch.int8) if case == "integers" else broken / 0
+        save_file(held, weights, metadata={"format": "pt"})
     elif case == "no weights":
         weights.unlink()
     elif case == "cut weights":
@@ -226,6 +231,8 @@ def begin(config: RunConfig) -> None:
         ("a language model", "cannot be read: ValueError: Unrecognized configuration class"),
         ("code", "cannot be read: ValueError: "),
         ("no weights", "cannot be read: OSError: "),
+        ("integers", r"holds no finite floating-point numbers in classifier\.1\.weight: give weights"),
+        ("infinity", r"holds no finite floating-point numbers in classifier\.1\.weight: give weights"),
         ("cut weights", "cannot be read: "),
         ("another network", r"do not fit its config.json; missing or of another shape: resnet.encoder.stages.0"),
         ("other widths", r"stages.1.layers.0.layer.0.convolution.weight is \[16, 8, 3, 3\], not \[24, 8, 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,13 @@ def test_initialize_puts_model_weights_into_the_network_and_says_so(pairs: Path,
 def damage(folder: Path, kind: str) -> None:
     path, config = folder / "model.safetensors", folder / "config.json"
     state, raw = load_file(path), json.loads(config.read_text())
+    some = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
     if kind == "missing":
-        del state["decoder.block.1.layer.2.DenseReluDense.wo.weight"]
+        del state[some]
+    elif kind == "integers":
+        state[some] = (10 * state[some]).to(torch.int8)
+    elif kind == "NaN":
+        state[some][0, 0] = math.nan
     elif kind == "shape":
         state["shared.weight"] = state["shared.weight"][:-1].contiguous()
     elif kind == "cut":
@@ -210,10 +216,23 @@ def damage(folder: Path, kind: str) -> None:
     config.write_text(json.dumps(raw))
 
 
+def test_layers_that_the_configuration_does_not_have_are_named(pairs: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "t5", pairs / "tokenizer")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_decoder_layers": 1}))
+    task = make_task(toy_config(tmp_path, pairs, model={"path": str(folder)}))
+    task.build_model()
+    named = [note for note in task.notes() if "are none of T5ForConditionalGeneration's: they are not trained" in note]
+    assert len(named) == 1
+    assert "decoder.block.1.layer.0.SelfAttention.k.weight" in named[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", r"missing or of another shape: decoder\.block\.1"),
+        ("missing", r"missing or of another shape or kind: decoder\.block\.1"),
+        ("integers", r"decoder\.block\.1\.layer\.2\.DenseReluDense\.wo\.weight holds no floating-point numbers"),
+        ("NaN", r"holds NaN or infinity in decoder\.block\.1\.layer\.2\.DenseReluDense\.wo\.weight: give weights"),
         ("shape", r"shared\.weight is \[399, 32\], not \[400, 32\]"),
         ("cut", "cannot be read"),
         ("layers", "num_hidden_layers is 10000"),

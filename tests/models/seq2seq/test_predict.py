@@ -178,6 +178,7 @@ def test_a_kill_keeps_what_is_answered(trained_run: Path, tmp_path: Path) -> Non
         (["--prompts", "{tmp}/absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--prompts", "{tmp}/bad.jsonl"], "bad.jsonl: line 2: has no 'prompt': mend it, or leave the record out"),
         (["--prompts", "{tmp}/empty.txt"], "empty.txt: holds no prompt"),
+        (["--prompts", "{tmp}/asked.jsonl", "--out", "{tmp}/./asked.jsonl"], "is the file of --prompts"),
     ],
 )
 def test_mistakes_are_named(
@@ -185,5 +186,7 @@ def test_mistakes_are_named(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "asked.jsonl").write_text(asked := '{"prompt": "one"}\n')
     assert predict(trained_run, *[flag.format(tmp=tmp_path) for flag in flags]) == 2
+    assert (tmp_path / "asked.jsonl").read_text() == asked
     assert message in capsys.readouterr().err

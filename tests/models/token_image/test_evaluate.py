@@ -135,3 +135,17 @@ def test_a_split_that_is_not_there_and_a_store_that_does_not_fit_are_named(
     assert main(["--run", str(of_texts), "--store", str(dialogues)]) == 2
     assert "holds dialogues, and the network was trained on texts" in capsys.readouterr().err
     shutil.rmtree(store)
+
+
+def test_a_store_of_another_tokenizer_is_named(
+    learnable_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It has as many tokens, two of which have changed places."""
+    run = said(learnable_run, tmp_path / "swapped", "texts")
+    path = run / "tokenizer/tokenizer.json"
+    raw = json.loads(path.read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(raw))
+    assert main(["--run", str(run), "--store", str(texts)]) == 2
+    assert "its token 97 is 'a', but 'b' to the model" in capsys.readouterr().err

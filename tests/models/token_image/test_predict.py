@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.models.token_image.toy_run import said
 from trunkline.engine.errors import ConfigError
+from trunkline.launchers.evaluate import main as evaluate
 from trunkline.launchers.predict import main
 from trunkline.models.token_image import flags
 from trunkline.models.token_image.denoiser import Denoiser
@@ -209,3 +210,18 @@ def test_of_the_frames_only_the_last_and_the_first_images_are_kept(learnable: Tr
 def test_a_condition_too_long_is_named(dialogue: Trained) -> None:
     with pytest.raises(ConfigError, match="--condition: 64 tokens and EOS"):
         wanted(dialogue, "--condition", "x" * 64)
+
+
+@pytest.mark.fault("a full disk under the texts that are made, and under an evaluation")
+def test_where_there_is_no_room_for_results_is_said(
+    learnable_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("000.txt", "000.png", "evaluation.md"):
+        (tmp_path / name).symlink_to("/dev/full")
+    flags = ["--run", str(learnable_run), "--steps", "2", "--out", str(tmp_path)]
+    for program, more in ((main, []), (evaluate, ["--samples", "0", "--max-samples", "1"])):
+        assert program([*flags, *more]) == 2
+        assert f"--out {tmp_path}: cannot be written (No space left on device): make room" in capsys.readouterr().err
+    (tmp_path / "000.txt").unlink()  # a picture's writer says it otherwise
+    assert main(flags) == 2
+    assert f"--out {tmp_path}: cannot be written" in capsys.readouterr().err

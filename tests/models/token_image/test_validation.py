@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.models.token_image.conftest import write_store
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
 from trunkline.models.token_image.task import TokenImageTask
@@ -72,6 +73,20 @@ def test_who_knows_the_frequencies_alone_pays_their_cross_entropy(texts: Path) -
     assert metrics["bits_per_token"] == pytest.approx(wanted, abs=1e-4)
 
 
+def test_a_network_keeps_the_frequencies_that_it_began_with_when_other_data_are_accepted(
+    texts: Path, tmp_path: Path
+) -> None:
+    """Its noise and its prior are of the same ones, so that it pays by what it knows of texts that say other things."""
+    other = write_store(tmp_path, "texts", [(b"zzzz zzz zz z " * 3, b""), (b"ab", b"")])
+    network, task = untrained(task_of(texts)), task_of(other.root)
+    batch = batch_of(task, [0, 1])
+    with torch.no_grad():
+        metrics = task.summarize(task.evaluate(network, batch))
+    inside = torch.arange(256) < batch["length"][:, None]
+    wanted = -float((task_of(texts).frequencies.log2()[batch["tokens"]] * inside).sum() / inside.sum())
+    assert metrics["bits_per_token"] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_who_knows_the_text_saves_what_noise_hides(texts: Path) -> None:
     """The errors of the guess by frequencies, which an oracle saves all, are worth the whole cross entropy."""
     task = task_of(texts, loss="x", prior="none", noise="information")
@@ -79,6 +94,7 @@ def test_who_knows_the_text_saves_what_noise_hides(texts: Path) -> None:
     batch["draw"] = torch.arange(300)
     oracle = Oracle(task.images(batch)[0])
     oracle.clean[:, 0, 0] *= -1
+    oracle.alpha, oracle.known = (network := task.build_model()).alpha, network.known
     sums = task.evaluate(oracle, batch)
     assert task.summarize(sums)["token_accuracy"] == 1
     cross_entropy = float(sums["nats"] / sums["tokens"].sum()) / math.log(2)
