@@ -1,7 +1,7 @@
 """Seq2Seq: a T5 whose head and loss are one. Logits are never held whole.
 
-The network is transformers' own, parameter for parameter. What changes is its head, which is a LinearLoss, its
-attention, which is trunkline.kernels.attention.relative, and its GELU, which is torch's: one pass in place of eight.
+The network is transformers' own, parameter for parameter; what changes is its head, which is a LinearLoss, and its
+attention, which is trunkline.kernels.attention.relative.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.activations import NewGELUActivation
 
 from trunkline.models.seq2seq.attention import use_relative_attention
 from trunkline.models.text.linear_loss import LinearLoss
@@ -33,8 +32,6 @@ class Seq2Seq(nn.Module):
         for name, module in lm.named_modules():
             if name.endswith(".wo"):
                 module.__class__ = _WideOutput
-            elif isinstance(module, NewGELUActivation):
-                module.__class__ = _Gelu
 
     def forward(
         self, input_ids: Tensor, input_document: Tensor, decoder_input_ids: Tensor, target_document: Tensor,
@@ -89,13 +86,6 @@ class _WideOutput(nn.Linear):
             return super().forward(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float())
-
-
-class _Gelu(NewGELUActivation):
-    """The same function, x -> x/2 (1 + tanh(sqrt(2/pi) (x + .044715 x^3))), by one kernel that keeps x alone."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate="tanh")
 
 
 def _sees(query_document: Tensor, key_document: Tensor, causal: bool, lm: Any) -> Tensor:
