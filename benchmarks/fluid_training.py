@@ -3,8 +3,9 @@
     run(arguments)    `python launchers/bench.py fluid_training [--config configs/fluid/demo.json]`
 
 All train the configuration's network with its optimizer, in fp32 or in bf16 on a GPU, from the same weights on and on
-windows of the same store. The others have AdamW fused, as the Trainer's default is, and noise of torch.randn. Turns of
-some steps alternate; the first step of a turn does not count. Nobody logs, evaluates, saves or averages weights.
+windows of the same store. The others have AdamW fused, as the Trainer's default is, and noise of torch.randn. Each is a
+process of its own. Turns of some steps alternate; the first step of a turn does not count. Nobody logs, evaluates,
+saves or averages weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import ratio_of
-from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns
+from trunkline.benchmarks.report import the_device
+from trunkline.benchmarks.sides import Clock, Ours, Side, apart
 from trunkline.engine.config.run_config import RunConfig
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.plan import sizes_of
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.api import load_config
@@ -48,12 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(path: Path, backend: str, stage: int | None, turns: int, steps: int) -> list[Side]:
     """Ours, then the others; on a CPU by the process's own time."""
     config = _config(path, stage, turns * (steps + 1))
+    makers = partial(_ours, backend), partial(_peer, _Trainer), partial(_peer, _Accelerate)
+    return apart([partial(make, config, steps) for make in makers], turns)
+
+
+@contextmanager
+def _ours(backend: str, config: RunConfig, steps: int) -> Iterator[Ours]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(make_task(config), config, start(), Path(folder, "run"), backend)
-        ours = Ours(OURS, trainer, steps, lambda batch: int(batch["valid"].sum()))
-        sides = take_turns([ours, _Trainer(trainer, steps, folder), _Accelerate(trainer, steps)], turns)
+        yield Ours(OURS, trainer, steps, lambda batch: int(batch["valid"].sum()))
         trainer.close()
-    return sides
+
+
+def _peer(kind: type[_Peer], config: RunConfig, steps: int) -> AbstractContextManager[_Peer]:
+    return nullcontext(kind(config, steps))
 
 
 def _config(path: Path, stage: int | None, steps: int) -> RunConfig:
@@ -73,11 +86,10 @@ class _WithNoise(nn.Module):
 
     noise: Tensor
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, task: Any, seed: int) -> None:
         super().__init__()
-        task: Any = trainer.task
+        seed_torch(seed, 0)  # as the engine does
         self.network = task.build_model()
-        self.network.load_state_dict(dict(trainer.backend.full_state()))
         self.num_boundary, self.minutes = task.schema.num_boundary, task.data.history
         self.register_buffer("noise", task.normalization.state_scale * task.model.input_noise)
 
@@ -95,12 +107,12 @@ class _Peer:
 
     name: str
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.steps, self.task, self.side = steps, trainer.task, Side(self.name)
-        self.clock = Clock(self.side, trainer.ranks.device, cpu_time=True)
-        self.module = _WithNoise(trainer)
-        section = trainer.config.deepspeed
-        self.batch_size, self.clip = trainer.micro.sizes.micro_batch_size, section.gradient_clipping
+    def __init__(self, config: RunConfig, steps: int) -> None:
+        self.steps, self.task, self.side = steps, make_task(config), Side(self.name)
+        self.clock = Clock(self.side, the_device(), cpu_time=True)
+        self.module = _WithNoise(self.task, config.training.seed)
+        section = config.deepspeed
+        self.batch_size, self.clip = sizes_of(self.task, config, 1).micro_batch_size, section.gradient_clipping
         params = section.optimizer.params | {"betas": tuple(section.optimizer.params.get("betas", (0.9, 0.999)))}
         self.optimizer = torch.optim.AdamW(self.module.parameters(), **(params | {"fused": True}))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
@@ -112,16 +124,16 @@ class _Trainer(_Peer):
 
     name = "transformers Trainer"
 
-    def __init__(self, trainer: Trainer, steps: int, folder: str) -> None:
-        super().__init__(trainer, steps)
+    def __init__(self, config: RunConfig, steps: int) -> None:
+        super().__init__(config, steps)
         from transformers import TrainerCallback, TrainingArguments
 
-        with no_launcher():
-            self._arguments = TrainingArguments(
-                output_dir=f"{folder}/theirs", max_steps=steps + 1, per_device_train_batch_size=self.batch_size,
-                max_grad_norm=self.clip, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
-            )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        self._arguments = TrainingArguments(
+            output_dir=self._folder.name, max_steps=steps + 1, per_device_train_batch_size=self.batch_size,
+            max_grad_norm=self.clip, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+        )  # fmt: skip
         side = self
 
         class TakeTime(TrainerCallback):
@@ -137,13 +149,12 @@ class _Trainer(_Peer):
         from transformers import PrinterCallback
         from transformers import Trainer as TheirTrainer
 
-        with no_launcher():
-            theirs = TheirTrainer(
-                model=self.module, args=self._arguments, train_dataset=self.windows, data_collator=self.task.collate,
-                callbacks=[self._take_time], optimizers=(self.optimizer, self.schedule),
-            )  # fmt: skip
-            theirs.remove_callback(PrinterCallback)
-            theirs.train()
+        theirs = TheirTrainer(
+            model=self.module, args=self._arguments, train_dataset=self.windows, data_collator=self.task.collate,
+            callbacks=[self._take_time], optimizers=(self.optimizer, self.schedule),
+        )  # fmt: skip
+        theirs.remove_callback(PrinterCallback)
+        theirs.train()
         self.side.units.append(self.steps * self.batch_size)
 
 
@@ -152,13 +163,12 @@ class _Accelerate(_Peer):
 
     name = "Accelerate loop"
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        super().__init__(trainer, steps)
+    def __init__(self, config: RunConfig, steps: int) -> None:
+        super().__init__(config, steps)
         from accelerate import Accelerator
 
         cuda = torch.cuda.is_available()
-        with no_launcher():
-            self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+        self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
         loader = DataLoader(self.windows, self.batch_size, True, collate_fn=self.task.collate, drop_last=True)
         self._prepared = self._accelerator.prepare(self.module, self.optimizer, self.schedule, loader)
         self._batches = self._endless()

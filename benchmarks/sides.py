@@ -2,6 +2,7 @@
 
     Side, Clock            speeds and memory of one side; the part of a turn that counts
     Ours                   the engine's own loop over its own batches
+    Apart                  a side in a process of its own
     write(...)             rows of pairs into <out>/<device>/<name>.json, for trunkline.benchmarks.summary
 
 Steps before the clock begins do not count: one, and with loader processes as many as they may have read ahead.
@@ -10,10 +11,14 @@ Steps before the clock begins do not count: one, and with loader processes as ma
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -91,6 +96,58 @@ class Ours:
             assert self.trainer.stepper.make(batches) is not None
         self._clock.end()
         self.side.units.append(units)
+
+
+class Apart:
+    """A side in a process of its own, as whoever uses it has it: its settings of the process are its own.
+
+    `make` is called there, and can be pickled: it gives a context manager of the side. What is raised there is raised
+    here. `wait` until it is ready for its first turn.
+    """
+
+    side: Side
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make))
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> None:
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        self.side = answer
+
+    def take_turn(self) -> None:
+        self._pipe.send("turn")
+        self.wait()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, make: Callable[[], AbstractContextManager[Any]]) -> None:
+    try:
+        with make() as each, contextlib.suppress(EOFError):
+            while True:
+                pipe.send(each.side)
+                pipe.recv()
+                each.take_turn()
+    except Exception as error:  # for whoever asked for the turn
+        pipe.send(error)
+
+
+def apart(makers: Sequence[Callable[[], AbstractContextManager[Any]]], turns: int) -> list[Side]:
+    """`take_turns` of sides in processes of their own."""
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(contextlib.closing(Apart(make))) for make in makers]
+        for each in sides:
+            each.wait()
+        return take_turns(sides, turns)
 
 
 def take_turns(sides: Sequence[Any], turns: int) -> list[Side]:

@@ -2,9 +2,9 @@
 
     run(arguments)    `python launchers/bench.py token_image_training`
 
-Sides take turns of some steps. The first does not count, nor what the --workers processes of each may have read ahead.
-Nobody logs, evaluates or saves. All train a preset with torch's fused AdamW from the same weights on, on a GPU in bf16,
-else and beside bf16 in fp32:
+Sides are processes of their own and take turns of some steps. The first does not count, nor what the --workers
+processes of each may have read ahead. Nobody logs, evaluates or saves. All train a preset with torch's fused AdamW from
+the same weights on, on a GPU in bf16, else and beside bf16 in fp32:
 
     accelerate    the loop of Accelerate's documentation, on the same network in plain PyTorch:
                   scaled_dot_product_attention with a mask, noise of torch.randn, the squared error written out. That
@@ -21,7 +21,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from trunkline.benchmarks.causal_lm_peers import no_launcher
 from trunkline.benchmarks.pairs import ratio_of
-from trunkline.benchmarks.sides import Clock, Ours, Side, take_turns, write
+from trunkline.benchmarks.report import the_device
+from trunkline.benchmarks.sides import Clock, Ours, Side, apart, write
 from trunkline.engine.config.run_config import RunConfig, load_config
+from trunkline.engine.data.randomness import seed_torch
+from trunkline.engine.plan import sizes_of
 from trunkline.engine.planned_memory import activation_bytes
 from trunkline.engine.ranks.distributed import world
 from trunkline.engine.trainer import Trainer
@@ -75,28 +79,43 @@ def measure(
     backend: str, workers: int,
 ) -> tuple[list[Side], dict[str, int], float]:  # fmt: skip
     """The sides, on a CPU by the process's own time; bytes kept for the backward pass; useful FLOPs of an image."""
-    with tempfile.TemporaryDirectory() as name, world() as ranks:
+    with tempfile.TemporaryDirectory() as name:
         folder, total = Path(name), turns * (steps + 1 + 2 * workers)
         larger = img_size * LARGER if beside == "size" else img_size
         _write_texts(folder, larger**2, micro_batch_size)
-        kept = {}
 
-        def ours(side: str, size: int = img_size, bf16: bool = torch.cuda.is_available()) -> Ours:
-            config = _config(folder / f"{side}.json", preset, layers, size, bf16, micro_batch_size, total, workers)
-            task = make_task(config)
-            if (found := activation_bytes(task, task.build_model(), config, micro_batch_size)) is not None:
-                kept[side] = found
-            trainer = Trainer(task, config, ranks, folder / side, backend)
-            return Ours(side, trainer, steps, lambda batch: int(batch["valid"].sum()), 1 + 2 * workers)
+        def config(side: str, size: int = img_size, bf16: bool = torch.cuda.is_available()) -> RunConfig:
+            return _config(folder / f"{side}.json", preset, layers, size, bf16, micro_batch_size, total, workers)
 
-        first = ours(OURS, bf16=torch.cuda.is_available() and beside != "bf16")
+        ours = {OURS: config(OURS, bf16=torch.cuda.is_available() and beside != "bf16")}
         if beside == "size":
-            other: Any = ours(f"{larger} x {larger}", size=larger)
+            ours |= {(other := f"{larger} x {larger}"): config(other, size=larger)}
         elif beside == "bf16":
-            other = ours("bf16", bf16=True)
-        else:
-            other = _Theirs(first.trainer, steps, workers)
-        return take_turns([first, other], turns), kept, first.trainer.task.flops_per_sample()
+            ours |= {"bf16": config("bf16", bf16=True)}
+        warm_up, kept = 1 + 2 * workers, {}
+        for side, each in ours.items():
+            task = make_task(each)
+            if (found := activation_bytes(task, task.build_model(), each, micro_batch_size)) is not None:
+                kept[side] = found
+        flops = make_task(ours[OURS]).flops_per_sample()
+        makers: list[Callable[[], AbstractContextManager[Any]]] = [
+            partial(_ours, side, each, folder / side, backend, steps, warm_up) for side, each in ours.items()
+        ]
+        if beside == "accelerate":
+            makers.append(partial(_theirs, ours[OURS], steps, warm_up))
+        return apart(makers, turns), kept, flops
+
+
+@contextmanager
+def _ours(side: str, config: RunConfig, folder: Path, backend: str, steps: int, warm_up: int) -> Iterator[Ours]:
+    with world() as ranks:
+        trainer = Trainer(make_task(config), config, ranks, folder, backend)
+        yield Ours(side, trainer, steps, lambda batch: int(batch["valid"].sum()), warm_up)
+        trainer.close()
+
+
+def _theirs(config: RunConfig, steps: int, warm_up: int) -> AbstractContextManager[_Theirs]:
+    return nullcontext(_Theirs(config, steps, warm_up))
 
 
 def _write_texts(folder: Path, longest: int, micro_batch_size: int) -> None:
@@ -185,23 +204,22 @@ class _Samples(Dataset[dict[str, Tensor]]):
 class _Theirs:
     """Accelerate's loop, with the weights that the engine began with."""
 
-    def __init__(self, trainer: Trainer, steps: int, workers: int) -> None:
+    def __init__(self, config: RunConfig, steps: int, warm_up: int) -> None:
         from accelerate import Accelerator
 
-        task: Any = trainer.task
+        task: Any = make_task(config)
+        seed_torch(config.training.seed, 0)  # as the engine does
         denoiser = task.build_model()
-        denoiser.load_state_dict(dict(trainer.backend.full_state()), strict=False)
         network = Plain(denoiser.jit)
         _check(network, denoiser, task)
-        self.side, self.steps, self.warm_up = Side(THEIRS), steps, 1 + 2 * workers
-        self.clock = Clock(self.side, trainer.ranks.device, cpu_time=True)
-        with no_launcher():
-            cuda = torch.cuda.is_available()
-            self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
-        params = trainer.config.deepspeed.optimizer.params
+        self.side, self.steps, self.warm_up = Side(THEIRS), steps, warm_up
+        self.clock = Clock(self.side, the_device(), cpu_time=True)
+        cuda, workers = torch.cuda.is_available(), config.training.num_workers
+        self._accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+        params = config.deepspeed.optimizer.params
         samples = _Samples(task.dataset("train"), task.data.img_size)
         loader = DataLoader(
-            samples, trainer.micro.sizes.micro_batch_size, shuffle=True, drop_last=True, num_workers=workers,
+            samples, sizes_of(task, config, 1).micro_batch_size, shuffle=True, drop_last=True, num_workers=workers,
             pin_memory=cuda, persistent_workers=workers > 0,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(network.parameters(), **params)

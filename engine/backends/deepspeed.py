@@ -18,6 +18,7 @@ What differs from the protocol, and is put right here:
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -185,7 +186,7 @@ class DeepSpeedBackend:
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [p.grad for p in self._parameters]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            if not torch.isfinite(norm):
+            if not math.isfinite(norm):
                 for parameter in self._parameters:
                     parameter.grad = None
                 # as DeepSpeed does in its other modes: no update, no schedule, but the step is counted
@@ -193,8 +194,9 @@ class DeepSpeedBackend:
                 self.engine.global_steps += 1
                 self.engine.skipped_steps += 1
                 return Stepped(float("inf"), skipped=True)
-            if self._clip > 0:
-                torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+            factor = self._clip / (norm + 1e-6)
+            if self._clip > 0 and factor < 1:
+                torch._foreach_mul_(gradients, factor)
         self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()

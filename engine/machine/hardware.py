@@ -5,11 +5,13 @@ has_bf16_units(device)      whether it computes in bf16 itself
 peak_flops(device, dtype)   the device's dense peak rate in FLOP/s, or None where it is not known
 memory_in_use(device)       GiB in use by this process, by name
 peak_memory(device)         GiB at most since reset_peak_memory(device)
+keep_freed_memory()         for the next step, on a CPU
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -148,4 +150,16 @@ def peak_memory(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / GIB  # not Linux
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what this process frees for what it allocates next, up to 1 GiB.
+
+    Else a step gives its activations back to the system and gets them again page by page, each filled with zeros.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc, not macOS
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -63,22 +63,24 @@ class Statistics:
         samples = torch.zeros((), device=self.ranks.device)
         self._sums = [torch.zeros_like(each, dtype=torch.float64) for each in [*self.buffers, samples]]
 
-    @torch.no_grad()
     def take(self, valid: Tensor) -> None:
         """After the forward pass of a micro-batch, whose real samples are those of `valid` [B]. One that is recomputed
         in the backward pass is not counted."""
         if not self.buffers:
             return
-        samples = valid.sum()
-        for total, value in zip(self._sums, [*self.buffers, torch.ones_like(samples)], strict=True):
-            # where, because what fillers alone make of a buffer need not be finite
-            total += torch.where(samples > 0, value.double() * samples, 0.0)
+        with torch.no_grad():
+            samples = valid.sum()
+            for total, value in zip(self._sums, [*self.buffers, torch.ones_like(samples)], strict=True):
+                # where, because what fillers alone make of a buffer need not be finite
+                total += torch.where(samples > 0, value.double() * samples, 0.0)
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """After the backward pass, or where one was broken off."""
-        for buffer, before in zip(self.buffers, self._before, strict=True):
-            buffer.copy_(before)
+        if not self.buffers:
+            return
+        with torch.no_grad():
+            for buffer, before in zip(self.buffers, self._before, strict=True):
+                buffer.copy_(before)
 
     @torch.no_grad()
     def settle(self) -> None:

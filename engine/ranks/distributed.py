@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from trunkline.engine.errors import CheckpointError, ConfigError, TrunklineError
 from trunkline.engine.machine import stopping
+from trunkline.engine.machine.hardware import keep_freed_memory
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.ranks import agreement
 from trunkline.engine.ranks.launch import local_world_size, read_launch
@@ -61,6 +62,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         _share_cores()
+        keep_freed_memory()
     # DeepSpeed's launcher says it; without, ZeRO 3 on a CPU asks numactl for it twice a step
     os.environ["LOCAL_SIZE"] = str(local_world_size() if launch.world_size > 1 else 1)
     if not dist.is_initialized():

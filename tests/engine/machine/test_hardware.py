@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -68,6 +71,29 @@ def test_resident_memory_grows_with_what_is_touched() -> None:
     after = memory_in_use(device)["host_memory_gib"]
     assert 0.2 < after - before < 0.5
     assert block.sum() == GIB // 16
+
+
+_STEPS = """
+import resource
+import numpy as np
+from trunkline.engine.machine.hardware import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [np.ones(1 << 17) for _ in range(64)]  # 64 MiB, and smaller than what numpy asks huge pages for
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults(), faults()
+keep_freed_memory()
+print(*before, faults(), faults())
+"""
+
+
+def test_memory_that_is_freed_is_kept_for_the_next_step() -> None:
+    found = subprocess.run([sys.executable, "-c", _STEPS], capture_output=True, text=True, check=True).stdout
+    _, without, first, later = map(int, found.split())
+    assert later < min(without, first) / 10
 
 
 @pytest.mark.gpu
