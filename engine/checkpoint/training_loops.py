@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine.checkpoint.foreign import is_finite, is_plain
 from trunkline.engine.whole_state import WholeState
 
 Kept = dict[str, dict[str, Tensor]]
@@ -32,6 +33,7 @@ def kept_by_optimizer(saved: Any, parameters: Sequence[str], key: str) -> tuple[
     if not isinstance(states, Mapping) or not isinstance(groups, list):
         return {}, ("holds no state of an optimizer: weights and epoch alone are taken",)
     whole = all(isinstance(each, Mapping) for each in (*groups, *states.values()))
+    whole = whole and not any(_is_broken(value) for each in states.values() for value in each.values())
     if not whole or not set(states) <= set(range(len(parameters))):
         return {}, (f"its optimizer's state is damaged ('{key}'): weights and epoch alone are taken",)
     if len(groups) != 1 or groups[0].get("params") != list(range(len(parameters))):
@@ -47,6 +49,11 @@ def kept_by_optimizer(saved: Any, parameters: Sequence[str], key: str) -> tuple[
             for name, value in tensors.items()
         }
     return kept, () if kept else ("its optimizer keeps nothing yet",)
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether it is a tensor of more than one element that holds no finite floating-point number for each."""
+    return isinstance(value, Tensor) and value.numel() > 1 and not (is_plain(value) and is_finite(value))
 
 
 def finished_epochs(epoch: float | None, kept: Kept, steps_per_epoch: int) -> tuple[int, tuple[str, ...]]:

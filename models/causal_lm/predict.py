@@ -24,7 +24,7 @@ from tqdm import tqdm
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.causal_lm.trained import Trained, load_trained
-from trunkline.models.text.answers import answers_file
+from trunkline.models.text.answers import answers_file, prompt_lines, warn_of_unknown
 from trunkline.models.text.sources import BadRecord
 from trunkline.models.text.tokenizer import leading_ids, pad_id
 
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat and not prompts:
         _talk(trained, system, options)
         return 0
+    warn_of_unknown(trained.tokenizer, [prompt for prompt in prompts if prompt])
     stream = arguments.out is None
     with nullcontext() if stream else answers_file(arguments.out, arguments.prompts) as out:
         for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):
@@ -154,12 +155,7 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.prompt is not None:
         yield arguments.prompt
     elif arguments.prompts is not None:
-        try:
-            # of the marks that Unicode has for the end of a line, only those of files: the others stand within a text
-            lines = arguments.prompts.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompts {arguments.prompts}: cannot be read as UTF-8 text: {error}") from error
-        prompts = [line for line in lines if line.strip()]
+        prompts = prompt_lines(arguments.prompts)
         if not prompts:
             raise DataError(f"--prompts {arguments.prompts}: holds no line with text")
         yield from prompts

@@ -59,7 +59,7 @@ def t5_config(shape: T5Shape, dropout: float) -> PreTrainedConfig:
 def hf_config_of(model: Seq2SeqModel) -> PreTrainedConfig:
     """The configuration of the model's folder, or of a new T5. Raises CheckpointError or ConfigError."""
     if model.path is None:
-        return t5_config(model.shape, 0.1 if model.dropout is None else model.dropout)
+        return _checked(t5_config(model.shape, 0.1 if model.dropout is None else model.dropout), "model")
     folder = Path(model.path)
     check_digests(folder)
     config: Any = read_config(folder)
@@ -70,6 +70,18 @@ def hf_config_of(model: Seq2SeqModel) -> PreTrainedConfig:
         )
     if model.dropout is not None:
         config.dropout_rate = model.dropout
+    return _checked(config, f"model.path: {folder / 'config.json'}")
+
+
+def _checked(config: Any, where: str) -> Any:
+    """Raises ConfigError where buckets of relative positions are none: T5 gives half of them a distance each."""
+    most, own = config.relative_attention_max_distance, config.relative_attention_num_buckets // 2
+    if most <= own:
+        raise ConfigError(
+            f"{where}: relative_attention_max_distance {most}: {own} distances have a bucket each "
+            f"(relative_attention_num_buckets {config.relative_attention_num_buckets}), and those above share the "
+            f"others: use {own + 1} or more"
+        )
     return config
 
 

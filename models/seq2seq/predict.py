@@ -26,7 +26,7 @@ from trunkline.models.seq2seq.generation import in_batches, reply, tokens_of
 from trunkline.models.seq2seq.records import prompt_of
 from trunkline.models.seq2seq.trained import Trained, load_trained
 from trunkline.models.seq2seq.turns import between
-from trunkline.models.text.answers import answers_file
+from trunkline.models.text.answers import answers_file, prompt_lines, warn_of_unknown
 from trunkline.models.text.fields import checked_text
 from trunkline.models.text.sources import BadRecord, Problem, read_records
 
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         _converse(trained, options)
         return 0
     _warn_of_long_ones(trained, talks)
+    warn_of_unknown(trained.tokenizer, [turn for talk in talks for turn in talk])
     if arguments.prompt is not None and arguments.out is None:
         _say(trained, talks[0], options)
         return 0
@@ -77,6 +78,7 @@ def _converse(trained: Trained, options: dict[str, Any]) -> None:
     print("An empty line ends the talk.")
     turns: Talk = ()
     for line in iter(lambda: _typed("> "), ""):
+        warn_of_unknown(trained.tokenizer, [line])
         turns = _within(trained, (*turns, line))
         turns = *turns, _say(trained, turns, options)
 
@@ -134,7 +136,7 @@ def _talks(arguments: argparse.Namespace) -> list[Talk]:
     if Path(arguments.prompts).suffix.lower() in _TABLES:
         talks = list(_of_records(Path(arguments.prompts)))
     else:
-        talks = [(line,) for line in _lines(arguments.prompts) if line.strip()]
+        talks = [(line,) for line in prompt_lines(arguments.prompts)]
     if not talks:
         raise DataError(f"--prompts {arguments.prompts}: holds no prompt")
     return talks
@@ -145,15 +147,6 @@ def _of_records(path: Path) -> Iterator[Talk]:
         if isinstance(found, Problem):
             raise DataError(f"--prompts {found}: mend it, or leave the record out")
         yield found[1]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        # of the marks that Unicode has for the end of a line, only those of files: the others stand within a text
-        return data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from error
 
 
 _ABOVE_0 = "use a value above 0", lambda value: value > 0

@@ -104,9 +104,13 @@ class TokenImageModel(Strict):
         if self.preset is None and (missing := [name for name in JiTShape._fields if getattr(self, name) is None]):
             raise ValueError(f"give a preset ({', '.join(PRESETS)}), or all widths; {', '.join(missing)} is missing")
         (rows, _), d, _, heads = self.shape
-        if d % (2 * heads) or (self.block == "official" and d // heads % 4):
+        whole = d % (2 * heads) == 0 and (self.block == "shared_norm" or d // heads % 4 == 0)
+        if not whole or not 16 <= d // heads <= 256:
             multiple = "num_heads" if self.block == "shared_norm" else "four times num_heads"
-            raise ValueError(f"d_model must be an even multiple of {multiple}; got {d} with {heads} heads")
+            raise ValueError(
+                f"d_model must be an even multiple of {multiple} with 16 to 256 channels a head; got {d} with {heads} "
+                "heads"
+            )
         if self.stem and (self.stem % 2 == 0 or rows > 1):
             wrong = "it is even: use an odd number" if self.stem % 2 == 0 else f"a patch has {rows} rows: use [1, n]"
             raise ValueError(f"stem {self.stem}: {wrong}")

@@ -274,6 +274,21 @@ def test_a_loss_at_another_size_is_not_the_value_to_beat(images: Path, tmp_path:
         ({"opt": {"state": {999: {}}, "param_groups": [{"params": list(range(26))}]}}, 6, "is damaged"),
         ({"opt": {"state": {0: 3}, "param_groups": [{"params": list(range(26))}]}}, 6, "is damaged"),
         ({"opt": {"state": {}, "param_groups": [3]}}, 6, "is damaged"),
+        (
+            {
+                "opt": {
+                    "state": {0: {"exp_avg": torch.tensor([1, math.nan])}},
+                    "param_groups": [{"params": [*range(26)]}],
+                }
+            },
+            6,
+            "is damaged",
+        ),
+        (
+            {"opt": {"state": {0: {"exp_avg": torch.tensor([1, 2])}}, "param_groups": [{"params": [*range(26)]}]}},
+            6,
+            "is damaged",
+        ),
         ({"epoch": -1}, 0, None),
     ],
 )

@@ -198,6 +198,8 @@ def damage(folder: Path, kind: str) -> None:
         return
     elif kind == "layers":
         raw["num_layers"] = 10_000
+    elif kind == "distance":
+        raw["relative_attention_max_distance"] = 16
     elif kind == "family":
         raw = {"model_type": "bert", "hidden_size": 32}
     elif kind == "start":
@@ -236,6 +238,10 @@ def test_layers_that_the_configuration_does_not_have_are_named(pairs: Path, tmp_
         ("shape", r"shared\.weight is \[399, 32\], not \[400, 32\]"),
         ("cut", "cannot be read"),
         ("layers", "num_hidden_layers is 10000"),
+        (
+            "distance",
+            r"config\.json: relative_attention_max_distance 16: 16 distances have a bucket each .*use 17 or more",
+        ),
         ("family", r"a model of type 'bert': give one of T5's family \(t5, mt5\)"),
         ("start", "its decoder starts with token 3"),
         ("vocabulary", "its token .* is '<extra_id_3>', but '<extra_id_3333>' to the model"),

@@ -77,8 +77,9 @@ def test_an_answer_has_320_tokens_at_most() -> None:
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet", "stdin"])
 def test_prompts_of_every_file_are_answered_in_order(
-    trained_run: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+    trained_run: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     path, rows = tmp_path / f"prompts.{kind}", [{"prompt": prompt} for prompt in PROMPTS]
     if kind in ("txt", "stdin"):
         data = "\ufeff" + "\r\n\n".join(PROMPTS) + "\n"
@@ -92,6 +93,8 @@ def test_prompts_of_every_file_are_answered_in_order(
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
     named, out = "-" if kind == "stdin" else str(path), tmp_path / "deep" / "out.jsonl"
     assert predict(trained_run, "--prompts", named, "--batch-size", "4", "--out", str(out)) == 0
+    said = f"note: --prompts {named}: {len(PROMPTS) - 1} lines are blank and get no answer\n"
+    assert (said in capsys.readouterr().err) is (kind in ("txt", "stdin"))
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in found] == PROMPTS
     assert [row["answer"] for row in found] == generate(trained, PROMPTS, max_new_tokens=24)

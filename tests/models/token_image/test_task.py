@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from trunkline.engine.errors import ConfigError
 from trunkline.models.token_image.config import TokenImageData, TokenImageModel
@@ -33,6 +34,12 @@ def test_every_parameter_gets_a_gradient(kind: str, model: dict, request: pytest
     assert not [name for name, gradient in gradients.items() if gradient is None]
     if kind == "dialogues":
         assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("widths", [{"d_model": 16}, {"d_model": 600}, {"num_heads": 16}])
+def test_heads_that_attention_cannot_have_are_named(widths: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=r"d_model must be .* with 16 to 256 channels a head; got \d+ with"):
+        TokenImageModel(**SMALL | widths)
 
 
 def test_dialogues_need_places_for_their_condition(dialogues: Path) -> None:
