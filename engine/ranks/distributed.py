@@ -112,7 +112,7 @@ def stop() -> None:
 @contextmanager
 def world(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """`start`, for what is a part of a program: afterwards the environment, the number of threads and the process
-    group are as they were, so that it can be done again.
+    group are as they were, so that it can be done again. On a CPU, glibc goes on keeping freed memory.
 
     An error is told to the ranks that wait for this one at the start, and the loss of a rank is an error that says so.
     Raises as `start` does.
