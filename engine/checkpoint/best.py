@@ -161,9 +161,8 @@ def judging(task: Task, config: RunConfig) -> dict[str, Any]:
     """What the value of a metric depends on beside the weights: only where it is equal can values be compared."""
     num_samples = len(task.dataset("val"))
     eval_samples = min(config.training.eval_samples or num_samples, num_samples)
-    return {"data": task.fingerprint(), "training.eval_samples": eval_samples} | task.judged_by(
-        config.training.best.metric
-    )
+    further = task.judged_by(config.training.best.metric)
+    return {"data": task.fingerprint(), "training.eval_samples": eval_samples} | further
 
 
 def kept_best(found: Checkpoint, folder: Path, progress: Progress) -> Iterator[Checkpoint]:
