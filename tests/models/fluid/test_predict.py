@@ -188,19 +188,25 @@ def test_where_no_variable_moves_none_is_drawn_unless_it_is_named(root, tmp_path
     assert (out / "variables.png").exists()
 
 
+def test_where_there_is_no_room_for_a_day_is_said(root, tmp_path, capsys):
+    from trunkline.launchers.predict import main
+
+    (tmp_path / "B.csv").symlink_to("/dev/full")
+    assert main(["--run", str(root / "run"), "--case", str(root / "bare"), "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert f"error: --out {tmp_path}: cannot be written (No space left on device (os error 28)): make room" in printed
+
+
 def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
     from trunkline.launchers.predict import main
 
     run, case, out = str(root / "run"), str(root / "bare"), str(tmp_path / "out")
-    other, full = str(tmp_path / "other"), str(tmp_path / "full")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/B.csv").symlink_to("/dev/full")
+    other = str(tmp_path / "other")
     shutil.copytree(case, other)
     wrong = {
         "no such output column": ["--run", run, "--case", case, "--out", out, "--variables", "N_001_x"],
         "is a case's folder, whose files": ["--run", run, "--case", case, "--out", case],
         "would be overwritten": ["--run", run, "--case", case, "--start", other, "--out", other],
-        "full: cannot be written (No space left on device": ["--run", run, "--case", case, "--out", full],
         "Boundary.csv": ["--run", run, "--case", str(tmp_path), "--out", out],
         "no prepared data set": ["--run", run, "--case", case, "--out", out, "--store", str(tmp_path)],
         "not the folder of a run": ["--run", str(tmp_path), "--case", case, "--out", out],
