@@ -166,6 +166,11 @@ class Task(ABC):
         """
         return self.loss(model, batch) | {"weight": self.weight(batch)}
 
+    def judged_by(self, metric: str) -> dict[str, Any]:
+        """What decides a metric's value beside the weights and the data, such as how texts are generated, as JSON holds
+        it. Values are compared only where it is equal."""
+        return {}
+
     def summarize(self, sums: Sums) -> dict[str, float]:
         """Metrics by name, from sums over the whole validation set. The default divides each by the weight.
 

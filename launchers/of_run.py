@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from trunkline.engine.config.flags import Parser
@@ -47,7 +47,8 @@ def work_on_run(
     from trunkline.engine.machine.hardware import choose_device
 
     arguments.device = choose_device(arguments.device)
-    with written_to(arguments.out):
+    out = getattr(arguments, "out", None)
+    with nullcontext() if out is None else written_to(out):
         return open_room(workload, room).run(arguments)
 
 

@@ -23,7 +23,6 @@ from trunkline.engine.checkpoint.digests import check_digests, recorded, replace
 from trunkline.engine.checkpoint.export import export_weights
 from trunkline.engine.checkpoint.manifest import Checkpoint, verify
 from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
-from trunkline.engine.config.meaning import judged_by
 from trunkline.engine.config.run_config import Best, RunConfig
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import unused
@@ -161,9 +160,9 @@ class BestWeights:
 def judging(task: Task, config: RunConfig) -> dict[str, Any]:
     """What the value of a metric depends on beside the weights: only where it is equal can values be compared."""
     num_samples = len(task.dataset("val"))
-    model = {f"model.{name}": value for name, value in judged_by(config.model).items()}
     eval_samples = min(config.training.eval_samples or num_samples, num_samples)
-    return {"data": task.fingerprint(), "training.eval_samples": eval_samples} | model
+    further = task.judged_by(config.training.best.metric)
+    return {"data": task.fingerprint(), "training.eval_samples": eval_samples} | further
 
 
 def kept_best(found: Checkpoint, folder: Path, progress: Progress) -> Iterator[Checkpoint]:

@@ -2,7 +2,6 @@
 
     read_foreign(path)                    name -> tensor of a .safetensors, .pth, .pt or .bin file, or of a folder
     load_foreign(model, path, rename)     the same in the model's names and shapes, whole or not at all
-    unfit(theirs, ours)                   whether a tensor's numbers cannot be those of the model's
     read_torch(path)                      all that torch.save wrote: tensors and plain values, such as an epoch
 
 `rename` says what a tensor of the file is called in the model, and None of one that the model has no use for.
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trunkline.engine.checkpoint.weights import INDEX, WEIGHTS, indexed_files
+from trunkline.engine.checkpoint.weights import INDEX, WEIGHTS, indexed_files, is_plain, unfit
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.reading import open_regular, reason
 
@@ -88,20 +87,6 @@ def load_foreign(
     model.load_state_dict(fitting, strict=False)
     new = [name for name in state if _is_one_of(name, fresh) and name not in fitting]
     return f"{path}: {len(fitting)} tensors loaded{_stripped(prefix)}{f'; new are {_first(new)}' if new else ''}"
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it holds a floating-point number for each element: neither quantized, nor sparse, nor complex."""
-    return tensor.is_floating_point() and tensor.layout == torch.strided
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def unfit(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether a tensor of a file cannot be a weight, or a statistic, of the model."""
-    return ours.is_floating_point() and not (is_plain(theirs) and is_finite(theirs))
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trunkline.engine.checkpoint.foreign import is_finite, is_plain
+from trunkline.engine.checkpoint.weights import is_finite, is_plain
 from trunkline.engine.whole_state import WholeState
 
 Kept = dict[str, dict[str, Tensor]]

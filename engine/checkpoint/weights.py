@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -130,6 +131,20 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names))]
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it holds a floating-point number for each element: neither quantized, nor sparse, nor complex."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def unfit(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether a tensor of a file cannot be a weight, or a statistic, of the model."""
+    return ours.is_floating_point() and not (is_plain(theirs) and is_finite(theirs))
+
+
 def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Load `folder`'s weights into `model` and return the facts saved with them (step, metric).
 
@@ -147,6 +162,7 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
+    trained = {name for name, _ in model.named_parameters()}
     for name, tensor in found.items():
         if name not in wanted:
             raise CheckpointError(
@@ -155,6 +171,11 @@ def load_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         if wanted[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but this model's is {list(wanted[name].shape)}"
+            )
+        if name in trained and unfit(tensor, wanted[name]):
+            raise CheckpointError(
+                f"{path}: {name} does not hold a finite number for each element: the run has diverged, or the file is "
+                "not as it was written: take an earlier checkpoint, launchers/export.py --step N"
             )
     if missing := sorted(set(wanted) - set(found)):
         raise CheckpointError(f"{path}: lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")

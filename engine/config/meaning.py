@@ -2,9 +2,7 @@
 
     FolderPath            a field that is a path: absolute from the moment it is read, in every working directory
     HOW                   marks a field, as Annotated[..., HOW], that says how something is computed and not what
-    JUDGED                marks one that says how evaluations measure, by which no step of training changes
     meaning_of(section)   a section's values, equal for sections that mean the same run
-    judged_by(section)    the values that are marked JUDGED
 
 A section may have a method `in_full()`, which returns it without abbreviations, such as a preset by its widths.
 """
@@ -19,7 +17,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field
 
 HOW = "says how, not what"
-JUDGED = "says how it is judged"
 _PATH = "is a path"
 
 
@@ -42,7 +39,7 @@ def meaning_of(section: BaseModel) -> dict[str, Any]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         marks = _marks([field.annotation, *field.metadata])
-        if marks & {HOW, JUDGED}:
+        if HOW in marks:
             del values[name]
         elif isinstance(value, BaseModel):
             values[name] = meaning_of(value)
@@ -51,19 +48,12 @@ def meaning_of(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-def judged_by(section: BaseModel) -> dict[str, Any]:
-    """By name, the values of the section's own fields that are marked JUDGED."""
-    fields = type(section).model_fields.items()
-    marked = {name for name, field in fields if JUDGED in _marks([field.annotation, *field.metadata])}
-    return section.model_dump(mode="json", include=marked)
-
-
 def _marks(annotations: typing.Iterable[Any]) -> set[str]:
     """The marks in annotations, at any depth: those of `FolderPath | None` stand in its branches."""
     found = set()
     for annotation in annotations:
         if typing.get_origin(annotation) is not typing.Literal:
             found |= _marks(typing.get_args(annotation))
-        if any(annotation is mark for mark in (HOW, JUDGED, _PATH)):
+        if annotation is HOW or annotation is _PATH:
             found.add(annotation)
     return found

@@ -127,9 +127,12 @@ def written_to(out: Path, flag: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in _NO_ROOM:
+        # libraries in Rust give the number in words alone
+        is_full = error.errno in _NO_ROOM or any(f"(os error {number})" in str(error) for number in _NO_ROOM)
+        if error.filename is not None or not is_full:
             raise
-        raise DataError(f"{flag} {out}: cannot be written ({error.strerror}): make room, or choose another") from error
+        why = error.strerror or error
+        raise DataError(f"{flag} {out}: cannot be written ({why}): make room, or choose another") from error
 
 
 def unused(path: Path) -> Path:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trunkline.engine.checkpoint.digests import check_digests
-from trunkline.engine.checkpoint.foreign import load_foreign, read_foreign, unfit
+from trunkline.engine.checkpoint.foreign import load_foreign, read_foreign
+from trunkline.engine.checkpoint.weights import unfit
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
 from trunkline.models.image_classification.torchvision_names import from_torchvision

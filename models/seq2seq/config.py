@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from trunkline.engine.config.meaning import HOW, JUDGED, FolderPath
+from trunkline.engine.config.meaning import HOW, FolderPath
 from trunkline.engine.config.strict import Strict
 
 
@@ -128,9 +128,7 @@ class Seq2SeqModel(Strict):
     attention: Annotated[Literal["trunkline", "sdpa", "eager"], HOW] = Field(
         "trunkline", description="trunkline keeps no scores for the backward pass; the others are transformers'"
     )
-    generation: Annotated[Generation, JUDGED] = Field(
-        Generation(), description="how texts are generated in evaluations"
-    )
+    generation: Annotated[Generation, HOW] = Field(Generation(), description="how texts are generated in evaluations")
 
     @property
     def shape(self) -> T5Shape:

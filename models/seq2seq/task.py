@@ -156,6 +156,10 @@ class Seq2SeqTask(Task):
         if self.generates:
             self.texts.show(sums, folder)
 
+    def judged_by(self, metric: str) -> dict[str, Any]:
+        """How texts are generated, for what is measured of them."""
+        return {"model.generation": self.model.generation.model_dump()} if metric in NAMES else {}
+
     def direction(self, metric: str) -> Literal["min", "max"] | None:
         """Whether it is better high or low."""
         return "min" if metric == "perplexity" else "max" if metric in ("token_accuracy", *NAMES) else None

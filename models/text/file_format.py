@@ -75,6 +75,7 @@ class FileFormat:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+        assert self._folder is not None
         shell = self._shell
         transforms = get_model_conversion_mapping(shell)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]

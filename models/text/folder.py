@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from trunkline.engine.checkpoint.foreign import is_plain
+from trunkline.engine.checkpoint.weights import is_plain
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trunkline.engine.checkpoint.foreign import is_finite
+from trunkline.engine.checkpoint.weights import is_finite
 from trunkline.engine.errors import CheckpointError
 from trunkline.models.text.file_format import misfit
 from trunkline.models.text.folder import tensor_shapes

@@ -188,6 +188,15 @@ def test_where_no_variable_moves_none_is_drawn_unless_it_is_named(root, tmp_path
     assert (out / "variables.png").exists()
 
 
+def test_where_there_is_no_room_for_a_day_is_said(root, tmp_path, capsys):
+    from trunkline.launchers.predict import main
+
+    (tmp_path / "B.csv").symlink_to("/dev/full")
+    assert main(["--run", str(root / "run"), "--case", str(root / "bare"), "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert f"error: --out {tmp_path}: cannot be written (No space left on device (os error 28)): make room" in printed
+
+
 def test_what_a_user_gets_wrong_is_named(root, tmp_path, capsys):
     from trunkline.launchers.predict import main
 

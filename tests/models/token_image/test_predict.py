@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.models.token_image.toy_run import said
 from trunkline.engine.errors import ConfigError
@@ -225,3 +226,14 @@ def test_where_there_is_no_room_for_results_is_said(
     (tmp_path / "000.txt").unlink()  # a picture's writer says it otherwise
     assert main(flags) == 2
     assert f"--out {tmp_path}: cannot be written" in capsys.readouterr().err
+
+
+def test_weights_of_a_run_that_diverged_make_no_texts(
+    learnable_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = said(learnable_run, tmp_path / "diverged", "texts")
+    held = load_file(run / "model.safetensors")
+    held["jit.output.bias"][0] = torch.nan
+    save_file(held, run / "model.safetensors")
+    assert main(["--run", str(run), "--steps", "2"]) == 2
+    assert "jit.output.bias does not hold a finite number for each element: the run has div" in capsys.readouterr().err
