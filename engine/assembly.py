@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from trunkline.engine.backends.model_options import apply_options
 from trunkline.engine.checkpoint.best import judging
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
 from trunkline.engine.checkpoint.manifest import Checkpoint
-from trunkline.engine.checkpoint.resume import DATA, LAYOUT, Probe, restore_checkpoint
+from trunkline.engine.checkpoint.resume import DATA, DRAWN, LAYOUT, Probe, restore_checkpoint
 from trunkline.engine.config.deepspeed_section import BatchSizes
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.randomness import seed_torch
@@ -68,6 +69,11 @@ class Assembly:
         self.resumed: dict[str, str | float] = {}
         """What `restore` has found, as a line of metrics.jsonl says it: see record/metrics_file.py."""
 
+    @cached_property
+    def judging(self) -> dict[str, Any]:
+        """What the run's evaluations measure: see engine/checkpoint/best.py."""
+        return judging(self.task, self.config)
+
     @property
     def first_step(self) -> int:
         """The step that this process began with."""
@@ -106,7 +112,12 @@ class Assembly:
         self._restore(self.found)
         state = self.found.state
         self.resumed = {"from": state.get("started_from", state[LAYOUT]), "to": self.identity[LAYOUT]}
-        if all(self.found.state[key] == value for key, value in self.identity.items() if key in DATA):
+        if state.get(DRAWN) != self.identity[DRAWN]:
+            self.notes.append(
+                f"{self.found.path}: is of another version, which drew normal random numbers otherwise: noise is "
+                "another from here on, and the loss of the probe sample is not compared"
+            )
+        elif all(state[key] == value for key, value in self.identity.items() if key in DATA):
             self.probe.check(self.found, self.identity[LAYOUT])  # else the sample may be another one
         # what a checkpoint of an earlier version lacks is as it is at the beginning, or not known
         begin = asdict(Progress()) | UNCOUNTED
@@ -127,7 +138,7 @@ class Assembly:
         """What a checkpoint holds: the sharded part, copied to the CPU, and the trainer's."""
         schedule = followed(self.config, self.total_steps) | {"rate": self.backend.learning_rate()}
         trainers = asdict(progress) | self.identity | {
-            "loss_scaler": self.backend.loss_scaler(), "schedule": schedule, "judging": judging(self.task, self.config)
+            "loss_scaler": self.backend.loss_scaler(), "schedule": schedule, "judging": self.judging
         }  # fmt: skip
         return capture(self.backend, self.average.of), trainers
 

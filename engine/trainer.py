@@ -19,7 +19,7 @@ from trunkline.engine.checkpoint.assets import keep_assets
 from trunkline.engine.checkpoint.best import FINAL, BestWeights
 from trunkline.engine.checkpoint.checkpoints import Checkpoints
 from trunkline.engine.checkpoint.other_programs import NewBest, start_from
-from trunkline.engine.checkpoint.resume import LAYOUT, find_checkpoint, identity
+from trunkline.engine.checkpoint.resume import LAYOUT, UNSAID, find_checkpoint, identity
 from trunkline.engine.config.deepspeed_section import own_classes, parameter_dtype
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
@@ -129,7 +129,7 @@ class Trainer(Run):
         elif resume == "auto" and found is None:
             self.say(f"{folder} holds no checkpoint yet: starting at step 0")
 
-        facts = memory_facts(config, known, ranks.device, sizes)
+        facts = memory_facts(config, {key: known[key] for key in known if key not in UNSAID}, ranks.device, sizes)
         self.micro = MicroBatches(folder, sizes, facts, ranks, task.micro_batch_multiple)
         self.assembly = Assembly(task, config, ranks, backend, self.total_steps, known, found, self.begin)
         self.assembly.build(self.micro.sizes)

@@ -7,8 +7,8 @@
 
 A checkpoint does not depend on the backend, the ZeRO stage, the precision or the number of ranks: those may differ. The
 model, the optimizer, the order of samples and the data set must not. Another data set may be accepted, but not one of
-other tokens, classes or columns. Optimizer and schedule settings, such as the
-learning rate, are the new configuration's.
+other tokens, classes or columns. Optimizer and schedule settings, such as the learning rate, are the new
+configuration's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.config.strict import show
 from trunkline.engine.data.loading import collate
 from trunkline.engine.data.order import GlobalBatches
+from trunkline.engine.data.randomness import GENERATOR
 from trunkline.engine.errors import CheckpointError, ConfigError
 from trunkline.engine.evaluation import to_device
 from trunkline.engine.machine.again import resume_with
@@ -43,7 +45,9 @@ from trunkline.engine.state.sharded_state import Averages, restore
 from trunkline.engine.task import Batch, Task
 
 DATA = ("data", "num_samples")
-LAYOUT, GROUPED, MEANING = "layout", "group_by_length", "meaning"
+LAYOUT, GROUPED, MEANING, DRAWN = "layout", "group_by_length", "meaning", "generator"
+UNSAID = (MEANING, DRAWN)
+"""What an earlier version did not write down."""
 
 
 def identity(task: Task, config: RunConfig, backend: str, world_size: int, batches: GlobalBatches) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         "seed": batches.seed,
         GROUPED: batches.lengths is not None,
         MEANING: task.meaning(),
+        DRAWN: GENERATOR,
     }
 
 
@@ -142,20 +147,32 @@ def _check_identity(
     found: Checkpoint, identity: dict[str, Any], accept_new_data: bool, model: type[BaseModel] | None
 ) -> None:
     for key, mine in identity.items():
-        # one of an earlier version does not say what its data mean
-        theirs = _meant(key, found.state.get(key, mine if key == MEANING else None), model)
-        if theirs == mine or key == LAYOUT or (accept_new_data and key in DATA):
+        theirs = _meant(key, found.state.get(key), model)
+        if theirs == mine or key in (LAYOUT, *UNSAID) or (accept_new_data and key in DATA):
             continue
-        if key == MEANING:
-            key = next(each for each in mine if theirs.get(each) != mine[each])
-            theirs, mine = theirs.get(key), mine[key]
-        what = f"with {key} {theirs!r:.300}, but this run has {mine!r:.300}"
+        what = f"with {key} {theirs!r}, but this run has {mine!r}"
         if key == DATA[0]:  # digests, which say nothing to a person
             what = "with other data than this run has"
         remedy = "--accept-new-data takes the data set as it is now" if key in DATA else "make them equal"
-        raise CheckpointError(
-            f"{found.path}: was written {what}; {remedy}, or start afresh in another folder for the run"
-        )
+        raise _other_run(found, what, remedy)
+    _check_meaning(found, identity[MEANING])
+
+
+def _check_meaning(found: Checkpoint, ours: dict[str, Any]) -> None:
+    """By what both say: an earlier version, or an earlier form of the task, said less."""
+    said = found.state.get(MEANING, {})
+    for key in ours.keys() & said.keys():
+        theirs, mine = said[key], ours[key]
+        if theirs == mine:
+            continue
+        if isinstance(theirs, list) and isinstance(mine, list):  # of classes, say: the first that differs
+            place = next(place for place, pair in enumerate(zip_longest(theirs, mine)) if pair[0] != pair[1])
+            key, theirs, mine = f"{key}[{place}]", theirs[place : place + 1], mine[place : place + 1]
+        raise _other_run(found, f"with {key} {theirs!r}, but this run has {mine!r}", "make them equal")
+
+
+def _other_run(found: Checkpoint, what: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{found.path}: was written {what}; {remedy}, or start afresh in another folder for the run")
 
 
 def _meant(key: str, value: Any, model: type[BaseModel] | None) -> Any:

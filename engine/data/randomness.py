@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GENERATOR = 2
+"""Which numbers the functions here make of a key. A checkpoint names it."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -83,9 +85,9 @@ def uniform(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
 
 
 def normal(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
-    """Standard normal numbers: [B, *shape] fp32 from int64 `keys` [B]. Its streams are others than those of `uniform`.
+    """Standard normal numbers: [B, *shape] fp32 from int64 `keys` [B]. They share no stream with `uniform`.
 
-    By Box-Muller, which makes two of 64 bits: 31 and a sign that is not used for the radius, 32 for the angle.
+    By Box-Muller, which makes two numbers of 64 random bits: 31 are the radius, 32 the angle, and one is not used.
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2

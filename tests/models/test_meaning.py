@@ -76,7 +76,7 @@ def test_a_checkpoint_fits_no_data_that_mean_something_else(tmp_path: Path, made
     config, other = made(tmp_path)
     Trainer(make_task(config), config, start(), tmp_path / "run").run()
     named = {
-        "classes": r"classes \['bright', 'dark', 'green'\], but this run has \['bright', 'dim', 'green'\]",
+        "classes": r"classes\[1\] \['dark'\], but this run has \['dim'\]",
         "columns": "columns '",
         "units": "data.normalization 'standard', but this run has 'minmax'",
         "tokens": "vocabulary '",

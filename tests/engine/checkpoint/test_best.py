@@ -26,7 +26,6 @@ from trunkline.engine.task import Sums
 from trunkline.engine.trainer import Trainer
 
 FAST = {"optimizer": {"type": "SGD", "params": {"lr": 0.02}}, "scheduler": {"type": "Constant", "params": {}}}
-TOO_FAST = {"optimizer": {"type": "SGD", "params": {"lr": 30.0}}, "scheduler": {"type": "Constant", "params": {}}}
 
 
 class Scored(TinyTask):
@@ -44,6 +43,17 @@ class Scored(TinyTask):
 
 class Broken(Scored):
     broken = True
+
+
+class Worsening(Scored):
+    """Each evaluation is worse than the one before."""
+
+    evaluations = 0
+
+    def summarize(self, sums: Sums) -> dict[str, float]:
+        self.evaluations += 1
+        found = super().summarize(sums)
+        return found | {"loss": found["loss"] + 1e6 * self.evaluations}
 
 
 def config_of(folder: Path, deepspeed: dict[str, Any] = FAST, **training: Any) -> RunConfig:
@@ -164,8 +174,7 @@ def test_after_a_resume_from_an_earlier_step_best_is_of_this_branch(
         assert state["best_step"] == 4
         shutil.rmtree(run / "checkpoints/step-00000004")
         earlier = run / "checkpoints/step-00000002"
-    config = config_of(tmp_path, TOO_FAST)
-    trainer = prepared(run, config, str(earlier))
+    trainer = prepared(run, config_of(tmp_path), str(earlier), Worsening)
     assert equal(load_file(run / "aside-best-step-8/model.safetensors"), abandoned)
     assert saved_facts(run / "aside-final-step-8")["step"] == 8
     assert not (run / "final").exists()
@@ -184,20 +193,20 @@ def test_after_a_resume_from_an_earlier_step_best_is_of_this_branch(
 def test_a_run_that_goes_on_from_another_has_its_best_or_says_that_there_is_none(tmp_path: Path) -> None:
     other = tmp_path / "other"
     train(other, config_of(tmp_path, steps=4))
-    old = train(other, config_of(tmp_path, TOO_FAST, steps=6), "auto")
+    old = train(other, config_of(tmp_path, steps=6), "auto", Worsening)
     assert old.progress.best_step == 4
-    trainer = train(tmp_path / "new", config_of(tmp_path, TOO_FAST), str(other))
+    trainer = train(tmp_path / "new", config_of(tmp_path), str(other), Worsening)
     assert trainer.progress.best_step == 4
     assert equal(load_file(other / "best/model.safetensors"), load_file(tmp_path / "new/best/model.safetensors"))
     assert said(trainer).startswith("best/ (loss")
 
     shutil.rmtree(other / "best")
-    trainer = train(tmp_path / "from-checkpoint", config_of(tmp_path, TOO_FAST), str(other))
+    trainer = train(tmp_path / "from-checkpoint", config_of(tmp_path), str(other), Worsening)
     expected = weights_of(other / "checkpoints/step-00000004", tmp_path / "out")
     assert equal(load_file(tmp_path / "from-checkpoint/best/model.safetensors"), expected)
 
     shutil.rmtree(other / "checkpoints/step-00000004")
-    trainer = train(tmp_path / "without", config_of(tmp_path, TOO_FAST), str(other))
+    trainer = train(tmp_path / "without", config_of(tmp_path), str(other), Worsening)
     assert not (tmp_path / "without/best").exists()
     assert said(trainer) == (
         f"final/ and report/summary.md; no best/: nothing was better than loss {trainer.progress.best:.6g} at step 4, "
@@ -248,11 +257,11 @@ def test_a_best_of_an_earlier_version_is_recognised_by_step_and_value(tmp_path: 
 
 def test_a_misspelt_metric_does_not_cost_a_resumed_run_its_best(tmp_path: Path) -> None:
     run, settings = tmp_path / "run", {"keep_last": 1}
-    step = train(run, config_of(tmp_path, TOO_FAST, steps=4, **settings)).progress.best_step
+    step = train(run, config_of(tmp_path, steps=4, **settings), task=Worsening).progress.best_step
     assert step == 2  # whose checkpoint is gone
     best = load_file(run / "best/model.safetensors")
     with pytest.raises(ConfigError, match="'los' is not measured"):
-        train(run, config_of(tmp_path, TOO_FAST, best={"metric": "los", "mode": "min"}, **settings), "auto")
+        train(run, config_of(tmp_path, best={"metric": "los", "mode": "min"}, **settings), "auto", Worsening)
     assert not (run / "best").exists()
-    assert prepared(run, config_of(tmp_path, TOO_FAST, **settings), "auto").progress.best_step == 2
+    assert prepared(run, config_of(tmp_path, **settings), "auto", Worsening).progress.best_step == 2
     assert equal(load_file(run / "best/model.safetensors"), best)
