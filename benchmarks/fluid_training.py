@@ -90,6 +90,7 @@ class _WithNoise(nn.Module):
         super().__init__()
         seed_torch(seed, 0)  # as the engine does
         self.network = task.build_model()
+        task.initialize(self.network)
         self.num_boundary, self.minutes = task.schema.num_boundary, task.data.history
         self.register_buffer("noise", task.normalization.state_scale * task.model.input_noise)
 

@@ -156,7 +156,7 @@ def keep_freed_memory() -> None:
     Else a step gives its activations back to the system and gets them again page by page, each filled with zeros.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc, not macOS
+    if hasattr(libc, "mallopt"):  # not musl
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
