@@ -13,6 +13,7 @@ So that signals are heard early and --help is quick, a launcher imports what tak
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -61,7 +62,8 @@ def _end_at_once() -> None:
 def status_of(command: Callable[[], int | None], on_error: Callable[[Exception], None] = lambda error: None) -> int:
     """Call `command`. Returns its exit status, or that of the error that it raises, which is printed as one message.
 
-    A TrunklineError says its status: 2, or 75 for a run that was stopped. An OSError that names a file is a user's too.
+    A TrunklineError says its status: 2, or 75 for a run that was stopped. An OSError that names a file, or
+    says that there is no room, is a user's too.
     on_error: is called with every error, also with one of the program, which is raised
     """
     try:
@@ -84,6 +86,10 @@ def status_of(command: Callable[[], int | None], on_error: Callable[[Exception],
         on_error(error)
         if mistake is None:
             raise
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # full; closed; None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
         return mistake.status
 
 
@@ -91,4 +97,6 @@ def _as_mistake(error: Exception) -> TrunklineError | None:
     """The error as one that a person can act on, or None."""
     if isinstance(error, OSError) and error.filename is not None:
         return TrunklineError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return TrunklineError(f"standard output, or a file that is written: {error.strerror}: make room")
     return error if isinstance(error, TrunklineError) else None

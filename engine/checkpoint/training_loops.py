@@ -52,8 +52,8 @@ def kept_by_optimizer(saved: Any, parameters: Sequence[str], key: str) -> tuple[
 
 
 def _is_broken(value: Any) -> bool:
-    """Whether it is a tensor of more than one element that holds no finite floating-point number for each."""
-    return isinstance(value, Tensor) and value.numel() > 1 and not (is_plain(value) and is_finite(value))
+    """Whether it is a tensor that is not finite, or one of more than one element without floating-point numbers."""
+    return isinstance(value, Tensor) and (not is_finite(value) if is_plain(value) else value.numel() > 1)
 
 
 def finished_epochs(epoch: float | None, kept: Kept, steps_per_epoch: int) -> tuple[int, tuple[str, ...]]:

@@ -137,6 +137,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch.isfinite knows none of eight bits
+        tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
 
 

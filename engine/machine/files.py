@@ -23,7 +23,7 @@ from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.reading import open_regular
 
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 _libc = ctypes.CDLL(None)

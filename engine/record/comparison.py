@@ -54,7 +54,10 @@ def comparison(runs: Runs) -> str:
 
 
 def write_comparison(runs: Runs, out: Path) -> Path:
-    """The page in the folder `out`, and curves of losses beside it. Returns the page's path. Raises DataError."""
+    """The page in the folder `out`, and curves of losses beside it. Returns the page's path.
+
+    Raises ConfigError for a folder that cannot be made, and DataError where there is no room.
+    """
     made_folder(out)
     with written_to(out):
         drawn = plot_panels(out / CURVES, list(_panels(runs)))

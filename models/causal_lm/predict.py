@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat and not prompts:
         _talk(trained, system, options)
         return 0
-    warn_of_unknown(trained.tokenizer, [prompt for prompt in prompts if prompt])
+    warn_of_unknown(trained.tokenizer, [(prompt,) for prompt in prompts if prompt])
     stream = arguments.out is None
     with nullcontext() if stream else answers_file(arguments.out, arguments.prompts) as out:
         for prompt in tqdm(prompts, desc="generate", unit="prompt", disable=stream or len(prompts) == 1):

@@ -33,6 +33,7 @@ from trunkline.models.fluid.store import Store
 from trunkline.models.fluid.trained import Trained, load_trained
 
 _VARIABLES = 6
+_RECORD = "prediction.json"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [name for name in arguments.variables or () if name not in schema.states]
     if unknown:
         raise DataError(f"--variables {unknown[0]}: no such output column; they are named as in the CSV files' headers")
-    if (arguments.out / "Boundary.csv").exists():
+    predicted = (arguments.out / _RECORD).exists()  # the set-points may have been put beside the predictions since
+    if (arguments.out / "Boundary.csv").exists() and not predicted:
         raise DataError(f"--out {arguments.out}: is a case's folder, whose files would be overwritten; give another")
     made_folder(arguments.out)
     case = read_case(arguments.case, schema)
@@ -150,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
         "scores": _scores(day, trained),
         "outside_bounds": {"bounds": BOUNDS, "columns": outside.by_column(schema)},
     }
-    (arguments.out / "prediction.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     scale = normalization.state_scale.cpu().numpy()
     names = arguments.variables or most_moving(day, schema, scale, _VARIABLES)

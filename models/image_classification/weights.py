@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trunkline.engine.checkpoint.digests import check_digests
-from trunkline.engine.checkpoint.foreign import load_foreign, read_foreign
-from trunkline.engine.checkpoint.weights import unfit
+from trunkline.engine.checkpoint.foreign import load_foreign
+from trunkline.engine.checkpoint.weights import is_finite
 from trunkline.engine.errors import CheckpointError, TrunklineError
 from trunkline.engine.machine.reading import check_regular, read_object
 from trunkline.models.image_classification.torchvision_names import from_torchvision
+from trunkline.models.text.folder import no_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -96,16 +97,18 @@ def load_folder(network: Any, folder: Path, head: Sequence[str]) -> str:
             f"model.path: {folder}: its weights do not fit its config.json; missing or of another shape: "
             f"{', '.join(shown)}{f' and {len(absent) - _SHOWN} more' if absent[_SHOWN:] else ''}"
         )
-    tensors = loaded.state_dict()
-    if broken := [
-        name for name, tensor in read_foreign(folder).items() if name in tensors and unfit(tensor, tensors[name])
-    ]:
+    fresh = {*found["missing_keys"], *mismatched} & set(head)
+    state = {name: tensor for name, tensor in loaded.state_dict().items() if name not in fresh}
+    broken = [name for name, tensor in state.items() if not is_finite(tensor)]
+    # by their last part, since the files may have other names: a batch norm's counter is a whole number there, too
+    floats = {name.rpartition(".")[2] for name, tensor in state.items() if tensor.is_floating_point()}
+    unused = fresh | set(found["unexpected_keys"])
+    broken += sorted(name for name in no_floats(folder) - unused if name.rpartition(".")[2] in floats)
+    if broken:
         raise CheckpointError(
             f"model.path: {folder}: holds no finite floating-point numbers in {', '.join(broken[:_SHOWN])}"
             f"{f' and {len(broken) - _SHOWN} more' if broken[_SHOWN:] else ''}: give weights that work"
         )
-    fresh = {*found["missing_keys"], *mismatched} & set(head)
-    state = {name: tensor for name, tensor in tensors.items() if name not in fresh}
     network.load_state_dict(state, strict=False)
     if not fresh:
         return f"{folder}: weights of {type(loaded).__name__}, with its head"

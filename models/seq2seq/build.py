@@ -74,12 +74,19 @@ def hf_config_of(model: Seq2SeqModel) -> PreTrainedConfig:
 
 
 def _checked(config: Any, where: str) -> Any:
-    """Raises ConfigError where buckets of relative positions are none: T5 gives half of them a distance each."""
-    most, own = config.relative_attention_max_distance, config.relative_attention_num_buckets // 2
+    """Raises ConfigError where T5's relative positions fail.
+
+    The encoder divides distances by a quarter of the buckets, the decoder by half. Both divide by the logarithm of the
+    largest distance over that. So a distance would be divided by zero, or the logarithm be that of 1.
+    """
+    buckets = config.relative_attention_num_buckets
+    if buckets < 4:
+        raise ConfigError(f"{where}: relative_attention_num_buckets {buckets}: use 4 or more, which T5's formula needs")
+    most, own = config.relative_attention_max_distance, buckets // 2
     if most <= own:
         raise ConfigError(
             f"{where}: relative_attention_max_distance {most}: {own} distances have a bucket each "
-            f"(relative_attention_num_buckets {config.relative_attention_num_buckets}), and those above share the "
+            f"(relative_attention_num_buckets {buckets}), and those above share the "
             f"others: use {own + 1} or more"
         )
     return config

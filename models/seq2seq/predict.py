@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         _converse(trained, options)
         return 0
     _warn_of_long_ones(trained, talks)
-    warn_of_unknown(trained.tokenizer, [turn for talk in talks for turn in talk])
+    warn_of_unknown(trained.tokenizer, talks)
     if arguments.prompt is not None and arguments.out is None:
         _say(trained, talks[0], options)
         return 0
@@ -78,7 +78,7 @@ def _converse(trained: Trained, options: dict[str, Any]) -> None:
     print("An empty line ends the talk.")
     turns: Talk = ()
     for line in iter(lambda: _typed("> "), ""):
-        warn_of_unknown(trained.tokenizer, [line])
+        warn_of_unknown(trained.tokenizer, [(line,)])
         turns = _within(trained, (*turns, line))
         turns = *turns, _say(trained, turns, options)
 

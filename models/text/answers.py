@@ -1,8 +1,8 @@
 """Prompts from a file, and answers into one.
 
-prompt_lines(path)                 a prompt a line
-warn_of_unknown(tokenizer, texts)  says how many of them the model cannot read
-answers_file(path, prompts)        open for writing, unless it is the file that the prompts are from
+prompt_lines(path)                   a prompt a line
+warn_of_unknown(tokenizer, prompts)  says how many of them the model cannot read
+answers_file(path, prompts)          open for writing, unless it is the file that the prompts are from
 """
 
 from __future__ import annotations
@@ -31,20 +31,31 @@ def prompt_lines(path: str | Path) -> list[str]:
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from error
-    prompts = [line for line in lines if line.strip()]
-    if blank := len(lines) - (lines[-1] == "") - len(prompts):
-        print(f"note: --prompts {path}: {blank:,} lines are blank and get no answer", file=sys.stderr)
-    return prompts
-
-
-def warn_of_unknown(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
-    """Says on stderr how many texts hold what the tokenizer does not know, or drops whole."""
-    unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.bos_token_id}
-    tokens = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    if found := sum(not (of.ids and unknown.isdisjoint(of.ids)) for of in tokens):
+    if lines[-1] == "":
+        del lines[-1]
+    if blank := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         print(
-            f"warning: {found:,} of {len(texts):,} prompts hold what the tokenizer does not know, and the model cannot "
-            "read",
+            f"note: --prompts {path}: blank lines get no answer: {len(blank):,}, the first is line {blank[0]:,}",
+            file=sys.stderr,
+        )
+    return [line for line in lines if line.strip()]
+
+
+def warn_of_unknown(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[str]]) -> None:
+    """Says on stderr how many prompts have a turn with what the tokenizer does not know, or drops whole.
+
+    prompts: the turns of each
+    """
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    if found := [
+        number
+        for number, turns in enumerate(prompts, 1)
+        if any(not (of.ids and unknown.isdisjoint(of.ids)) for of in encode(list(turns), add_special_tokens=False))
+    ]:
+        print(
+            f"warning: {len(found):,} of {len(prompts):,} prompts hold what the tokenizer does not know, and the model "
+            f"cannot read; the first is prompt {found[0]:,}",
             file=sys.stderr,
         )
 

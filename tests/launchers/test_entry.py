@@ -138,6 +138,24 @@ sys.exit(status_of(lambda: print("a line\\n" * 100_000)))
     assert (done.stdout, done.stderr, done.returncode) == ("a line\n", "", 141)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flush", ["True", "False"])
+def test_a_full_standard_output_is_one_line(flush: str, unbuffered: str) -> None:
+    """As in `launchers/predict.py ... > /dev/full`."""
+    code = f"""
+import sys
+from trunkline.launchers.entry import begin, status_of
+begin("stderr")
+sys.exit(status_of(lambda: print("a line", flush={flush})))
+"""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{code}' > /dev/full"],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    said = "error: standard output, or a file that is written: No space left on device: make room\n"
+    assert (done.stderr, done.returncode) == (said, 2)
+
+
 @pytest.mark.parametrize(("world_size", "status"), [("1", -signal.SIGABRT), ("2", 75)])
 def test_nothing_of_cpp_changes_the_status_of_one_of_several_ranks(world_size: str, status: int) -> None:
     """C++'s end aborts here, as now and then gloo's does. Python's comes before it: threads and exit functions."""

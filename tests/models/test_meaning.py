@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 
+from tests.models.causal_lm.toy_language import toy_config as language_config
 from tests.models.fluid.toy_network import SCHEMA, day
 from tests.models.image_classification.tiny_pictures import picture_config, picture_folder
 from tests.models.seq2seq.toy_pairs import SILENT, toy_config, toy_store
+from tests.models.token_image.runs import run_config
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
+from trunkline.models.causal_lm.prepare import prepare as prepare_language
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store_writer import write_store
 from trunkline.models.registry import config_sections, make_task
 from trunkline.models.seq2seq.prepare import prepare
+from trunkline.models.token_image.prepare import prepare as prepare_images
 
 SHORT = {"steps": 2, "eval_every": 2, "save_every": 2}
 Changed = tuple[RunConfig, RunConfig]
@@ -83,3 +87,25 @@ def test_a_checkpoint_fits_no_data_that_mean_something_else(tmp_path: Path, made
     }[made.__name__]
     with pytest.raises(CheckpointError, match=f"was written with {named}.*; make them equal, or start afresh"):
         Trainer(make_task(other), other, start(), tmp_path / "run", resume="auto", accept_new_data=True)
+
+
+def causal_lm(folder: Path, texts: Path) -> RunConfig:
+    prepare_language([texts], folder / "text", kind="text", vocab_size=300, val_fraction=0.2, workers=1)
+    return language_config(folder, folder)
+
+
+def token_image(folder: Path, texts: Path) -> RunConfig:
+    store, _ = prepare_images([texts], folder / "store", vocab_size=300, val_fraction=0.2)
+    return run_config(folder, store.root)
+
+
+@pytest.mark.parametrize("made", [causal_lm, token_image], ids=lambda made: made.__name__)
+def test_a_task_s_meaning_is_its_vocabulary(tmp_path: Path, made: Callable[[Path, Path], RunConfig]) -> None:
+    meanings = []
+    for words in ("a gas network", "the pressure falls"):
+        (folder := tmp_path / words[0]).mkdir()
+        records = [json.dumps({"text": f"{words} {number}"}) for number in range(40)]
+        (folder / "texts.jsonl").write_text("\n".join(records))
+        meanings.append(make_task(made(folder, folder / "texts.jsonl")).meaning())
+    assert meanings[0].keys() == {"vocabulary"}
+    assert meanings[0] != meanings[1]

@@ -225,6 +225,18 @@ def test_what_is_no_finite_number_for_each_element_is_listed(
         load_foreign(Small(), tmp_path / "weights.pth")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_floating_point_numbers_of_eight_bits_are_weights_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    eight = STATE["first.weight"].abs().to(dtype)
+    torch.save(STATE | {"first.weight": eight}, tmp_path / "weights.pth")
+    load_foreign(model := Small(), tmp_path / "weights.pth")
+    assert torch.equal(model.state_dict()["first.weight"], eight.float())
+    eight.view(torch.uint8)[0, 0] = 0xFF  # NaN in each
+    torch.save(STATE | {"first.weight": eight}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensors without a finite floating-point .*: first\.weight\n"):
+        load_foreign(Small(), tmp_path / "weights.pth")
+
+
 def test_tied_tensors_are_wanted_once_and_must_be_one_in_the_file(tmp_path: Path) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embed"].weight

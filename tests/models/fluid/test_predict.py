@@ -188,6 +188,17 @@ def test_where_no_variable_moves_none_is_drawn_unless_it_is_named(root, tmp_path
     assert (out / "variables.png").exists()
 
 
+def test_a_prediction_is_written_again_over_itself_with_its_set_points_beside_it(root, tmp_path, short_day):
+    from trunkline.launchers.predict import main
+
+    arguments = ["--run", str(root / "run"), "--case", str(root / "bare"), "--out", str(tmp_path), "--device", "cpu"]
+    assert main(arguments) == 0
+    shutil.copy(root / "bare" / "Boundary.csv", tmp_path)
+    (tmp_path / "N.csv").unlink()
+    assert main(arguments) == 0
+    assert (tmp_path / "N.csv").exists()
+
+
 def test_where_there_is_no_room_for_a_day_is_said(root, tmp_path, capsys):
     from trunkline.launchers.predict import main
 

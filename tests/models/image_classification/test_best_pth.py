@@ -289,6 +289,11 @@ def test_a_loss_at_another_size_is_not_the_value_to_beat(images: Path, tmp_path:
             6,
             "is damaged",
         ),
+        (
+            {"opt": {"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": [{"params": [*range(26)]}]}},
+            6,
+            "is damaged",
+        ),
         ({"epoch": -1}, 0, None),
     ],
 )

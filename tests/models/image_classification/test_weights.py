@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,28 @@ def test_a_damaged_folder_is_one_error(tmp_path: Path, case: str, said: str) -> 
     config = picture_config(tmp_path, images, {"path": str(tmp_path / "tiny")})
     with pytest.raises(TrunklineError, match=said):
         begin(config)
+
+
+@pytest.mark.parametrize("broken", [lambda tensor: tensor / 0, lambda tensor: tensor.to(torch.int8)])
+def test_weights_that_transformers_renames_are_looked_at_and_a_head_that_is_not_taken_is_not(
+    tmp_path: Path, broken: Callable[[Tensor], Tensor]
+) -> None:
+    """A base model's names have no `resnet.` before them."""
+    (whole := tiny_resnet()).resnet.save_pretrained(tmp_path / "base")
+    whole.save_pretrained(tmp_path / "whole")
+    network = make_network(model := ImageModel(path=str(tmp_path / "base")), 7, 16)
+    begin_with(network, model)
+    damage(tmp_path / "base", "embedder.embedder.convolution.weight", broken)
+    with pytest.raises(CheckpointError, match=r"no finite .* in (resnet\.)?embedder.embedder.convolution.weight: give"):
+        begin_with(network, model)
+    damage(tmp_path / "whole", "classifier.1.weight", broken)
+    model = ImageModel(path=str(tmp_path / "whole"))
+    assert "the head for 7 classes is new" in begin_with(make_network(model, 7, 16), model)[0]
+
+
+def damage(folder: Path, name: str, broken: Callable[[Tensor], Tensor]) -> None:
+    held = load_file(folder / "model.safetensors")
+    save_file(held | {name: broken(held[name])}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_run_begins_with_the_best_of_another_and_resumes_without_it(tmp_path: Path) -> None:

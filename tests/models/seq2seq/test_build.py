@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.models.seq2seq.families import FAMILIES, GENERATION, write_folder
 from tests.models.seq2seq.toy_pairs import SHAPE, toy_config
@@ -227,6 +229,25 @@ def test_layers_that_the_configuration_does_not_have_are_named(pairs: Path, tmp_
     named = [note for note in task.notes() if "are none of T5ForConditionalGeneration's: they are not trained" in note]
     assert len(named) == 1
     assert "decoder.block.1.layer.0.SelfAttention.k.weight" in named[0]
+
+
+def test_relative_positions_are_refused_where_transformers_fails(pairs: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", "t5", pairs / "tokenizer")
+    raw = json.loads((folder / "config.json").read_text())
+    ids = torch.full((1, 40), 5)
+    for buckets, distance in itertools.product((0, 1, 2, 3, 4, 5, 8), (0, 1, 2, 3, 4, 5)):
+        keys = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
+        fails = refused = False
+        try:
+            T5ForConditionalGeneration(T5Config(**raw | keys))(input_ids=ids, decoder_input_ids=ids)
+        except (ZeroDivisionError, IndexError, ValueError):
+            fails = True
+        (folder / "config.json").write_text(json.dumps(raw | keys))
+        try:
+            hf_config_of(Seq2SeqModel(path=str(folder)))
+        except ConfigError as error:
+            refused = "config.json: relative_attention_" in str(error)
+        assert refused is fails, (buckets, distance)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_prompts_of_every_file_are_answered_in_order(
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
     named, out = "-" if kind == "stdin" else str(path), tmp_path / "deep" / "out.jsonl"
     assert predict(trained_run, "--prompts", named, "--batch-size", "4", "--out", str(out)) == 0
-    said = f"note: --prompts {named}: {len(PROMPTS) - 1} lines are blank and get no answer\n"
+    said = f"note: --prompts {named}: blank lines get no answer: {len(PROMPTS) - 1}, the first is line 2\n"
     assert (said in capsys.readouterr().err) is (kind in ("txt", "stdin"))
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in found] == PROMPTS
