@@ -62,8 +62,8 @@ def _end_at_once() -> None:
 def status_of(command: Callable[[], int | None], on_error: Callable[[Exception], None] = lambda error: None) -> int:
     """Call `command`. Returns its exit status, or that of the error that it raises, which is printed as one message.
 
-    A TrunklineError says its status: 2, or 75 for a run that was stopped. An OSError that names a file, or
-    says that there is no room, is a user's too.
+    A TrunklineError says its status: 2, or 75 for a run that was stopped. An OSError that names a file, or says that
+    there is no room, is a user's too.
     on_error: is called with every error, also with one of the program, which is raised
     """
     try:

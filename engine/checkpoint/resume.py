@@ -160,9 +160,8 @@ def _check_identity(
 
 def _check_meaning(found: Checkpoint, ours: dict[str, Any]) -> None:
     """By what both say: an earlier version, or an earlier form of the task, said less."""
-    said = found.state.get(MEANING, {})
-    for key in ours.keys() & said.keys():
-        theirs, mine = said[key], ours[key]
+    for key, mine in ours.items():
+        theirs = found.state.get(MEANING, {}).get(key, mine)
         if theirs == mine:
             continue
         if isinstance(theirs, list) and isinstance(mine, list):  # of classes, say: the first that differs
