@@ -69,7 +69,7 @@ def _tensor_digest(tensor: Tensor) -> str:
     if tensor.is_meta or tensor.layout != torch.strided:
         return facts
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{facts} {digest(flat.view(torch.uint8).numpy())}"
+    return f"{facts} {digest(flat.view(torch.uint8).numpy() if len(flat) else b'')}"  # an empty one has any stride
 
 
 def digest(data: Any) -> str:

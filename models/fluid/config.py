@@ -38,6 +38,13 @@ class FluidData(Strict):
     normalization: Literal["standard", "minmax", "robust"] = Field(
         "standard", description="per column: mean and deviation, range to [-1, 1], or median and quartiles"
     )
+    event_repeats: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="how often a window whose next minute has other set-points stands in an epoch of training, each "
+        "time with that much less weight in the loss, so that its mean stays what it is",
+    )
 
 
 class FluidModel(Strict):
@@ -81,8 +88,10 @@ class FluidModel(Strict):
         le=120,
         description="minutes that training follows the model's own predictions, with gradients through all of them",
     )
-    linear_skip: bool = Field(
-        default=False, description="add to a ridge autoregression, fitted before training; needs data.history >= 2"
+    linear_skip: Literal[False, True, "switches"] = Field(
+        default=False,
+        description="add to a ridge autoregression, fitted before training; 'switches': one that sees the set-points "
+        "before, too, and each device's values times its switches; needs data.history >= 2",
     )
     dense_skip: int = Field(
         0,

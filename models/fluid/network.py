@@ -26,7 +26,7 @@ from trunkline.kernels.masked_mse import masked_mse
 from trunkline.models.fluid.config import DecoderShape
 from trunkline.models.fluid.device_tokens import DeviceEmbedding, DeviceProjection, Places, spans, summaries
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import RidgeAutoregression, two_minutes
+from trunkline.models.fluid.ridge import Features, RidgeAutoregression, two_minutes
 from trunkline.models.fluid.scalar_tokens import Projection, TokenEmbedding
 
 
@@ -35,6 +35,7 @@ class FluidDecoder(nn.Module):
 
     places: where the devices' columns stand, for tokens "device"; None for tokens "scalar"
     window: minutes that a device's token looks back, 1 for its own only
+    linear_skip: what the ridge autoregression sees; None for no linear skip
     """
 
     _no_split_modules: ClassVar[list[str]] = ["DecoderBlock"]
@@ -48,7 +49,7 @@ class FluidDecoder(nn.Module):
         history: int,
         target: str = "level",
         input_noise: float = 0.0,
-        linear_skip: bool = False,
+        linear_skip: Features | None = None,
         dense_skip: int = 0,
         places: Places | None = None,
         window: int = 1,
@@ -58,7 +59,7 @@ class FluidDecoder(nn.Module):
         self.num_boundary, self.num_states, self.window = num_boundary, num_states, window
         num_variables = num_boundary + num_states
         self.normalization = Normalization(num_boundary, num_states)
-        self.skip = RidgeAutoregression(num_boundary, num_states) if linear_skip else None
+        self.skip = RidgeAutoregression(num_boundary, num_states, linear_skip) if linear_skip else None
         self.by_device = places is not None
         features = num_variables * len(spans(window)) if self.by_device else num_variables + num_states
         self.dense = DenseSkip(features, num_states, dense_skip) if dense_skip else None
@@ -127,7 +128,9 @@ class FluidDecoder(nn.Module):
         seen = self._seen(normalised)
         output = self.projection(self._decode(seen)).float()
         if self.dense is not None:
-            output = output + self.dense(seen if self.by_device else two_minutes(normalised, self.num_boundary))
+            if not self.by_device:
+                seen = two_minutes(normalised, self.num_boundary)[..., : self.num_boundary + 2 * self.num_states]
+            output = output + self.dense(seen)
         return output, base, unit
 
     def _seen(self, normalised: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Ridge autoregression: the linear answer to the surrogate's question, in closed form.
 
-    state(s+1) - state(s)  =  W [boundary(s+1), state(s), state(s-1)] + b      in normalised units
+    state(s+1) - state(s)  =  W features + b      features of [boundary(s+1), state(s), state(s-1), boundary(s)]
 
-It is a baseline of every evaluation and, as an option, the linear skip of the decoder. The normal equations are summed
-over the training cases one at a time, in fp64. With F = Vb + 2 Vs features they take 8 F (F + Vs) bytes, 2 GB at
-V = 6,712.
+in normalised units. It is a baseline of every evaluation and, as an option, the linear skip of the decoder. The normal
+equations are summed over the training cases one at a time, in fp64. F features take 8 F (F + Vs) bytes: with
+F = Vb + 2 Vs, 2 GB at V = 6,712.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,43 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trunkline.engine.errors import DataError
+from trunkline.engine.errors import ConfigError, DataError
 from trunkline.models.fluid.normalization import Fp32Buffers, Normalization
+from trunkline.models.fluid.schema import Schema, parse_column
 from trunkline.models.fluid.store import Store
 
 _ROWS_PER_FEATURE = 4  # a network of thousands of variables is fitted on evenly spaced minutes, not on all of them
 _LEAST_ROWS = 200_000
+SWITCHES = ("ST", "FR")
+MOST_BYTES = 6 << 30
 JITTER = 1 / 3
 """Noise on the input states is a drift common to a window's minutes plus this share of it on each minute alone."""
-
-
-class RidgeAutoregression(Fp32Buffers):
-    """W [Vs, F] and b [Vs] as fp32 buffers: fitted, not trained."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, num_boundary: int, num_states: int) -> None:
-        super().__init__()
-        self.num_boundary = num_boundary
-        self.register_buffer("weight", torch.zeros(num_states, num_boundary + 2 * num_states, dtype=torch.float32))
-        self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
-
-    def forward(self, normalised: Tensor) -> Tensor:
-        """Windows [B, T, V] -> next states [B, T, Vs], both normalised.
-
-        The first minute of a window has no minute before it; its state stands in for that, as if nothing had moved.
-        """
-        features = two_minutes(normalised, self.num_boundary)
-        with torch.autocast(normalised.device.type, enabled=False):
-            return normalised[..., self.num_boundary :] + features @ self.weight.T + self.bias
-
-
-def two_minutes(normalised: Tensor, num_boundary: int) -> Tensor:
-    """Windows [B, T, V] -> [B, T, V + Vs]: each minute's values, then the states of the minute before it."""
-    states = normalised[..., num_boundary:]
-    before = torch.cat([states[:, :1], states[:, :-1]], dim=1)
-    return torch.cat([normalised, before], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -75,12 +50,89 @@ class Features:
         none = np.empty(0, dtype=np.int64)
         return cls(count, none, none)
 
+    @classmethod
+    def with_own_switches(cls, schema: Schema) -> Features:
+        """All columns, and those of a device times each of its switches. Raises ConfigError if they are too many."""
+        features = cls.with_switches(schema, switches(schema), own=True)
+        if (needed := features.bytes(schema.num_states)) > MOST_BYTES:
+            raise ConfigError(
+                f'model.linear_skip is "switches": {len(features)} features take {needed / 2**30:.1f} GiB to fit, more '
+                f"than {MOST_BYTES >> 30}: use true"
+            )
+        return features
+
+    @classmethod
+    def with_switches(cls, schema: Schema, switches: Sequence[int], own: bool) -> Features:
+        """All columns, and each times each of these set-points (places in the boundary), at minutes s+1 and s.
+
+        own: a switch is multiplied with the columns of its own device alone, in which what it does is felt first
+        """
+        columns = 2 * schema.num_variables
+        former = columns - schema.num_boundary  # where boundary(s) begins
+        first, second = np.mgrid[: 2 * len(switches), :columns].reshape(2, -1)
+        first = np.array([*switches, *(former + k for k in switches)], dtype=np.int64)[first]
+        if own:
+            devices = np.array([parse_column(name)[0] for name in (*schema.columns, *schema.states, *schema.boundary)])
+            same = devices[first] == devices[second]
+            first, second = first[same], second[same]
+        return cls(columns, first, second)
+
     def __len__(self) -> int:
         return self.plain + len(self.first)
+
+    def bytes(self, num_states: int) -> int:
+        """What fitting them takes at its height."""
+        return 2 * 8 * len(self) * (len(self) + num_states)
 
     def of(self, z: np.ndarray) -> np.ndarray:
         """[rows, 2 V] -> [rows, F]."""
         return np.concatenate([z[:, : self.plain], z[:, self.first] * z[:, self.second]], axis=1)
+
+
+def switches(schema: Schema) -> list[int]:
+    """Places in the boundary of the set-points that are switches: a station is on, a valve is open."""
+    return [k for k, name in enumerate(schema.boundary) if parse_column(name)[1] in SWITCHES]
+
+
+class RidgeAutoregression(Fp32Buffers):
+    """W [Vs, F] and b [Vs] as fp32 buffers: fitted, not trained."""
+
+    weight: Tensor
+    bias: Tensor
+    first: Tensor
+    second: Tensor
+
+    def __init__(self, num_boundary: int, num_states: int, features: Features) -> None:
+        super().__init__()
+        self.num_boundary, self.plain = num_boundary, features.plain
+        self.register_buffer("weight", torch.zeros(num_states, len(features), dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
+        self.register_buffer("first", torch.from_numpy(features.first), persistent=False)
+        self.register_buffer("second", torch.from_numpy(features.second), persistent=False)
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """Windows [B, T, V] -> next states [B, T, Vs], both normalised.
+
+        The first minute of a window has no minute before it: it stands in for that, as if nothing had moved.
+        """
+        z = two_minutes(normalised, self.num_boundary)
+        features = z[..., : self.plain]
+        if len(self.first):
+            features = torch.cat([features, z[..., self.first] * z[..., self.second]], dim=-1)
+        with torch.autocast(normalised.device.type, enabled=False):
+            return normalised[..., self.num_boundary :] + features @ self.weight.T + self.bias
+
+    def take(self, equations: NormalEquations, penalty: float, noise: float = 0.0) -> None:
+        """Take the solution for this penalty and noise on the input states; see `NormalEquations.coefficients`."""
+        weight, bias = equations.coefficients(penalty, noise, self.num_boundary)
+        self.weight.copy_(torch.from_numpy(weight))
+        self.bias.copy_(torch.from_numpy(bias))
+
+
+def two_minutes(normalised: Tensor, num_boundary: int) -> Tensor:
+    """Windows [B, T, V] -> [B, T, 2 V]: boundary(s+1), state(s), state(s-1), boundary(s) of each minute s."""
+    before = torch.cat([normalised[:, :1], normalised[:, :-1]], dim=1)
+    return torch.cat([normalised, before[..., num_boundary:], before[..., :num_boundary]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -99,12 +151,10 @@ class NormalEquations:
         cls,
         store: Store,
         normalization: Normalization,
+        features: Features,
         progress: bool = False,
-        features: Features | None = None,
     ) -> NormalEquations:
         """Sum over the training cases that have outputs. A missing value counts as its offset, its change as 0.
-
-        features: boundary(s+1), state(s) and state(s-1) unless given
 
         Raises DataError if no training case has outputs.
         """
@@ -112,7 +162,6 @@ class NormalEquations:
         if not cases:
             raise DataError(f"{store.root}: no training case has outputs, so no autoregression can be fitted")
         num_boundary, num_states = store.schema.num_boundary, store.schema.num_states
-        features = features or Features.columns(num_boundary + 2 * num_states)
         num_features = len(features)
         columns = np.r_[: num_boundary + num_states, num_boundary : num_boundary + num_states, :num_boundary]
         offset, scale = (x.double().cpu().numpy() for x in (normalization.offset, normalization.scale))
@@ -136,15 +185,6 @@ class NormalEquations:
         gram -= rows * np.outer(feature_mean, feature_mean)
         cross -= rows * np.outer(feature_mean, change_mean)
         return cls(features, gram, cross, feature_mean, change_mean, rows)
-
-    def solve(self, penalty: float, noise: float = 0.0) -> RidgeAutoregression:
-        """The skip of a decoder; see `coefficients`."""
-        num_states = len(self.change_mean)
-        fitted = RidgeAutoregression(self.features.plain - 2 * num_states, num_states)
-        weight, bias = self.coefficients(penalty, noise, fitted.num_boundary)
-        fitted.weight.copy_(torch.from_numpy(weight))
-        fitted.bias.copy_(torch.from_numpy(bias))
-        return fitted
 
     def coefficients(self, penalty: float, noise: float, num_boundary: int) -> tuple[np.ndarray, np.ndarray]:
         """(W [Vs, F], b [Vs]), the minimiser of (squared error + penalty |W|^2) per minute.

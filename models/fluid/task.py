@@ -24,7 +24,7 @@ from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
 from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.fluid.noise import history_noise
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import NormalEquations
+from trunkline.models.fluid.ridge import Features, NormalEquations
 from trunkline.models.fluid.rollout import Surrogate, rollout
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
@@ -54,9 +54,9 @@ class FluidTask(Task):
         model = make_decoder(self.schema, self.data, self.model)
         model.normalization.load_state_dict(self.normalization.state_dict())
         if model.skip is not None and self.model.path is None:
-            equations = NormalEquations.over_training_split(self.store, self.normalization)
-            fitted = equations.solve(SKIP_PENALTY, _SKIP_NOISE * self.model.input_noise)
-            model.skip.load_state_dict(fitted.state_dict())
+            features = _skip_features(self.schema, self.model)
+            equations = NormalEquations.over_training_split(self.store, self.normalization, features)
+            model.skip.take(equations, SKIP_PENALTY, _SKIP_NOISE * self.model.input_noise)
         return model
 
     def initialize(self, model: nn.Module) -> None:
@@ -91,15 +91,16 @@ class FluidTask(Task):
     def dataset(self, split: str) -> FluidWindows:
         """Windows of "train", "val" or "test". Raises DataError if there are none, as of test cases without outputs."""
         targets = self.data.history - self.model.window + 1
-        return FluidWindows(self.store, split, self.data.history, targets, self.model.rollout_minutes - 1)
+        repeats = self.data.event_repeats if split == "train" else 1
+        return FluidWindows(self.store, split, self.data.history, targets, self.model.rollout_minutes - 1, repeats)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """{"x": [B, T + ahead, V], "target" and "mask": [B, T' + ahead, Vs]}; see trunkline.models.fluid.data."""
+        """{"x", "target", "mask", "weight"}; see trunkline.models.fluid.data."""
         return collate(samples)
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of targets that are present."""
-        return _mask(batch).sum()
+        """The number of targets that are present, each with its window's weight."""
+        return self._weights(batch).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
         """Squared error summed over the targets present, with noise on the input states if the options ask for it."""
@@ -110,8 +111,13 @@ class FluidTask(Task):
             x = x.clone()  # of the minutes after the history no state is seen
             scale = self.normalization.state_scale.to(x.device) * self.model.input_noise
             x[:, :history, num_boundary:] += noise.mul_(scale)
-        total, _ = model(x, batch["target"], _mask(batch))
+        total, _ = model(x, batch["target"], self._weights(batch))
         return {"loss": total}
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """[B, T', Vs]: what each target counts in the loss; bool where all count the same."""
+        mask = _mask(batch)
+        return mask if self.data.event_repeats == 1 else mask * batch["weight"][:, None, None]
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """Errors of the minute after the history, of the model and of persistence; and, where the model is trained on
@@ -220,11 +226,17 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
         history=data.history,
         target=model.target,
         input_noise=model.input_noise,
-        linear_skip=model.linear_skip,
+        linear_skip=_skip_features(schema, model),
         dense_skip=model.dense_skip,
         places=Places.of(schema, model.own_weights) if model.tokens == "device" else None,
         window=model.window,
     )
+
+
+def _skip_features(schema: Schema, model: FluidModel) -> Features | None:
+    if model.linear_skip == "switches":
+        return Features.with_own_switches(schema)
+    return Features.columns(schema.num_boundary + 2 * schema.num_states) if model.linear_skip else None
 
 
 def _normalization(schema: Schema) -> Normalization:

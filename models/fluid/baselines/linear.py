@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trunkline.models.fluid.normalization import Fp32Buffers, Normalization
-from trunkline.models.fluid.ridge import Features, NormalEquations
+from trunkline.models.fluid.normalization import Normalization
+from trunkline.models.fluid.ridge import Features, NormalEquations, RidgeAutoregression
 from trunkline.models.fluid.rollout import Forecaster, rollout, starts, take_windows
 from trunkline.models.fluid.store import Store
 
@@ -38,46 +38,21 @@ class Persistence:
         return window[:, -1, self._num_boundary :]
 
 
-def seen(window: Tensor, num_boundary: int) -> Tensor:
-    """What baselines see of normalised windows [B, T, V]: [boundary(s+1), state(s), state(s-1), boundary(s)]."""
-    before, now = window[:, -2], window[:, -1]
-    return torch.cat([now, before[:, num_boundary:], before[:, :num_boundary]], dim=1)
-
-
-class LinearAutoregression(Fp32Buffers):
-    """W [Vs, F] and b [Vs] over the given features, as a forecaster: fitted, not trained."""
+class LinearAutoregression(RidgeAutoregression):
+    """A ridge autoregression over the given features as a forecaster, with the statistics that normalise for it."""
 
     history = 2
-    weight: Tensor
-    bias: Tensor
-    first: Tensor
-    second: Tensor
 
     def __init__(self, normalization: Normalization, features: Features) -> None:
-        super().__init__()
-        self.normalization, self.plain = normalization, features.plain
-        num_states = len(normalization.change)
-        self.register_buffer("weight", torch.zeros(num_states, len(features), dtype=torch.float32))
-        self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
-        self.register_buffer("first", torch.from_numpy(features.first), persistent=False)
-        self.register_buffer("second", torch.from_numpy(features.second), persistent=False)
+        super().__init__(normalization.num_boundary, len(normalization.change), features)
+        self.normalization = normalization
 
     def forward(self, normalised: Tensor) -> Tensor:
         """Windows [B, T, V] -> the state after each, [B, Vs], both normalised."""
-        features = seen(normalised, self.normalization.num_boundary)[:, : self.plain]
-        if len(self.first):
-            features = torch.cat([features, features[:, self.first] * features[:, self.second]], dim=1)
-        return normalised[:, -1, self.normalization.num_boundary :] + features @ self.weight.T + self.bias
+        return super().forward(normalised[:, -2:])[:, -1]
 
     def next_state(self, window: Tensor) -> Tensor:
         return self.normalization.restore_states(self(self.normalization.normalize(window)))
-
-    def take(self, equations: NormalEquations, penalty: float, noise: float) -> LinearAutoregression:
-        """Take the solution for this penalty and noise on the input states; returns itself."""
-        weight, bias = equations.coefficients(penalty, noise, self.normalization.num_boundary)
-        self.weight.copy_(torch.from_numpy(weight))
-        self.bias.copy_(torch.from_numpy(bias))
-        return self
 
 
 def all_columns(store: Store) -> Features:
@@ -99,17 +74,19 @@ def fit_linear(
     They are those of PENALTIES and `noises` whose 60-minute rollouts are best on the validation split. Without
     validation cases that have outputs, they are DEFAULT_PENALTY and the last of `noises`. Raises DataError.
     """
-    equations = NormalEquations.over_training_split(store, normalization, progress, features)
+    equations = NormalEquations.over_training_split(store, normalization, features, progress)
     fitted = LinearAutoregression(normalization, features).to(device)
     choices = [(penalty, noise) for noise in noises for penalty in PENALTIES]
     if not any(store.has_state("val", case) for case in store.cases("val")):
         choices = [(DEFAULT_PENALTY, choices[-1][1])]
     best, least = choices[0], math.inf
     for choice in tqdm(choices, desc="penalty", disable=not progress, leave=False) if len(choices) > 1 else ():
-        error = rollout_error(store, fitted.take(equations, *choice), HOUR, normalization, device)
+        fitted.take(equations, *choice)
+        error = rollout_error(store, fitted, HOUR, normalization, device)
         if error < least:
             best, least = choice, error
-    return fitted.take(equations, *best), {"penalty": best[0], "noise": best[1]}
+    fitted.take(equations, *best)
+    return fitted, {"penalty": best[0], "noise": best[1]}
 
 
 def rollout_error(

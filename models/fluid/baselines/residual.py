@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trunkline.models.fluid.baselines.linear import DAY, LinearAutoregression, rollout_error, seen
+from trunkline.models.fluid.baselines.linear import DAY, LinearAutoregression, rollout_error
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import JITTER, Features, NormalEquations
+from trunkline.models.fluid.ridge import JITTER, Features, NormalEquations, two_minutes
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
 
@@ -93,7 +93,7 @@ class Corrected(nn.Module):
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised windows [B, T, V] -> what the ridge says, normalised, and the correction in units; [B, Vs]."""
-        z = seen(window, self.normalization.num_boundary)[:, : self.ridge.plain]
+        z = two_minutes(window[:, -2:], self.normalization.num_boundary)[:, -1, : self.ridge.plain]
         return self.ridge(window), self.network(z)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ def train(
     Raises DataError if no training case has outputs.
     """
     features = features_of(store.schema)
-    equations = NormalEquations.over_training_split(store, normalization, features=features)
+    equations = NormalEquations.over_training_split(store, normalization, features)
     with _seeded(settings.seed):
         model = Corrected(normalization, features, make_network(), settings.noise).to(device)
     model.ridge.take(equations, RIDGE_PENALTY, settings.ridge_noise)

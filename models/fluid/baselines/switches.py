@@ -18,40 +18,27 @@ take more than MOST_BYTES, the baseline is refused.
 
 from __future__ import annotations
 
-import numpy as np
-
 from trunkline.engine.errors import ConfigError
-from trunkline.models.fluid.ridge import Features
-from trunkline.models.fluid.schema import parse_column
+from trunkline.models.fluid.ridge import MOST_BYTES, Features, switches
 from trunkline.models.fluid.store import Store
 
-SWITCHES = ("ST", "FR")
 NOISES = (0.01, 0.03, 0.1)
 MOST_FEATURES = 4096
-MOST_BYTES = 6 << 30
 
 
 def interactions(store: Store) -> Features:
     """The features of a data set. Raises ConfigError if no switch moves, or if they do not fit into memory."""
-    schema, switches = store.schema, _moving(store)
-    num_boundary, num_columns = schema.num_boundary, 2 * schema.num_variables
-    if not switches:
+    schema, moving = store.schema, _moving(store)
+    if not moving:
         raise ConfigError(
             f"{store.root}: ridge with switches: no set-point :ST or :FR moves on the training days, so there is "
             "nothing to multiply with: leave switches out of --baselines"
         )
-    former = num_columns - num_boundary  # where boundary(s) begins
-    first, second = np.mgrid[: 2 * len(switches), :num_columns].reshape(2, -1)
-    first = np.array([*switches, *(former + k for k in switches)])[first]
-    if limits(store):
-        devices = np.array([parse_column(name)[0] for name in (*schema.columns, *schema.states, *schema.boundary)])
-        own = devices[first] == devices[second]
-        first, second = first[own], second[own]
-    features = Features(num_columns, first, second)
-    needed = 2 * 8 * len(features) * (len(features) + schema.num_states)
+    features = Features.with_switches(schema, moving, own=bool(limits(store)))
+    needed = features.bytes(schema.num_states)
     if needed > MOST_BYTES:
         raise ConfigError(
-            f"{store.root}: ridge with switches: {len(switches)} switches make {len(features)} features even if each "
+            f"{store.root}: ridge with switches: {len(moving)} switches make {len(features)} features even if each "
             f"is multiplied with its own device alone, and that takes {needed / 2**30:.1f} GiB, more than "
             f"{MOST_BYTES >> 30}: leave switches out of --baselines"
         )
@@ -73,5 +60,4 @@ def limits(store: Store) -> str:
 def _moving(store: Store) -> list[int]:
     """Places in the boundary of the switches that move on the training days."""
     moves = store.statistics["std"][: store.schema.num_boundary] > 0
-    names = enumerate(store.schema.boundary)
-    return [k for k, name in names if parse_column(name)[1] in SWITCHES and moves[k]]
+    return [k for k in switches(store.schema) if moves[k]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ def test_a_digest_of_a_tensor_depends_on_every_bit_the_shape_and_the_dtype() -> 
     turned = torch.arange(6.0).view(2, 3).t()
     assert digest(turned) == digest(turned.contiguous())
     assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
+    assert digest(torch.empty(0)) == digest(torch.from_numpy(np.empty(0, np.float32)))  # of stride 1, and of stride 0
 
 
 def test_nested_values_are_named_by_dotted_keys() -> None:

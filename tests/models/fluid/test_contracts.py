@@ -22,8 +22,8 @@ from trunkline.models.registry import config_sections
 
 MIDDLE = "checkpoints/step-00000003"
 MODEL: dict[str, Any] = {
-    "d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 32, "d_token": 16, "dense_skip": 8, "linear_skip": True,
-    "target": "change", "tokens": "device", "window": 2, "input_noise": 0.1, "rollout_minutes": 3,
+    "d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 32, "d_token": 16, "dense_skip": 8,
+    "linear_skip": "switches", "target": "change", "tokens": "device", "window": 2, "input_noise": 0.1, "rollout_minutes": 3,
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def case(
 ) -> Case:
     raw = {
         "workload": "fluid",
-        "data": {"store": str(store), "history": 3},
+        "data": {"store": str(store), "history": 3, "event_repeats": 20},
         "model": MODEL,
         "training": {
             "steps": 6, "eval_every": 3, "eval_samples": 40, "save_every": 3, "log_every": 1, "trackers": [],

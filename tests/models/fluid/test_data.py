@@ -34,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_a_window_by_hand(store: Store) -> None:
     windows = FluidWindows(store, "train", history=3)
     # Window 177 of the first case: its input minutes are 2:58, 2:59 and 3:00; set-points move at 3:00 (row 6).
-    x, target = windows[177]
+    x, target, _ = windows[177]
     assert (x.shape, target.shape) == ((3, 2 + len(STATES)), (3, len(STATES)))
     assert x.dtype == target.dtype == np.float32
     assert x[:, 0].tolist() == [set_point(0, 5), set_point(0, 6), set_point(0, 6)]  # known one minute ahead
@@ -50,12 +50,27 @@ def test_windows_cover_each_case_and_never_two(store: Store) -> None:
     assert windows.cases == ["case_1", "case_2"]  # a case without outputs gives no window
     assert windows.locate(1436) == ("case_1", 1436)
     assert windows.locate(1437) == ("case_2", 0)
-    x, target = windows[1436]
+    x, target, _ = windows[1436]
     assert x[0, 2] == output(0, 1437, 1)
     assert target[-1, 0] == output(0, 1440, 1)
-    x, target = windows[1437]
+    x, target, _ = windows[1437]
     assert x[0, 2] == output(0, 1, 2)
     assert target[0, 0] == output(0, 2, 2)
+
+
+def test_windows_of_changed_set_points_stand_as_often_as_asked_with_as_much_less_weight(store: Store) -> None:
+    plain, repeated = (FluidWindows(store, "train", 3, ahead=2, event_repeats=times) for times in (1, 5))
+    found: dict[tuple[str, int], list[float]] = {}
+    for index in range(len(repeated)):
+        found.setdefault(repeated.locate(index), []).append(float(repeated[index][2]))
+    assert set(found) == {plain.locate(index) for index in range(len(plain))}
+    # set-points move each half hour, of which a window that starts at row r has the change at its row r + 3
+    changes = {row for row in range(plain.windows_per_case) if (row + 3 + 1) % 30 == 0}
+    for (_, row), weights in found.items():
+        assert weights == (pytest.approx([0.2] * 5) if row in changes else [1.0])
+    for index in (0, len(plain), len(repeated) - 1):
+        place = next(k for k in range(len(plain)) if plain.locate(k) == repeated.locate(index))
+        np.testing.assert_array_equal(repeated[index][0], plain[place][0])
 
 
 def test_windows_end_where_the_data_does(store: Store) -> None:
@@ -90,7 +105,7 @@ def test_a_file_cut_short_after_it_was_opened_is_named(store: Store, tmp_path: P
 def test_any_history_that_fits_a_case(store: Store, history: int) -> None:
     windows = FluidWindows(store, "train", history)
     assert len(windows) == 2 * (1440 - history)
-    x, target = windows[len(windows) - 1]
+    x, target, _ = windows[len(windows) - 1]
     assert x[:, 2].tolist() == [output(0, minute, 2) for minute in range(1440 - history, 1440)]
     assert target[-1, 0] == output(0, 1440, 2)
 

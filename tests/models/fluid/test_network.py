@@ -1,5 +1,6 @@
 """FluidDecoder: sizes, what a token may see, the two targets, the linear skip, precisions."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +10,7 @@ from trunkline.kernels import triton_path
 from trunkline.models.fluid.config import PRESETS, DecoderShape
 from trunkline.models.fluid.device_tokens import Places
 from trunkline.models.fluid.network import FluidDecoder
+from trunkline.models.fluid.ridge import Features
 from trunkline.models.fluid.scalar_tokens import Encodings, Projection
 
 SHAPE = DecoderShape(32, 2, 2, 64, 16)
@@ -27,6 +29,8 @@ DEVICES = Places(  # three of one kind, of which one value is steered; a valve w
     inputs=(((0, 4, 7), (1, 5, 12), (2, 8, 9)), ((3,),), ((6, 10, 11),)),
     outputs=(((0, 3), (1, 8), (4, 5)), ((),), ((2, 6, 7),)),
 )
+RIDGE = Features.columns(VB + 2 * VS)
+PRODUCTS = Features(2 * (VB + VS), np.array([0, 0, 2 * VS + VB + 1]), np.array([VB, VB + VS + 3, 5]))
 
 
 def decoder(seed=0, **options):
@@ -56,13 +60,14 @@ OPTIONS = [
     {},
     {"target": "change"},
     {"target": "change", "input_noise": 0.02},
-    {"linear_skip": True},
-    {"target": "change", "linear_skip": True},
-    {"target": "change", "linear_skip": True, "dense_skip": 8},
+    {"linear_skip": RIDGE},
+    {"target": "change", "linear_skip": RIDGE},
+    {"target": "change", "linear_skip": RIDGE, "dense_skip": 8},
     {"places": DEVICES},
     {"places": DEVICES, "window": 2, "target": "change", "input_noise": 0.02},
-    {"places": DEVICES, "window": 2, "target": "change", "linear_skip": True, "dense_skip": 8},
-    {"places": DEVICES, "window": 3, "target": "change", "linear_skip": True},
+    {"places": DEVICES, "window": 2, "target": "change", "linear_skip": RIDGE, "dense_skip": 8},
+    {"places": DEVICES, "window": 3, "target": "change", "linear_skip": RIDGE},
+    {"places": DEVICES, "window": 2, "target": "change", "linear_skip": PRODUCTS},
 ]
 
 
@@ -135,7 +140,7 @@ def test_a_missing_input_counts_as_its_mean():
 
 
 def test_change_and_skip_start_from_the_state_and_from_the_autoregression():
-    for options in ({"target": "change"}, {"linear_skip": True}):
+    for options in ({"target": "change"}, {"linear_skip": RIDGE}):
         model = decoder(**options)
         torch.nn.init.zeros_(model.projection.weight)
         torch.nn.init.zeros_(model.projection.bias)
@@ -156,7 +161,7 @@ def test_no_two_places_have_the_same_encoding():
 
 
 def test_statistics_stay_fp32_when_the_model_is_cast():
-    model = decoder(target="change", linear_skip=True)
+    model = decoder(target="change", linear_skip=RIDGE)
     want = {
         name: buffer.clone() for name, buffer in model.state_dict().items() if "normalization" in name or "skip" in name
     }
@@ -208,7 +213,7 @@ def test_a_step_lowers_the_loss():
 
 @pytest.mark.parametrize("tokens", [{}, {"places": DEVICES, "window": 2}])
 def test_compiles_without_graph_breaks(tokens):
-    model = decoder(target="change", linear_skip=True, **tokens)
+    model = decoder(target="change", linear_skip=RIDGE, **tokens)
     x = window(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -254,7 +259,7 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"places": DEVICES, "window": 2}, {"places": DEVICES, "window": 3}])
 def test_a_rollout_in_the_loss_is_the_model_fed_with_its_own_predictions(options):
-    model = decoder(target="change", linear_skip=True, dense_skip=8, **options)
+    model = decoder(target="change", linear_skip=RIDGE, dense_skip=8, **options)
     ahead = 4
     x = torch.cat([window(model), window(model, seed=5), window(model, seed=6)], dim=1)[:, : T + ahead]
     target = x[:, model.window - 1 :, VB:] + 0.1

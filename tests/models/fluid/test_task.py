@@ -44,6 +44,7 @@ OPTIONS = [
     {"target": "change"},
     {"target": "change", "input_noise": 0.1, "linear_skip": True},
     {"target": "change", "linear_skip": True, "dense_skip": 8},
+    {"target": "change", "linear_skip": "switches"},
 ]
 
 
@@ -60,6 +61,22 @@ def test_sums_do_not_depend_on_how_a_batch_is_split(store, options):
             added = add_sums(added, call(model, part))
         for name, value in add_sums(None, call(model, whole)).items():
             torch.testing.assert_close(added[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_repeated_events_leave_the_mean_loss_of_an_epoch_as_it_is(store):
+    """Exactly, where no noise is added: the sums over all samples are those over all windows."""
+    sums = []
+    for repeats in (1, 7):
+        task = FluidTask(FluidData(store=str(store), history=3, event_repeats=repeats), FluidModel(preset="nano"))
+        torch.manual_seed(0)
+        model = task.build_model()
+        whole = batch(task, range(len(task.dataset("train"))))
+        parts = [{key: value[k : k + 64] for key, value in whole.items()} for k in range(0, len(whole["x"]), 64)]
+        with torch.no_grad():
+            sums.append([sum(task.loss(model, part)["loss"].double() for part in parts), task.weight(whole).double()])
+        assert len(task.dataset("val")) == 2 * (240 - 3), "what is evaluated stands once"
+    assert len(whole["x"]) > 6 * (240 - 3)
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -43,10 +43,11 @@ def test_the_penalty_is_the_best_of_the_validation_rollouts(tmp_path, monkeypatc
     store = write_store(tmp_path, SCHEMA, splits)
     normalization = fitted(store)
     monkeypatch.setattr(linear, "PENALTIES", (1e-8, 1e-1, 1e3))
-    equations = NormalEquations.over_training_split(store, normalization, features=all_columns(store))
+    equations = NormalEquations.over_training_split(store, normalization, all_columns(store))
     errors = {}
     for penalty in linear.PENALTIES:
-        ridge = LinearAutoregression(normalization, all_columns(store)).take(equations, penalty, 0.0)
+        ridge = LinearAutoregression(normalization, all_columns(store))
+        ridge.take(equations, penalty)
         squared = []
         for case in store.cases("val"):
             for row in range(0, 200 - 62 + 1, 60):
