@@ -95,7 +95,7 @@ class RandomMinutes(FluidTask):
     def dataset(self, split: str) -> list[Sample]:  # type: ignore[override]  # samples are all that it has to be
         generator, shape = np.random.default_rng(0), (self.data.history, self.schema.num_variables)
         xs = [generator.standard_normal(shape, dtype=np.float32) for _ in range(self._count if split == "train" else 1)]
-        return [(x, x[:, self.schema.num_boundary :].copy()) for x in xs]
+        return [(x, x[:, self.schema.num_boundary :].copy(), np.float32(1)) for x in xs]
 
     def fingerprint(self) -> str:
         return "random"

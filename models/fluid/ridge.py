@@ -104,7 +104,7 @@ class RidgeAutoregression(Fp32Buffers):
 
     def __init__(self, num_boundary: int, num_states: int, features: Features) -> None:
         super().__init__()
-        self.num_boundary, self.plain = num_boundary, features.plain
+        self.num_boundary, self.features = num_boundary, features
         self.register_buffer("weight", torch.zeros(num_states, len(features), dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(num_states, dtype=torch.float32))
         self.register_buffer("first", torch.from_numpy(features.first), persistent=False)
@@ -116,7 +116,7 @@ class RidgeAutoregression(Fp32Buffers):
         The first minute of a window has no minute before it: it stands in for that, as if nothing had moved.
         """
         z = two_minutes(normalised, self.num_boundary)
-        features = z[..., : self.plain]
+        features = z[..., : self.features.plain]
         if len(self.first):
             features = torch.cat([features, z[..., self.first] * z[..., self.second]], dim=-1)
         with torch.autocast(normalised.device.type, enabled=False):

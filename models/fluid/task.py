@@ -54,8 +54,7 @@ class FluidTask(Task):
         model = make_decoder(self.schema, self.data, self.model)
         model.normalization.load_state_dict(self.normalization.state_dict())
         if model.skip is not None and self.model.path is None:
-            features = _skip_features(self.schema, self.model)
-            equations = NormalEquations.over_training_split(self.store, self.normalization, features)
+            equations = NormalEquations.over_training_split(self.store, self.normalization, model.skip.features)
             model.skip.take(equations, SKIP_PENALTY, _SKIP_NOISE * self.model.input_noise)
         return model
 

@@ -93,7 +93,7 @@ class Corrected(nn.Module):
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised windows [B, T, V] -> what the ridge says, normalised, and the correction in units; [B, Vs]."""
-        z = two_minutes(window[:, -2:], self.normalization.num_boundary)[:, -1, : self.ridge.plain]
+        z = two_minutes(window[:, -2:], self.normalization.num_boundary)[:, -1, : self.ridge.features.plain]
         return self.ridge(window), self.network(z)
 
     @torch.no_grad()

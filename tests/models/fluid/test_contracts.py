@@ -23,7 +23,8 @@ from trunkline.models.registry import config_sections
 MIDDLE = "checkpoints/step-00000003"
 MODEL: dict[str, Any] = {
     "d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 32, "d_token": 16, "dense_skip": 8,
-    "linear_skip": "switches", "target": "change", "tokens": "device", "window": 2, "input_noise": 0.1, "rollout_minutes": 3,
+    "linear_skip": "switches", "target": "change", "tokens": "device", "window": 2,
+    "input_noise": 0.1, "rollout_minutes": 3,
 }  # fmt: skip
 
 
