@@ -141,7 +141,7 @@ def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _shard_name(number: int, count: int) -> str:

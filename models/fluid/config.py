@@ -42,8 +42,8 @@ class FluidData(Strict):
         1,
         ge=1,
         le=1000,
-        description="how often a window whose next minute has other set-points stands in an epoch of training, each "
-        "time with that much less weight in the loss, so that its mean stays what it is",
+        description="how often an event stands in an epoch of training, each time with that much less weight; an event is "
+        "a window of which the next minute has other set-points",
     )
 
 
@@ -88,10 +88,10 @@ class FluidModel(Strict):
         le=120,
         description="minutes that training follows the model's own predictions, with gradients through all of them",
     )
-    linear_skip: Literal[False, True, "switches"] = Field(
+    linear_skip: bool | Literal["switches"] = Field(
         default=False,
-        description="add to a ridge autoregression, fitted before training; 'switches': one that sees the set-points "
-        "before, too, and each device's values times its switches; needs data.history >= 2",
+        description="add to a ridge autoregression, fitted before training; with 'switches' it also sees the set-points "
+        "of the minute before, and each device's values times its own switches; needs data.history >= 2",
     )
     dense_skip: int = Field(
         0,

@@ -172,7 +172,7 @@ class DeviceProjection(nn.Module):
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """input [B, T', D, p] -> [B, T', Vs], or (sum, count) against target [B, T', Vs] where `mask` is true."""
+        """input [B, T', D, p] -> [B, T', Vs], or (sum, count) against target [B, T', Vs] with the weights `mask`."""
         tokens = input.flatten(0, 1)
         kinds, devices = self.places.shape
         values = self.kinds(tokens[:, self.places].transpose(0, 1).reshape(kinds, -1, tokens.shape[-1]))

@@ -59,7 +59,7 @@ class FluidDecoder(nn.Module):
         self.num_boundary, self.num_states, self.window = num_boundary, num_states, window
         num_variables = num_boundary + num_states
         self.normalization = Normalization(num_boundary, num_states)
-        self.skip = RidgeAutoregression(num_boundary, num_states, linear_skip) if linear_skip else None
+        self.skip = RidgeAutoregression(num_boundary, num_states, linear_skip) if linear_skip is not None else None
         self.by_device = places is not None
         features = num_variables * len(spans(window)) if self.by_device else num_variables + num_states
         self.dense = DenseSkip(features, num_states, dense_skip) if dense_skip else None
@@ -84,7 +84,7 @@ class FluidDecoder(nn.Module):
 
         x       [B, T, V] fp32, physical: boundary(s+1) then state(s) for T minutes s; NaN where missing
         target  [B, T', Vs] fp32, physical: state(s+1) of the last T' minutes; anything where `mask` is false
-        mask    [B, T', Vs] bool: whether the target is present
+        mask    [B, T', Vs] bool: whether the target is present; or fp32: what it counts, 0 where it is missing
 
         Without target: state(s+1) as predicted, [B, T', Vs] fp32, physical. With it: (sum, count) of the squared error
         in the units of the network's output, two fp32 scalars. The boundary is neither predicted nor in the loss.

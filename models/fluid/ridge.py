@@ -3,8 +3,7 @@
     state(s+1) - state(s)  =  W features + b      features of [boundary(s+1), state(s), state(s-1), boundary(s)]
 
 in normalised units. It is a baseline of every evaluation and, as an option, the linear skip of the decoder. The normal
-equations are summed over the training cases one at a time, in fp64. F features take 8 F (F + Vs) bytes: with
-F = Vb + 2 Vs, 2 GB at V = 6,712.
+equations are summed over the training cases one at a time, in fp64; `Features.fit_bytes` is what that takes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trunkline.engine.errors import ConfigError, DataError
+from trunkline.engine.errors import DataError
 from trunkline.models.fluid.normalization import Fp32Buffers, Normalization
 from trunkline.models.fluid.schema import Schema, parse_column
 from trunkline.models.fluid.store import Store
@@ -32,7 +31,7 @@ JITTER = 1 / 3
 """Noise on the input states is a drift common to a window's minutes plus this share of it on each minute alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """What a linear autoregression sees of z = [boundary(s+1), state(s), state(s-1), boundary(s)], normalised.
 
@@ -51,26 +50,20 @@ class Features:
         return cls(count, none, none)
 
     @classmethod
-    def with_own_switches(cls, schema: Schema) -> Features:
-        """All columns, and those of a device times each of its switches. Raises ConfigError if they are too many."""
-        features = cls.with_switches(schema, switches(schema), own=True)
-        if (needed := features.bytes(schema.num_states)) > MOST_BYTES:
-            raise ConfigError(
-                f'model.linear_skip is "switches": {len(features)} features take {needed / 2**30:.1f} GiB to fit, more '
-                f"than {MOST_BYTES >> 30}: use true"
-            )
-        return features
+    def of_states(cls, num_boundary: int, num_states: int) -> Features:
+        """boundary(s+1), state(s) and state(s-1)."""
+        return cls.columns(num_boundary + 2 * num_states)
 
     @classmethod
-    def with_switches(cls, schema: Schema, switches: Sequence[int], own: bool) -> Features:
+    def with_products(cls, schema: Schema, multipliers: Sequence[int], own: bool) -> Features:
         """All columns, and each times each of these set-points (places in the boundary), at minutes s+1 and s.
 
-        own: a switch is multiplied with the columns of its own device alone, in which what it does is felt first
+        own: a set-point is multiplied with the columns of its own device alone, in which what it does is felt first
         """
         columns = 2 * schema.num_variables
         former = columns - schema.num_boundary  # where boundary(s) begins
-        first, second = np.mgrid[: 2 * len(switches), :columns].reshape(2, -1)
-        first = np.array([*switches, *(former + k for k in switches)], dtype=np.int64)[first]
+        first, second = np.mgrid[: 2 * len(multipliers), :columns].reshape(2, -1)
+        first = np.array([*multipliers, *(former + k for k in multipliers)], dtype=np.int64)[first]
         if own:
             devices = np.array([parse_column(name)[0] for name in (*schema.columns, *schema.states, *schema.boundary)])
             same = devices[first] == devices[second]
@@ -80,9 +73,9 @@ class Features:
     def __len__(self) -> int:
         return self.plain + len(self.first)
 
-    def bytes(self, num_states: int) -> int:
-        """What fitting them takes at its height."""
-        return 2 * 8 * len(self) * (len(self) + num_states)
+    def fit_bytes(self, num_states: int) -> int:
+        """What a process needs to fit them: gram, its copies while it is solved, and the sums with the changes."""
+        return 8 * len(self) * (4 * len(self) + 2 * num_states)
 
     def of(self, z: np.ndarray) -> np.ndarray:
         """[rows, 2 V] -> [rows, F]."""
@@ -113,14 +106,18 @@ class RidgeAutoregression(Fp32Buffers):
     def forward(self, normalised: Tensor) -> Tensor:
         """Windows [B, T, V] -> next states [B, T, Vs], both normalised.
 
-        The first minute of a window has no minute before it: it stands in for that, as if nothing had moved.
+        The first minute of a window has none before it. It is taken as its own, as if nothing had moved.
         """
-        z = two_minutes(normalised, self.num_boundary)
+        return self.next(two_minutes(normalised, self.num_boundary))
+
+    def next(self, z: Tensor) -> Tensor:
+        """What `two_minutes` gives, [..., 2 V] -> next states [..., Vs]."""
         features = z[..., : self.features.plain]
         if len(self.first):
             features = torch.cat([features, z[..., self.first] * z[..., self.second]], dim=-1)
-        with torch.autocast(normalised.device.type, enabled=False):
-            return normalised[..., self.num_boundary :] + features @ self.weight.T + self.bias
+        states = z[..., self.num_boundary : self.num_boundary + len(self.bias)]
+        with torch.autocast(z.device.type, enabled=False):
+            return states + features @ self.weight.T + self.bias
 
     def take(self, equations: NormalEquations, penalty: float, noise: float = 0.0) -> None:
         """Take the solution for this penalty and noise on the input states; see `NormalEquations.coefficients`."""

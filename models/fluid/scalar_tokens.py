@@ -78,7 +78,7 @@ class Projection(nn.Linear):
         super().__init__(d_token, 1)
 
     def forward(self, input: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """input [..., p] -> [...], or (sum, count) against target [...] where `mask` [...] is true."""
+        """input [..., p] -> [...], or (sum, count) against target [...] with the weights `mask` [...]."""
         if target is None:
             return super().forward(input).squeeze(-1)
         return linear_masked_mse(input, self.weight[0], self.bias, target, mask)

@@ -24,7 +24,7 @@ from trunkline.models.fluid.metrics import DIRECTIONS, Errors, flat_scores
 from trunkline.models.fluid.network import FluidDecoder
 from trunkline.models.fluid.noise import history_noise
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import Features, NormalEquations
+from trunkline.models.fluid.ridge import MOST_BYTES, Features, NormalEquations, switches
 from trunkline.models.fluid.rollout import Surrogate, rollout
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.store import Store
@@ -98,7 +98,7 @@ class FluidTask(Task):
         return collate(samples)
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of targets that are present, each with its window's weight."""
+        """The number of targets that are present. Where events are repeated, each counts as its window does."""
         return self._weights(batch).sum()
 
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
@@ -185,9 +185,10 @@ class FluidTask(Task):
         return self.store.fingerprint
 
     def meaning(self) -> dict[str, Any]:
-        """The columns, in their order, and the units in which errors are measured."""
+        """The columns, in their order, the units in which errors are measured, and which samples an epoch has."""
         columns = hashlib.sha256("\n".join(self.schema.columns).encode()).hexdigest()
-        return {"columns": columns, "data.normalization": self.data.normalization}
+        events = {"data.event_repeats": self.data.event_repeats}
+        return {"columns": columns, "data.normalization": self.data.normalization} | events
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """schema.json, and network.json where the data set has one."""
@@ -233,9 +234,16 @@ def make_decoder(schema: Schema, data: FluidData, model: FluidModel) -> FluidDec
 
 
 def _skip_features(schema: Schema, model: FluidModel) -> Features | None:
-    if model.linear_skip == "switches":
-        return Features.with_own_switches(schema)
-    return Features.columns(schema.num_boundary + 2 * schema.num_states) if model.linear_skip else None
+    """What the linear skip sees. Raises ConfigError where "switches" are too many to fit."""
+    if model.linear_skip != "switches":
+        return Features.of_states(schema.num_boundary, schema.num_states) if model.linear_skip else None
+    features = Features.with_products(schema, switches(schema), own=True)
+    if (needed := features.fit_bytes(schema.num_states)) > MOST_BYTES:
+        raise ConfigError(
+            f'model.linear_skip is "switches": to fit {len(features)} features takes {needed / 2**30:.1f} GiB, more '
+            f"than {MOST_BYTES >> 30}: use true"
+        )
+    return features
 
 
 def _normalization(schema: Schema) -> Normalization:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import Features, NormalEquations, RidgeAutoregression
+from trunkline.models.fluid.ridge import Features, NormalEquations, RidgeAutoregression, two_minutes
 from trunkline.models.fluid.rollout import Forecaster, rollout, starts, take_windows
 from trunkline.models.fluid.store import Store
 
@@ -49,7 +49,7 @@ class LinearAutoregression(RidgeAutoregression):
 
     def forward(self, normalised: Tensor) -> Tensor:
         """Windows [B, T, V] -> the state after each, [B, Vs], both normalised."""
-        return super().forward(normalised[:, -2:])[:, -1]
+        return self.next(two_minutes(normalised[:, -2:], self.num_boundary)[:, -1])
 
     def next_state(self, window: Tensor) -> Tensor:
         return self.normalization.restore_states(self(self.normalization.normalize(window)))

@@ -34,8 +34,8 @@ def interactions(store: Store) -> Features:
             f"{store.root}: ridge with switches: no set-point :ST or :FR moves on the training days, so there is "
             "nothing to multiply with: leave switches out of --baselines"
         )
-    features = Features.with_switches(schema, moving, own=bool(limits(store)))
-    needed = features.bytes(schema.num_states)
+    features = Features.with_products(schema, moving, own=bool(limits(store)))
+    needed = features.fit_bytes(schema.num_states)
     if needed > MOST_BYTES:
         raise ConfigError(
             f"{store.root}: ridge with switches: {len(moving)} switches make {len(features)} features even if each "

@@ -1,4 +1,7 @@
-"""Tokens of devices, trained on rollouts: a step is the same on every layout, and a run however it is broken off."""
+"""Tokens of devices, a ridge with switches and repeated events, trained on rollouts.
+
+A step is the same on every layout, and a run however it is broken off.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_distributed_test
-from tests.models.fluid.toy_network import write_toy_store
+from tests.models.fluid.baselines.switched_network import write_switched_store
 from trunkline.engine.config.run_config import RunConfig, load_config
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
@@ -78,7 +81,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("store")
-    write_toy_store(root)
+    write_switched_store(root)
     return root
 
 

@@ -161,7 +161,7 @@ def test_no_two_places_have_the_same_encoding():
 
 
 def test_statistics_stay_fp32_when_the_model_is_cast():
-    model = decoder(target="change", linear_skip=RIDGE)
+    model = decoder(target="change", linear_skip=PRODUCTS)
     want = {
         name: buffer.clone() for name, buffer in model.state_dict().items() if "normalization" in name or "skip" in name
     }
@@ -211,9 +211,10 @@ def test_a_step_lowers_the_loss():
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("skip", [RIDGE, PRODUCTS], ids=["ridge", "products"])
 @pytest.mark.parametrize("tokens", [{}, {"places": DEVICES, "window": 2}])
-def test_compiles_without_graph_breaks(tokens):
-    model = decoder(target="change", linear_skip=RIDGE, **tokens)
+def test_compiles_without_graph_breaks(tokens, skip):
+    model = decoder(target="change", linear_skip=skip, **tokens)
     x = window(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
@@ -259,7 +260,7 @@ def test_a_step_of_large_at_micro_batch_8_fits_in_80_gb(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"places": DEVICES, "window": 2}, {"places": DEVICES, "window": 3}])
 def test_a_rollout_in_the_loss_is_the_model_fed_with_its_own_predictions(options):
-    model = decoder(target="change", linear_skip=RIDGE, dense_skip=8, **options)
+    model = decoder(target="change", linear_skip=PRODUCTS, dense_skip=8, **options)
     ahead = 4
     x = torch.cat([window(model), window(model, seed=5), window(model, seed=6)], dim=1)[:, : T + ahead]
     target = x[:, model.window - 1 :, VB:] + 0.1

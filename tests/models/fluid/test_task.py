@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.models.fluid.baselines import switched_network
+from tests.models.fluid.baselines.switched_network import write_switched_store
 from tests.models.fluid.toy_network import SCHEMA, write_toy_store
 from tests.models.fluid.trained_run import write_run
 from trunkline.benchmarks.fluid_prepare import reference_schema
@@ -16,6 +18,7 @@ from trunkline.models.fluid.device_tokens import Places
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.task import FluidTask
 
+Z = (*switched_network.SCHEMA.columns, *switched_network.SCHEMA.states, *switched_network.SCHEMA.boundary)
 SMALL = {"d_model": 32, "num_heads": 2, "num_layers": 1, "d_ff": 32, "d_token": 16}
 
 
@@ -44,7 +47,6 @@ OPTIONS = [
     {"target": "change"},
     {"target": "change", "input_noise": 0.1, "linear_skip": True},
     {"target": "change", "linear_skip": True, "dense_skip": 8},
-    {"target": "change", "linear_skip": "switches"},
 ]
 
 
@@ -64,7 +66,7 @@ def test_sums_do_not_depend_on_how_a_batch_is_split(store, options):
 
 
 def test_repeated_events_leave_the_mean_loss_of_an_epoch_as_it_is(store):
-    """Exactly, where no noise is added: the sums over all samples are those over all windows."""
+    """Up to rounding, where no noise is added: the sums over all samples are those over all windows."""
     sums = []
     for repeats in (1, 7):
         task = FluidTask(FluidData(store=str(store), history=3, event_repeats=repeats), FluidModel(preset="nano"))
@@ -150,6 +152,25 @@ def test_the_skip_is_the_ridge_autoregression(store):
     one = batch(task)
     error = (model(one["x"]) - one["target"])[:, 1:] / task.normalization.state_scale
     assert error.abs().max() < 1e-2, "a linear network is what it can predict"
+
+
+def test_the_skip_with_switches_knows_another_law_for_each_position(tmp_path, monkeypatch):
+    store = write_switched_store(tmp_path)
+    errors = {}
+    for skip in (True, "switches"):
+        task = make(store.root, target="change", linear_skip=skip)
+        one = batch(task, range(0, 1400, 7))
+        model = task.build_model()  # its head starts as zero
+        torch.nn.init.zeros_(model.projection.weight)
+        torch.nn.init.zeros_(model.projection.bias)
+        error = (model(one["x"]) - one["target"])[:, 1:] / task.normalization.state_scale
+        errors[skip] = error.square().mean().sqrt().item()
+    assert errors["switches"] < errors[True] / 3, errors
+    pairs = {(Z[first], Z[second]) for first, second in zip(model.skip.features.first, model.skip.features.second)}
+    assert pairs == {("C_001:ST", "C_001:ST"), ("C_001:ST", "C_001_q")}
+    monkeypatch.setattr("trunkline.models.fluid.task.MOST_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r'model\.linear_skip is "switches": to fit 24 features .*: use true'):
+        task.build_model()
 
 
 def test_building_twice_from_one_seed_gives_one_model(store):

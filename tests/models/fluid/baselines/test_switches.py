@@ -7,12 +7,11 @@ import torch
 from tests.models.fluid.baselines.switched_network import SCHEMA, switched_day, write_switched_store
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.errors import ConfigError
-from trunkline.models.fluid import ridge
 from trunkline.models.fluid.baselines import switches
 from trunkline.models.fluid.baselines.linear import all_columns, fit_linear
 from trunkline.models.fluid.baselines.switches import interactions, limits
 from trunkline.models.fluid.normalization import Normalization
-from trunkline.models.fluid.ridge import Features, NormalEquations
+from trunkline.models.fluid.ridge import NormalEquations
 from trunkline.models.fluid.rollout import rollout
 
 CPU = torch.device("cpu")
@@ -55,18 +54,6 @@ def test_with_too_many_products_a_switch_meets_its_own_device_alone(store, monke
     monkeypatch.setattr(switches, "MOST_BYTES", 1000)
     with pytest.raises(ConfigError, match="1 switches make 24 features even if each is multiplied with its own device"):
         interactions(store)
-
-
-def test_the_linear_skip_multiplies_each_device_with_its_own_switches(store, tmp_path, monkeypatch):
-    features = Features.with_own_switches(store.schema)
-    pairs = {(Z[first], Z[second]) for first, second in zip(features.first, features.second, strict=True)}
-    assert pairs == {("C_001:ST", "C_001:ST"), ("C_001:ST", "C_001_q")}
-    assert (features.plain, len(features.first)) == (16, 2 * 4)
-    without = Features.with_own_switches(write_toy_store(tmp_path).schema)
-    assert len(without) == without.plain == 20
-    monkeypatch.setattr(ridge, "MOST_BYTES", 1000)
-    with pytest.raises(ConfigError, match=r'model\.linear_skip is "switches": 24 features take .* use true'):
-        Features.with_own_switches(store.schema)
 
 
 def test_without_a_switch_that_moves_there_is_nothing_to_multiply_with(tmp_path):
