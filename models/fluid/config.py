@@ -42,8 +42,8 @@ class FluidData(Strict):
         1,
         ge=1,
         le=1000,
-        description="how often an event stands in an epoch of training, each time with that much less weight; an event is "
-        "a window of which the next minute has other set-points",
+        description="how often an event stands in an epoch of training, each time with that much less weight; an event "
+        "is a window of which the next minute has other set-points",
     )
 
 
@@ -90,8 +90,8 @@ class FluidModel(Strict):
     )
     linear_skip: bool | Literal["switches"] = Field(
         default=False,
-        description="add to a ridge autoregression, fitted before training; with 'switches' it also sees the set-points "
-        "of the minute before, and each device's values times its own switches; needs data.history >= 2",
+        description="add to a ridge autoregression, fitted before training; with 'switches' it also sees the "
+        "set-points of the minute before, and each device's values times its own switches; needs data.history >= 2",
     )
     dense_skip: int = Field(
         0,
