@@ -60,12 +60,12 @@ def identity(task: Task, config: RunConfig, backend: str, world_size: int, batch
         "workload": config.workload,
         "model": meaning_of(config.model),
         "optimizer": same_name(section.optimizer.type),
+        MEANING: task.meaning(),  # before the data, which may be other ones if they mean the same
         "data": task.fingerprint(),
         "num_samples": batches.num_samples,
         "global_batch_size": batches.global_batch_size,
         "seed": batches.seed,
         GROUPED: batches.lengths is not None,
-        MEANING: task.meaning(),
         DRAWN: GENERATOR,
     }
 
@@ -147,15 +147,17 @@ def _check_identity(
     found: Checkpoint, identity: dict[str, Any], accept_new_data: bool, model: type[BaseModel] | None
 ) -> None:
     for key, mine in identity.items():
+        if key == MEANING:
+            _check_meaning(found, mine)
+            continue
         theirs = _meant(key, found.state.get(key), model)
-        if theirs == mine or key in (LAYOUT, *UNSAID) or (accept_new_data and key in DATA):
+        if theirs == mine or key in (LAYOUT, DRAWN) or (accept_new_data and key in DATA):
             continue
         what = f"with {key} {theirs!r}, but this run has {mine!r}"
         if key == DATA[0]:  # digests, which say nothing to a person
             what = "with other data than this run has"
         remedy = "--accept-new-data takes the data set as it is now" if key in DATA else "make them equal"
         raise _other_run(found, what, remedy)
-    _check_meaning(found, identity[MEANING])
 
 
 def _check_meaning(found: Checkpoint, ours: dict[str, Any]) -> None:

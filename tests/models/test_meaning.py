@@ -64,6 +64,11 @@ def units(folder: Path) -> Changed:
     return fluid(folder / "one"), fluid(folder / "two", normalization="minmax")
 
 
+def events(folder: Path) -> Changed:
+    """An epoch has other samples, of other weights."""
+    return fluid(folder / "one"), fluid(folder / "two", event_repeats=3)
+
+
 def tokens(folder: Path) -> Changed:
     store = toy_store(folder)
     records = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
@@ -75,18 +80,21 @@ def tokens(folder: Path) -> Changed:
 
 
 @pytest.mark.fault("another data set, accepted, whose {made} are others")
-@pytest.mark.parametrize("made", [classes, columns, units, tokens], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [classes, columns, units, events, tokens], ids=lambda made: made.__name__)
 def test_a_checkpoint_fits_no_data_that_mean_something_else(tmp_path: Path, made: Callable[[Path], Changed]) -> None:
+    """Whether other data are accepted or not, it is named what they mean, since no flag makes them fit."""
     config, other = made(tmp_path)
     Trainer(make_task(config), config, start(), tmp_path / "run").run()
     named = {
         "classes": r"classes\[1\] \['dark'\], but this run has \['dim'\]",
         "columns": "columns '",
         "units": "data.normalization 'standard', but this run has 'minmax'",
+        "events": "data.event_repeats 1, but this run has 3",
         "tokens": "vocabulary '",
     }[made.__name__]
-    with pytest.raises(CheckpointError, match=f"was written with {named}.*; make them equal, or start afresh"):
-        Trainer(make_task(other), other, start(), tmp_path / "run", resume="auto", accept_new_data=True)
+    for accepted in (False, True):
+        with pytest.raises(CheckpointError, match=f"was written with {named}.*; make them equal, or start afresh"):
+            Trainer(make_task(other), other, start(), tmp_path / "run", resume="auto", accept_new_data=accepted)
 
 
 def causal_lm(folder: Path, texts: Path) -> RunConfig:
