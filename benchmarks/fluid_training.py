@@ -94,12 +94,12 @@ class _WithNoise(nn.Module):
         self.num_boundary, self.minutes = task.schema.num_boundary, task.data.history
         self.register_buffer("noise", task.normalization.state_scale * task.model.input_noise)
 
-    def forward(self, x: Tensor, target: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, target: Tensor, mask: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         x = x.clone()
         seen = x[:, : self.minutes, self.num_boundary :]
         drift, alone = torch.randn(2, len(x), len(spans(self.minutes)), seen.shape[-1], device=x.device)
         seen += self.noise * over_spans(drift, alone, self.minutes)
-        total, count = self.network(x, target, mask)
+        total, count = self.network(x, target, mask if weight is None else mask * weight[:, None, None])
         return {"loss": total / count}
 
 

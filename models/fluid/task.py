@@ -94,8 +94,11 @@ class FluidTask(Task):
         return FluidWindows(self.store, split, self.data.history, targets, self.model.rollout_minutes - 1, repeats)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """{"x", "target", "mask", "weight"}; see trunkline.models.fluid.data."""
-        return collate(samples)
+        """{"x", "target", "mask"} and, where events are repeated, "weight"; see trunkline.models.fluid.data."""
+        batch = collate(samples)
+        if self.data.event_repeats == 1:
+            del batch["weight"]
+        return batch
 
     def weight(self, batch: Batch) -> Tensor:
         """The number of targets that are present. Where events are repeated, each counts as its window does."""
@@ -116,7 +119,7 @@ class FluidTask(Task):
     def _weights(self, batch: Batch) -> Tensor:
         """[B, T', Vs]: what each target counts in the loss; bool where all count the same."""
         mask = _mask(batch)
-        return mask if self.data.event_repeats == 1 else mask * batch["weight"][:, None, None]
+        return mask * batch["weight"][:, None, None] if "weight" in batch else mask
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Sums:
         """Errors of the minute after the history, of the model and of persistence; and, where the model is trained on
