@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.sweep, head_dims, counts[0] * V, arguments.heads, device, arguments.out, deadline
         )
     if arguments.borders:
-        return attention_borders.borders(head_dims, arguments.heads, device, arguments.out, deadline)
+        return attention_borders.borders(head_dims, device, arguments.out, deadline)
     report = Report("attention", "flash_attention over fluid sequences", device, arguments.out)
     report.notes.append(
         f"One sample, {arguments.heads} heads, blocks of {block:,} variables, {PADDING:.0%} of them padding; "

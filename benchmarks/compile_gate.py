@@ -11,7 +11,8 @@ is needed. What would make a tile slow or unusable fails it:
 - more registers or shared memory than a multiprocessor lends to one program (CUDA C++ Programming Guide, "Compute
   capabilities");
 - rows that are not loaded 16 bytes at a time. "forward_hopper" and "backward_hopper" load by TMA, and are not asked;
-- in 16-bit tiles, mask arithmetic in the loop that is to do without;
+- in 16-bit tiles, mask arithmetic in the loop that is to do without, or in every turn of the one that may branch around
+  it;
 - on sm_90, 16-bit products that are no warp-group instructions, or that the assembler put one after the other for want
   of registers;
 - registers that the loading warps of a Gluon kernel do not hand over; in "forward_hopper", exponentials that wait for
@@ -225,7 +226,7 @@ def limits_broken(configuration: Configuration, usage: Usage) -> list[str]:
         broken.append("exponentials wait for products")
     if multiplies_tiles and not usage.loop:
         broken.append("no inner loop found")
-    if configuration.splits_loop and usage.loop["FSEL"]:
+    if (configuration.splits_loop or configuration.name == "backward_dkdv") and usage.loop["FSEL"]:
         broken.append("mask arithmetic in the inner loop")
     return broken
 

@@ -81,7 +81,7 @@ def uninitialised_memory_is_nan(request: pytest.FixtureRequest, monkeypatch: pyt
     def filled(allocate):
         def allocate_nan(*args, **kwargs) -> Tensor:
             tensor = allocate(*args, **kwargs)
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and not torch.compiler.is_compiling():  # inductor takes no such write
                 tensor.detach().fill_(float("nan"))
             return tensor
 

@@ -150,8 +150,6 @@ def _sum_over_queries(
         # in one load, of which each thread takes a part: two short ones every thread would issue whole, value by value
         sums = row_sums + 2 * (tl.cast(head, tl.int64) * padded_N + query_tile * BLOCK_M) + tl.arange(0, 2 * BLOCK_M)
         row_lse, row_delta = tl.split(tl.trans(tl.reshape(tl.load(sums), [2, BLOCK_M])))
-        if MASKED:  # a row that sees none of the keys may have a delta that is NaN
-            row_delta = tl.where(inside, row_delta, 0.0)
         q_head, do_head = q + tl.cast(head, tl.int64) * q_stride_h, d_out + tl.cast(head, tl.int64) * do_stride_h
         q_tile = load_rows(q_head, query_tile * BLOCK_M, in_tile, q_stride_n, inside, D, BLOCK_D, MASKED)
         do_tile = load_rows(do_head, query_tile * BLOCK_M, in_tile, do_stride_n, inside, D, BLOCK_D, MASKED)
@@ -160,6 +158,7 @@ def _sum_over_queries(
         p = tl.exp2(s * scale_log2 - row_lse[None, :])
         if MASKED and (SKIP_UNMASKED or query_tile < unmasked_from or query_tile >= unmasked_to):
             p = tl.where(seen_from[:, None] <= rows[None, :], p, 0.0)
+            row_delta = tl.where(inside, row_delta, 0.0)  # it may be NaN where a row sees none of the keys
         dv_sum = dot(p.to(do_tile.dtype), do_tile, dv_sum)
         ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
         dk_sum = dot(ds, q_tile, dk_sum)

@@ -8,8 +8,8 @@ another, and within its own block a query sees everything. A key that `key_mask`
 On GPUs the Triton kernels of forward.py and backward.py do it, and on Hopper, where hopper.py says so, those of
 forward_hopper.py and backward_hopper.py. The path below is composed of torch's own fused attention and runs on any
 device, and in fp64. Block-causal attention needs no mask there: the queries of block t attend, unmasked, to the first
-(t+1)c keys. On a GPU it serves short sequences, in 16 bits, where it is one call: every key is seen, or causal_block is
-1, without a key mask, outside of torch's deterministic mode.
+(t+1)c keys. On a GPU it serves short sequences, little work and wide heads in 16 bits, where it is one call: every key
+is seen, or causal_block is 1, without a key mask, outside of torch's deterministic mode.
 
 FLOPs: 4D useful ones a visible pair and query head forward, 10D backward. Bytes: with R = B N Hq D, S = B M Hkv D and e
 bytes a value the forward pass moves e (2R + 2S) bytes from and to memory, as long as the keys of the heads at work fit
@@ -37,8 +37,10 @@ from trunkline.kernels.attention.op import FlashAttention
 from trunkline.kernels.first_order import first_order, no_forward_mode
 from trunkline.kernels.triton_path import available
 
-ROWS_PER_CHANNEL = 32
-"""Up to this many rows for each channel of a head, torch's own kernels were as fast or faster on an H200."""
+ROWS_PER_CHANNEL, PRODUCTS, WIDEST = 32, 2**34, 64
+"""Where torch's own kernels were as fast or faster on an H200: up to this many rows for each channel of a head; up to
+this many products of channels, B H N M D, where a call of the Triton kernels takes the host longer than the GPU; and
+with head dimensions above this one, for which the Triton kernels are not tuned (at 8,192 rows of 128, 2.5 times)."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -66,7 +68,7 @@ def flash_attention(
     dtype = _check(q, k, v, causal_block, key_mask, softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     N, M, D = q.shape[1], k.shape[1], q.shape[-1]
-    on_triton = available(q) and dtype != torch.float64 and not _is_short(q, k, dtype, causal_block, key_mask)
+    on_triton = available(q) and dtype != torch.float64 and not _is_torch_s(q, k, dtype, causal_block, key_mask)
     if q.numel() and M and on_triton:
         no_forward_mode("flash_attention", q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -95,13 +97,15 @@ def flash_attention(
     return out if sees is None else out[..., :D].masked_fill(~sees, 0).to(dtype)
 
 
-def _is_short(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None, key_mask: Tensor | None) -> bool:
-    """Whether a GPU's torch solves it with a kernel of its own that is at least as fast, and launched sooner."""
-    longest, D = max(q.shape[1], k.shape[1]), q.shape[-1]
+def _is_torch_s(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None, key_mask: Tensor | None) -> bool:
+    """Whether a GPU's torch solves it with a kernel of its own that is at least as fast, or launched sooner."""
+    (B, N, H, D), M = q.shape, k.shape[1]
+    longest = max(N, M)
     one_call = key_mask is None and (causal_block is None or causal_block == 1 or causal_block >= longest)
-    short = dtype.itemsize == 2 and longest <= ROWS_PER_CHANNEL * D
-    in_grid = max(q.shape[0], q.shape[2]) < 2**16  # the second and the third dimension of its grid of programs
-    return q.is_cuda and one_call and short and in_grid and not torch.are_deterministic_algorithms_enabled()
+    faster = longest <= ROWS_PER_CHANNEL * D or B * H * N * M * D <= PRODUCTS or D > WIDEST
+    in_grid = max(B, H) < 2**16  # the second and the third dimension of its grid of programs
+    serves = one_call and faster and in_grid and dtype.itemsize == 2
+    return q.is_cuda and serves and not torch.are_deterministic_algorithms_enabled()
 
 
 def _takes_groups(q: Tensor, key_mask: Tensor | None) -> bool:

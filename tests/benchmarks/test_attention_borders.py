@@ -17,6 +17,7 @@ from trunkline.kernels.attention.tiles import HOPPER_FORWARD
 def small_borders(monkeypatch):
     """At which a CPU is done in a moment."""
     monkeypatch.setattr(flash, "ROWS_PER_CHANNEL", 2)
+    monkeypatch.setattr(flash, "PRODUCTS", 2**18)
     monkeypatch.setattr(hopper, "FEWEST_ROWS", 20)
     monkeypatch.setattr(hopper, "FEWEST_TILES", 40)
     monkeypatch.setattr(attention_borders, "_TILE", 2)
@@ -24,13 +25,18 @@ def small_borders(monkeypatch):
 
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_problems_lie_on_either_side_of_their_border_and_above_those_that_are_not_theirs(D):
-    made = rows(list(BORDERS), [D], heads=8)
-    assert len(made) == (3 if D in HOPPER_FORWARD else 1) * len(SHARES)
+    made = rows(list(BORDERS), [D])
+    assert len(made) == (4 if D in HOPPER_FORWARD else 0) * len(SHARES)
     for row in made:
         tokens, tiles = row["tokens"], row["heads"] * -(-row["tokens"] // 192)
+        products = row["heads"] * tokens**2 * D
         module, below, above = BORDERS[row["border"]]
-        value = {"ROWS_PER_CHANNEL": tokens / D, "FEWEST_ROWS": tokens, "FEWEST_TILES": tiles}[row["border"]]
+        value = {
+            "ROWS_PER_CHANNEL": tokens / D, "PRODUCTS": products, "FEWEST_ROWS": tokens, "FEWEST_TILES": tiles,
+        }[row["border"]]  # fmt: skip
         assert row["chosen"] == (below if value < getattr(module, row["border"]) else above)
+        assert row["border"] != "ROWS_PER_CHANNEL" or products > flash.PRODUCTS
+        assert row["border"] != "PRODUCTS" or tokens / D > flash.ROWS_PER_CHANNEL
         assert row["border"] != "FEWEST_ROWS" or tiles > hopper.FEWEST_TILES
         assert row["border"] != "FEWEST_TILES" or tokens > hopper.FEWEST_ROWS
 
@@ -45,7 +51,7 @@ def test_right_results_are_timed_below_and_above_the_border(name, small_borders,
         return lambda *qkv: (seen.append(getattr(module, name)), attend(*qkv))[1]
 
     monkeypatch.setattr(attention_borders, "ours", noting)
-    for row in rows([name], [16, 32], heads=1):
+    for row in rows([name], [16, 32]):
         seen.clear()
         fill_in(row, torch.device("cpu"))
         assert row["status"] == OK
@@ -59,7 +65,7 @@ def test_right_results_are_timed_below_and_above_the_border(name, small_borders,
 def test_a_wrong_result_has_no_time(small_borders, monkeypatch):
     wrong = lambda *problem: tuple([x + 1 for x in results] for results in references(*problem))  # noqa: E731
     monkeypatch.setattr(attention_borders, "references", wrong)
-    row = rows(["ROWS_PER_CHANNEL"], [16], heads=1)[0]
+    row = rows(["ROWS_PER_CHANNEL"], [16])[0]
     fill_in(row, torch.device("cpu"))
     assert row["status"].startswith("wrong: ")
     assert row["below_ms"] is row["faster"] is None

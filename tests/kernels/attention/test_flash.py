@@ -172,13 +172,28 @@ def test_no_key_head_is_held_once_for_each_query_head(causal_block, masked):
     assert M * 16 <= largest.numel <= 2 * M * 16
 
 
-@pytest.mark.parametrize(("batch", "heads"), [(2**16, 1), (1, 2**16)])
-def test_what_exceeds_the_grid_of_torch_s_kernels_is_none_of_theirs(batch, heads, monkeypatch):
-    monkeypatch.setattr(flash, "ROWS_PER_CHANNEL", 32)
-    short = lambda B, H: flash._is_short(*[torch.empty(B, 1, H, 64, device="cuda")] * 2, torch.bfloat16, 1, None)  # noqa: E731
+def test_torch_s_own_kernels_serve_few_rows_little_work_and_wide_heads_within_their_grid(monkeypatch):
+    for name, value in (("ROWS_PER_CHANNEL", 32), ("PRODUCTS", 2**34), ("WIDEST", 64)):
+        monkeypatch.setattr(flash, name, value)
+
+    def serves(B, N, H, D, causal_block=1, key_mask=None, dtype=torch.bfloat16):
+        q = torch.empty(B, N, H, D, device="cuda", dtype=dtype)
+        return flash._is_torch_s(q, q, q.dtype, causal_block, key_mask)
+
     with FakeTensorMode():
-        assert short(max(batch - 1, 1), max(heads - 1, 1))
-        assert not short(batch, heads)
+        assert serves(64, 2048, 8, 64)  # 32 rows a channel
+        assert serves(1, 4096, 16, 64)  # 2^34 products
+        assert serves(64, 8192, 8, 128)
+        assert not serves(1, 4096, 17, 64)
+        assert not serves(64, 4096, 8, 64)
+        assert serves(2**16 - 1, 1, 1, 64)
+        assert serves(1, 1, 2**16 - 1, 64)
+        assert not serves(2**16, 1, 1, 64)
+        assert not serves(1, 1, 2**16, 64)
+        assert not serves(1, 100, 1, 64, causal_block=50)
+        assert serves(1, 100, 1, 64, causal_block=100)
+        assert not serves(1, 100, 1, 64, key_mask=torch.empty(1, 100, dtype=torch.bool, device="cuda"))
+        assert not serves(1, 100, 1, 64, dtype=torch.float32)
 
 
 def test_the_detector_of_large_tensors_detects_the_dense_reference():

@@ -152,8 +152,9 @@ def test_peak_memory_grows_linearly():
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("causal_block", [None, 1, 1000])
 @pytest.mark.parametrize(("N", "Hkv", "D"), [(1, 4, 64), (300, 2, 40), (1000, 1, 128)])
-def test_torch_s_own_kernels_serve_short_sequences(N, Hkv, D, causal_block, dtype, monkeypatch):
-    monkeypatch.setattr(flash, "ROWS_PER_CHANNEL", 32)
+@pytest.mark.parametrize(("border", "value"), [("ROWS_PER_CHANNEL", 32), ("PRODUCTS", 2**34), ("WIDEST", 16)])
+def test_torch_s_own_kernels_serve_what_they_are_faster_for(border, value, N, Hkv, D, causal_block, dtype, monkeypatch):
+    monkeypatch.setattr(flash, border, value)
     monkeypatch.setattr(op.FlashAttention, "apply", None)
     leaves = inputs(DEVICE, N=N, M=N, Hq=4, Hkv=Hkv, D=D, dtype=dtype)
     assert_as_accurate_as_dense_torch(leaves, causal_block=causal_block)
