@@ -87,19 +87,21 @@ def _place(pattern: str, head_dim: int, direction: str, contender: str) -> tuple
 
 
 def training_step(folder: Path) -> str:
-    """In Markdown, from training.json: every contender that was right, the fastest first; "" without any."""
-    path = folder / "training.json"
-    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    rows = sorted((row for row in report["rows"] if row["status"] == OK), key=lambda row: row["median_s"])
-    if not rows:
-        return ""
-    written = [["training step", "median", "slowest", "tokens a second", "TFLOP/s of the model", "memory"]]
-    for row in rows:
-        seconds = [f"{row[key]:.3f} s" for key in ("median_s", "slowest_s")]
-        rates = [f"{row['tokens_per_s']:,.0f}", f"{row['tflop_per_s']:.0f}", f"{row['peak_gib']:.1f} GiB"]
-        written.append([row["contender"], *seconds, *rates])
-    origin = f"{report['device']}, {report['versions']}, {report['date'][:10]}: `{report['command']}`"
-    return "\n\n".join([markdown(written), *report["notes"], origin]) + "\n"
+    """In Markdown, from training.json and those of --only: what was right, the fastest first; "" without any."""
+    parts = []
+    for path in sorted(folder.glob("training*.json"), key=lambda path: path.stem):
+        report = json.loads(path.read_text())
+        rows = sorted((row for row in report["rows"] if row["status"] == OK), key=lambda row: row["median_s"])
+        if not rows:
+            continue
+        written = [["training step", "median", "slowest", "tokens a second", "TFLOP/s of the model", "memory"]]
+        for row in rows:
+            seconds = [f"{row[key]:.3f} s" for key in ("median_s", "slowest_s")]
+            rates = [f"{row['tokens_per_s']:,.0f}", f"{row['tflop_per_s']:.0f}", f"{row['peak_gib']:.1f} GiB"]
+            written.append([row["contender"], *seconds, *rates])
+        origin = f"{report['device']}, {report['versions']}, {report['date'][:10]}: `{report['command']}`"
+        parts += [markdown(written), *(note for note in report["notes"] if note not in parts), origin]
+    return "\n\n".join(parts) + "\n" if parts else ""
 
 
 def other_workloads(results: Path) -> str:

@@ -139,6 +139,14 @@ def test_training_steps_stand_the_fastest_first_and_only_the_right_ones(tmp_path
     assert written[-1].startswith("CPU (")
     assert training_step(folder) in everything(folder)
 
+    report.name = "training-compiled"
+    report.rows = [report.rows[0]]
+    report.save()
+    both = training_step(folder).splitlines()
+    assert both[: len(written)] == written
+    assert [line for line in both[len(written) :] if line.startswith("| slow")] == [written[3]]
+    assert both.count("A note.") == 1
+
 
 def test_a_text_without_the_marks_is_left_alone():
     assert put_into(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb\n"

@@ -14,8 +14,8 @@ from trunkline.launchers.bench import main
 RATES = ("median_s", "fastest_s", "slowest_s", "tokens_per_s", "tflop_per_s", "of_matmul")
 
 
-def rows_of(folder: Path) -> dict[str, dict[str, str]]:
-    (path,) = folder.glob("*/training.csv")
+def rows_of(folder: Path, name: str = "training") -> dict[str, dict[str, str]]:
+    (path,) = folder.glob(f"*/{name}.csv")
     return {row["contender"]: row for row in csv.DictReader(path.open())}
 
 
@@ -53,7 +53,7 @@ def test_all_begin_alike_and_have_a_rate_or_a_reason(tmp_path: Path) -> None:
 def test_what_begins_otherwise_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "flash_attention", lambda q, k, v, *, causal_block: torch.zeros_like(v))
     assert main(small(tmp_path, "our attention")) == 1  # the reference runs beside it, unasked
-    wrong = rows_of(tmp_path)["plain loop, our attention"]
+    wrong = rows_of(tmp_path, "training-our-attention")["plain loop, our attention"]
     assert wrong["status"].startswith("wrong: first_")
     assert not any(wrong[key] for key in RATES)
 
