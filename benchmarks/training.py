@@ -145,7 +145,12 @@ def run(arguments: argparse.Namespace) -> int:
     task = RandomMinutes(config.data, config.model, boundary, states, config.training.steps * micro_batch)
     flops = micro_batch * task.flops_per_sample()
     tokens = micro_batch * config.data.history * task.schema.num_variables
-    report = Report("-".join(["training", *arguments.only]).replace(" ", "-"), "A training step of the fluid surrogate", device, arguments.out)
+    report = Report(
+        "-".join(["training", *arguments.only]).replace(" ", "-"),
+        "A training step of the fluid surrogate",
+        device,
+        arguments.out,
+    )
     matmul = matmul_flops(device)
     report.notes += [
         f"{path}: {sum(p.numel() for p in task.build_model().parameters()):,} parameters, {micro_batch} samples of "
