@@ -34,6 +34,7 @@ from trunkline.models.causal_lm.network import CausalLM
 from trunkline.models.causal_lm.plots import plot_margins, plot_positions
 from trunkline.models.causal_lm.task import LanguageModelTask, PreferenceTask, make_task
 from trunkline.models.causal_lm.trained import at, load_sections
+from trunkline.models.text.folder import started_from
 
 TRAINED, START, FREQUENCIES = "trained", "start", "token frequencies"
 
@@ -90,11 +91,12 @@ def compare(
     task.store.verify(array.name for array in dataset.arrays)
     size = len(dataset)
     result = Comparison(split, size if max_samples is None else min(size, max_samples))
-    networks = {TRAINED: folder} | ({START: Path(model.path)} if model.path else {})
     if isinstance(task, PreferenceTask):
-        policy, reference = (_network(task, place, model, device) for place in networks.values())
+        policy, reference = (_network(task, Path(place), model, device) for place in (folder, model.path or ""))
         _compare_preferences(result, held, task, PolicyAndReference(policy, reference))
         return result
+    start = started_from(model.path)
+    networks = {TRAINED: folder} | ({} if start is None else {START: start})
     for name, place in networks.items():
         _measure_likelihood(result, held, name, _network(task, place, model, device))
     if START not in networks and model.objective.type == "pretrain":

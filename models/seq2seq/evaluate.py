@@ -27,6 +27,7 @@ from trunkline.engine.record.tables import metrics_table
 from trunkline.engine.task import Batch, Sums, add_sums
 from trunkline.models.seq2seq.task import Seq2SeqTask, make_task
 from trunkline.models.seq2seq.trained import at, load_sections
+from trunkline.models.text.folder import started_from
 
 TRAINED, START = "trained", "start"
 _EVERY = 1 << 53
@@ -71,9 +72,10 @@ def compare(
     task.store.verify(array.name for array in dataset.arrays)
     size = len(dataset)
     result = Comparison(task, split, size if max_samples is None else min(size, max_samples))
-    if progress and (begun := model.path or model.weights):
+    begun = started_from(model.path or model.weights, "model.path" if model.path else "model.weights")
+    if progress and begun:
         print(f"{START}: {begun}, as it is now")
-    networks = {TRAINED: task} | ({START: make_task(data, model)} if model.path or model.weights else {})
+    networks = {TRAINED: task} | ({START: make_task(data, model)} if begun else {})
     for name, source in networks.items():
         network = source.build_model()
         source.initialize(network)

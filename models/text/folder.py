@@ -8,12 +8,14 @@ None of its code runs. Whatever is wrong with it is one error.
     read_tensors(folder, ..)   some of them, with their values
     read_generation(folder)    generation_config.json as it is, or nothing
     reading(folder)            what transformers raises within becomes a CheckpointError that names the folder
+    started_from(path, key)    what a run began with, or None where it is gone
 
 Pickled weights (.bin) are read without running what they hold.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,3 +203,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; unlike our own files it may hold Infinity, as transformers writes it. Raises CheckpointError."""
     with reading(path.parent, path.name):
         return read_object(path, _MAX_JSON_BYTES, finite=False)
+
+
+def started_from(path: str | None, key: str = "model.path") -> Path | None:
+    """What a run began with, to be compared with. None for nothing, and where it is gone, which is said."""
+    if path is None or Path(path).exists():
+        return None if path is None else Path(path)
+    print(f"{key}: {path} is not there any more: the trained model is evaluated alone", file=sys.stderr)
+    return None

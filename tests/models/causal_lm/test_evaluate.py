@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_numbers_out_of_range_are_named(
 def test_fine_tuning_is_compared_with_its_start(
     stores: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pretrained = shutil.copytree(pretrained, tmp_path / "pretrained")
     run = tuned(stores, pretrained, tmp_path, "sft")
     assert main(["--run", str(run), "--out", str(tmp_path / "out")]) == 0
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
@@ -78,6 +80,12 @@ def test_fine_tuning_is_compared_with_its_start(
     batch["valid"] = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
     loss = float(task.loss(network, batch)["loss"].detach()) / int(task.weight(batch))
     assert metrics[START]["loss"] == pytest.approx(loss, rel=1e-5)
+
+    shutil.rmtree(pretrained)
+    assert main(["--run", str(run), "--out", str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
+    assert alone == {TRAINED: pytest.approx(metrics[TRAINED])}
+    assert f"model.path: {pretrained / 'best'} is not there any more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length_average", [False, True])

@@ -24,7 +24,8 @@ SCORES = ("generated", "exact_match", "bleu", "chrf", "token_accuracy")
 def test_fine_tuning_is_compared_with_its_start(
     pairs: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = {"path": str(trained_run / "best"), "generation": {"samples": 3}}
+    best = shutil.copytree(trained_run / "best", tmp_path / "best")
+    model = {"path": str(best), "generation": {"samples": 3}}
     config = toy_config(tmp_path, pairs, model=model, training={"steps": 4, "eval_every": 4})
     Trainer(make_task(config), config, start(), tmp_path / "run").run()
     out = tmp_path / "out"
@@ -40,6 +41,12 @@ def test_fine_tuning_is_compared_with_its_start(
     assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "tok:13a" in (out / "evaluation.md").read_text()
     assert after["generated"] == 3
+
+    shutil.rmtree(best)
+    assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--batch-size", "5"]) == 0
+    alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
+    assert alone == {TRAINED: pytest.approx(found["metrics"][TRAINED])}
+    assert f"model.path: {best} is not there any more" in capsys.readouterr().err
 
 
 def test_what_was_trained_from_nothing_is_shown_alone_with_every_text(trained_run: Path, tmp_path: Path) -> None:
