@@ -1,13 +1,18 @@
-"""What every workload reads first of a run that has trained: where its weights are, and its two sections."""
+"""What every workload reads first of a run that has trained: where its weights are, and its two sections.
+
+trained_sections(run, ...)      the folder of the weights, the "data" and the "model" section
+say_if_other_data(folder, ...)  a line where the data set is not the one any more that it was trained on
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel
 
-from trunkline.engine.checkpoint.weights import find_weights
+from trunkline.engine.checkpoint.weights import FINGERPRINT, find_weights
 from trunkline.engine.config.json_object import read_json_object
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import CheckpointError
@@ -28,3 +33,17 @@ def trained_sections(run: Path, workload: str, data: type[Data], model: type[Mod
         raise CheckpointError(f"{path}: the weights are of workload {config.get('workload')!r}, not of {workload!r}")
     found = validated(data, config.get("data"), "data", path)
     return folder, found, validated(model, config.get("model"), "model", path)
+
+
+def say_if_other_data(folder: Path, fingerprint: str, place: str | Path) -> None:
+    """Print a line if `place`, the data set of a run's own section, has another content than it was trained on.
+
+    Its first word names the content; a task's fingerprint may add how samples are made of it.
+    """
+    before = read_json_object(folder / "config.json", finite=False).get(FINGERPRINT)
+    if isinstance(before, str) and before.split()[:1] != fingerprint.split()[:1]:
+        print(
+            f"note: {place} has other content than when {folder} was trained: what it was trained on may be among "
+            "what it is evaluated on",
+            file=sys.stderr,
+        )

@@ -25,6 +25,10 @@ INDEX = "model.safetensors.index.json"
 """Beside weights in several files: which file holds which tensor, as Hugging Face writes it."""
 
 
+FINGERPRINT = "data_fingerprint"
+"""In config.json beside weights: which content the data set had that they were trained on."""
+
+
 def save_weights(
     folder: Path, backend: Backend, task: Task, config: RunConfig, facts: dict[str, float], ranks: Ranks
 ) -> str:
@@ -93,7 +97,8 @@ def described(folder: Path) -> str:
 def write_assets(folder: Path, task: Task, config: RunConfig, dtype: str = "float32") -> None:
     """Write what stands beside weights of `dtype`: the task's assets, and config.json, for this and other programs."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", task.save_assets(folder) | {"dtype": dtype} | config.as_dict())
+    own = {"dtype": dtype, FINGERPRINT: task.fingerprint()}
+    write_json(folder / "config.json", task.save_assets(folder) | own | config.as_dict())
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from tests.models.fluid.toy_network import SCHEMA, day, write_toy_store
 from tests.models.fluid.trained_run import write_run
 from trunkline.engine.errors import DataError
+from trunkline.launchers.evaluate import main
 from trunkline.models.fluid.evaluate import HORIZONS, evaluate
 from trunkline.models.fluid.evaluation_report import write_report
 from trunkline.models.fluid.plots import colours_of, plot_evaluation
@@ -273,3 +274,18 @@ def test_a_split_without_outputs_and_a_foreign_store_are_named(trained, store, t
     foreign = type(SCHEMA)(("T_009:SP", "E_001:SNQ"), SCHEMA.groups)
     with pytest.raises(DataError, match="other columns"):
         evaluate(trained, write_store(tmp_path / "b", foreign, other), "test")
+
+
+def test_a_data_set_that_was_prepared_anew_since_training_is_named(tmp_path, capsys):
+    place = tmp_path / "store"
+    write_toy_store(place, 240)
+    write_run(tmp_path / "run", place)
+    evaluate_it = ["--run", str(tmp_path / "run"), "--horizons", "1 minute"]
+    assert main(evaluate_it) == 0
+    assert "other content" not in capsys.readouterr().err
+    write_toy_store(place, 240, cases=(7, 2, 2))
+    assert main(evaluate_it) == 0
+    said = capsys.readouterr().err
+    assert f"note: {place} has other content than when {tmp_path / 'run/best'} was trained" in said
+    assert main([*evaluate_it, "--store", str(place)]) == 0
+    assert "other content" not in capsys.readouterr().err

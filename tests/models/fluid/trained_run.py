@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from trunkline.engine.checkpoint.weights import FINGERPRINT
 from trunkline.models.fluid.config import FluidData, FluidModel
 from trunkline.models.fluid.task import FluidTask
 
@@ -47,7 +48,8 @@ def write_run(run: Path, store: Path, history: int = 3, **model: Any) -> FluidTa
         torch.nn.init.zeros_(parameter)
     best = run / "best"
     best.mkdir(parents=True)
-    config = {"workload": "fluid", "data": data.model_dump(), "model": options.model_dump()}
+    config: dict[str, Any] = {"workload": "fluid", "data": data.model_dump(), "model": options.model_dump()}
+    config[FINGERPRINT] = task.fingerprint()
     for folder in (run, best):
         (folder / "config.json").write_text(json.dumps(config))
     task.save_assets(best)

@@ -96,6 +96,19 @@ def test_a_folder_is_shown_to_the_network_as_the_store_was_that_it_was_trained_o
     assert float(square["loss"]) / 7 != pytest.approx(losses[""], rel=1e-3)
 
 
+def test_images_that_came_since_training_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "images")
+    run = write_run(tmp_path, images)
+    evaluate_it = ["--run", str(run), "--no-baselines"]
+    assert main(evaluate_it) == 0
+    assert "other content" not in capsys.readouterr().err
+    write_tree(images, ["train/cat/new.png"])
+    assert main(evaluate_it) == 0
+    assert f"note: {images} has other content than when {run / 'best'} was trained" in capsys.readouterr().err
+    assert main([*evaluate_it, "--data-path", str(images)]) == 0
+    assert "other content" not in capsys.readouterr().err
+
+
 def test_where_there_is_no_test_split_the_validation_split_is_measured(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "images", tmp_path / "images", ignore=shutil.ignore_patterns("test"))
     words = ["--run", str(root / "run"), "--data-path", str(tmp_path / "images"), "--no-baselines"]

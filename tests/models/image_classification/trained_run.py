@@ -12,6 +12,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from tests.models.image_classification.image_tree import write_tree
+from trunkline.engine.checkpoint.weights import FINGERPRINT
 from trunkline.models.image_classification.config import ImageData, ImageModel
 from trunkline.models.image_classification.task import ImageTask
 
@@ -62,7 +63,8 @@ def write_run(root: Path, images: Path, **data: Any) -> Path:
     network.load_state_dict(small_network().state_dict())
     best = root / "run" / "best"
     best.mkdir(parents=True)
-    sections = {"workload": "image_classification", "data": task.data.model_dump(), "model": task.model.model_dump()}
+    sections: dict[str, Any] = {"workload": "image_classification", FINGERPRINT: task.fingerprint()}
+    sections |= {"data": task.data.model_dump(), "model": task.model.model_dump()}
     (best / "config.json").write_text(json.dumps(task.save_assets(best) | sections))
     (root / "run" / "config.json").write_text(json.dumps(sections))
     tensors = task.file_tensors(dict(network.state_dict()))

@@ -10,20 +10,22 @@ import pytest
 import torch
 
 from tests.models.seq2seq.test_generated import last_validation, page
-from tests.models.seq2seq.toy_pairs import toy_config
+from tests.models.seq2seq.toy_pairs import toy_config, toy_store
 from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.evaluate import main
 from trunkline.models.registry import make_task
 from trunkline.models.seq2seq.evaluate import START, TRAINED, compare
+from trunkline.models.seq2seq.prepare import prepare
 
 CPU = torch.device("cpu")
 SCORES = ("generated", "exact_match", "bleu", "chrf", "token_accuracy")
 
 
 def test_fine_tuning_is_compared_with_its_start(
-    pairs: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pairs = toy_store(tmp_path)
     best = shutil.copytree(trained_run / "best", tmp_path / "best")
     model = {"path": str(best), "generation": {"samples": 3}}
     config = toy_config(tmp_path, pairs, model=model, training={"steps": 4, "eval_every": 4})
@@ -46,7 +48,16 @@ def test_fine_tuning_is_compared_with_its_start(
     assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--batch-size", "5"]) == 0
     alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
     assert alone == {TRAINED: pytest.approx(found["metrics"][TRAINED])}
-    assert f"model.path: {best} is not there any more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"model.path: {best} is not there any more" in said
+    assert "other content" not in said
+
+    records = tmp_path / "pairs.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:70]))
+    shutil.rmtree(pairs)
+    prepare([records], pairs, tokenizer=tmp_path / "run/best", val_fraction=0.2)
+    assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--generate", "0"]) == 0
+    assert f"note: {pairs} has other content than when {tmp_path / 'run/best'} was trained" in capsys.readouterr().err
 
 
 def test_what_was_trained_from_nothing_is_shown_alone_with_every_text(trained_run: Path, tmp_path: Path) -> None:
