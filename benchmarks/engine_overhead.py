@@ -1,6 +1,6 @@
 """What the engine costs: its step against a bare loop on the same backend.
 
-    run(arguments)   `python launchers/bench.py engine [--backend fsdp]`
+    run(arguments)   `python launchers/bench.py engine [--backend fsdp] [--bf16]`
     measure(tensors=150, pairs=200, ...)    the seconds of every pair of steps
 
 Two models are made alike. One is driven by Trainer, whole: order of samples, weights, gradient norm, clipping, logging
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline.benchmarks.pairs import Ratio, ratio_of
@@ -79,6 +79,7 @@ class Links(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width] -> [B, width]."""
+        x = x.to(next(self.parameters()).dtype)
         for layer in self.layers:
             x = x + layer(x) * self.scale
         return x
@@ -161,6 +162,7 @@ def measure(
     pairs: int,
     stage: int,
     backend: str = "deepspeed",
+    bf16: bool = False,
     batch_size: int = 32,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[tuple[float, float]]:
@@ -169,7 +171,7 @@ def measure(
     Call it on one process, in the process group that `trunkline.engine.ranks.distributed.start` made.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(Path(folder), tensors, pairs + _WARM_UP + 1, stage, batch_size)
+        config = _config(Path(folder), tensors, pairs + _WARM_UP + 1, stage, batch_size, bf16)
         ranks = start()
         nowhere = open(os.devnull, "w")  # noqa: SIM115  # the progress bar and the lines are made, for nobody to read
         with nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
@@ -197,6 +199,7 @@ def _bare_deepspeed_step(task: OverheadTask, config: RunConfig, ranks: Ranks) ->
         config={
             "train_batch_size": section.train_batch_size,
             "gradient_clipping": section.gradient_clipping,
+            "bf16": {"enabled": section.bf16.enabled},
             "zero_optimization": {"stage": section.zero_optimization.stage},
             "zero_allow_untested_optimizer": True,
             "scheduler": section.scheduler.model_dump() if section.scheduler else None,
@@ -218,9 +221,11 @@ def _bare_fsdp_step(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Call
     section, model = config.deepspeed, task.build_model()
     reshard = section.zero_optimization.stage == 3
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    narrow = torch.bfloat16 if section.bf16.enabled else None
+    precision = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(model.parameters(), **section.optimizer.params, fused=True)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=_WARM_UP)
     source = _bare_batches(task, config, ranks)
@@ -242,7 +247,7 @@ def _bare_batches(task: OverheadTask, config: RunConfig, ranks: Ranks) -> Iterat
             yield {key: value.to(ranks.device) for key, value in batch.items()}
 
 
-def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int) -> RunConfig:
+def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int, bf16: bool) -> RunConfig:
     never = steps + 1
     raw = {
         "workload": "overhead",
@@ -261,6 +266,7 @@ def _config(folder: Path, tensors: int, steps: int, stage: int, batch_size: int)
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": _WARM_UP}},
             "gradient_clipping": 1.0,
+            "bf16": {"enabled": bf16},
             "zero_optimization": {"stage": stage},
         },
     }
@@ -301,8 +307,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("use at least --pairs 10 and --tensors 2")
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     print(
-        f"{arguments.backend}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of "
-        f"{arguments.pairs} pairs of steps"
+        f"{arguments.backend}, {'bf16' if arguments.bf16 else 'fp32'}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads; medians of {arguments.pairs} pairs of steps"
     )
     print(f"{'tensors':>7} {'ZeRO':>4} {'bare ms':>9} {'ours ms':>9} {'ratio':>7} {'95 % interval':>15} {'more us':>9}")
     verdicts = []
@@ -310,8 +316,9 @@ def run(arguments: argparse.Namespace) -> int:
         for tensors in arguments.tensors:
             for stage in arguments.stages:
                 pairs = measure(
-                    tensors=tensors, pairs=arguments.pairs, stage=stage, backend=arguments.backend, clock=clock
-                )
+                    tensors=tensors, pairs=arguments.pairs, stage=stage, backend=arguments.backend, bf16=arguments.bf16,
+                    clock=clock,
+                )  # fmt: skip
                 verdict = judge(pairs)
                 verdicts.append(verdict)
                 print(

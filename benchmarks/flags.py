@@ -59,6 +59,7 @@ def engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", type=int, nargs="+", default=[10, 150, 1000], help="models by number of tensors")
     parser.add_argument("--backend", default="deepspeed", choices=["deepspeed", "fsdp"], help="(deepspeed)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(4), help="ZeRO stages")
+    parser.add_argument("--bf16", action="store_true", help="both sides in bf16 (fp32)")
     parser.add_argument("--pairs", type=int, default=200, help="pairs of steps a model and stage (200)")
     parser.add_argument("--cpu-time", action="store_true", help="of this process: on a machine that is busy otherwise")
 

@@ -9,7 +9,8 @@ The section "deepspeed" means here what it means there (engine/config/fsdp_secti
 - `zero_hpz_partition_size` is the number of ranks that share one copy of the state; the copies are replicas (HSDP).
 
 Parameters are fp32 shards, which the optimizer steps; bf16 and fp16 are what they are gathered in. Buffers keep their
-dtype. One rank in fp32 has nothing to share, gather or cast: fully_shard, which would copy all of it, is not called.
+dtype. One rank has nothing to share: fully_shard, which would copy all of it block by block, is not called. In 16 bits
+the model then has narrow copies for parameters, all of them made at once after a step, and the numbers are the same.
 What is put right here: FSDP averages gradients over the ranks, but the protocol wants their sum.
 """
 
@@ -35,9 +36,8 @@ from torch.distributed.tensor import DTensor
 
 from trunkline.engine.backends import Stepped
 from trunkline.engine.backends.model_options import blocks
-from trunkline.engine.config import deepspeed_section
 from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, parameter_dtype
-from trunkline.engine.config.fsdp_section import check_fsdp_section, reduce_dtype, shard_group_size
+from trunkline.engine.config.fsdp_section import check_fsdp_section, needs_no_shards, reduce_dtype, shard_group_size
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.loss_scaling import LossScaler
@@ -68,8 +68,16 @@ class FSDPBackend:
         # the shards, kept because the modules themselves hold gathered copies at times
         self._parameters = list(model.named_parameters())
         # what is stepped and saved: this rank's part without DTensor, which costs more than a step of small ones
-        self._local = {p: nn.Parameter(local_part(p.detach()), p.requires_grad) for _, p in self._parameters}
+        self._local: dict[Tensor, nn.Parameter] = {
+            p: nn.Parameter(local_part(p.detach()), p.requires_grad) for _, p in self._parameters
+        }
         self._trainable = [parameter for _, parameter in self._parameters if parameter.requires_grad]
+        # what the model computes with on one rank in 16 bits, in place of the parameters
+        self._copies = [] if self._units else _narrow(model, parameter_dtype(section))
+        if sizes.grad_accum_steps > 1:  # the gradients of several micro-batches add up in fp32
+            for copy in self._copies:
+                if copy.requires_grad:
+                    copy.register_post_accumulate_grad_hook(self._hand_over)
         groups = parameter_groups(model, config, kept)
         for group in groups:
             group["params"] = [self._local[parameter] for parameter in group["params"]]
@@ -98,13 +106,24 @@ class FSDPBackend:
     def clip_at(self, max_norm: float) -> None:
         self._max_norm = max_norm
 
+    def _hand_over(self, parameter: Tensor) -> None:
+        """Add the gradient that autograd has left, if any, to that of what is stepped."""
+        owner = self._local[parameter]
+        if parameter.grad is not None:
+            wide = local_part(parameter.grad).to(owner.dtype)
+            owner.grad = wide if owner.grad is None else owner.grad.add_(wide)
+            parameter.grad = None
+
     @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
+        for copy in self._copies:  # the memory is that of wide gradients meanwhile
+            copy.untyped_storage().resize_(0)
         gradients = []
         for parameter in self._trainable:
+            self._hand_over(parameter)
             owner = self._local[parameter]
-            # an unused parameter has the gradient 0, as where gradients are reduced
-            owner.grad = torch.zeros_like(owner) if parameter.grad is None else local_part(parameter.grad)
+            if owner.grad is None:  # an unused parameter has the gradient 0, as where gradients are reduced
+                owner.grad = torch.zeros_like(owner)
             gradients.append(owner.grad)
         norm = self._global_norm(gradients) / self._scaler.scale
         skipped = not math.isfinite(norm)
@@ -117,7 +136,9 @@ class FSDPBackend:
             self.optimizer.step()
             self._scheduler.step()
         for parameter in self._trainable:
-            parameter.grad = self._local[parameter].grad = None
+            self._local[parameter].grad = None
+        gradients.clear()
+        self._renew()
         self._scaler.update(skipped)
         return Stepped(float("inf") if skipped else norm, skipped)
 
@@ -169,8 +190,11 @@ class FSDPBackend:
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters:
-            value = parameter.detach().to(self._device)
-            yield name, (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
+            if isinstance(parameter, DTensor):
+                whole = cast(DTensor, parameter.detach().to(self._device)).full_tensor()
+            else:
+                whole = self._local[parameter].detach()
+            yield name, whole.to("cpu", copy=True)
         for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
 
@@ -208,6 +232,15 @@ class FSDPBackend:
         """Drop gathered copies, which do not follow what is written into the shards."""
         for unit in self._units:
             unit.reshard()
+        self._renew()
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Make the narrow copies of what is stepped anew."""
+        if self._copies:
+            for copy in self._copies:
+                copy.untyped_storage().resize_(copy.nbytes)
+            torch._foreach_copy_(self._copies, [self._local[copy] for copy in self._copies])
 
 
 def _mesh(section: DeepSpeedSection, ranks: Ranks) -> DeviceMesh:
@@ -242,7 +275,8 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
-    if deepspeed_section.shares_nothing(section, mesh.size()):
+    if needs_no_shards(section, mesh.size()):
+        model.to(mesh.device_type)
         return []
     for unit in units:
         fully_shard(
@@ -259,6 +293,14 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
             # a parameter that only some ranks use must not leave the others waiting
             shard.set_reduce_scatter_unused_params(True, recurse=False)
     return [cast(FSDPModule, unit) for unit in units]
+
+
+def _narrow(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    """Make the parameters, whose values somebody else holds, narrow copies. Returns those that are copies now."""
+    narrowed: list[Tensor] = [each for each in model.parameters() if each.is_floating_point() and each.dtype != dtype]
+    for parameter in narrowed:
+        parameter.data = parameter.data.to(dtype)
+    return narrowed
 
 
 def _check_parameters(model: nn.Module, units: list[nn.Module], source: str) -> None:

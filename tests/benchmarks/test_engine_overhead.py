@@ -6,14 +6,17 @@ from tests.distributed import run_distributed_test
 from trunkline.benchmarks.engine_overhead import judge, measure
 
 
-def _measure(rank: int, world_size: int, backend: str, stage: int) -> list[tuple[float, float]]:
-    return measure(tensors=12, pairs=12, stage=stage, backend=backend, batch_size=4)
+def _measure(rank: int, world_size: int, backend: str, stage: int, bf16: bool) -> list[tuple[float, float]]:
+    return measure(tensors=12, pairs=12, stage=stage, backend=backend, bf16=bf16, batch_size=4)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("backend", "stage"), [("deepspeed", 0), ("deepspeed", 2), ("fsdp", 1), ("fsdp", 3)])
-def test_every_step_of_ours_is_paired_with_a_bare_one(backend: str, stage: int) -> None:
-    (pairs,) = run_distributed_test(_measure, 1, backend, stage, backend=None)
+@pytest.mark.parametrize(
+    ("backend", "stage", "bf16"),
+    [("deepspeed", 0, False), ("deepspeed", 2, True), ("fsdp", 1, True), ("fsdp", 3, False)],
+)
+def test_every_step_of_ours_is_paired_with_a_bare_one(backend: str, stage: int, bf16: bool) -> None:
+    (pairs,) = run_distributed_test(_measure, 1, backend, stage, bf16, backend=None)
     assert len(pairs) == 12
     assert all(0 < seconds < 10 for pair in pairs for seconds in pair)
 
