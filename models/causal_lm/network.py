@@ -3,7 +3,8 @@
 Logits are never held whole.
 
 The network is transformers' own, parameter for parameter; what changes is its last linear layer, which is a LinearLoss,
-and its attention, which is trunkline.kernels.attention.flash where that can do what the model asks for.
+its norms, which are torch's own where they compute the same, and its attention, which is
+trunkline.kernels.attention.flash where that can do what the model asks for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trunkline.models.causal_lm.transformers_attention import NAME as TRUNKLINE
 from trunkline.models.text.linear_loss import IGNORE, LinearLoss
+from trunkline.models.text.norms import fuse_norms
 
 ROWS_AT_ONCE = 1024
 """Logits that are turned into fp32 at a time where a model makes them itself."""
@@ -36,6 +38,7 @@ class CausalLM(nn.Module):
         self._no_split_modules = sorted(lm._no_split_modules or ())
         self.packs = True
         self.attention_note: str | None = None
+        fuse_norms(lm)
         head = lm.get_output_embeddings()
         self.fused = type(head) is nn.Linear
         if self.fused:

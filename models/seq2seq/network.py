@@ -1,7 +1,7 @@
 """Seq2Seq: a T5 whose head and loss are one. Logits are never held whole.
 
-The network is transformers' own, parameter for parameter; what changes is its head, which is a LinearLoss, and its
-attention, which is trunkline.kernels.attention.relative.
+The network is transformers' own, parameter for parameter; what changes is its head, which is a LinearLoss, its norms,
+which are torch's own, and its attention, which is trunkline.kernels.attention.relative.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from trunkline.models.seq2seq.attention import use_relative_attention
 from trunkline.models.text.linear_loss import LinearLoss
+from trunkline.models.text.norms import fuse_norms
 
 
 class Seq2Seq(nn.Module):
@@ -28,6 +29,7 @@ class Seq2Seq(nn.Module):
         self._relative = attention == "trunkline" and use_relative_attention(lm)
         if self._relative:
             self.no_graph = "torch.compile has no graph for model.attention=trunkline: set model.attention=sdpa"
+        fuse_norms(lm)
         lm.lm_head.__class__ = LinearLoss  # the same parameters under the same names, tied or not
         for name, module in lm.named_modules():
             if name.endswith(".wo"):
