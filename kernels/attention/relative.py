@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from trunkline.kernels.arguments import autocast_dtype, check_positive, check_tensors
+from trunkline.kernels.attention.relative_kernels import RelativeAttention, takes
 from trunkline.kernels.first_order import no_forward_mode, no_second_order
 
 # A tile's scores in fp32: what a core's cache holds; on a GPU, what keeps it busy.
@@ -60,6 +61,11 @@ def relative_attention(
     if isinstance(query, FakeTensor):  # which has no values to drop
         dropout = 0.0
     seed = int(torch.randint(2**62, ())) if dropout else 0
+    if takes(query, dtype):
+        inputs = (x.to(dtype) for x in (query, key, value))
+        return RelativeAttention.apply(
+            *inputs, bias, query_document, key_document, bool(causal), float(softmax_scale), float(dropout), seed
+        )[0]
     how = _How(bool(causal), softmax_scale, dropout, seed, dtype)
     return _Relative.apply(query, key, value, bias, query_document, key_document, how)[0]
 
