@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from trunkline.kernels.arguments import autocast_dtype, check_positive, check_tensors
-from trunkline.kernels.attention.relative_kernels import RelativeAttention, takes
+from trunkline.kernels.attention.relative_op import RelativeAttention, takes
 from trunkline.kernels.first_order import no_forward_mode, no_second_order
 
 # A tile's scores in fp32: what a core's cache holds; on a GPU, what keeps it busy.

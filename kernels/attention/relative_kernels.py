@@ -1,20 +1,18 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the arguments of Triton's functions are pointers, tiles and integers, which have no Python types)
-"""RelativeAttention: the Triton kernels of relative_attention, with their gradient.
+"""The Triton kernels of relative_attention: forward, dQ with the gradient of the bias, dK and dV.
 
     P = exp(S - lse),  O = (P * keep) V,  dV = (P * keep)^T dO,  dS = P * (keep * dO V^T - rowsum(dO * O))
     keep is 0 or 1 / (1 - dropout);  dQ = s dS K,  dK = s dS^T Q,  db_d = sum over rows and over j - i = d of dS_ij
 
-Three kernels. The forward pass and dQ hold a tile of queries and walk over keys, dK and dV hold a tile of keys and walk
-over queries: 4 and 14 N M D FLOPs a head. Each looks through the documents of the other side for the first and the last
-token that its tile may see, and walks from there to there. The bias is a gather from its [N + M - 1] values; nothing has
-the size N x M, and the host waits for nothing.
+The first two hold a tile of queries and walk over keys, the third holds a tile of keys and walks over queries: 4 and
+14 N M D FLOPs a head. Each looks through the documents of the other side for the first and the last token that its tile
+may see, and walks from there to there. The bias is a gather from the values of each distance. Nothing has the size
+N x M, and the host waits for nothing.
 
-The gradient of the bias: the tile dS of a step is skewed by a gather along its rows, so that a diagonal j - i = d lies
-in a column, and its columns are summed. A step's last diagonals are the next one's first, and are kept for it. So a
-program writes each of its sums once, fp32 [B, tiles of queries, H, N + M - 1], and torch adds them: no atomics, so the
-same bits in every run. At 512 tokens that takes an eighth of the memory of query, key, value and result, at 4,096 as
-much as they do (bf16, D = 64).
+The gradient of the bias: a gather along the rows of a tile of dS brings each diagonal j - i = d into a column, and the
+columns are summed. A step's upper diagonals go on in the next step as its lower ones, and are kept for it. So a program
+writes each sum once, and torch adds those of all programs: no atomics, so the same bits in every run.
 
 What is dropped is a function of the seed, the row, the head, i and j alone: row and column are hashed each by itself,
 and a score costs two multiplications. lse is in units of log2, fp32 [B, H, N], +inf for a query that sees no key.
@@ -24,42 +22,18 @@ rest fp32. Dao, "FlashAttention-2" (2023); the hash after Wellons, "Prospecting 
 
 from __future__ import annotations
 
-from typing import Any
+from trunkline.kernels.attention.forward import dot, load_rows, store_rows
+from trunkline.kernels.triton_path import jit, tl
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from trunkline.kernels.attention.forward import addressable, dot, load_rows, store_rows
-from trunkline.kernels.attention.tiles import Tile
-from trunkline.kernels.first_order import no_second_order
-from trunkline.kernels.operators import Operator
-from trunkline.kernels.triton_path import INTERPRETED, available, jit, tl, triton
-
-MOST_CHANNELS = 128
-# bits of an element -> head dimension, as a power of two -> tile of the forward pass, of dQ, of dK and dV
-TILES = {
-    16: {
-        16: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        32: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
-    },
-    32: {
-        16: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        32: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    },
-}
-_DOCUMENTS_AT_ONCE = 1024
+MARGIN = 64
+"""Entries before and behind a head's bias, to which the scores of a tile past the last token lead. No tile is larger."""
 
 
-def constant(value):
+def _constant(value):
     return value if tl is None else tl.constexpr(value)
 
 
-_LOG2E, _SCANNED, MARGIN = constant(1.4426950408889634), constant(_DOCUMENTS_AT_ONCE), constant(128)
+_LOG2E, _MARGIN, _AT_ONCE = _constant(1.4426950408889634), _constant(MARGIN), _constant(1024)
 
 
 @jit
@@ -76,7 +50,7 @@ def _relative_fwd_kernel(
     q_tile = load_rows(q + b * q_stride_b + h * q_stride_h, first_query, in_tile, q_stride_n, queries < N, D, BLOCK_D, True)
     k += b * k_stride_b + h * k_stride_h
     v += b * v_stride_b + h * v_stride_h
-    bias += h * (N + M - 1 + 2 * MARGIN) + MARGIN + N - 1
+    bias += h * (N + M - 1 + 2 * _MARGIN) + _MARGIN + N - 1
     key_document += b * M
     document = _real_documents(query_document + b * N, queries, N)
     first, last = _span(key_document, document, M)
@@ -89,10 +63,10 @@ def _relative_fwd_kernel(
     for first_key in range(first, last, BLOCK_N):
         in_keys = tl.arange(0, BLOCK_N)
         keys = first_key + in_keys
-        k_tile = load_rows(k, first_key, in_keys, k_stride_m, keys < M, D, BLOCK_D, True)
-        v_tile = load_rows(v, first_key, in_keys, v_stride_m, keys < M, D, BLOCK_D, True)
+        k_tile = load_rows(k, first_key, in_keys, k_stride_m, keys < last, D, BLOCK_D, True)
+        v_tile = load_rows(v, first_key, in_keys, v_stride_m, keys < last, D, BLOCK_D, True)
         i, j = queries[:, None], keys[None, :]
-        seen = _seen(i, j, document[:, None], _documents(key_document, keys, M)[None, :], CAUSAL)
+        seen = _seen(i, j, document[:, None], _documents(key_document, keys, last)[None, :], CAUSAL)
         s = dot(q_tile, tl.trans(k_tile), None)
         s = _add_bias(s * scale, bias, first_key - first_query, in_keys[None, :] - in_tile[:, None], HAS_BIAS)
         s = tl.where(seen, s, float("-inf"))
@@ -138,8 +112,8 @@ def _span(document, of_tile, length):
     """The first token whose document is from the lowest to the highest of the tile's, and the one behind the last."""
     low, high = tl.min(tl.where(of_tile < 0, 2**31 - 1, of_tile)), tl.max(of_tile)
     first, last = length, 0
-    for start in range(0, length, _SCANNED):
-        at = start + tl.arange(0, _SCANNED)
+    for start in range(0, length, _AT_ONCE):
+        at = start + tl.arange(0, _AT_ONCE)
         found = _documents(document, at, length)
         inside = (found >= low) & (found <= high)
         first = tl.minimum(first, tl.min(tl.where(inside, at, length)))
@@ -200,7 +174,7 @@ def _relative_bwd_dq_kernel(
     tl.store(delta + head.to(tl.int64) * N + queries, row_delta, mask=real)
     k += b * k_stride_b + h * k_stride_h
     v += b * v_stride_b + h * v_stride_h
-    bias += h * (N + M - 1 + 2 * MARGIN) + MARGIN + N - 1
+    bias += h * (N + M - 1 + 2 * _MARGIN) + _MARGIN + N - 1
     diagonals += ((b * tl.cdiv(N, BLOCK_M) + first_query // BLOCK_M) * H + h) * (N + M - 1)
     key_document += b * M
     document = _real_documents(query_document + b * N, queries, N)
@@ -213,9 +187,9 @@ def _relative_bwd_dq_kernel(
     diagonal = first - first_query + N - 1
     for first_key in range(first, last, BLOCK_N):
         keys = first_key + in_keys
-        k_tile = load_rows(k, first_key, in_keys, k_stride_m, keys < M, D, BLOCK_D, True)
-        v_tile = load_rows(v, first_key, in_keys, v_stride_m, keys < M, D, BLOCK_D, True)
-        others = _documents(key_document, keys, M)
+        k_tile = load_rows(k, first_key, in_keys, k_stride_m, keys < last, D, BLOCK_D, True)
+        v_tile = load_rows(v, first_key, in_keys, v_stride_m, keys < last, D, BLOCK_D, True)
+        others = _documents(key_document, keys, last)
         _, ds = _step(
             q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, document, others, bias, first_query, first_key,
             head, scale, seed_low, seed_high, least_kept, CAUSAL, HAS_BIAS, DROPS,
@@ -277,7 +251,7 @@ def _relative_bwd_dkdv_kernel(
     d_out += b * do_stride_b + h * do_stride_h
     lse += head.to(tl.int64) * N
     delta += head.to(tl.int64) * N
-    bias += h * (N + M - 1 + 2 * MARGIN) + MARGIN + N - 1
+    bias += h * (N + M - 1 + 2 * _MARGIN) + _MARGIN + N - 1
     query_document += b * N
     document = _real_documents(key_document + b * M, keys, M)
     first, last = _span(query_document, document, N)
@@ -289,12 +263,12 @@ def _relative_bwd_dkdv_kernel(
     for first_query in range(first, last, BLOCK_M):
         in_tile = tl.arange(0, BLOCK_M)
         queries = first_query + in_tile
-        real = queries < N
+        real = queries < last
         q_tile = load_rows(q, first_query, in_tile, q_stride_n, real, D, BLOCK_D, True)
         do_tile = load_rows(d_out, first_query, in_tile, do_stride_n, real, D, BLOCK_D, True)
         row_lse = tl.load(lse + queries, mask=real, other=float("inf"))
         row_delta = tl.load(delta + queries, mask=real, other=0.0)
-        others = _documents(query_document, queries, N)
+        others = _documents(query_document, queries, last)
         p_kept, ds = _step(
             q_tile, k_tile, v_tile, do_tile, row_lse, row_delta, others, document, bias, first_query, first_key,
             head, scale, seed_low, seed_high, least_kept, CAUSAL, HAS_BIAS, DROPS,
@@ -304,106 +278,3 @@ def _relative_bwd_dkdv_kernel(
     offset = (b * M * H + h) * D
     store_rows(dk + offset, first_key, in_keys, H * D, dk_sum * (scale * rescale), keys < M, D, BLOCK_D)
     store_rows(dv + offset, first_key, in_keys, H * D, dv_sum * rescale, keys < M, D, BLOCK_D)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, query_document: Tensor, key_document: Tensor, causal: bool,
-    scale: float, dropout: float, seed: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, N, H, _ = q.shape
-    tile = _tiles(q)[0]
-    arguments = _arguments(q, k, v, bias, query_document, key_document, causal, scale, dropout, seed)
-    out, lse = _fake_forward(q)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        _relative_fwd_kernel[(triton.cdiv(N, tile.block_m) * B * H,)](
-            out=out, lse=lse, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments, **tile.options()
-        )
-    return out, lse
-
-
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, query_document: Tensor, key_document: Tensor,
-    out: Tensor, lse: Tensor, causal: bool, scale: float, dropout: float, seed: int, bias_learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (B, N, H, _), M = q.shape, k.shape[1]
-    _, dq_tile, tile = _tiles(q)
-    d_out, delta = addressable(d_out), torch.empty_like(lse)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    num_tiles = triton.cdiv(N, dq_tile.block_m)
-    diagonals = lse.new_zeros((B * num_tiles, H, N + M - 1) if bias_learns else 0)
-    arguments = _arguments(q, k, v, bias, query_document, key_document, causal, scale, dropout, seed)
-    arguments |= {"d_out": d_out, "lse": lse, "delta": delta} | _strides("do", "n", d_out)
-    with torch.cuda.device_of(q):
-        _relative_bwd_dq_kernel[(num_tiles * B * H,)](
-            out=out, dq=dq, diagonals=diagonals, BIAS_LEARNS=bias_learns, BLOCK_M=dq_tile.block_m,
-            BLOCK_N=dq_tile.block_n, **arguments, **dq_tile.options(),
-        )  # fmt: skip
-        _relative_bwd_dkdv_kernel[(triton.cdiv(M, tile.block_n) * B * H,)](
-            dk=dk, dv=dv, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments, **tile.options()
-        )
-    return dq, dk, dv, diagonals.sum(0).to(bias.dtype) if bias_learns else diagonals
-
-
-def _fake_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    return *grads, bias.new_empty(bias.shape) if rest[-1] else q.new_empty(0, dtype=torch.float32)
-
-
-def _tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
-    return TILES[8 * q.element_size()][max(16, triton.next_power_of_2(q.shape[-1]))]
-
-
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, query_document: Tensor, key_document: Tensor, causal: bool,
-    scale: float, dropout: float, seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Those that all three kernels take."""
-    q, k, v = (addressable(x) for x in (q, k, v))
-    (_, N, H, D), M = q.shape, k.shape[1]
-    return _strides("q", "n", q) | _strides("k", "m", k) | _strides("v", "m", v) | {
-        "q": q, "k": k, "v": v, "bias": q if bias is None else F.pad(bias.float(), (MARGIN.value, MARGIN.value)),
-        "query_document": query_document.contiguous(), "key_document": key_document.contiguous(),
-        "N": N, "M": M, "H": H, "scale": scale, "seed_low": seed % 2**31, "seed_high": seed >> 31,
-        "least_kept": int(dropout * 2**32) - 2**31, "rescale": 1 / (1 - dropout),
-        "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "CAUSAL": causal, "HAS_BIAS": bias is not None, "DROPS": dropout > 0,
-    }  # fmt: skip
-
-
-def _strides(name: str, places: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip(("b", places, "h"), x.stride(), strict=False)}
-
-
-forward = Operator("relative_attention", _forward, _fake_forward)
-backward = Operator("relative_attention_backward", _backward, _fake_backward)
-
-
-def takes(q: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute for q, products in `dtype`."""
-    D = q.shape[-1]
-    return available(q) and dtype != torch.float64 and D % 8 == 0 and D <= MOST_CHANNELS
-
-
-class RelativeAttention(torch.autograd.Function):
-    """apply(q, k, v, bias, query_document, key_document, causal, scale, dropout, seed)[0] is the output."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = forward(*arguments)
-        link = out.new_empty(())
-        ctx.save_for_backward(link, *arguments[:6], out, lse)
-        ctx.how = arguments[6:]
-        return out, link
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        link, *saved = ctx.saved_tensors
-        *gradients, of_bias = backward(d_out, *saved, *ctx.how, ctx.needs_input_grad[3])
-        gradients.append(of_bias if ctx.needs_input_grad[3] else None)
-        return *no_second_order("relative_attention", link, d_out, *gradients), *(None,) * 6
