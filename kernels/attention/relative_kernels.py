@@ -26,7 +26,7 @@ from trunkline.kernels.attention.forward import dot, load_rows, store_rows
 from trunkline.kernels.triton_path import jit, tl
 
 MARGIN = 64
-"""Entries before and behind a head's bias, to which the scores of a tile past the last token lead. No tile is larger."""
+"""Entries before and behind a head's bias, for the scores of a tile past the last token. No tile is larger."""
 
 
 def _constant(value):
@@ -47,7 +47,8 @@ def _relative_fwd_kernel(
     first_query, head, b, h = _place(tl.cdiv(N, BLOCK_M), H, BLOCK_M)
     in_tile = tl.arange(0, BLOCK_M)
     queries = first_query + in_tile
-    q_tile = load_rows(q + b * q_stride_b + h * q_stride_h, first_query, in_tile, q_stride_n, queries < N, D, BLOCK_D, True)
+    q += b * q_stride_b + h * q_stride_h
+    q_tile = load_rows(q, first_query, in_tile, q_stride_n, queries < N, D, BLOCK_D, True)
     k += b * k_stride_b + h * k_stride_h
     v += b * v_stride_b + h * v_stride_h
     bias += h * (N + M - 1 + 2 * _MARGIN) + _MARGIN + N - 1

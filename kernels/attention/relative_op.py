@@ -25,12 +25,12 @@ from trunkline.kernels.first_order import no_second_order
 from trunkline.kernels.operators import Operator
 from trunkline.kernels.triton_path import available, triton
 
-_SMALL, _LARGE = Tile(32, 32, 4, 2), Tile(64, 64, 4, 2)
+_SMALL, _LARGE, _OF_FLOAT32 = Tile(32, 32, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)
 TILES = {
     (90, 16): {
         16: (_LARGE, _LARGE, _LARGE),
         32: (_LARGE, _LARGE, _LARGE),
-        64: (Tile(64, 64, 4, 2, 168), _LARGE, _LARGE),
+        64: (_LARGE._replace(max_registers=168), _LARGE, _LARGE),
         128: (_LARGE, _SMALL, _SMALL),
     },
     (80, 16): {
@@ -41,9 +41,9 @@ TILES = {
     },
     (80, 32): {
         16: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        32: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-        128: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1)),
+        32: (_OF_FLOAT32, _OF_FLOAT32, _OF_FLOAT32),
+        64: (_OF_FLOAT32, _OF_FLOAT32, _OF_FLOAT32),
+        128: (_OF_FLOAT32, Tile(16, 16, 8, 1), _OF_FLOAT32),
     },
 }
 """(architecture, bits of an element) -> head dimension, as a power of two -> tile of forward, of dQ, of dK and dV.
@@ -60,8 +60,7 @@ def takes(q: Tensor, dtype: torch.dtype) -> bool:
 
 
 def choose_tiles(architecture: int, bits: int, head_dim: int) -> tuple[Tile, Tile, Tile]:
-    of_dtype = TILES.get((architecture, bits)) or TILES[80, bits]
-    return of_dtype[padded(head_dim)]
+    return TILES.get((architecture, bits), TILES[80, bits])[padded(head_dim)]
 
 
 def padded(head_dim: int) -> int:
@@ -102,9 +101,7 @@ def _backward(
         _relative_bwd_dq_kernel[(programs * H,)](
             out=out, dq=dq, diagonals=diagonals, BIAS_LEARNS=bias_learns, **arguments, **_options(dq_tile)
         )
-        _relative_bwd_dkdv_kernel[(triton.cdiv(M, tile.block_n) * B * H,)](
-            dk=dk, dv=dv, **arguments, **_options(tile)
-        )
+        _relative_bwd_dkdv_kernel[(triton.cdiv(M, tile.block_n) * B * H,)](dk=dk, dv=dv, **arguments, **_options(tile))
     if bias_learns:
         d_bias.copy_(diagonals.sum(0))
     return dq, dk, dv, d_bias

@@ -73,7 +73,9 @@ def assert_as_accurate_as_dense_torch(leaves: dict[str, Any], kept: Tensor | Non
 
 @pytest.mark.parametrize("pattern", ["one", "padded", "packed", "any"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("N", "M", "bias"), [(37, 21, True), (20, 45, True), (21, 37, False), (1, 5, True), (5, 1, True)])
+@pytest.mark.parametrize(
+    ("N", "M", "bias"), [(37, 21, True), (20, 45, True), (21, 37, False), (1, 5, True), (5, 1, True)]
+)
 def test_values_and_gradients_are_those_of_a_dense_reference(
     device: torch.device, N: int, M: int, bias: bool, causal: bool, pattern: str
 ) -> None:
@@ -282,7 +284,9 @@ def test_are_proper_operators_of_torch(device: torch.device) -> None:
 
 def test_tensors_without_values_have_the_shapes_of_those_with_some(device: torch.device) -> None:
     with FakeTensorMode():
-        leaves = {name: torch.empty(x.shape, requires_grad=True, device=device) for name, x in inputs(2, 40, 50).items()}
+        leaves = {
+            name: torch.empty(x.shape, requires_grad=True, device=device) for name, x in inputs(2, 40, 50).items()
+        }
         options = {"query_document": torch.zeros(2, 40), "key_document": torch.zeros(2, 50)}
         options = {name: x.long().to(device) for name, x in options.items()}
         upstream = torch.empty(2, 40, 2, 8, device=device)
@@ -314,13 +318,17 @@ def test_offsets_beyond_two_to_the_31_elements(device: torch.device) -> None:
             x = upstream if name == "upstream" else near[name].detach()
             far = torch.as_strided(memory, x.shape, strides).copy_(x)
             leaves = near if name == "upstream" else near | {name: far.requires_grad_()}
-            got = value_and_gradients(relative_attention, leaves, far.detach() if leaves is near else upstream, **options)
+            got = value_and_gradients(
+                relative_attention, leaves, far.detach() if leaves is near else upstream, **options
+            )
             assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize(("N", "M", "causal", "bias"), [(256, 256, False, True), (768, 768, True, True), (768, 256, False, False)])
+@pytest.mark.parametrize(
+    ("N", "M", "causal", "bias"), [(256, 256, False, True), (768, 768, True, True), (768, 256, False, False)]
+)
 def test_packed_rows_of_a_t5_s_size(N: int, M: int, causal: bool, bias: bool, dropout: float) -> None:
     """Encoder, decoder and cross attention of the preset `base`, 24 rows of 12 heads of 64, in bf16."""
     device, (B, H) = torch.device("cuda"), (24, 12)
