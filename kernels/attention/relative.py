@@ -8,8 +8,8 @@ probabilities again. A tile reads the keys from the first to the last whose docu
 where documents stand in ascending order, a row of several costs little more than its documents.
 
 On a GPU the Triton kernels of relative_kernels.py do it, for heads of a multiple of 8 channels, up to 128, in 16 bits
-and in fp32. Elsewhere plain PyTorch does, as below: 4 N M D FLOPs a head forward, 10 backward. Padding costs nothing there
-where there is more than one tile. The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows
+and in fp32. Elsewhere plain PyTorch does, as below: 4 N M D FLOPs a head forward, 10 backward. Padding costs nothing
+there if there is more than one tile. The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows
 alike, element (i, j) lies at i W + j - i. Its gradient is added through the same view, and summed over the rows: no
 atomics, so the same bits in every run.
 Dtype: the products take query, key and value in their dtype (autocast's where that is on) and round to it; bias,

@@ -54,9 +54,10 @@ An architecture without an entry uses that of 80. No tile of dQ has more queries
 
 
 def takes(q: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute for q, products in `dtype`."""
-    D = q.shape[-1]
-    return available(q) and dtype != torch.float64 and D % 8 == 0 and D <= 128
+    """Whether the kernels compute for q, products in `dtype`: not on GPUs before compute capability 8.0."""
+    if not available(q) or dtype == torch.float64 or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    return not (q.is_cuda and torch.cuda.is_available()) or torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def choose_tiles(architecture: int, bits: int, head_dim: int) -> tuple[Tile, Tile, Tile]:

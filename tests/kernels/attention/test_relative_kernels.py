@@ -304,6 +304,16 @@ def test_fp64_and_heads_of_no_multiple_of_8_or_of_more_than_128_are_plain_torch_
         assert relative_attention(**leaves, **options).dtype == dtype
 
 
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True)])
+def test_gpus_before_compute_capability_8_have_plain_torch(
+    capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        assert takes(torch.empty(1, 1, 1, 64, device="cuda"), torch.float16) == served
+
+
 @pytest.mark.usefixtures("overflows_are_found")
 def test_offsets_beyond_two_to_the_31_elements(device: torch.device) -> None:
     if device.type == "cuda":
