@@ -31,12 +31,13 @@ def available(tensor: Tensor) -> bool:
 def jit(function: Any) -> Any:
     """triton.jit, or the function as it is where there is no Triton to run it.
 
-    Kernels learn nothing from the values of arguments named "..._stride_...": one compiled kernel serves all of them.
+    Kernels learn nothing from the values of arguments named "..._stride_..." or "seed...": one compiled kernel serves
+    all of them.
     """
     if triton is None:
         return function
-    strides = [name for name in inspect.signature(function).parameters if "_stride_" in name]
-    return triton.jit(function, do_not_specialize=strides)
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[x for x in names if "_stride_" in x or x.startswith("seed")])
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -16,6 +16,6 @@ def import_interpreted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         triton_path = importlib.import_module("trunkline.kernels.triton_path")
-        for kernels in ("attention", "column_sums", "linear_masked_mse", "masked_mse"):
+        for kernels in ("attention", "attention.relative", "column_sums", "linear_masked_mse", "masked_mse"):
             importlib.import_module(f"trunkline.kernels.{kernels}")
     triton_path.INTERPRETED = False

@@ -147,7 +147,7 @@ def load_rows(base, first, rows, stride, real, D: tl.constexpr, BLOCK_D: tl.cons
     """
     columns = tl.arange(0, BLOCK_D)
     per_16_bytes: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
-    start = tl.multiple_of(base + first.to(tl.int64) * stride, 16)
+    start = tl.multiple_of(base + tl.cast(first, tl.int64) * stride, 16)
     pointers = start + (tl.multiple_of(rows[:, None] * stride, (per_16_bytes, per_16_bytes)) + columns[None, :])
     if D < BLOCK_D:
         if CHECKED:

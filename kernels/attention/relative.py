@@ -3,15 +3,15 @@
     out_i = sum_j p_ij v_j,   p_ij = softmax_j(s q_i.k_j + b_{j-i}),   over the j of the document that i is in
     dv_j = sum_i p_ij do_i    ds_ij = p_ij (do_i.v_j - sum_j p_ij do_i.v_j)    db_d = sum over j - i = d of ds_ij
 
-Plain PyTorch, a tile of queries of some rows at a time. Scores are held for one tile, and nothing of the size N x M is
-kept for the backward pass, which computes the probabilities again: 4 N M D FLOPs a head forward, 10 backward. A tile
-reads the keys from the first to the last whose document one of its queries may be of. So where documents stand in
-ascending order, a row of several costs little more than its documents. Padding costs nothing where there is more than
-one tile.
+Scores are held for one tile of queries, and nothing of the size N x M is kept for the backward pass, which computes the
+probabilities again. A tile reads the keys from the first to the last whose document one of its queries may be of. So
+where documents stand in ascending order, a row of several costs little more than its documents.
 
-The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows alike, element (i, j) lies at
-i W + j - i. Its gradient is added through the same view, and summed over the rows: no atomics, so the same bits in
-every run.
+On a GPU the Triton kernels of relative_kernels.py do it, for heads of a multiple of 8 channels, up to 128, in 16 bits
+and in fp32. Elsewhere plain PyTorch does, as below: 4 N M D FLOPs a head forward, 10 backward. Padding costs nothing
+there if there is more than one tile. The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows
+alike, element (i, j) lies at i W + j - i. Its gradient is added through the same view, and summed over the rows: no
+atomics, so the same bits in every run.
 Dtype: the products take query, key and value in their dtype (autocast's where that is on) and round to it; bias,
 softmax, and sums over tiles are in fp32, in fp64 for fp64.
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020);
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from trunkline.kernels.arguments import autocast_dtype, check_positive, check_tensors
+from trunkline.kernels.attention.relative_op import RelativeAttention, takes
 from trunkline.kernels.first_order import no_forward_mode, no_second_order
 
 # A tile's scores in fp32: what a core's cache holds; on a GPU, what keeps it busy.
@@ -44,13 +45,14 @@ def relative_attention(
     """[B, N, H, D] from query [B, N, H, D], key and value [B, M, H, D], of one dtype.
 
     Args:
-        query_document, key_document: int64 [B, N] and [B, M], the number of the document that a token is of, -1 at
-            padding. A query attends to the keys of its document. One without any, such as padding, gets 0. Padding
-            may hold any finite values.
+        query_document, key_document: int64 [B, N] and [B, M], the number of the document that a token is of, below
+            2**31, -1 at padding. A query attends to the keys of its document. One without any, such as padding, gets 0.
+            Padding may hold any finite values.
         bias: [H, N + M - 1]; entry j - i + N - 1 is added to the score of query i and key j.
         causal: key j is seen from query i >= j on.
         dropout: the share of probabilities that are set to 0; the others are divided by 1 - dropout. A call takes one
-            number from torch's global generator of the CPU, from which all that is dropped follows.
+            number from torch's global generator of the CPU, from which all that is dropped follows; but the kernels
+            drop others than plain PyTorch does.
 
     Differentiable once in query, key, value and bias. Raises ValueError for arguments that do not fit together, and
     RuntimeError where it is differentiated twice, or in forward mode.
@@ -60,6 +62,11 @@ def relative_attention(
     if isinstance(query, FakeTensor):  # which has no values to drop
         dropout = 0.0
     seed = int(torch.randint(2**62, ())) if dropout else 0
+    if takes(query, dtype):
+        inputs = (x.to(dtype) for x in (query, key, value))
+        return RelativeAttention.apply(
+            *inputs, bias, query_document, key_document, bool(causal), float(softmax_scale), float(dropout), seed
+        )[0]
     how = _How(bool(causal), softmax_scale, dropout, seed, dtype)
     return _Relative.apply(query, key, value, bias, query_document, key_document, how)[0]
 

@@ -46,6 +46,23 @@ def overflows_are_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
 
 
+@pytest.fixture
+def bf16_rounds_to_nearest(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. The interpreter cuts fp32 down to bf16, an error that adds up."""
+    if device.type == "cuda":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != interpreter.tl.float32 or dtype.scalar != interpreter.tl.bfloat16:
+            return cast(self, source, dtype)
+        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(rounded, dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Within, the kernels run on CPU tensors, as far as tests/interpreted.py has imported them."""

@@ -18,6 +18,7 @@ from trunkline.kernels.attention.tiles import TILES, Tile
 from trunkline.kernels.reference import attention_reference, visible_pairs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = pytest.mark.usefixtures("bf16_rounds_to_nearest")
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +31,6 @@ def small_tiles(device, monkeypatch):
 def work_in_tiles(monkeypatch, queries, keys):
     for module in (flash_attention_forward, flash_attention_backward):
         monkeypatch.setattr(module, "choose_tile", lambda *_: Tile(queries, keys, 4, 2))
-
-
-@pytest.fixture(autouse=True)
-def bf16_rounds_to_nearest(device, monkeypatch):
-    """As on a GPU. The interpreter cuts fp32 down to bf16, an error that adds up."""
-    if device.type == "cuda":
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, dtype):
-        if source.dtype.scalar != interpreter.tl.float32 or dtype.scalar != interpreter.tl.bfloat16:
-            return cast(self, source, dtype)
-        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
-        return interpreter.TensorHandle(rounded, dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
 
 
 @contextlib.contextmanager
