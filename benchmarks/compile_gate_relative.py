@@ -27,7 +27,7 @@ KERNELS = {
     "backward_dkdv": relative_kernels._relative_bwd_dkdv_kernel,
 }
 LIMITS = {90: SHARED_MEMORY_LIMIT[90], 80: min(SHARED_MEMORY_LIMIT.values())}
-HEAD_DIMS = (16, 24, 64, 128)
+HEAD_DIMS = (16, 24, 40, 64, 120, 128)
 
 
 class Configuration(NamedTuple):

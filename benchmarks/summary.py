@@ -23,6 +23,7 @@ FOLDER = ROOT / "benchmarks" / "results" / "nvidia-h200"
 BEGIN, END = "<!-- `make gpu-bench` writes what follows -->", "<!-- up to here -->"
 NOT_YET = "not yet measured"
 WORKLOADS = ("causal_lm", "image_training", "seq2seq_training", "token_image_training")
+STEPS = ("training", "training-compiled")  # of bench.py training, and of its --only compiled
 OURS = "ours"
 KERNELS = {
     ("forward", 64): "`flash_attention` forward, block-causal with a key mask, 20,136 to 67,120 tokens, D = 64",
@@ -87,10 +88,10 @@ def _place(pattern: str, head_dim: int, direction: str, contender: str) -> tuple
 
 
 def training_step(folder: Path) -> str:
-    """In Markdown, from training.json and those of --only: what was right, the fastest first; "" without any."""
+    """In Markdown, from the files of STEPS: every contender that was right, the fastest first; "" without any."""
     parts = []
-    for path in sorted(folder.glob("training*.json"), key=lambda path: path.stem):
-        report = json.loads(path.read_text())
+    for path in (folder / f"{name}.json" for name in STEPS):
+        report = json.loads(path.read_text()) if path.exists() else {"rows": []}
         rows = sorted((row for row in report["rows"] if row["status"] == OK), key=lambda row: row["median_s"])
         if not rows:
             continue

@@ -9,8 +9,9 @@ The section "deepspeed" means here what it means there (engine/config/fsdp_secti
 - `zero_hpz_partition_size` is the number of ranks that share one copy of the state; the copies are replicas (HSDP).
 
 Parameters are fp32 shards, which the optimizer steps; bf16 and fp16 are what they are gathered in. Buffers keep their
-dtype. One rank has nothing to share: fully_shard, which would copy all of it block by block, is not called. In 16 bits
-the model then has narrow copies for parameters, all of them made at once after a step, and the numbers are the same.
+dtype. Where one rank has nothing to share, as `needs_no_shards` says, fully_shard, which would copy all of it block by
+block, is not called. In 16 bits the model then has narrow copies for parameters, all of them made at once after a step,
+and the numbers are the same.
 What is put right here: FSDP averages gradients over the ranks, but the protocol wants their sum.
 """
 
@@ -64,7 +65,7 @@ class FSDPBackend:
         self._shards = mesh["shard"]
         self._replicas = mesh["replica"] if mesh.ndim == 2 else None
         self._units = _shard(model, section, mesh, config.source)
-        self.model = self.module = model
+        self.model = self.module = model if self._units else model.to(ranks.device)
         # the shards, kept because the modules themselves hold gathered copies at times
         self._parameters = list(model.named_parameters())
         # what is stepped and saved: this rank's part without DTensor, which costs more than a step of small ones
@@ -116,8 +117,15 @@ class FSDPBackend:
 
     @torch.no_grad()  # to_local records no gradient of its own then
     def step(self) -> Stepped:
-        for copy in self._copies:  # the memory is that of wide gradients meanwhile
+        trained = [copy for copy in self._copies if copy.requires_grad]
+        for copy in trained:  # the memory is that of wide gradients meanwhile
             copy.untyped_storage().resize_(0)
+        try:
+            return self._step()
+        finally:
+            self._renew(trained)
+
+    def _step(self) -> Stepped:
         gradients = []
         for parameter in self._trainable:
             self._hand_over(parameter)
@@ -137,8 +145,6 @@ class FSDPBackend:
             self._scheduler.step()
         for parameter in self._trainable:
             self._local[parameter].grad = None
-        gradients.clear()
-        self._renew()
         self._scaler.update(skipped)
         return Stepped(float("inf") if skipped else norm, skipped)
 
@@ -232,15 +238,15 @@ class FSDPBackend:
         """Drop gathered copies, which do not follow what is written into the shards."""
         for unit in self._units:
             unit.reshard()
-        self._renew()
+        self._renew(self._copies)
 
     @torch.no_grad()
-    def _renew(self) -> None:
-        """Make the narrow copies of what is stepped anew."""
-        if self._copies:
-            for copy in self._copies:
+    def _renew(self, copies: list[Tensor]) -> None:
+        """Make narrow copies anew of what is stepped."""
+        if copies:
+            for copy in copies:
                 copy.untyped_storage().resize_(copy.nbytes)
-            torch._foreach_copy_(self._copies, [self._local[copy] for copy in self._copies])
+            torch._foreach_copy_(copies, [self._local[copy] for copy in copies])
 
 
 def _mesh(section: DeepSpeedSection, ranks: Ranks) -> DeviceMesh:
@@ -276,7 +282,6 @@ def _shard(model: nn.Module, section: DeepSpeedSection, mesh: DeviceMesh, source
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     if needs_no_shards(section, mesh.size()):
-        model.to(mesh.device_type)
         return []
     for unit in units:
         fully_shard(

@@ -1,7 +1,7 @@
 """What every workload reads first of a run that has trained: where its weights are, and its two sections.
 
 trained_sections(run, ...)      the folder of the weights, the "data" and the "model" section
-say_if_other_data(folder, ...)  a line where the data set is not the one any more that it was trained on
+say_if_other_data(folder, ...)  prints a line if the data set has changed since training
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ def trained_sections(run: Path, workload: str, data: type[Data], model: type[Mod
 
 
 def say_if_other_data(folder: Path, fingerprint: str, place: str | Path) -> None:
-    """Print a line if `place`, the data set of a run's own section, has another content than it was trained on.
+    """Print a line if `place`, the data set of a run's own section, has changed since training.
 
     Its first word names the content; a task's fingerprint may add how samples are made of it.
     """
     before = read_json_object(folder / "config.json", finite=False).get(FINGERPRINT)
     if isinstance(before, str) and before.split()[:1] != fingerprint.split()[:1]:
         print(
-            f"note: {place} has other content than when {folder} was trained: what it was trained on may be among "
-            "what it is evaluated on",
+            f"note: {place} has changed since {folder} was trained. Samples of its training may be among those of now",
             file=sys.stderr,
         )

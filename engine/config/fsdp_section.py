@@ -198,11 +198,12 @@ def shard_group_size(section: DeepSpeedSection, world_size: int) -> int:
 def needs_no_shards(section: DeepSpeedSection, world_size: int) -> bool:
     """Whether fully_shard would only copy what there is, or narrow it: one rank, of which nothing is offloaded.
 
-    In 16 bits it does more at stage 3, where it frees what is narrow, and where it casts the inputs of blocks."""
+    In 16 bits fully_shard does more at stage 3, where it frees what is narrow, and where it casts the inputs of blocks.
+    """
     is_narrow = parameter_dtype(section) != torch.float32
-    wide = section.model_copy(update={"bf16": type(section.bf16)(), "fp16": type(section.fp16)()})
+    in_fp32 = section.model_copy(update={"bf16": type(section.bf16)(), "fp16": type(section.fp16)()})
     does_more = is_narrow and (section.zero_optimization.stage == 3 or section.fp16.auto_cast)
-    return deepspeed_section.shares_nothing(wide, world_size) and not does_more
+    return deepspeed_section.shares_nothing(in_fp32, world_size) and not does_more
 
 
 def reduce_dtype(section: DeepSpeedSection) -> torch.dtype:
@@ -225,9 +226,9 @@ are those that DeepSpeed has anyway. Any other value is an error before training
 
 One process that offloads nothing has nothing to share, so `fully_shard` is not called. In fp32 the model is left as it
 is, at every stage. In bf16 and fp16 it computes with narrow copies, all made at once after a step. Losses, weights and
-checkpoints equal those of `fully_shard` to the last bit, and the peak of memory is no higher. In 16 bits two settings
-still call it: stage 3, which frees a block's parameters after its forward, and `fp16.auto_cast`. A
-`communication_data_type` other than fp32 calls it in any precision.
+checkpoints equal those of `fully_shard` to the last bit, and the peak of memory is no higher. With stage 3, which frees
+a block's parameters after its forward, or with `fp16.auto_cast`, `fully_shard` is called in 16 bits all the same. With
+a `communication_data_type` other than fp32 it is called always.
 
 Model code has to keep to two rules: parameters are used inside the forward of the model, or of the block that they
 belong to; and a parameter has at least one dimension. Buffers keep their dtype in bf16 and fp16 runs.

@@ -37,10 +37,14 @@ from trunkline.kernels.attention.op import FlashAttention
 from trunkline.kernels.first_order import first_order, no_forward_mode
 from trunkline.kernels.triton_path import available
 
-ROWS_PER_CHANNEL, PRODUCTS, WIDEST = 32, 2**34, 64
-"""Where torch's own kernels were as fast or faster on an H200: up to this many rows for each channel of a head; up to
-this many products of channels, B H N M D, where a call of the Triton kernels takes the host longer than the GPU; and
-with head dimensions above this one, for which the Triton kernels are not tuned (at 8,192 rows of 128, 2.5 times)."""
+ROWS_PER_CHANNEL = 32
+"""Up to this many rows for each channel of a head torch's own kernel serves. It was as fast or faster on an H200."""
+PRODUCTS = 2**34
+"""So it does up to this many products of channels, B H N M D: a call of the Triton kernels takes the host longer there
+than the GPU. On an H200 torch's kernel was 1.6 times as fast at half of it."""
+WIDEST = 64
+"""So it does with wider heads: the Triton kernels are not tuned for them. On an H200 torch's kernel was 2.5 times as
+fast at 8,192 rows of 128. Other widths were not timed."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -68,7 +72,7 @@ def flash_attention(
     dtype = _check(q, k, v, causal_block, key_mask, softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     N, M, D = q.shape[1], k.shape[1], q.shape[-1]
-    on_triton = available(q) and dtype != torch.float64 and not _is_torch_s(q, k, dtype, causal_block, key_mask)
+    on_triton = available(q) and dtype != torch.float64 and not _torch_serves(q, k, dtype, causal_block, key_mask)
     if q.numel() and M and on_triton:
         no_forward_mode("flash_attention", q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
@@ -97,7 +101,7 @@ def flash_attention(
     return out if sees is None else out[..., :D].masked_fill(~sees, 0).to(dtype)
 
 
-def _is_torch_s(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None, key_mask: Tensor | None) -> bool:
+def _torch_serves(q: Tensor, k: Tensor, dtype: torch.dtype, causal_block: int | None, key_mask: Tensor | None) -> bool:
     """Whether a GPU's torch solves it with a kernel of its own that is at least as fast, or launched sooner."""
     (B, N, H, D), M = q.shape, k.shape[1]
     longest = max(N, M)

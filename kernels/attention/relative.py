@@ -7,11 +7,11 @@ Scores are held for one tile of queries, and nothing of the size N x M is kept f
 probabilities again. A tile reads the keys from the first to the last whose document one of its queries may be of. So
 where documents stand in ascending order, a row of several costs little more than its documents.
 
-On a GPU the Triton kernels of relative_kernels.py do it, for heads of a multiple of 8 channels, up to 128, in 16 bits
-and in fp32. Elsewhere plain PyTorch does, as below: 4 N M D FLOPs a head forward, 10 backward. Padding costs nothing
-there if there is more than one tile. The bias of a tile is a view: with n rows of W = N + M - 1 entries each, all rows
-alike, element (i, j) lies at i W + j - i. Its gradient is added through the same view, and summed over the rows: no
-atomics, so the same bits in every run.
+On a GPU of compute capability 8.0 or later the Triton kernels of relative_kernels.py do it, for heads of a multiple of
+8 channels, up to 128, in 16 bits and in fp32. Elsewhere plain PyTorch does, as below: 4 N M D FLOPs a head forward, 10
+backward. Padding costs nothing there if there is more than one tile. The bias of a tile is a view: with n rows of
+W = N + M - 1 entries each, all rows alike, element (i, j) lies at i W + j - i. Its gradient is added through the same
+view, and summed over the rows: no atomics, so the same bits in every run.
 Dtype: the products take query, key and value in their dtype (autocast's where that is on) and round to it; bias,
 softmax, and sums over tiles are in fp32, in fp64 for fp64.
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020);
@@ -47,7 +47,7 @@ def relative_attention(
     Args:
         query_document, key_document: int64 [B, N] and [B, M], the number of the document that a token is of, below
             2**31, -1 at padding. A query attends to the keys of its document. One without any, such as padding, gets 0.
-            Padding may hold any finite values.
+            Padding may hold any values whose products are finite.
         bias: [H, N + M - 1]; entry j - i + N - 1 is added to the score of query i and key j.
         causal: key j is seen from query i >= j on.
         dropout: the share of probabilities that are set to 0; the others are divided by 1 - dropout. A call takes one

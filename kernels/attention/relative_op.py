@@ -1,8 +1,9 @@
 """RelativeAttention: the Triton kernels of relative_attention, with their gradient.
 
 Autograd saves the inputs, the output and one fp32 number a query and head. The gradient of the bias takes, for the
-length of the backward pass, B H N (N + M) / 64 fp32 numbers: at 512 tokens an eighth of the bytes of query, key, value
-and output, at 4,096 as many (bf16, D = 64).
+length of the backward pass, B H N (N + M) / n fp32 numbers, with n the queries of dQ's tile: 64 on Hopper for heads of
+up to 64 channels. There they are at 512 tokens an eighth of the bytes of query, key, value and output, at 4,096 as many
+(bf16, D = 64). Elsewhere n is 32, or 16.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def _forward(
     B, N, H, _ = q.shape
     tile = _tiles(q)[0]
     arguments = _arguments(q, k, v, bias, query_document, key_document, causal, scale, dropout, seed)
-    out, lse = _fake_forward(q)
+    out, lse = _outputs(q)
     with torch.cuda.device_of(q):  # Triton launches on the current one
         _relative_fwd_kernel[(triton.cdiv(N, tile.block_m) * B * H,)](out=out, lse=lse, **arguments, **_options(tile))
     return out, lse
 
 
-def _fake_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
@@ -94,7 +95,7 @@ def _backward(
     _, dq_tile, tile = _tiles(q)
     programs = triton.cdiv(N, dq_tile.block_m) * B
     d_out, delta = addressable(d_out), torch.empty_like(lse)
-    dq, dk, dv, d_bias = _fake_backward(d_out, q, k, v, bias, bias_learns)
+    dq, dk, dv, d_bias = _gradients(d_out, q, k, v, bias, bias_learns)
     diagonals = lse.new_zeros((programs, H, N + M - 1) if bias_learns else 0)
     arguments = _arguments(q, k, v, bias, query_document, key_document, causal, scale, dropout, seed)
     arguments |= {"d_out": d_out, "lse": lse, "delta": delta} | _strides("do", "n", d_out)
@@ -108,7 +109,7 @@ def _backward(
     return dq, dk, dv, d_bias
 
 
-def _fake_backward(
+def _gradients(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -144,9 +145,9 @@ def _strides(name: str, place: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_stride_{axis}": stride for axis, stride in zip(("b", place, "h"), x.stride()[:3], strict=True)}
 
 
-forward = Operator("relative_attention", _forward, _fake_forward)
+forward = Operator("relative_attention", _forward, _outputs)
 """(out, lse) of checked arguments."""
-backward = Operator("relative_attention_backward", _backward, _fake_backward)
+backward = Operator("relative_attention_backward", _backward, _gradients)
 """(dq, dk, dv, d_bias) from what `forward` took and gave; d_bias is empty where it is not needed."""
 
 

@@ -15,6 +15,7 @@ Pickled weights (.bin) are read without running what they hold.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,8 +207,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def started_from(path: str | None, key: str = "model.path") -> Path | None:
-    """What a run began with, to be compared with. None for nothing, and where it is gone, which is said."""
-    if path is None or Path(path).exists():
+    """What a run began with, to be compared with. None for nothing, and where it is gone, which is printed."""
+    if path is None or os.path.exists(path):  # False for what cannot be looked at, where Path.exists() raises
         return None if path is None else Path(path)
-    print(f"{key}: {path} is not there any more: the trained model is evaluated alone", file=sys.stderr)
+    print(f"{key}: {path} is not there any more: what the model started from is left out", file=sys.stderr)
     return None

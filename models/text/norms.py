@@ -3,7 +3,8 @@
     x / sqrt(mean(x^2) + eps) * w
 
 Theirs is a chain of operators, each of which reads and writes all of x, and keeps copies of it in fp32 for the backward
-pass. On a GPU torch's is one kernel. In fp32 both give the same bits; in 16 bits torch's rounds once, theirs twice.
+pass. On a GPU torch's is one kernel. In fp32 both give the same bits on a CPU; in 16 bits torch's rounds once, theirs
+twice.
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,10 +35,22 @@ def fuse_norms(lm: nn.Module) -> None:
 @cache
 def _fused(kind: Any) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype:  # under autocast, where the result has the wider one
+        narrows = torch.is_autocast_enabled(hidden_states.device.type)  # or widens: the result's dtype is another there
+        if narrows or hidden_states.dtype != self.weight.dtype:
             theirs: Tensor = kind.forward(self, hidden_states)
             return theirs
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
-    fused: type[nn.Module] = type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+    def reduce(self: Any) -> Any:
+        return _restored, (kind, self.__dict__)
+
+    fused: type[nn.Module] = type(f"Fused{kind.__name__}", (kind,), {"forward": forward, "__reduce__": reduce})
     return fused
+
+
+def _restored(kind: Any, state: dict[str, Any]) -> nn.Module:
+    """One that was pickled or copied."""
+    fused = _fused(kind)
+    module = fused.__new__(fused)
+    module.__dict__.update(state)
+    return module

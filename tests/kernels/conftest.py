@@ -19,7 +19,7 @@ def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_serve_what_torch_s_own_are_faster_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def triton_always_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ROWS_PER_CHANNEL", 0), ("PRODUCTS", 0), ("WIDEST", 256)):
         monkeypatch.setattr(f"trunkline.kernels.attention.flash.{name}", value)
 

@@ -234,6 +234,23 @@ def _peak(backend: FSDPBackend, micro_batches: int) -> int:
     return peak
 
 
+def test_a_step_that_fails_leaves_the_model_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_section, "shares_nothing", shares_nothing)
+    config = configuration(tmp_path, BF16)
+    model = TinyTask(config.data, config.model).build_model()
+    backend = FSDPBackend(model, config, batch_sizes(config.deepspeed, 1), start(), 100)
+    before = backend.model(torch.ones(1, 6)).detach()
+    backend.backward(backend.model(torch.ones(1, 6)).sum(), True)
+
+    def fails() -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(backend.optimizer, "step", fails)
+    with pytest.raises(RuntimeError, match="no room"):
+        backend.step()
+    assert torch.equal(backend.model(torch.ones(1, 6)), before)
+
+
 @pytest.mark.parametrize("section", [{}, BF16], ids=["fp32", "bf16"])
 def test_a_model_that_is_left_alone_is_on_the_ranks_device(
     section: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -178,7 +178,7 @@ def test_torch_s_own_kernels_serve_few_rows_little_work_and_wide_heads_within_th
 
     def serves(B, N, H, D, causal_block=1, key_mask=None, dtype=torch.bfloat16):
         q = torch.empty(B, N, H, D, device="cuda", dtype=dtype)
-        return flash._is_torch_s(q, q, q.dtype, causal_block, key_mask)
+        return flash._torch_serves(q, q, q.dtype, causal_block, key_mask)
 
     with FakeTensorMode():
         assert serves(64, 2048, 8, 64)  # 32 rows a channel

@@ -115,9 +115,9 @@ def test_views_of_one_layer_s_output_are_read_where_they_lie(
     addressable, copied = relative_op.addressable, []
 
     def noted(x: Tensor) -> Tensor:
-        given_on = addressable(x)
-        copied.append(given_on.data_ptr() != x.data_ptr())
-        return given_on
+        passed = addressable(x)
+        copied.append(passed.data_ptr() != x.data_ptr())
+        return passed
 
     monkeypatch.setattr(relative_op, "addressable", noted)
     outs = [
@@ -165,6 +165,25 @@ def test_only_what_a_tile_may_see_is_read(device: torch.device) -> None:
         )
         for x in (out, dq, dk, dv):
             assert x[:, document[0] != 1].isfinite().all()
+
+
+def test_no_key_behind_a_causal_tile_is_read(device: torch.device) -> None:
+    """Of one document: NaN in late keys, which no query of the first tiles sees, and in early queries."""
+    leaves = given(device, 1, 192, 192, H=1)
+    with torch.no_grad():
+        for name in ("key", "value"):
+            leaves[name][:, 128:] = torch.nan
+    options = where(device, 1, 192, 192, "one") | {"causal": True}
+    upstream = torch.ones(1, 192, 1, 8, device=device)
+    out, dq, *_ = value_and_gradients(relative_attention, leaves, upstream, **options)
+    assert out[:, :128].isfinite().all()
+    assert dq[:, :128].isfinite().all()
+    leaves = given(device, 1, 192, 192, H=1)
+    with torch.no_grad():
+        leaves["query"][:, :64] = torch.nan
+    _, _, dk, dv, _ = value_and_gradients(relative_attention, leaves, upstream, **options)
+    assert dk[:, 64:].isfinite().all()
+    assert dv[:, 64:].isfinite().all()
 
 
 def test_documents_are_found_however_far_away(device: torch.device) -> None:
@@ -291,7 +310,7 @@ def test_tensors_without_values_have_the_shapes_of_those_with_some(device: torch
         options = {name: x.long().to(device) for name, x in options.items()}
         upstream = torch.empty(2, 40, 2, 8, device=device)
         out, *gradients = value_and_gradients(relative_attention, leaves, upstream, **options, dropout=0.1)
-    assert [x.shape for x in (out, *gradients)] == [out.shape, *(x.shape for x in leaves.values())]
+    assert [x.shape for x in (out, *gradients)] == [(2, 40, 2, 8), *(x.shape for x in leaves.values())]
 
 
 def test_fp64_and_heads_of_no_multiple_of_8_or_of_more_than_128_are_plain_torch_s(
@@ -320,11 +339,11 @@ def test_offsets_beyond_two_to_the_31_elements(device: torch.device) -> None:
         memory = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)
     else:  # pages that nobody touches cost nothing
         memory = torch.frombuffer(mmap.mmap(-1, 2**32 + 2**21), dtype=torch.float16)
-    near = given(device, 2, 20, 20, dtype=torch.float16)
-    options, upstream = where(device, 2, 20, 20, "packed"), upstream_of(near["query"])
+    near = given(device, 3, 20, 20, H=3, dtype=torch.float16)
+    options, upstream = where(device, 3, 20, 20, "packed"), upstream_of(near["query"])
     want = value_and_gradients(relative_attention, near, upstream, **options)
     for name in ("query", "key", "value", "upstream"):
-        for strides in ((2**31, 32, 8, 1), (8, 32, 2**31, 1)):
+        for strides in ((2**30, 32, 8, 1), (1024, 32, 2**30, 1)):  # of 31 bits, but not their double
             x = upstream if name == "upstream" else near[name].detach()
             far = torch.as_strided(memory, x.shape, strides).copy_(x)
             leaves = near if name == "upstream" else near | {name: far.requires_grad_()}

@@ -16,6 +16,7 @@ from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.launchers.evaluate import main
 from trunkline.models.causal_lm.evaluate import FREQUENCIES, START, TRAINED, Held, compare, frequencies
+from trunkline.models.causal_lm.prepare import prepare
 from trunkline.models.registry import make_task
 
 CPU = torch.device("cpu")
@@ -67,6 +68,7 @@ def test_fine_tuning_is_compared_with_its_start(
     stores: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrained = shutil.copytree(pretrained, tmp_path / "pretrained")
+    stores = shutil.copytree(stores, tmp_path / "stores")
     run = tuned(stores, pretrained, tmp_path, "sft")
     assert main(["--run", str(run), "--out", str(tmp_path / "out")]) == 0
     metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["metrics"]
@@ -85,7 +87,20 @@ def test_fine_tuning_is_compared_with_its_start(
     assert main(["--run", str(run), "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
     assert alone == {TRAINED: pytest.approx(metrics[TRAINED])}
-    assert f"model.path: {pretrained / 'best'} is not there any more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"model.path: {pretrained / 'best'} is not there any more" in said
+    assert "has changed" not in said
+
+    store = stores / "conversations"
+    shutil.rmtree(store)
+    records = (stores / "conversations.jsonl").read_text().splitlines(keepends=True)
+    (stores / "fewer.jsonl").write_text("".join(records[:60]))
+    prepare(
+        [stores / "fewer.jsonl"], store, kind="conversations", val_fraction=0.2, workers=1,
+        tokenizer=stores / "text/tokenizer",
+    )  # fmt: skip
+    assert main(["--run", str(run), "--out", str(tmp_path / "anew")]) == 0
+    assert f"note: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("length_average", [False, True])

@@ -50,14 +50,14 @@ def test_fine_tuning_is_compared_with_its_start(
     assert alone == {TRAINED: pytest.approx(found["metrics"][TRAINED])}
     said = capsys.readouterr().err
     assert f"model.path: {best} is not there any more" in said
-    assert "other content" not in said
+    assert "has changed" not in said
 
     records = tmp_path / "pairs.jsonl"
     records.write_text("".join(records.read_text().splitlines(keepends=True)[:70]))
     shutil.rmtree(pairs)
     prepare([records], pairs, tokenizer=tmp_path / "run/best", val_fraction=0.2)
     assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--generate", "0"]) == 0
-    assert f"note: {pairs} has other content than when {tmp_path / 'run/best'} was trained" in capsys.readouterr().err
+    assert f"note: {pairs} has changed since {tmp_path / 'run/best'} was trained" in capsys.readouterr().err
 
 
 def test_what_was_trained_from_nothing_is_shown_alone_with_every_text(trained_run: Path, tmp_path: Path) -> None:

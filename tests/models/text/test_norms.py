@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import re
 from typing import Any
 
@@ -45,6 +47,10 @@ def test_in_fp32_the_bits_are_those_of_transformers(name: str) -> None:
     assert isinstance(fused, kind_of(name))
     assert type(fused) is not type(theirs)
     assert list(fused.state_dict()) == ["weight"]
+    for other in (pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
+        assert type(other) is type(fused)
+        assert other.weight is not fused.weight
+        assert torch.equal(other(x), fused(x))
 
 
 class Exact(nn.Module):
@@ -77,6 +83,10 @@ def test_other_dtypes_and_other_norms_stay_as_they_are() -> None:
     x = torch.randn(3, 24).bfloat16()
     assert fused(x).dtype == theirs(x).dtype == torch.float32
     assert torch.equal(fused(x), theirs(x))
+    theirs, fused = pair("LlamaRMSNorm", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).dtype == theirs(x).dtype
+        assert torch.equal(fused(x), theirs(x))
 
     class LlamaRMSNorm(nn.LayerNorm):
         """Of another package, with the same name."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models.token_image.conftest import make_store
-from tests.models.token_image.toy_run import said
+from tests.models.token_image.conftest import TEXTS, make_store, write_store
+from tests.models.token_image.toy_run import SMALL, said, train
 from trunkline.engine.checkpoint.weights import saved_facts
 from trunkline.launchers.evaluate import main
 from trunkline.models.token_image import evaluation
@@ -149,3 +149,19 @@ def test_a_store_of_another_tokenizer_is_named(
     path.write_text(json.dumps(raw))
     assert main(["--run", str(run), "--store", str(texts)]) == 2
     assert "its token 97 is 'a', but 'b' to the model" in capsys.readouterr().err
+
+
+def test_a_data_set_that_was_prepared_anew_since_training_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path).root
+    run = train(tmp_path, store, SMALL)
+    evaluate(run, CPU, levels=2, max_samples=1, count=0)
+    assert "has changed" not in capsys.readouterr().err
+    shutil.rmtree(store)
+    shutil.rmtree(tmp_path / "draft", ignore_errors=True)
+    write_store(tmp_path, "texts", [(text.encode(), b"") for text in TEXTS[:3]])
+    evaluate(run, CPU, levels=2, max_samples=1, count=0)
+    assert f"note: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().err
+    evaluate(run, CPU, store=store, levels=2, max_samples=1, count=0)
+    assert "has changed" not in capsys.readouterr().err
