@@ -145,6 +145,7 @@ class DeepSpeedBackend:
         if ranks.world_size == 1 and self._clip is not None and section.communication_data_type is None:
             self.engine.enable_backward_allreduce = False  # it would copy each gradient twice, to reduce nothing
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.engine.zero_grad = self._drop_gradients  # its own looks for them in all modules, in every step
         if parameter_dtype(section) != torch.float32:
             self._begin_as_built(weights)
 
@@ -170,6 +171,10 @@ class DeepSpeedBackend:
             loss = loss * self.loss_scale()
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
     def clip_at(self, max_norm: float) -> None:
         if self._clip is not None:
             self._clip = max_norm
@@ -187,8 +192,7 @@ class DeepSpeedBackend:
             gradients = [p.grad for p in self._parameters]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             if not math.isfinite(norm):
-                for parameter in self._parameters:
-                    parameter.grad = None
+                self._drop_gradients()
                 # as DeepSpeed does in its other modes: no update, no schedule, but the step is counted
                 self.engine.micro_steps += 1
                 self.engine.global_steps += 1
