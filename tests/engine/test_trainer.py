@@ -210,7 +210,8 @@ def test_weights_carry_the_names_that_the_task_gives_and_config_json_what_it_add
     assert saved.keys() == held.keys()
     assert all(torch.equal(saved[name], held[name]) for name in saved)
     found = json.loads((tmp_path / "run/final/config.json").read_text())
-    assert found == {"model_type": "tiny", "dtype": "float32"} | trainer.config.as_dict()
+    added = {"model_type": "tiny", "dtype": "float32", "data_fingerprint": trainer.task.fingerprint()}
+    assert found == added | trainer.config.as_dict()
 
 
 def test_early_stopping_counts_and_stops(tmp_path: Path) -> None:
