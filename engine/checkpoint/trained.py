@@ -1,12 +1,11 @@
 """What every workload reads first of a run that has trained: where its weights are, and its two sections.
 
 trained_sections(run, ...)      the folder of the weights, the "data" and the "model" section
-say_if_other_data(folder, ...)  prints a line if the data set has changed since training
+warn_of_other_data(folder, ...)  warns if the data set has changed since training
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from trunkline.engine.checkpoint.weights import FINGERPRINT, find_weights
 from trunkline.engine.config.json_object import read_json_object
 from trunkline.engine.config.strict import validated
 from trunkline.engine.errors import CheckpointError
+from trunkline.engine.machine.log import LOG
 
 Data = TypeVar("Data", bound=BaseModel)
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,14 +35,13 @@ def trained_sections(run: Path, workload: str, data: type[Data], model: type[Mod
     return folder, found, validated(model, config.get("model"), "model", path)
 
 
-def say_if_other_data(folder: Path, fingerprint: str, place: str | Path) -> None:
-    """Print a line if `place`, the data set of a run's own section, has changed since training.
+def warn_of_other_data(folder: Path, fingerprint: str, place: str | Path) -> None:
+    """Warn if `place`, the data set of a run's own section, has changed since training.
 
     Its first word names the content; a task's fingerprint may add how samples are made of it.
     """
     before = read_json_object(folder / "config.json", finite=False).get(FINGERPRINT)
     if isinstance(before, str) and before.split()[:1] != fingerprint.split()[:1]:
-        print(
-            f"note: {place} has changed since {folder} was trained. Samples of its training may be among those of now",
-            file=sys.stderr,
+        LOG.warning(
+            f"{place} has changed since {folder} was trained. Samples of its training may be among those of now"
         )

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.trained import say_if_other_data
+from trunkline.engine.checkpoint.trained import warn_of_other_data
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
@@ -88,7 +88,7 @@ def compare(
         data = data.model_copy(update={"store": str(store)})
     task = make_task(data, at(folder, model))
     if store is None:
-        say_if_other_data(folder, task.store.fingerprint, task.store.root)
+        warn_of_other_data(folder, task.store.fingerprint, task.store.root)
     held = Held(task, split, device, batch_size, max_samples, progress)
     dataset: Any = task.dataset(split)
     task.store.verify(array.name for array in dataset.arrays)

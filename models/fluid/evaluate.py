@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.trained import say_if_other_data
+from trunkline.engine.checkpoint.trained import warn_of_other_data
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import made_folder
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = load_trained(arguments.run, arguments.device)
     store = Store.open(arguments.store or trained.data.store)
     if arguments.store is None:
-        say_if_other_data(trained.folder, store.fingerprint, store.root)
+        warn_of_other_data(trained.folder, store.fingerprint, store.root)
     result = evaluate(
         trained,
         store,

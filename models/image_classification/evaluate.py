@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.trained import say_if_other_data
+from trunkline.engine.checkpoint.trained import warn_of_other_data
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.machine.files import made_folder, write_json
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(described(trained.folder))
     source = open_source(_data(trained.data, arguments.store, arguments.data_path), trained.size, trained.classes)
     if arguments.store is None and arguments.data_path is None:
-        say_if_other_data(trained.folder, source.fingerprint, f"{trained.data.store or trained.data.path}")
+        warn_of_other_data(trained.folder, source.fingerprint, f"{trained.data.store or trained.data.path}")
     if source.classes != trained.classes:
         raise DataError(_other_classes(source.classes, trained))
     split, images = _held_out(source, arguments.split)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.trained import say_if_other_data
+from trunkline.engine.checkpoint.trained import warn_of_other_data
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
@@ -70,7 +70,7 @@ def compare(
     model = model.model_copy(update={"generation": generation})
     task = make_task(data, at(folder, model))
     if store is None:
-        say_if_other_data(folder, task.store.fingerprint, task.store.root)
+        warn_of_other_data(folder, task.store.fingerprint, task.store.root)
     dataset: Any = task.dataset(split)
     task.store.verify(array.name for array in dataset.arrays)
     size = len(dataset)

@@ -35,8 +35,8 @@ def fuse_norms(lm: nn.Module) -> None:
 @cache
 def _fused(kind: Any) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        narrows = torch.is_autocast_enabled(hidden_states.device.type)  # or widens: the result's dtype is another there
-        if narrows or hidden_states.dtype != self.weight.dtype:
+        casts = hidden_states.dtype != self.weight.dtype or torch.is_autocast_enabled(hidden_states.device.type)
+        if casts:  # the operators of a chain and the one operator have results of different dtypes
             theirs: Tensor = kind.forward(self, hidden_states)
             return theirs
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from trunkline.engine.checkpoint.trained import say_if_other_data
+from trunkline.engine.checkpoint.trained import warn_of_other_data
 from trunkline.engine.checkpoint.weights import described
 from trunkline.engine.data.loading import evaluation_loader
 from trunkline.engine.errors import ConfigError
@@ -88,7 +88,7 @@ def evaluate(
         )
     check_ids(task.tokenizer, trained.folder / "tokenizer", data.store)
     if store is None:
-        say_if_other_data(trained.folder, task.store.fingerprint, data.store)
+        warn_of_other_data(trained.folder, task.store.fingerprint, data.store)
     if trained.kind == "texts" and task.store.kind == "dialogues":
         raise ConfigError(
             f"--store {data.store}: holds dialogues, and the network was trained on texts, which have no condition: "

@@ -87,7 +87,7 @@ def test_fine_tuning_is_compared_with_its_start(
     assert main(["--run", str(run), "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
     assert alone == {TRAINED: pytest.approx(metrics[TRAINED])}
-    said = capsys.readouterr().err
+    said = "".join(capsys.readouterr())
     assert f"model.path: {pretrained / 'best'} is not there any more" in said
     assert "has changed" not in said
 
@@ -100,7 +100,7 @@ def test_fine_tuning_is_compared_with_its_start(
         tokenizer=stores / "text/tokenizer",
     )  # fmt: skip
     assert main(["--run", str(run), "--out", str(tmp_path / "anew")]) == 0
-    assert f"note: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().err
+    assert f"warning: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("length_average", [False, True])

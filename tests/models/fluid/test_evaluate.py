@@ -282,10 +282,10 @@ def test_a_data_set_that_was_prepared_anew_since_training_is_named(tmp_path, cap
     write_run(tmp_path / "run", place)
     evaluate_it = ["--run", str(tmp_path / "run"), "--horizons", "1 minute"]
     assert main(evaluate_it) == 0
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out
     write_toy_store(place, 240, cases=(7, 2, 2))
     assert main(evaluate_it) == 0
-    said = capsys.readouterr().err
-    assert f"note: {place} has changed since {tmp_path / 'run/best'} was trained" in said
+    said = "".join(capsys.readouterr())
+    assert f"warning: {place} has changed since {tmp_path / 'run/best'} was trained" in said
     assert main([*evaluate_it, "--store", str(place)]) == 0
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out

@@ -101,12 +101,12 @@ def test_images_that_came_since_training_are_named(tmp_path: Path, capsys: pytes
     run = write_run(tmp_path, images)
     evaluate_it = ["--run", str(run), "--no-baselines"]
     assert main(evaluate_it) == 0
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out
     write_tree(images, ["train/cat/new.png"])
     assert main(evaluate_it) == 0
-    assert f"note: {images} has changed since {run / 'best'} was trained" in capsys.readouterr().err
+    assert f"warning: {images} has changed since {run / 'best'} was trained" in capsys.readouterr().out
     assert main([*evaluate_it, "--data-path", str(images)]) == 0
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out
 
 
 def test_where_there_is_no_test_split_the_validation_split_is_measured(root: Path, tmp_path: Path) -> None:

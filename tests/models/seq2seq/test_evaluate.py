@@ -48,7 +48,7 @@ def test_fine_tuning_is_compared_with_its_start(
     assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--batch-size", "5"]) == 0
     alone = json.loads((tmp_path / "alone/evaluation.json").read_text())["metrics"]
     assert alone == {TRAINED: pytest.approx(found["metrics"][TRAINED])}
-    said = capsys.readouterr().err
+    said = "".join(capsys.readouterr())
     assert f"model.path: {best} is not there any more" in said
     assert "has changed" not in said
 
@@ -57,7 +57,7 @@ def test_fine_tuning_is_compared_with_its_start(
     shutil.rmtree(pairs)
     prepare([records], pairs, tokenizer=tmp_path / "run/best", val_fraction=0.2)
     assert main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "alone"), "--generate", "0"]) == 0
-    assert f"note: {pairs} has changed since {tmp_path / 'run/best'} was trained" in capsys.readouterr().err
+    assert f"warning: {pairs} has changed since {tmp_path / 'run/best'} was trained" in capsys.readouterr().out
 
 
 def test_what_was_trained_from_nothing_is_shown_alone_with_every_text(trained_run: Path, tmp_path: Path) -> None:

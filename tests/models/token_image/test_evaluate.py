@@ -157,11 +157,11 @@ def test_a_data_set_that_was_prepared_anew_since_training_is_named(
     store = make_store(tmp_path).root
     run = train(tmp_path, store, SMALL)
     evaluate(run, CPU, levels=2, max_samples=1, count=0)
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out
     shutil.rmtree(store)
     shutil.rmtree(tmp_path / "draft", ignore_errors=True)
     write_store(tmp_path, "texts", [(text.encode(), b"") for text in TEXTS[:3]])
     evaluate(run, CPU, levels=2, max_samples=1, count=0)
-    assert f"note: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().err
+    assert f"warning: {store} has changed since {run / 'best'} was trained" in capsys.readouterr().out
     evaluate(run, CPU, store=store, levels=2, max_samples=1, count=0)
-    assert "has changed" not in capsys.readouterr().err
+    assert "has changed" not in capsys.readouterr().out
