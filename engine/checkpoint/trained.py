@@ -1,6 +1,6 @@
 """What every workload reads first of a run that has trained: where its weights are, and its two sections.
 
-trained_sections(run, ...)      the folder of the weights, the "data" and the "model" section
+trained_sections(run, ...)       the folder of the weights, the "data" and the "model" section
 warn_of_other_data(folder, ...)  warns if the data set has changed since training
 """
 
