@@ -26,9 +26,7 @@ does; but of two tiles it tells which one leaves less to wait for.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +36,7 @@ import torch
 
 from trunkline.benchmarks.offline_compiler import (
     compile_for,
+    gate,
     product_loops,
     resources,
     run_tool,
@@ -343,18 +342,13 @@ def _type(argument: str, dtype: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", action="store_true", help="every dtype and pattern too, not one of each tile")
-    parser.add_argument("--only", default="", help="a regular expression for the names in the first column")
-    arguments = parser.parse_args()
-    failures = 0
-    for configuration in configurations(arguments.every):
-        if re.search(arguments.only, str(configuration)):
-            usage = measure(configuration)
-            broken = limits_broken(configuration, usage)
-            print(table_row(configuration, usage) + "".join(f"  [{reason}]" for reason in broken), flush=True)
-            failures += bool(broken)
-    raise SystemExit(f"{failures} configurations break a limit" if failures else 0)
+    gate(__doc__, "not one of each tile", configurations, looked_at)
+
+
+def looked_at(configuration: Configuration) -> tuple[str, list[str]]:
+    """Its line of the table, and what fails the gate."""
+    usage = measure(configuration)
+    return table_row(configuration, usage), limits_broken(configuration, usage)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ tiles; 16-bit products without tensor cores; rows that are not loaded 16 bytes a
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from trunkline.benchmarks.compile_gate import SHARED_MEMORY_LIMIT, STACK
-from trunkline.benchmarks.offline_compiler import compile_for, product_loops, resources, wide_loads
+from trunkline.benchmarks.offline_compiler import compile_for, gate, product_loops, resources, wide_loads
 from trunkline.kernels.attention import relative_kernels
 from trunkline.kernels.attention.relative_op import choose_tiles, padded
 from trunkline.kernels.attention.tiles import Tile
@@ -128,27 +126,21 @@ def _compile(configuration: Configuration) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", action="store_true", help="every dtype and pattern too, not the one with most code")
-    parser.add_argument("--only", default="", help="a regular expression for the names in the first column")
-    arguments = parser.parse_args()
-    failures = 0
-    for configuration in configurations(arguments.every):
-        if not re.search(arguments.only, str(configuration)):
-            continue
-        usage, tile = measure(configuration), configuration.tile
-        broken = limits_broken(configuration, usage)
-        row = (
-            f"{configuration!s:56} {tile.block_m:3} x {tile.block_n:3}, {tile.num_warps} warps: "
-            f"{usage.registers:3} registers, {usage.spilled_bytes:2} bytes spilled, "
-            f"{usage.shared_bytes / 1024:5.1f} KiB shared"
-        )
-        if usage.loop:
-            a_score = usage.loop * 32 * tile.num_warps / (tile.block_m * tile.block_n)
-            row += f", {a_score:4.1f} instructions a score, {usage.spills_in_loop} spills in the loop"
-        print(row + "".join(f"  [{reason}]" for reason in broken), flush=True)
-        failures += bool(broken)
-    raise SystemExit(f"{failures} configurations break a limit" if failures else 0)
+    gate(__doc__, "not the one with most code", configurations, looked_at)
+
+
+def looked_at(configuration: Configuration) -> tuple[str, list[str]]:
+    """Its line of the table, and what fails the gate."""
+    usage, tile = measure(configuration), configuration.tile
+    row = (
+        f"{configuration!s:56} {tile.block_m:3} x {tile.block_n:3}, {tile.num_warps} warps: "
+        f"{usage.registers:3} registers, {usage.spilled_bytes:2} bytes spilled, "
+        f"{usage.shared_bytes / 1024:5.1f} KiB shared"
+    )
+    if usage.loop:
+        a_score = usage.loop * 32 * tile.num_warps / (tile.block_m * tile.block_n)
+        row += f", {a_score:4.1f} instructions a score, {usage.spills_in_loop} spills in the loop"
+    return row, limits_broken(configuration, usage)
 
 
 if __name__ == "__main__":

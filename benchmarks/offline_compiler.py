@@ -1,19 +1,22 @@
-"""A Triton kernel compiled for a GPU that need not be there.
+"""A Triton kernel compiled for a GPU that need not be there, and the command that looks at many.
 
 Triton compiles for any architecture, and brings the assembler and the disassembler that tell.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from trunkline.kernels.triton_path import triton
+
+C = TypeVar("C")
 
 
 def compile_for(
@@ -108,3 +111,24 @@ def _disassembled(cubin: bytes) -> str:
 def run_tool(*command: str) -> str:
     """What a command prints, errors included. Raises CalledProcessError."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def gate(
+    description: str, not_every: str, configurations: Callable[[bool], Iterable[C]],
+    looked_at: Callable[[C], tuple[str, list[str]]],
+) -> None:  # fmt: skip
+    """Print a line for each configuration, and what is broken there. Ends the process with 1 if anything is.
+
+    configurations: all of them, or those that stand for all; looked_at: a line, and what is broken
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--every", action="store_true", help=f"every dtype and pattern too, {not_every}")
+    parser.add_argument("--only", default="", help="a regular expression for the names in the first column")
+    arguments = parser.parse_args()
+    failures = 0
+    for configuration in configurations(arguments.every):
+        if re.search(arguments.only, str(configuration)):
+            line, broken = looked_at(configuration)
+            print(line + "".join(f"  [{reason}]" for reason in broken), flush=True)
+            failures += bool(broken)
+    raise SystemExit(f"{failures} configurations break a limit" if failures else 0)
