@@ -43,5 +43,5 @@ def warn_of_other_data(folder: Path, fingerprint: str, place: str | Path) -> Non
     before = read_json_object(folder / "config.json", finite=False).get(FINGERPRINT)
     if isinstance(before, str) and before.split()[:1] != fingerprint.split()[:1]:
         LOG.warning(
-            f"{place} has changed since {folder} was trained. Samples of its training may be among those of now"
+            f"{place} has changed since {folder} was trained. Samples that it was trained on may be evaluated now"
         )
