@@ -12,12 +12,12 @@ What differs from the protocol, and is put right here:
   more and counts a step that was none. They begin as the model was built, and the optimizer with nothing.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - On one rank in fp32 ZeRO would copy each parameter and gradient to share them with nobody: there every stage is 0.
+  The engine's own forward and backward would only measure themselves there. They are called if its report is wanted.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,11 +45,11 @@ from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
 
-def quiet() -> None:
-    """Leave DeepSpeed's warnings, without its narration and torch's remarks on the collectives that it calls."""
-    from deepspeed.utils import logger
+def quiet(level: str) -> None:
+    """Leave DeepSpeed's lines of that level and above, without torch's remarks on the collectives that it calls."""
+    from deepspeed.utils.logging import set_log_level_from_string
 
-    logger.setLevel(logging.WARNING)
+    set_log_level_from_string(level)
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
@@ -105,10 +105,11 @@ class DeepSpeedBackend:
         import deepspeed
         from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-        quiet()
-        join(ranks.device)
         section = config.deepspeed
-        if deepspeed_section.shares_nothing(section, ranks.world_size):
+        quiet("info" if section.dump_state else "warning")
+        join(ranks.device)
+        alone = deepspeed_section.shares_nothing(section, ranks.world_size)
+        if alone:
             zero = type(section.zero_optimization)(stage=0)
             section = section.model_copy(update={"zero_optimization": zero})
         if config.training.compile:  # ZeRO 3 gathers a whole block then, for its hooks must stand around a graph
@@ -129,6 +130,8 @@ class DeepSpeedBackend:
                 )
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"deepspeed: DeepSpeed does not accept this section: {error}") from error
+        if section.reports and section.log_level is None:
+            quiet("info")  # only now: it narrates its start
         for module, name, buffer in buffers:
             if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(ranks.device)
@@ -136,8 +139,9 @@ class DeepSpeedBackend:
         self.engine.eval = MethodType(nn.Module.eval, self.engine)
         take_whole_steps(self.engine.optimizer)
         self._scales_losses = self.engine.fp16_enabled() and not isinstance(self.engine.optimizer, ZeROOptimizer)
-        self.model: nn.Module = self.engine
         self.module: nn.Module = self.engine.module
+        self._direct = alone and not section.reports
+        self.model: nn.Module = self.module if self._direct else self.engine
         self._ranks, self._layout = ranks, ZeroLayout(self.engine, ranks)
         if hasattr(scaler := self._dynamic_scaler(), "raise_error_at_min_scale"):
             scaler.raise_error_at_min_scale = False  # the trainer ends the run, and not at the first such step
@@ -165,6 +169,9 @@ class DeepSpeedBackend:
 
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(is_last)
+        if self._direct:
+            loss.backward()
+            return
         if self._ranks.world_size > 1:
             loss = loss * self._ranks.world_size
         if self._scales_losses:

@@ -173,6 +173,12 @@ class DeepSpeedSection(Part):
     use_node_local_storage: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
     wall_clock_breakdown: bool = Field(default=False, description="print DeepSpeed's times of each phase")
 
+    @property
+    def reports(self) -> bool:
+        """Whether DeepSpeed is to print what training does."""
+        parts = any(part is not None and part.enabled for part in (self.flops_profiler, self.comms_logger))
+        return parts or self.wall_clock_breakdown or bool(self.memory_breakdown or self.steps_per_print)
+
     @model_validator(mode="before")
     @classmethod
     def _no_refused_key(cls, section: Any) -> Any:

@@ -6,6 +6,8 @@ In 16 bits FSDP narrows it without fully_shard, whose numbers and checkpoints it
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +46,34 @@ def test_nothing_is_sharded_and_the_losses_are_a_plain_loop_s(
     else:
         assert type(trainer.backend.module) is type(task.build_model())  # fully_shard changes a module's class
     trainer.run()
+    assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"wall_clock_breakdown": True}, "fwd_microstep: "),
+        ({"memory_breakdown": True}, "Engine before forward"),
+        ({"steps_per_print": 1}, "RunningAvgSamplesPerSec="),
+        ({"flops_profiler": {"enabled": True, "profile_step": 2}}, "(enter): Linear("),
+        ({"comms_logger": {"enabled": True, "verbose": True}}, ""),  # there is nobody to send to
+        ({"dump_state": True}, "lr_scheduler ..."),
+        ({}, ""),
+    ],
+)
+def test_deepspeed_reports_what_it_is_asked_to_and_the_losses_stay(
+    section: dict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deepspeed_section, "shares_nothing", shares_nothing)
+    log = io.StringIO()
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        monkeypatch.setattr(handler, "stream", log)
+    config = tiny_config(tmp_path, training={"steps": 8}, deepspeed=section)
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run")
+    assert (trainer.backend.model is trainer.backend.module) == (section.keys() <= {"dump_state"})
+    trainer.run()
+    assert said in log.getvalue() + capfd.readouterr().out
+    assert ("[INFO]" in log.getvalue()) == bool(section.keys() & {"steps_per_print", "flops_profiler", "dump_state"})
     assert losses(tmp_path / "run") == pytest.approx(reference_losses(config), rel=1e-5)
 
 
