@@ -91,12 +91,12 @@ def normal(keys: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    halves = _words(keys, pairs, ~stream).view(torch.int32).to(torch.float32)
-    radius, angle = halves.view(len(keys), 2, pairs).unbind(1)
+    halves = _words(keys, pairs, ~stream).view(torch.int32).view(len(keys), 2, pairs)
+    radius, angle = halves.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     radius.add_(0.5).abs_().mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
     angle.mul_(2 * math.pi * 2.0**-32)
-    both = torch.cat([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=1)
-    return both[:, :count].reshape(len(keys), *shape)
+    sines = angle.sin().mul_(radius)[:, : count - pairs]
+    return torch.cat([angle.cos_().mul_(radius), sines], dim=1).view(len(keys), *shape)
 
 
 def _words(keys: Tensor, count: int, stream: int) -> Tensor:
