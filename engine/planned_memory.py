@@ -110,9 +110,9 @@ class _NormsOfAGpu(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.rms_norm:
-            weight = kwargs["weight"]
-            if weight is None or weight.dtype == args[0].dtype:  # a GPU, too, has a chain for mixed dtypes
-                return F.layer_norm(*args, weight)
+            (hidden, shape), weight = args, kwargs["weight"]
+            if weight is None or weight.dtype == hidden.dtype:  # a GPU, too, has a chain for mixed dtypes
+                return F.layer_norm(hidden, shape, weight)
         return func(*args, **kwargs)
 
 
