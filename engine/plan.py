@@ -15,6 +15,7 @@ from trunkline.engine.config.deepspeed_section import (
     BatchSizes,
     batch_sizes,
     bucket_size,
+    gathers_gradients,
     keeps_together,
     parameter_dtype,
 )
@@ -185,6 +186,7 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int | None) -> tu
     for key in [key for key in ranks if section[key] == "auto"]:
         section[key], origins[f"deepspeed.{key}"] = ranks[key], "auto"
     left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
+    left["contiguous_gradients"] = gathers_gradients(config.deepspeed, sizes.world_size)
     zero |= {key: left[key] for key in left if origins.get(f"deepspeed.zero_optimization.{key}") == "auto"}
     return shown, origins
 
