@@ -95,7 +95,8 @@ def measure(
         warm_up, kept = 1 + 2 * workers, {}
         for side, each in ours.items():
             task = make_task(each)
-            if (found := activation_bytes(task, task.build_model(), each, micro_batch_size)) is not None:
+            found = activation_bytes(task, task.build_model(), each, micro_batch_size, torch.cuda.is_available())
+            if found is not None:
                 kept[side] = found
         flops = make_task(ours[OURS]).flops_per_sample()
         makers: list[Callable[[], AbstractContextManager[Any]]] = [

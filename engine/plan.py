@@ -11,7 +11,14 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes, bucket_size, keeps_together
+from trunkline.engine.config.deepspeed_section import (
+    BatchSizes,
+    batch_sizes,
+    bucket_size,
+    gathers_gradients,
+    keeps_together,
+    parameter_dtype,
+)
 from trunkline.engine.config.direction import with_direction
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.data.order import GlobalBatches, lengths_of
@@ -39,7 +46,7 @@ def make_plan(
 
     `config` is ready (readiness.py). Batch sizes are the configured ones unless given. Activations are those that
     autograd keeps for one micro-batch, counted by running the loss on fake tensors, which have shapes but no memory;
-    null where the model cannot run so.
+    null where the model cannot run so. In 16 bits they are those on a GPU, whether or not there is one here.
 
     Where there are no data, figures that depend on them are null, and "unknown" says why. `samples` stands in for the
     number of training samples, and an error for a model that cannot be built without data.
@@ -127,7 +134,8 @@ def _weights(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations = None
     try:
-        activations = activation_bytes(task, model, config, sizes.micro_batch_size)
+        gpu = torch.cuda.is_available() or parameter_dtype(config.deepspeed) != torch.float32
+        activations = activation_bytes(task, model, config, sizes.micro_batch_size, gpu)
     except MissingDataError as error:
         unknown["memory of activations"] = str(error)
     return {
@@ -178,6 +186,7 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int | None) -> tu
     for key in [key for key in ranks if section[key] == "auto"]:
         section[key], origins[f"deepspeed.{key}"] = ranks[key], "auto"
     left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
+    left["contiguous_gradients"] = gathers_gradients(config.deepspeed, sizes.world_size)
     zero |= {key: left[key] for key in left if origins.get(f"deepspeed.zero_optimization.{key}") == "auto"}
     return shown, origins
 

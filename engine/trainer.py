@@ -44,7 +44,7 @@ from trunkline.engine.ranks.watchdog import Watchdog
 from trunkline.engine.readiness import ready
 from trunkline.engine.record.boards import require_boards
 from trunkline.engine.record.meter import Meter, brief
-from trunkline.engine.record.metrics_file import RESUMED
+from trunkline.engine.record.metrics_file import MEASURED_BEFORE, RESUMED
 from trunkline.engine.record.run_folder import claim, in_use, release
 from trunkline.engine.record.trackers import Trackers, make_trackers
 from trunkline.engine.room import Room
@@ -146,11 +146,13 @@ class Trainer(Run):
         notes = [*task.notes(), *self.assembly.notes, *self.micro.notes]
         self.say("\n".join([render_summary(self.assembly.plan), *notes]))
         keep_assets(folder, task, config, ranks)
-        for note in BestWeights(folder, task, config, self.progress).settle(found, ranks):
+        best = BestWeights(folder, task, config, self.progress)
+        for note in best.settle(found, ranks):
             self.say(f"note: {note}")
         on_main(self._open_trackers, ranks, f"{folder}: cannot keep metrics")
         if found is not None and self.progress.step < self.total_steps:
-            self.log(RESUMED, {}, self.assembly.resumed)
+            otherwise = {MEASURED_BEFORE: best.changed} if best.changed else {}
+            self.log(RESUMED, {}, self.assembly.resumed | otherwise)
         self._saved_step = self.progress.step if found and found.path.parent == self.checkpoints.folder else None
         self.lookout = Lookout(ranks)
         self.room = Room(self)

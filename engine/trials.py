@@ -128,7 +128,8 @@ def _counted_bytes(trainer: Trainer, candidates: list[int]) -> list[float]:
     two, four = 0, 0
     if not (settings.activation_checkpointing or settings.compile):  # neither of which the count knows
         model = freeze(trainer.task.build_model(), trainer.config)
-        two, four = (activation_bytes(trainer.task, model, trainer.config, size) or 0 for size in (2, 4))
+        gpu = trainer.ranks.device.type == "cuda"
+        two, four = (activation_bytes(trainer.task, model, trainer.config, size, gpu) or 0 for size in (2, 4))
     return [states + max(0.0, two + (four - two) / 2 * (size - 2)) for size in candidates]
 
 

@@ -29,9 +29,14 @@ hypothesis.settings.register_profile("house", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("house")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, so that a run does the same on every machine, and have Triton interpret; unless only GPU tests run."""
-    if not selects_gpu_tests_alone(config.option.markexpr):
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Hide GPUs, so that a run does the same on every machine, and have Triton interpret; unless only GPU tests run.
+
+    No option is added. This hook alone is called before conftest.py files further down are imported, which may import
+    kernels.
+    """
+    config = pluginmanager.get_plugin("pytestconfig")
+    if not selects_gpu_tests_alone(config.known_args_namespace.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import_interpreted()
 

@@ -1,5 +1,9 @@
 """What a mark expression asks for: GPU tests run compiled, all others interpreted and without a GPU."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import selects_gpu_tests_alone
@@ -28,3 +32,13 @@ def test_an_expression_that_selects_gpu_tests_alone(markexpr):
 )
 def test_an_expression_that_selects_other_tests_too_or_alone(markexpr):
     assert not selects_gpu_tests_alone(markexpr)
+
+
+def test_kernels_are_interpreted_also_where_a_conftest_of_other_tests_imports_them():
+    paths = [
+        "tests/models/token_image/test_levels.py",
+        "tests/kernels/test_masked_mse_kernels.py::test_the_same_bits_in_every_run",
+    ]
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "same_bits"]
+    run = subprocess.run([*pytest_, *paths], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stdout

@@ -13,6 +13,7 @@ What differs from the protocol, and is put right here:
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - On one rank in fp32 ZeRO would copy each parameter and gradient to share them with nobody: there every stage is 0.
   The engine's own forward and backward would only measure themselves there. They are called if its report is wanted.
+- On one rank in 16 bits stages 1 and 2 do not gather gradients, which would copy each.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
 
@@ -34,7 +35,13 @@ from trunkline.engine.backends.model_options import blocks
 from trunkline.engine.backends.whole_steps import take_whole_steps
 from trunkline.engine.backends.zero_layout import ZeroLayout
 from trunkline.engine.config import deepspeed_section
-from trunkline.engine.config.deepspeed_section import BatchSizes, DeepSpeedSection, bucket_size, parameter_dtype
+from trunkline.engine.config.deepspeed_section import (
+    BatchSizes,
+    DeepSpeedSection,
+    bucket_size,
+    gathers_gradients,
+    parameter_dtype,
+)
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.optim.extensions import compilation_watched
@@ -79,6 +86,7 @@ def deepspeed_config(section: DeepSpeedSection, sizes: BatchSizes, num_parameter
     zero = config["zero_optimization"]
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero.setdefault(bucket, bucket_size(num_parameters))
+    zero.setdefault("contiguous_gradients", gathers_gradients(section, sizes.world_size))
     for part in zero.keys() & {"offload_optimizer", "offload_param"}:
         zero[part] = {key: zero[part][key] for key in ("device", "pin_memory")}  # the others ask for nothing
     if section.optimizer.is_deepspeed_only:

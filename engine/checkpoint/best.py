@@ -36,12 +36,16 @@ BEST, FINAL = "best", "final"
 
 @dataclass
 class BestWeights:
-    """The best weights of a run that begins or resumes, by its folder and the state that it begins in."""
+    """The best weights of a run that begins or resumes, by its folder and the state that it begins in.
+
+    changed: after `settle`, in what the evaluations before a resume differ from those to come; empty if they do not
+    """
 
     folder: Path
     task: Task
     config: RunConfig
     progress: Progress
+    changed: str = ""
 
     @property
     def best(self) -> Best:
@@ -57,6 +61,7 @@ class BestWeights:
         Returns what was done, for whoever starts the run. Raises CheckpointError.
         """
         notes = []
+        self.changed = self._judged_otherwise(found) if found is not None else ""
         known = self.progress.best_metric, self.progress.best_mode
         if known[0] and known != (self.best.metric, self.best.mode):
             notes.append(
@@ -64,8 +69,10 @@ class BestWeights:
                 f"{self.best.metric} ({self.best.mode}): the next evaluation is the first to count"
             )
             self.progress.forget_best()
-        elif known[0] and found is not None and (changed := self._judged_otherwise(found)):
-            notes.append(f"the best weights so far were judged {changed}: the next evaluation is the first to count")
+        elif known[0] and self.changed:
+            notes.append(
+                f"the best weights so far were judged {self.changed}: the next evaluation is the first to count"
+            )
             self.progress.forget_best()
 
         def put_in_place() -> None:

@@ -239,6 +239,14 @@ def shares_nothing(section: DeepSpeedSection, world_size: int) -> bool:
     return world_size == 1 and not narrow and not elsewhere
 
 
+def gathers_gradients(section: DeepSpeedSection, world_size: int) -> bool:
+    """Whether gradients are copied into one buffer as they come, where it is not said: ZeRO 1 and 2 do it for the other
+    ranks, if there are any, and for what is offloaded."""
+    zero = section.zero_optimization
+    own = zero.offload_optimizer or section.optimizer.is_deepspeed_only
+    return world_size > 1 or zero.stage not in (1, 2) or bool(own)
+
+
 def bucket_size(num_parameters: int) -> int:
     """DeepSpeed's buckets where none are given: its default is a gigabyte, for the smallest model too."""
     return min(ZERO_DEFAULTS["reduce_bucket_size"], -(-num_parameters // 1024) * 1024)

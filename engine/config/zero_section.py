@@ -141,7 +141,9 @@ class Zero(Part):
         None, description="gather updated parameters by all-gather; else by broadcasts"
     )
     stage3_allgather_sequential: bool | None = Field(None, description="gather parameters one after the other")
-    contiguous_gradients: bool | None = Field(None, description="copy gradients into one buffer as they come")
+    contiguous_gradients: bool | None = Field(
+        None, description="copy gradients into one buffer as they come; not by default at stages 1 and 2 on one rank"
+    )
     enable_sanity_checks: bool | None = Field(None, description="check that ranks gather the same parameters")
     elastic_checkpoint: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
     stage3_gather_16bit_weights_on_model_save: Annotated[bool | None, idle(_WHOLE, None, False)] = None
@@ -191,9 +193,9 @@ class Zero(Part):
     zero_quantized_nontrainable_weights: bool | None = Field(None, description="keep frozen weights as 8-bit numbers")
     zero_quantized_weights: bool | None = Field(None, description="gather weights as 8-bit numbers (qwZ)")
 
-    # the engine sizes these two by the model, DeepSpeed overlaps by the stage
+    # the engine sizes the buckets by the model and gathers gradients by the ranks, DeepSpeed overlaps by the stage
     left_out: ClassVar[dict[str, Any]] = ZERO_DEFAULTS | dict.fromkeys(
-        ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size")
+        ("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size")
     )
 
     @model_validator(mode="before")

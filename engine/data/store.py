@@ -171,7 +171,7 @@ class ArrayStore:
 
     @classmethod
     def _remedy(cls, root: Path) -> str:
-        return f"remove it and prepare the data set again, `{cls.prepare} {root}`"
+        return f"remove {root} and prepare the data set again, `{cls.prepare} {root}`"
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compare the values of these arrays, or of all, with their digests, by several threads.

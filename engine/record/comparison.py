@@ -174,6 +174,11 @@ def _notes(runs: Runs) -> list[str]:
         for name, run in runs.items()
         if run.validation_loss
     ]
+    notes += [
+        f"{name}: {run.measured_before}: the best is one of the later ones"
+        for name, run in runs.items()
+        if run.measured_before
+    ]
     return notes
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.engine.machine.reading import read_object, reason
-from trunkline.engine.record.metrics_file import METRICS, RESUMED, damaged_lines, is_position, read_metrics
+from trunkline.engine.record.metrics_file import (
+    MEASURED_BEFORE,
+    METRICS,
+    RESUMED,
+    damaged_lines,
+    is_position,
+    read_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,27 @@ class History:
 
     @cached_property
     def best_step(self) -> int | None:
-        """The step of its best value, if it was ever measured."""
-        series, sign = self.series("val", self.decides), -1 if self._best.get("mode") == "max" else 1
-        order = sorted(zip(series.values, series.steps, strict=True), key=lambda pair: (sign * pair[0], pair[1]))
-        return order[0][1] if order else None
+        """The step of its best value, of those that were measured as the last one was, if there are any."""
+        sign = -1 if self._best.get("mode") == "max" else 1
+        values = [(row[self.decides], row["step"]) for row in self._alike[1] if is_number(row.get(self.decides))]
+        return min(((sign * value, step) for value, step in values), default=(0, None))[1]
+
+    @property
+    def measured_before(self) -> str:
+        """Which evaluations were measured otherwise than the last one, and in what; empty if none were."""
+        resume = self._alike[0]
+        return f"evaluations up to step {resume['step']:,} were measured {resume[MEASURED_BEFORE]}" if resume else ""
+
+    @cached_property
+    def _alike(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The line of the last resume that changed how it is measured, if an evaluation followed, and all that did."""
+        evaluations: list[dict[str, Any]] = []
+        for row in reversed(self.rows):
+            if row.get("split") == "val":
+                evaluations.append(row)
+            elif evaluations and row.get("split") == RESUMED and MEASURED_BEFORE in row:
+                return row, evaluations
+        return {}, evaluations
 
     @property
     def best_evaluation(self) -> dict[str, Any]:

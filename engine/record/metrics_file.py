@@ -26,9 +26,10 @@ from trunkline.engine.progress import Progress
 
 METRICS = "metrics.jsonl"
 """The name of the file in a run's folder."""
-RESUMED = "resumed"
+RESUMED, MEASURED_BEFORE = "resumed", "measured_before"
 """The split of the line that a resume leaves: "from" which layout, or which file of another program, "to" which layout
-and, where the run follows another schedule from there on, "lr_before" and "lr_after"."""
+and, where the run follows another schedule from there on, "lr_before" and "lr_after". Where evaluations measure
+otherwise from there on, "measured_before" says in what those before differ."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 

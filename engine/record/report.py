@@ -144,7 +144,8 @@ def _facts(history: History) -> list[tuple[str, str]]:
     if best_step is not None:
         deciding = history.series("val", history.decides)
         value = deciding.values[deciding.steps.index(best_step)]
-        facts.append((f"best validation {history.decides}", f"{value:.6g} at step {best_step:,}"))
+        before = f"; {said}" if (said := history.measured_before) else ""
+        facts.append((f"best validation {history.decides}", f"{value:.6g} at step {best_step:,}{before}"))
     if (loss := history.series("train", "loss")).values:
         facts.append(("last training loss", f"{loss.values[-1]:.6g}"))
     if differs := history.validation_loss:

@@ -45,9 +45,10 @@ def relative_attention(
     """[B, N, H, D] from query [B, N, H, D], key and value [B, M, H, D], of one dtype.
 
     Args:
-        query_document, key_document: int64 [B, N] and [B, M], the number of the document that a token is of, below
-            2**31, -1 at padding. A query attends to the keys of its document. One without any, such as padding, gets 0.
-            Padding may hold any values whose products are finite.
+        query_document, key_document: int64 [B, N] and [B, M], the number of the document that a token is of, -1 at
+            padding. A query attends to the keys of its document. One without any, such as padding, gets 0. Padding may
+            hold any values whose products are finite. A number must be below 2**31, which is not checked: of a higher
+            one the kernels read the lower 32 bits. Numbers counted from 0 along a row are below N and M.
         bias: [H, N + M - 1]; entry j - i + N - 1 is added to the score of query i and key j.
         causal: key j is seen from query i >= j on.
         dropout: the share of probabilities that are set to 0; the others are divided by 1 - dropout. A call takes one

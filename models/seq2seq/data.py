@@ -8,7 +8,7 @@
 A batch of pairs, N and M the longest row's tokens rounded up to a multiple of 8, but no more than a row has room for:
 
     input_ids          [B, N] int64  what the encoder reads, PAD behind it
-    input_document     [B, N] int64  the number of the sample within its row, -1 at padding
+    input_document     [B, N] int64  the number of the sample within its row, counted from 0, -1 at padding
     decoder_input_ids  [B, M] int64  PAD (the start), then the targets but for the last
     targets            [B, M] int64  what the decoder writes; IGNORE at padding
     target_document    [B, M] int64  as input_document

@@ -219,7 +219,7 @@ def test_auto_is_decided_shown_by_the_plan_and_written_into_the_record(tmp_path:
     config = config_of(tmp_path, stage=1, schedule={"type": "WarmupDecayLR", "params": warmup}, betas="auto")
     raw = json.loads(Path(config.source).read_text())
     raw["deepspeed"] |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
-    raw["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = "auto"
+    raw["deepspeed"]["zero_optimization"] |= {"reduce_bucket_size": "auto", "contiguous_gradients": "auto"}
     config = tiny_config(tmp_path, deepspeed=raw["deepspeed"])
     task = TinyTask(config.data, config.model)
     assert planned_batches(task, config, 2).per_epoch == 5
@@ -234,6 +234,7 @@ def test_auto_is_decided_shown_by_the_plan_and_written_into_the_record(tmp_path:
         "scheduler.params.warmup_num_steps": "1",
         "scheduler.params.warmup_max_lr": "0.01",
         "zero_optimization.reduce_bucket_size": "1024",
+        "zero_optimization.contiguous_gradients": "True",
     }.items():
         assert (shown[f"deepspeed.{key}"][0], shown[f"deepspeed.{key}"][-1]) == (value, "(auto)"), key
 

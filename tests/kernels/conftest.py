@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from trunkline.kernels import triton_path
+
 
 @pytest.fixture(autouse=True)
 def torch_s_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +68,6 @@ def bf16_rounds_to_nearest(device: torch.device, monkeypatch: pytest.MonkeyPatch
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Within, the kernels run on CPU tensors, as far as tests/interpreted.py has imported them."""
-    from trunkline.kernels import triton_path  # not before tests/conftest.py has chosen how
-
     if triton_path.triton is None:
         pytest.skip("needs Triton")
     with pytest.MonkeyPatch.context() as patch:

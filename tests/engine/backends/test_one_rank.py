@@ -204,6 +204,28 @@ def test_a_checkpoint_of_either_goes_on_as_the_other_to_the_last_bit(tmp_path: P
     assert_same_tensors(tmp_path / "on/final/model.safetensors", tmp_path / "whole/final/model.safetensors")
 
 
+@pytest.mark.parametrize("section", [BF16, FP16])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_gathers_no_gradients_unless_told_and_the_numbers_are_the_same(
+    tmp_path: Path, stage: int, section: dict[str, Any]
+) -> None:
+    options = {
+        "told": {"stage": stage, "contiguous_gradients": True},
+        "left": {"stage": stage, "contiguous_gradients": "auto"},
+    }
+    for name, zero in options.items():
+        config = configuration(tmp_path, section | {"zero_optimization": zero})
+        trainer = train(tmp_path / name, config, alone=True, backend="deepspeed")
+        gathers = name == "told"
+        assert trainer.backend.engine.optimizer.contiguous_gradients == gathers  # type: ignore[attr-defined]
+        assert trainer.assembly.plan["config"]["deepspeed"]["zero_optimization"]["contiguous_gradients"] == gathers
+    assert [_numbers(row) for row in lines(tmp_path / "left")] == [_numbers(row) for row in lines(tmp_path / "told")]
+    train(tmp_path / "on", config, True, "deepspeed", resume=str(tmp_path / "told/checkpoints/step-00000004"))
+    assert losses(tmp_path / "on") == losses(tmp_path / "told")[4:]
+    for name in ("left", "on"):
+        assert_same_tensors(tmp_path / name / "final/model.safetensors", tmp_path / "told/final/model.safetensors")
+
+
 def go_on(rank: int, world_size: int, folder: Path, source: str, names: Sequence[tuple[str, str]]) -> None:
     """Go on from the first checkpoint of `source`: as many runs as there are names, each on a backend."""
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):

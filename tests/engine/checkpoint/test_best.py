@@ -22,6 +22,7 @@ from trunkline.engine.checkpoint.weights import find_weights, saved_facts
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import ConfigError
 from trunkline.engine.ranks.distributed import start
+from trunkline.engine.record.history import read_history
 from trunkline.engine.task import Sums
 from trunkline.engine.trainer import Trainer
 
@@ -155,7 +156,8 @@ def test_a_best_that_was_measured_otherwise_is_not_compared(
         trainer = Trainer(Scored(config.data, config.model), config, start(), run, resume="auto", accept_new_data=True)
         assert capsys.readouterr().out.count(f"were judged {judged}: the next evaluation is the first") == lines
         trainer.run()
-        assert trainer.progress.best_step > 4
+        assert trainer.progress.best_step == read_history(run).best_step > 4
+    assert read_history(run).measured_before == f"evaluations up to step 4 were measured {judged}"
     assert (run / "aside-best-step-4").is_dir()
 
 

@@ -100,9 +100,19 @@ def test_a_flipped_bit_is_an_error_before_its_values_are_used(store: Pictures, n
     path, digest = store.path(name), store.arrays[name].digest
     flip(path)
     store = Pictures.open(store.root)
-    remedy = rf"remove it and prepare the data set again, `python make_pictures\.py --out {store.root}`"
+    remedy = rf"remove {store.root} and prepare the data set again, `python make_pictures\.py --out {store.root}`"
     with pytest.raises(DataError, match=rf"{path}: damaged: .*blocks:.*{digest}.*{remedy}"):
         {"read": lambda: store[name].rows(0, 1), "map": store[name].map, "verify": store.verify}[how]()
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "classes.json"])
+def test_of_a_deleted_file_it_says_which_folder_to_remove_and_how_to_make_it_anew(store: Pictures, name: str) -> None:
+    root = store.root
+    (root / name).unlink()
+    with pytest.raises(DataError) as caught:
+        Pictures.open(root)
+    remedy = f"remove {root} and prepare the data set again, `python make_pictures.py --out {root}`"
+    assert str(caught.value) == f"{root / name}: is missing: {remedy}"
 
 
 def test_another_file_in_its_place_is_an_error(tmp_path: Path, store: Pictures) -> None:

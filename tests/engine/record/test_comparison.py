@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from trunkline.engine.errors import ConfigError, DataError
 from trunkline.engine.record.comparison import comparison, named, write_comparison
-from trunkline.engine.record.history import Series, median
+from trunkline.engine.record.history import Series, median, read_history
 from trunkline.engine.record.metrics_file import RESUMED, MetricsFile
 
 CONFIG: dict[str, Any] = {
@@ -21,7 +21,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def run(folder: Path, config: dict[str, Any] | None = None, steps: int = 4, metric: str = "bleu") -> Path:
+def run(
+    folder: Path, config: dict[str, Any] | None = None, steps: int = 4, metric: str = "bleu", resumed: str = ""
+) -> Path:
+    """`resumed`: in what evaluations before step 3 were measured otherwise."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config or CONFIG))
     (folder / "plan.json").write_text(json.dumps({"steps": 4}))
@@ -36,6 +39,8 @@ def run(folder: Path, config: dict[str, Any] | None = None, steps: int = 4, metr
         }
         if step == 2:
             file.log(step, RESUMED, {}, {**at, "from": "one", "to": "two"})
+        if step == 3 and resumed:
+            file.log(2, RESUMED, {}, {**at, "from": "two", "to": "two", "measured_before": resumed})
         file.log(step, "train", {"loss": 1 / step, "words_per_s": 35.0, "samples_per_s": 4.0}, at)
         file.log(step, "val", {"loss": 2 / step, metric: [10.0, 30.0, 25.0, 20.0][step - 1]}, at)
     file.close()
@@ -98,6 +103,18 @@ def test_other_workloads_and_metrics_are_compared_as_far_as_they_go(tmp_path: Pa
     page = write_comparison(runs, tmp_path / "out")
     assert page.read_text() == f"# a, b\n\n![training and validation loss](compare.png)\n\n{comparison(runs)}"
     assert imread(tmp_path / "out/compare.png").std() > 0.01
+
+
+def test_the_best_is_of_the_evaluations_that_were_measured_as_the_last_one_was(tmp_path: Path) -> None:
+    otherwise = "with training.eval_samples 2, and it is 11 now"
+    lines = comparison(named([run(tmp_path / "a"), run(tmp_path / "b", resumed=otherwise)])).splitlines()
+    assert "| best step / last step | 2 / 4 | 3 / 4 |" in lines
+    assert "| bleu | 30 / 20 | 25 / 20 |" in lines
+    assert f"- b: evaluations up to step 2 were measured {otherwise}: the best is one of the later ones" in lines
+    assert not any(line.startswith("- a: evaluations") for line in lines)
+    file = MetricsFile.open(tmp_path / "a/metrics.jsonl", 4)  # nothing is evaluated after this one
+    file.log(4, RESUMED, {}, {"from": "two", "to": "two", "measured_before": otherwise})
+    assert read_history(tmp_path / "a").best_step == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trunkline.engine.ranks.distributed import start
 from trunkline.engine.trainer import Trainer
 from trunkline.models.registry import make_task
 from trunkline.models.seq2seq.config import Seq2SeqData
-from trunkline.models.seq2seq.data import PairSamples, collate
+from trunkline.models.seq2seq.data import Pair, PairSamples, collate
 from trunkline.models.seq2seq.packing import Room
 from trunkline.models.seq2seq.prepare import prepare
 from trunkline.models.seq2seq.store import Store
@@ -98,6 +98,13 @@ def test_a_batch_says_what_is_read_and_written_of_which_pair(tmp_path: Path) -> 
     assert batch["targets"].tolist()[0] == [*c, *efg] + [IGNORE] * (8 - three - four)
     assert batch["decoder_input_ids"].tolist()[0] == [PAD, *c[:-1], PAD, *efg[:-1]] + [PAD] * (8 - three - four)
     assert batch["target_document"].tolist()[0] == [0] * three + [1] * four + [-1] * (8 - three - four)
+
+
+def test_samples_of_a_row_are_counted_from_0_so_their_numbers_are_below_its_length() -> None:
+    shortest = Pair(np.array([EOS]), np.array([EOS]), -1)
+    batch = collate([[shortest] * 24, [shortest] * 3], PAD, Room(24, 24))
+    for side in ("input_document", "target_document"):
+        assert batch[side].tolist() == [list(range(24)), [0, 1, 2] + [-1] * 21]
 
 
 def test_rows_are_padded_to_eights_but_never_beyond_their_room(tmp_path: Path) -> None:
