@@ -106,7 +106,7 @@ def _read(folder: Path) -> States:
         states = read_object(path)["files"]
         if not all(_is_inside(name) and _are_states(each) for name, each in states.items()):
             raise ValueError("its entries are not names of files here, each with its bytes and sha256")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
