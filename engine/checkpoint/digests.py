@@ -19,7 +19,7 @@ from typing import Any
 
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, replace_whole, sync
-from trunkline.engine.machine.reading import read_object, reason
+from trunkline.engine.machine.reading import advice, read_object, reason
 
 DIGESTS = "digests.json"
 DRAFT = ".draft"
@@ -109,10 +109,8 @@ def _read(folder: Path) -> States:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason(error)}): copy the folder again, or remove this file to use the others "
-            "unchecked"
-        ) from error
+        remedy = "copy the folder again, or remove this file to use the others unchecked"
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}): {advice(error, remedy)}") from error
     return states
 
 
