@@ -58,6 +58,7 @@ class FSDPBackend:
         self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
         kept: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        self.notes: list[str] = []
         section = config.deepspeed
         check_fsdp_section(section, config.where, ranks.world_size)
         self._stage = section.zero_optimization.stage
