@@ -101,6 +101,7 @@ class Assembly:
         model = apply_options(model, self.config.training)
         self._begin("preparing the backend")
         self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps, kept)
+        self.notes += self.backend.notes
         self.statistics = Statistics(self.backend.module, self.task.running_statistics(self.backend.module), self.ranks)
         self.average = WeightAverage(self.backend, self.config.training.ema, self.statistics.buffers)
         self.probe = Probe(self.task, self.backend.model, self.ranks.device)

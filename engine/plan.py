@@ -32,6 +32,8 @@ from trunkline.engine.task import Task
 
 _FEW_STEPS = 100
 """A run of fewer is told so."""
+_MOST_TIMES = 1000
+"""Of a global batch: how many times the samples it may be. All but these would be fillers, in memory and computed."""
 
 
 def make_plan(
@@ -235,10 +237,15 @@ def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
 def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
     """The number of optimizer steps of a run; None where only samples that are not known decide it.
 
-    Raises ConfigError if there are no samples.
+    Raises ConfigError if there are no samples, or hardly any beside the size of a batch.
     """
     if batches is not None and not batches.num_samples:
         raise ConfigError("data: the training split has no samples")
+    if batches is not None and batches.global_batch_size > _MOST_TIMES * batches.num_samples:
+        raise ConfigError(
+            f"deepspeed.train_batch_size: {batches.global_batch_size} is more than {_MOST_TIMES:,} times as many "
+            f"samples as there are: use {batches.num_samples}, which are all, or less"
+        )
     settings = config.training
     if settings.steps is not None or batches is None:
         return settings.steps

@@ -82,7 +82,10 @@ def activation_bytes(
         sample = task.dataset("train")[0]
     except MissingDataError:
         sample = task.largest_sample()
-    batch = task.collate([sample] * micro_batch_size)
+    try:
+        batch = task.collate([sample] * micro_batch_size)
+    except MemoryError:
+        return None
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)
     try:

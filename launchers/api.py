@@ -144,6 +144,8 @@ def train(
                 "own: train(task, config)"
             )
         config = replace(config, workload=type(own).__name__)
+    if output_dir == "":
+        raise ConfigError("output_dir: give the path of a folder, found ''")
     name = "default" if config.source == _NO_FILE else Path(config.source).stem
     folder = Path("runs") / config.workload / name if output_dir is None else Path(output_dir)
     backend = choose_backend(backend)

@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace, config: RunConfig, folder: Path) -> No
     write_onnx = onnx_writer(config.workload) if arguments.onnx else None
     train(
         config, output_dir=folder, backend=arguments.backend,
-        resume=str(folder) if arguments.resume is True else arguments.resume or "none",
+        resume=str(folder) if arguments.resume is True else "none" if arguments.resume is None else arguments.resume,
         accept_new_data=arguments.accept_new_data, find_micro_batch=arguments.find_micro_batch,
     )  # fmt: skip
     if write_onnx is not None and read_launch().rank == 0 and (folder / BEST / WEIGHTS).exists():

@@ -41,6 +41,8 @@ class Backend(Protocol):
     """What a task calls. Its parameters may be sharded."""
     module: nn.Module
     """The bare model inside, for reading its structure."""
+    notes: list[str]
+    """What whoever starts the run should know of how this model is held."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

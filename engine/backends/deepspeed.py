@@ -10,6 +10,7 @@ What differs from the protocol, and is put right here:
   and keep their dtype, as under FSDP.
 - The fp32 masters that it makes in bf16 and fp16 are copies of the rounded parameters, and ZeRO 0 decays them once
   more and counts a step that was none. They begin as the model was built, and the optimizer with nothing.
+- It has no masters of frozen parameters, so 16 bits round them, in checkpoints too: a note says so.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - On one rank in fp32 ZeRO would copy each parameter and gradient to share them with nobody: there every stage is 0.
   The engine's own forward and backward would only measure themselves there. They are called if its report is wanted.
@@ -125,6 +126,7 @@ class DeepSpeedBackend:
                 deepspeed.utils.set_z3_leaf_module(block, True)
         optimizer = None if section.optimizer.is_deepspeed_only else partial(build_optimizer, section=section.optimizer)
         weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.notes = _notes_of_frozen(model, parameter_dtype(section))
         buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
         try:
             with compilation_watched(ranks.is_main):
@@ -297,6 +299,19 @@ class DeepSpeedBackend:
         yield from self._layout.whole_parameters()
         for name, buffer in persistent_buffers(self.module):
             yield name, buffer.detach().to("cpu", copy=True)
+
+
+def _notes_of_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """DeepSpeed has masters of what it trains, and of nothing else."""
+    frozen = [each.detach() for each in model.parameters() if each.is_floating_point() and not each.requires_grad]
+    rounded = sum(each.numel() for each in frozen if not torch.equal(each, each.to(dtype).to(each.dtype)))
+    if not rounded:
+        return []
+    kind = str(dtype).removeprefix("torch.")
+    return [
+        f"note: DeepSpeed holds frozen parameters in {kind} alone: those of {rounded:,} elements are rounded, in "
+        "checkpoints too. --backend fsdp keeps them in fp32"
+    ]
 
 
 def _forget_zero3_modules(modules: set[nn.Module]) -> None:

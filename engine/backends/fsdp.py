@@ -58,6 +58,7 @@ class FSDPBackend:
         self, model: nn.Module, config: RunConfig, sizes: BatchSizes, ranks: Ranks, total_steps: int,
         kept: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        self.notes: list[str] = []
         section = config.deepspeed
         check_fsdp_section(section, config.where, ranks.world_size)
         self._stage = section.zero_optimization.stage
@@ -100,9 +101,21 @@ class FSDPBackend:
         root = self._units[-1]
         if self._stage < 2:
             root.set_requires_gradient_sync(is_last)
+            if is_last:
+                self._add_missing()
         if self._stage < 3:
             root.set_reshard_after_backward(is_last)
         root.set_requires_all_reduce(is_last)
+
+    def _add_missing(self) -> None:
+        """Give the gradient 0 to what no micro-batch of the step has used yet. In 16 bits the gradients that wait for
+        the last backward are wide, and fully_shard, whose zeros would be narrow, wants one dtype."""
+        for unit in self._units:
+            for group in getattr(unit._get_fsdp_state(), "_fsdp_param_groups", ()):
+                for each in group.fsdp_params:
+                    wide, waiting = each.reduce_dtype, each.unsharded_accumulated_grad
+                    if wide is not None and waiting is None and each.sharded_param.requires_grad:
+                        each.unsharded_accumulated_grad = torch.zeros_like(each.unsharded_param, dtype=wide)
 
     def clip_at(self, max_norm: float) -> None:
         self._max_norm = max_norm

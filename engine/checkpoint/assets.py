@@ -5,14 +5,13 @@ With it a checkpoint becomes whole weights when the training data is gone, from 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from trunkline.engine.checkpoint.digests import DIGESTS, DRAFT, check_digests, replace_files
 from trunkline.engine.checkpoint.weights import write_assets
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import CheckpointError
-from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.files import copy_tree, write_json
 from trunkline.engine.machine.reading import read_object, reason
 from trunkline.engine.ranks.distributed import Ranks, on_main
 from trunkline.engine.task import Task
@@ -44,5 +43,5 @@ def copy_assets(run: Path, out: Path, dtype: str = "float32") -> None:
         config = read_object(folder / _CONFIG, finite=False)  # transformers writes Infinity
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _CONFIG}: cannot be read: {reason(error)}") from error
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(DIGESTS, DRAFT), dirs_exist_ok=True)
+    copy_tree(folder, out, left_out=(DIGESTS, DRAFT))
     write_json(out / _CONFIG, config | {"dtype": dtype})

@@ -25,7 +25,7 @@ from trunkline.engine.checkpoint.manifest import Checkpoint, verify
 from trunkline.engine.checkpoint.weights import WEIGHTS, saved_facts
 from trunkline.engine.config.run_config import Best, RunConfig
 from trunkline.engine.errors import CheckpointError
-from trunkline.engine.machine.files import unused
+from trunkline.engine.machine.files import copy_tree, unused
 from trunkline.engine.machine.log import LOG
 from trunkline.engine.progress import Progress
 from trunkline.engine.ranks.distributed import Ranks, from_main, on_main
@@ -146,7 +146,7 @@ class BestWeights:
         if not (other / WEIGHTS).exists() or not self._are_in(other):
             return False
         check_digests(other)
-        written = replace_files(self.folder / BEST, lambda draft: shutil.copytree(other, draft, dirs_exist_ok=True))
+        written = replace_files(self.folder / BEST, lambda draft: copy_tree(other, draft))
         self.progress.best_weights = written[WEIGHTS]["sha256"]
         return True
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, replace_whole, sync
-from trunkline.engine.machine.reading import read_object, reason
+from trunkline.engine.machine.reading import advice, read_object, reason
 
 DIGESTS = "digests.json"
 DRAFT = ".draft"
@@ -106,13 +106,11 @@ def _read(folder: Path) -> States:
         states = read_object(path)["files"]
         if not all(_is_inside(name) and _are_states(each) for name, each in states.items()):
             raise ValueError("its entries are not names of files here, each with its bytes and sha256")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason(error)}): copy the folder again, or remove this file to use the others "
-            "unchecked"
-        ) from error
+        remedy = "copy the folder again, or remove this file to use the others unchecked"
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}): {advice(error, remedy)}") from error
     return states
 
 

@@ -105,6 +105,8 @@ def find_checkpoint(
                 )
             on_main(lambda: set_records_aside(own.parent), checkpoints.ranks, f"{own.parent}: cannot be used")
             return None
+    elif not resume:  # as of an unset variable, which must not start the run afresh
+        raise CheckpointError("--resume: give none, auto or the path of a run or a checkpoint, found ''")
     else:
         path = Path(resume)
         found = None

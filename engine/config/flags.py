@@ -127,8 +127,15 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return name_of
 
 
+def _path(text: str) -> Path:
+    """Path("") would be the working directory, which nobody who writes --out "$UNSET" means."""
+    if not text:
+        raise argparse.ArgumentTypeError("give a path, found ''")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
-    """Takes `_` for `-` in the names of flags, no abbreviations, and names the nearest to a flag that is unknown.
+    """Takes `_` for `-` in flags, no abbreviations and no empty paths, and names the nearest to a flag that is unknown.
 
     hint: what an error about an unknown flag adds
     """
@@ -136,6 +143,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, hint: str = "", **how: Any) -> None:
         ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**ours | how)
+        self.register("type", Path, _path)
         self._hint = f" ({hint}; --help lists all flags)" if hint else " (--help lists all flags)"
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

@@ -51,7 +51,7 @@ def nearest(key: str, known: Sequence[str]) -> str:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     if len(known) > _LISTED:
         known = list(dict.fromkeys(name.partition(".")[0] for name in known))  # the sections
-    return f"; known keys: {', '.join(sorted(known))}" if known else ""
+    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 _NAMED, _LISTED = 4, 100

@@ -116,7 +116,7 @@ class Training(Strict):
     compile: bool | str = Field(
         default=False, description="true, or the name of a torch.compile backend; each block must be one graph"
     )
-    num_workers: int = Field(default=0, ge=0, description="processes a rank that prepare batches ahead")
+    num_workers: int = Field(default=0, ge=0, le=1024, description="processes a rank that prepare batches ahead")
     nonfinite_limit: int = Field(default=10, gt=0, description="stop after this many skipped steps in a row")
     hang_timeout_s: float = Field(
         default=1800, gt=0, description="seconds without progress on any rank after which the run ends"

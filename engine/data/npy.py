@@ -21,7 +21,7 @@ import numpy as np
 
 from trunkline.engine.errors import DataError
 from trunkline.engine.machine.files import note_written
-from trunkline.engine.machine.reading import open_regular, reason
+from trunkline.engine.machine.reading import advice, open_regular, reason
 
 BLOCK = 16 << 20  # bytes
 _DTYPES = {"|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8"}
@@ -147,7 +147,7 @@ class NpyFile:
         return found.digest()
 
     def _unreadable(self, error: OSError) -> DataError:
-        return DataError(f"{self._path}: cannot be read: {reason(error)}: {self._remedy}")
+        return DataError(f"{self._path}: cannot be read: {reason(error)}: {advice(error, self._remedy)}")
 
 
 class NpyWriter:

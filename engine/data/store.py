@@ -36,7 +36,7 @@ import numpy as np
 from trunkline.engine.data.npy import NpyFile, Spec, digests_found
 from trunkline.engine.errors import DataError, MissingDataError
 from trunkline.engine.machine.files import entry, replace_whole
-from trunkline.engine.machine.reading import read_object, reason
+from trunkline.engine.machine.reading import advice, read_object, reason
 from trunkline.engine.ranks.distributed import Ranks, gather
 
 INDEX, VERIFIED = "store.json", ".verified.json"
@@ -143,7 +143,9 @@ class ArrayStore:
                 raise ValueError("a file that would lie elsewhere")
             store = cls(root, index)
             store._check_files()
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({reason(error)}): {advice(error, remedy)}") from error
+        except ValueError as error:
             raise DataError(f"{path}: damaged ({reason(error)}): {remedy}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged ({error!r:.200}): {remedy}") from error
@@ -218,7 +220,7 @@ class ArrayStore:
                 found = entry(path, follow=True)["sha256"]
             except OSError as error:
                 what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
-                raise DataError(f"{path}: {what}: {self.remedy}") from error
+                raise DataError(f"{path}: {what}: {advice(error, self.remedy)}") from error
             if found != digest:
                 raise DataError(f"{path}: changed since it was written: {self.remedy}")
         for name, spec in self.arrays.items():

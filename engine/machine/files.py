@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def replace_whole(path: Path, content: str | Callable[[Path], object], suffix: s
     sync(draft)
     draft.replace(path)
     sync(path.parent)
+
+
+def copy_tree(source: Path, target: Path, left_out: Container[str] = ()) -> None:
+    """Copy a folder's files and folders into `target`, but for names that are left out. Raises OSError.
+
+    The copies have the permissions of new files: what must not be written to may be copied, and the copy replaced.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name not in left_out:
+            copy_tree(path, target / path.name, left_out)
+        elif path.name not in left_out:
+            shutil.copyfile(path, target / path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

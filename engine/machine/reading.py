@@ -7,6 +7,7 @@
     read_json(path, most)     the JSON value that a file holds
     read_object(path, most)   the same, which must be an object
     reason(error)             what went wrong, for a message that names the file itself
+    advice(error, remedy)     what to do about it: the remedy for a damaged file, or for what the system refuses
 
 All of them raise OSError for what the system says of the file, and ValueError for what is in it; nothing else.
 """
@@ -30,6 +31,9 @@ MAX_DEPTH = 64
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
+}  # fmt: skip
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
 
 
@@ -109,6 +113,12 @@ def reason(error: Exception) -> str:
     """What went wrong, without the file's name, in one line."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (said.splitlines() or [type(error).__name__])[0]
+
+
+def advice(error: Exception, remedy: str) -> str:
+    """`remedy`, which may cost the file; not where the system refuses to read what may well be whole."""
+    refused = isinstance(error, OSError) and error.errno in _REFUSED
+    return "mend that, and run the same command again" if refused else remedy
 
 
 def _children(value: Any) -> list[Any]:

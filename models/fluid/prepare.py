@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from trunkline.engine.data.store_writer import PART, PARTIAL, Part
@@ -62,6 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
     empty = [name for name, count in zip(store.schema.columns, store.statistics["count"]) if count == 0]
     if empty:
         print(f"columns without any value in the training cases: {', '.join(empty[:10])}{' ...' * (len(empty) > 10)}")
+    if far := _far_out(store):
+        named = ", ".join(f"{column} ({value:g})" for column, value in far[:10])
+        print(
+            f"columns with a value more than {_FAR:,} times as large, or as far from the median, as usual: {named}"
+            f"{' ...' * (len(far) > 10)}: check that it is real, since all others count for little beside it"
+        )
     if uneven:
         named = ", ".join(f"{key} ({count})" for key, count in list(uneven.items())[:10])
         print(
@@ -72,6 +79,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"left out {len(skipped)} bad cases (also in {arguments.out / 'store.json'}):")
         for case, reason in skipped.items():
             print(f"  {case}: {reason}")
+
+
+_FAR = 1000
+
+
+def _far_out(store: Store) -> list[tuple[str, float]]:
+    """Columns of the training cases whose scale one value decides, such as a code for a missing one, and that value."""
+    found = store.statistics
+    median, usual = found["median"], np.maximum(np.abs(found["median"]), found["iqr"])
+    with np.errstate(invalid="ignore"):  # of columns without a value
+        low, high = median - found["min"], found["max"] - median
+    worst = np.where(low > high, found["min"], found["max"])
+    far = (found["count"] > 0) & (usual > 0) & (np.maximum(low, high) > _FAR * usual)
+    return [(store.schema.columns[column], float(worst[column])) for column in np.flatnonzero(far)]
 
 
 def prepare(

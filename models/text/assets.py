@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.errors import ConfigError
-from trunkline.engine.machine.files import write_json
+from trunkline.engine.machine.files import copy_tree, write_json
 from trunkline.models.text.tokenizer_files import keep_tokens, tokenizer_settings
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ def write_assets(
 
     Raises ConfigError if transformers would not tokenize there as the store was tokenized.
     """
-    ignored = shutil.ignore_patterns("config.json")  # of the tokenizer's folder; the model's has its name
-    shutil.copytree(store / "tokenizer", folder, ignore=ignored, dirs_exist_ok=True)
+    copy_tree(store / "tokenizer", folder, left_out=("config.json",))  # of the tokenizer's folder; the model's follows
     write_json(folder / "generation_config.json", generation)
     if "tokenizer_class" not in tokenizer_settings(folder):
         config["tokenizer_class"] = type(tokenizer).__name__  # else the model's type would decide

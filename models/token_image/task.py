@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.data.lazy import opened_late
 from trunkline.engine.errors import ConfigError
+from trunkline.engine.machine.files import copy_tree
 from trunkline.engine.task import Batch, Sums, Task
 from trunkline.engine.whole_state import WholeState
 from trunkline.kernels.masked_mse import masked_mse
@@ -202,7 +202,7 @@ class TokenImageTask(Task):
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """The tokenizer, and in config.json the kind of the data."""
-        shutil.copytree(self.store.root / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        copy_tree(self.store.root / "tokenizer", folder / "tokenizer")
         return {KIND_KEY: self.store.kind}
 
     @cached_property

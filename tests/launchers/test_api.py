@@ -266,3 +266,10 @@ assert {"Task", "load_config", "parse_config", "train"} <= set(trunkline.__all__
 def test_importing_trunkline_is_light_and_kernels_need_nothing_of_the_engine() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("where", [{"output_dir": ""}, {"resume": ""}])
+def test_an_empty_path_is_an_error_and_nothing_is_trained(where: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(TrunklineError, match=r"give .*, found ''"):
+        train(Line(), line_config(), **{"output_dir": tmp_path / "run"} | where)  # type: ignore[arg-type]
+    assert not (tmp_path / "run/metrics.jsonl").exists()

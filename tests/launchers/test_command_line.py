@@ -15,7 +15,7 @@ from tests.launchers.pictures.flags import DEFAULTS, FLAGS
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
-from trunkline.launchers import evaluate, predict, train
+from trunkline.launchers import evaluate, export, predict, train
 from trunkline.launchers.command_line import Command, parse
 from trunkline.models.registry import config_sections
 
@@ -273,6 +273,19 @@ def test_help_lists_a_workloads_own_flags(capsys: pytest.CaptureFixture[str]) ->
     assert [flag.option for flag in FLAGS if flag.option not in said] == []
     assert "pictures per GPU (without --config: 256)" in said
     assert "--store" not in said
+
+
+def test_an_empty_path_is_not_the_working_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, words in (
+        (train.main, ["pictures", "--data_path", "x", "--output-dir", ""]),
+        (evaluate.main, ["--run", ""]),
+        (predict.main, ["--run="]),
+        (export.main, ["--run", "runs/a", "--out", ""]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert f"argument {words[-1] or words[-2]}".removesuffix("=") in (said := capsys.readouterr().err)
+        assert "give a path, found ''" in said
 
 
 def test_a_deepspeed_file_wins_over_what_flags_say_by_default(tmp_path: Path) -> None:

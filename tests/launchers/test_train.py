@@ -146,6 +146,15 @@ def test_planned_activations_are_those_that_autograd_keeps(tmp_path: Path) -> No
     assert planned == sum(kept.values()) > 0
 
 
+def test_activations_of_a_micro_batch_that_no_memory_holds_are_unknown(tmp_path: Path) -> None:
+    size = {"train_batch_size": 10**18, "train_micro_batch_size_per_gpu": "auto"}
+    config = tiny_config(tmp_path, deepspeed=size)
+    task = TinyTask(config.data, config.model)
+    plan = make_plan(task, config, 1, task.build_model(), samples=10**18)
+    assert plan["memory_bytes"]["activations"] is None
+    assert plan["steps_per_epoch"] == 1
+
+
 def test_planned_states_shrink_with_the_zero_stage_and_the_ranks(tmp_path: Path) -> None:
     def memory(stage: int, ranks: int, bf16: bool) -> dict[str, int]:
         config = tiny_config(
@@ -242,6 +251,11 @@ BAD_TRAINING = {
     "a rate that is true": (with_flags("--set", "deepspeed.optimizer.params.lr=true"), "params.lr: .*, found true"),
     "an unknown backend": (with_flags("--backend", "horovod"), "unknown backend"),
     "no resume point": (with_flags("--resume", "{tmp}/nothing"), "no checkpoint in it"),
+    "an empty resume point": (with_flags("--resume", ""), "--resume: give none, auto or the path"),
+    "a global batch of fillers": (
+        with_flags("--set", "deepspeed.train_batch_size=99999999999",
+                   "--set", "deepspeed.train_micro_batch_size_per_gpu=auto"),
+        "error: --set: deepspeed.train_batch_size: 99999999999 is more than 1,000 times as many samples"),
     "a DeepSpeed file that is not there": (with_flags("--deepspeed", "{tmp}/ds.json"), "ds.json: cannot be read"),
     "apex that is not installed": (with_flags("--set", "deepspeed.optimizer.type=apex.FusedAdam"), "NVIDIA's apex"),
     "a tracker that is not installed": (with_flags("--set", 'training.trackers=["wandb"]'), r"trunkline\[wandb\]"),

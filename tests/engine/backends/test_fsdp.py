@@ -322,6 +322,42 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path: Path) -> None:
         assert model.offset == 0.125
 
 
+class Sometimes(Net):
+    """One layer is never used, another in some micro-batches."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.unused, self.sometimes = nn.Linear(3, 3), nn.Linear(self.leave.in_features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.sometimes(self.enter(x.to(self.enter.weight.dtype))).float() if x.sum() > 0 else y
+
+
+class SometimesTask(TinyTask):
+    def build_model(self) -> nn.Module:
+        return Sometimes(self.data.width, self.model)
+
+
+def sometimes_on_a_rank(rank: int, world_size: int, folder: Path) -> list[list[float]]:
+    """Losses of stages 0 to 3, two micro-batches a step on each of two ranks."""
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        for stage in range(4):
+            config = configuration(folder / f"{stage}-{rank}", stage=stage, bf16={"enabled": True})
+            task = SometimesTask(config.data, config.model)
+            Trainer(task, config, start(), folder / f"{stage}", backend="fsdp").run()
+    return [losses(folder / f"{stage}") for stage in range(4)]
+
+
+@pytest.mark.distributed
+def test_in_16_bits_parameters_may_be_unused_or_used_by_some_micro_batches_at_every_stage(tmp_path: Path) -> None:
+    found = run_distributed_test(sometimes_on_a_rank, 2, tmp_path, backend=None)[0]
+    config = configuration(tmp_path)
+    Trainer(SometimesTask(config.data, config.model), config, start(), tmp_path / "fp32", backend="fsdp").run()
+    for stage in range(4):
+        assert found[stage] == pytest.approx(losses(tmp_path / "fp32"), rel=0.02), stage
+
+
 def train_fp16(rank: int, world_size: int, folder: Path, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The loss scale at the end of each run."""
     scales = {}

@@ -105,6 +105,11 @@ def test_a_folder_of_another_program_passes_and_a_link_to_the_same_bytes_too(tmp
     check_digests(tmp_path / "ours")
 
 
+def test_a_file_in_a_folders_place_is_left_to_whoever_reads_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    check_digests(tmp_path / "file")
+
+
 def test_equal_weights_are_equal_files(tmp_path: Path) -> None:
     facts = {"format": "pt", "step": "4", "loss": "0.5", "score/part": "-0.5", 'naïve "name"\n': "1"}
     for number in range(9):

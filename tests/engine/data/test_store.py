@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_a_store_without_rows_is_read_too(tmp_path: Path) -> None:
     store.verify()
     assert (store["x"].rows(0, 0).shape, store["x"].map().shape) == ((0, 3), (0, 3))
     assert (len(store["r"]), store["r"].lengths.tolist()) == (0, [])
+
+
+def test_what_the_system_refuses_is_no_reason_to_remove_the_data(store: Pictures) -> None:
+    """Here it has no file descriptors left, which holds for root too."""
+    store = Pictures.open(store.root)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        for read in (lambda: store["ids"].rows(0, 1), lambda: Pictures.open(store.root)):
+            with pytest.raises(DataError, match=r"Too many open files.*: mend that, and run the same command again$"):
+                read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("how", ["read", "map", "verify"])

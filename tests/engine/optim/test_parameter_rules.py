@@ -350,6 +350,23 @@ def test_parameters_that_are_frozen_by_a_resume_lose_their_state_and_stand_still
     assert all(torch.equal(final[name], tensor) for name, tensor in held.items())
 
 
+@pytest.mark.parametrize(
+    ("backend", "bf16", "stage"),
+    [*(("deepspeed", True, stage) for stage in (0, 1, 3)), ("deepspeed", False, 1), ("fsdp", True, 1)],
+)
+def test_frozen_parameters_stay_as_they_are_or_it_is_said(tmp_path: Path, backend: str, bf16: bool, stage: int) -> None:
+    section = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}
+    config = tiny_config(tmp_path, training={"parameters": FROZEN}, deepspeed=section)
+    trainer = Trainer(TinyTask(config.data, config.model), config, start(), tmp_path / "run", backend=backend)
+    seed_torch(config.training.seed, 0)
+    built = TinyTask(config.data, config.model).build_model().state_dict()
+    held = {name: tensor for name, tensor in trainer.backend.full_state() if name.startswith("blocks.")}
+    changed = sum(tensor.numel() for name, tensor in held.items() if not torch.equal(tensor.float(), built[name]))
+    assert changed == (144 if backend == "deepspeed" and bf16 else 0)  # not the norms, whose ones are as narrow
+    said = f"{changed} elements are rounded, in checkpoints too. --backend fsdp keeps them"
+    assert [said in note for note in trainer.assembly.notes] == [True] * bool(changed)
+
+
 def test_a_run_that_began_with_decay_everywhere_is_told_how_to_keep_it(tmp_path: Path) -> None:
     config = configuration(tmp_path)
     model = TinyTask(config.data, config.model).build_model()

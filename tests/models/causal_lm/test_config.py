@@ -35,7 +35,7 @@ def test_a_preset_has_exactly_its_parameters(preset: str, parameters: int) -> No
         ({"preset": "tiny", "hidden_size": 64}, "preset, hidden_size are set"),
         ({"preset": "tiny", "objective": {"type": "dpo"}}, "dpo starts from a trained model: set model.path"),
         ({"path": "x", "objective": {"type": "dpo", "betta": 1}}, "objective.betta: unknown key; did you mean .beta."),
-        ({"path": "x", "objective": {"type": "sft", "beta": 1}}, "model.objective.beta: unknown key; known keys: type"),
+        ({"path": "x", "objective": {"type": "sft", "beta": 1}}, "model.objective.beta: unknown key; known: type"),
         ({"path": "x", "objective": {"type": "dpo", "beta": 0}}, "objective.beta: input should be greater than 0"),
         ({"path": "x", "objective": {"type": "rlhf"}}, "expected tags: 'pretrain', 'sft', 'dpo'"),
         (

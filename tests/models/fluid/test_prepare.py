@@ -225,6 +225,20 @@ def test_cases_whose_boundary_has_another_number_of_rows_are_named(
         )
 
 
+def test_columns_whose_scale_one_value_decides_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trunkline.launchers.prepare import main
+
+    source = write_source(tmp_path / "source", train=4, test=1)
+    command = ["fluid", "--source", str(source), "--out", str(tmp_path / "store"), "--val-fraction", "0"]
+    assert main(command) == 0
+    assert "as usual" not in capsys.readouterr().out
+    missing = {"N": lambda text: [*text[:9], f"{text[9].rpartition(',')[0]},-1e30", *text[10:]]}
+    write_case(source / "train/case_0002", 2, missing)
+    for _ in range(2):  # again where all is done already
+        assert main(command) == 0
+        assert "as far from the median, as usual: N_001_t (-1e+30): check" in capsys.readouterr().out
+
+
 def test_with_no_good_case_there_is_no_store(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", train=2)
     for number in (1, 2):

@@ -267,7 +267,7 @@ def test_a_mistake_is_one_message_that_says_what_to_use(words: list[str], messag
     [
         (["--arch", "resnet43"], "argument --arch: unknown 'resnet43'; did you mean 'resnet34'?"),
         (["--scheduler_type", "cosin"], "argument --scheduler_type: unknown 'cosin'; did you mean 'cosine'?"),
-        (["--optimizer", "lion"], "argument --optimizer: unknown 'lion'; known keys: Adam, AdamW, RMSprop, SGD"),
+        (["--optimizer", "lion"], "argument --optimizer: unknown 'lion'; known: Adam, AdamW, RMSprop, SGD"),
         (["--lr0", "fast"], "argument --lr0: invalid float value: 'fast'"),
     ],
 )
