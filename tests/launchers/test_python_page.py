@@ -65,9 +65,11 @@ def test_every_block_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
-def test_the_page_is_a_notebook(folder: Path) -> None:
+def test_the_page_is_a_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nbclient and ipykernel are installed, which Trunkline's extras do not bring."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    for name in ("RANK", "WORLD_SIZE"):  # which other tests leave behind, and a kernel inherits
+        monkeypatch.delenv(name, raising=False)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(block) for block in BLOCKS])
     check = "import os, torch; print({'RANK', 'WORLD_SIZE'} & set(os.environ), torch.distributed.is_initialized())"
     notebook.cells.append(nbformat.v4.new_code_cell(check))
