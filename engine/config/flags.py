@@ -115,6 +115,13 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
+def seed(text: str) -> int:
+    """The type of a flag for a seed: what numpy, torch and Python all take. Raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"use a whole number from 0 to 2^63 - 1, found {text[:80]!r}")
+    return int(text)
+
+
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """The type of a flag that takes one of some names, in any case; of another word it names the nearest."""
 

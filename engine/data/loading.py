@@ -85,6 +85,7 @@ def evaluation_loader(
     """
     size = len(dataset)
     count = size if num_samples is None else min(num_samples, size)
+    micro_batch_size = min(micro_batch_size, max(count, 1))
     chosen = np.arange(count) * size // max(count, 1)
     steps = -(-count // (micro_batch_size * world_size))
     places = np.full(steps * micro_batch_size * world_size, FILLER, dtype=np.int64)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trunkline.engine.config.flags import Flag
+from trunkline.engine.config.flags import Flag, seed
 from trunkline.models.causal_lm.records import KINDS
 
 
@@ -85,7 +85,7 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="sample at this temperature; greedy unless given")
     parser.add_argument("--top-k", type=int, help="with --temperature: sample from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, help="with --temperature: from the likeliest that add up to P")
-    parser.add_argument("--seed", type=int, help="with --temperature: of sampling; default 0")
+    parser.add_argument("--seed", type=seed, help="with --temperature: of sampling; default 0")
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --prompt or --prompts: write JSON lines here")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32"

@@ -176,8 +176,10 @@ def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
             if getattr(arguments, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')}: has no effect without --temperature")
         return {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
-    if arguments.temperature <= 0:
-        raise ConfigError(f"--temperature {arguments.temperature}: use a value above 0, or leave it out for greedy")
+    if not arguments.temperature > 1e-6:  # nor NaN; below, scores leave fp32
+        raise ConfigError(
+            f"--temperature {arguments.temperature}: use a value above 0.000001, or leave it out for greedy"
+        )
     if arguments.top_k is not None and arguments.top_k < 1:
         raise ConfigError(f"--top-k {arguments.top_k}: use 1 or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:

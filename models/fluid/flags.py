@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trunkline.engine.config.flags import Flag
+from trunkline.engine.config.flags import Flag, seed
 from trunkline.models.fluid.schema import MINUTES
 
 FLAGS = (Flag("store", "folder that launchers/prepare.py wrote", str, "data.store"),)
@@ -25,7 +25,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
         "--simulate", choices=["demo", "regional", "reference"], help="write CSV cases of a simulated network"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=int, default=42, help="chooses the validation cases, or the simulated days")
+    parser.add_argument("--seed", type=seed, default=42, help="chooses the validation cases, or the simulated days")
     parser.add_argument("--workers", type=int, metavar="N", help="cases read at a time (default: one for each core)")
     source = parser.add_argument_group("with --source")
     source.add_argument("--val-fraction", type=float, default=0.1, help="share of train/ that becomes val (0.1)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trunkline.engine.config.flags import seed
 from trunkline.models.seq2seq.chat_flags import DEFAULTS, FLAGS
 from trunkline.models.seq2seq.records import FIELDS, KINDS
 from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
@@ -51,5 +52,5 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="with --sample (0.98)")
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample: from the K likeliest (50)")
     parser.add_argument("--top-p", type=float, metavar="P", help="with --sample: the likeliest that add up to P (0.8)")
-    parser.add_argument("--seed", type=int, help="with --sample (0)")
+    parser.add_argument("--seed", type=seed, help="with --sample (0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -149,7 +149,7 @@ def _of_records(path: Path) -> Iterator[Talk]:
         yield found[1]
 
 
-_ABOVE_0 = "use a value above 0", lambda value: value > 0
+_ABOVE_0 = "use a value above 0.000001", lambda value: value > 1e-6  # below, scores leave fp32
 _FROM_1 = "use 1 or more", lambda value: value >= 1
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_new_tokens": _FROM_1, "num_beams": _FROM_1, "no_repeat_ngram_size": _FROM_1, "batch_size": _FROM_1,

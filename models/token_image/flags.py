@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trunkline.engine.config.flags import seed
 from trunkline.models.text.preparation_flags import add_source, add_splits, add_tokenizer
 from trunkline.models.token_image.jit_flags import DEFAULTS, FLAGS
 from trunkline.models.token_image.records import KINDS
@@ -35,7 +36,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=16, help="texts that are made up; 0 for none (16)")
     parser.add_argument("--steps", type=int, default=25, help="steps of sampling them, by Heun's method (25)")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the samples; default 0")
 
 
 def predict(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,6 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a text at most; all that fit unless given")
     parser.add_argument("--method", choices=("euler", "heun", "ancestral"), help="of sampling (heun)")
     parser.add_argument("--steps", type=int, help="of sampling, even in the network's time (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise; default 0")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write texts, images, masks and frames here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.engine.machine.test_apex import install
 from tests.launchers.pictures.flags import DEFAULTS, FLAGS
 from trunkline.engine.config.deepspeed_section import BatchSizes, batch_sizes
+from trunkline.engine.config.flags import seed
 from trunkline.engine.config.run_config import RunConfig, checked
 from trunkline.engine.errors import ConfigError
 from trunkline.launchers import evaluate, export, predict, train
@@ -286,6 +288,13 @@ def test_an_empty_path_is_not_the_working_directory(capsys: pytest.CaptureFixtur
             main(words)
         assert f"argument {words[-1] or words[-2]}".removesuffix("=") in (said := capsys.readouterr().err)
         assert "give a path, found ''" in said
+
+
+@pytest.mark.parametrize("text", ["-1", "9" * 30, "1.5", "", "²"])
+def test_a_seed_is_one_that_every_generator_takes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"use a whole number from 0 to 2\^63 - 1"):
+        seed(text)
+    assert seed(str(2**63 - 1)) == 2**63 - 1
 
 
 def test_a_deepspeed_file_wins_over_what_flags_say_by_default(tmp_path: Path) -> None:

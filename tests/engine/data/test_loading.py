@@ -103,3 +103,9 @@ def test_chosen_samples_of_an_evaluation_are_evenly_spaced() -> None:
     x = torch.cat([batch["x"][batch["valid"]] for batch in loader])
     expected = TASK.collate([TASK.dataset("val")[int(index)] for index in np.array([0, 3, 7])])["x"]
     assert torch.equal(x, expected)
+
+
+def test_a_micro_batch_of_an_evaluation_is_no_larger_than_what_is_evaluated() -> None:
+    data = TASK.dataset("val")
+    (batch,) = evaluation_loader(TASK, data, num_samples=None, micro_batch_size=10**15, world_size=1, rank=0)
+    assert batch["valid"].tolist() == [True] * len(data)

@@ -132,6 +132,8 @@ def test_a_narrower_dtype_leaves_rotary_positions_where_they_are(pretrained: Pat
         (["--prompt", "a", "--top-k", "5"], "--top-k: has no effect without --temperature"),
         (["--prompt", "a", "--seed", "5"], "--seed: has no effect without --temperature"),
         (["--prompt", "a", "--system", "be nice"], "--system: has no effect without --chat"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan: use a value above 0"),
+        (["--prompt", "a", "--temperature", "1e-320"], "--temperature 1e-320: use a value above 0"),
         (["--prompt", "a", "--temperature", "0"], "--temperature 0.0: use a value above 0"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], "--top-p 1.5: use a value above 0 and at most 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: use 1 or more"),
