@@ -19,10 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trunkline.engine.checkpoint.manifest import FORMAT, MANIFEST, TRAINER, Checkpoint, is_tag, manifest_text, verify
+from trunkline.engine.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    TRAINER,
+    Checkpoint,
+    RefusedError,
+    is_tag,
+    manifest_text,
+    verify,
+)
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, note_written, sync, unused
 from trunkline.engine.machine.log import LOG
+from trunkline.engine.machine.reading import reason
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather, on_main, with_own_group
 from trunkline.engine.state.sharded_files import Digests, add_digests, file_names
 from trunkline.engine.state.sharded_state import Snapshot
@@ -112,17 +122,23 @@ class Checkpoints:
         Damaged ones are named on the way.
 
         Raises:
-            CheckpointError: there are checkpoints, but every one is damaged.
+            CheckpointError: there are checkpoints, but every one is damaged, or the system refuses to read one that is
+                newer than all that verify.
         """
 
         def choose() -> Checkpoint | str | None:
             problems = []
-            for path in sorted(self._tags(), key=_step, reverse=True):
-                try:
-                    return verify(path)
-                except CheckpointError as error:
-                    problems.append(str(error))
-                    LOG.warning(f"{error}; trying the one before it")
+            try:
+                for path in sorted(self._tags(), key=_step, reverse=True):
+                    try:
+                        return verify(path)
+                    except RefusedError:  # an older one in its place would cost the steps between
+                        raise
+                    except CheckpointError as error:
+                        problems.append(str(error))
+                        LOG.warning(f"{error}; trying the one before it")
+            except RefusedError as error:
+                return f"{error}: mend that, and run the same command again"
             if not problems:
                 return None
             return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"
@@ -161,7 +177,12 @@ class Checkpoints:
         return found
 
     def _tags(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if is_tag(path)]
+        try:
+            return [path for name in os.listdir(self.folder) if is_tag(path := self.folder / name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:  # it may not be empty, and a run must not begin afresh in it
+            raise RefusedError(f"{self.folder}: cannot be read: {reason(error)}") from error
 
     def _on_main(self, work: Callable[[], None], verb: str, path: Path) -> None:
         on_main(work, self.ranks, f"{path}: cannot {verb} it")

@@ -16,7 +16,7 @@ from typing import Any
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry
 from trunkline.engine.machine.log import LOG
-from trunkline.engine.machine.reading import read_object, read_whole, reason
+from trunkline.engine.machine.reading import read_object, read_whole, reason, refused
 from trunkline.engine.state.sharded_files import Digests
 
 MANIFEST = "MANIFEST.json"
@@ -34,6 +34,14 @@ class Checkpoint:
     state: dict[str, Any]
     digests: Digests
     probe_loss: float
+
+
+class RefusedError(CheckpointError):
+    """The system does not let a checkpoint be read that may well be whole."""
+
+
+def _unread(error: OSError) -> type[CheckpointError]:
+    return RefusedError if refused(error) else CheckpointError
 
 
 def is_tag(path: Path) -> bool:
@@ -87,7 +95,7 @@ def _check_file(path: Path, name: str, wanted: Any) -> None:
             raise CheckpointError(f"{path}: {name} is a symbolic link; a checkpoint holds plain files")
         found = entry(file)
     except OSError as error:
-        raise CheckpointError(f"{path}: {name!r:.100} cannot be read: {reason(error)}") from error
+        raise _unread(error)(f"{path}: {name!r:.100} cannot be read: {reason(error)}") from error
     if not isinstance(wanted, dict) or found["bytes"] != wanted.get("bytes"):
         says = wanted.get("bytes") if isinstance(wanted, dict) else wanted
         raise CheckpointError(f"{path}: {name} has {found['bytes']} bytes; its manifest says {says!r:.100}")
@@ -106,6 +114,6 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         return read_object(path / name, _MAX_MANIFEST_BYTES, finite=False, follow=False)
     except OSError as error:
-        raise CheckpointError(f"{path}: {name} cannot be read: {reason(error)}") from error
+        raise _unread(error)(f"{path}: {name} cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {name} is damaged: {error}") from error

@@ -7,6 +7,7 @@
     read_json(path, most)     the JSON value that a file holds
     read_object(path, most)   the same, which must be an object
     reason(error)             what went wrong, for a message that names the file itself
+    refused(error)            whether the system refuses to read what may well be whole
     advice(error, remedy)     what to do about it: the remedy for a damaged file, or for what the system refuses
 
 All of them raise OSError for what the system says of the file, and ValueError for what is in it; nothing else.
@@ -115,10 +116,14 @@ def reason(error: Exception) -> str:
     return (said.splitlines() or [type(error).__name__])[0]
 
 
+def refused(error: Exception) -> bool:
+    """Whether the system refuses to read what may well be whole: no permission, no file descriptor, a lost mount."""
+    return isinstance(error, OSError) and error.errno in _REFUSED
+
+
 def advice(error: Exception, remedy: str) -> str:
     """`remedy`, which may cost the file; not where the system refuses to read what may well be whole."""
-    refused = isinstance(error, OSError) and error.errno in _REFUSED
-    return "mend that, and run the same command again" if refused else remedy
+    return "mend that, and run the same command again" if refused(error) else remedy
 
 
 def _children(value: Any) -> list[Any]:

@@ -151,8 +151,9 @@ def _of_records(path: Path) -> Iterator[Talk]:
 
 _ABOVE_0 = "use a value above 0.000001", lambda value: value > 1e-6  # below, scores leave fp32
 _FROM_1 = "use 1 or more", lambda value: value >= 1
+_TO_1000 = "use 1 to 1000", lambda value: 1 <= value <= 1000  # beams are searched at once
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_new_tokens": _FROM_1, "num_beams": _FROM_1, "no_repeat_ngram_size": _FROM_1, "batch_size": _FROM_1,
+    "max_new_tokens": _FROM_1, "num_beams": _TO_1000, "no_repeat_ngram_size": _FROM_1, "batch_size": _FROM_1,
     "temperature": _ABOVE_0, "top_k": _FROM_1,
     "top_p": ("use a value above 0 and at most 1", lambda value: 0 < value <= 1),
 }  # fmt: skip

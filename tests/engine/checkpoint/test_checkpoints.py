@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.data.test_store import no_descriptors_left
 from tests.engine.state.test_sharded_state import Alone
 from trunkline.engine.checkpoint.checkpoints import BACKEND, Checkpoints
 from trunkline.engine.checkpoint.manifest import MANIFEST, TRAINER, verify
@@ -99,6 +100,38 @@ def test_a_stray_file_is_named_and_ignored_and_goes_with_its_checkpoint(
     checkpoints.keep_last = 1
     checkpoints.save(snapshot(), {"step": 4}, probe_loss=0.5, in_background=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aside-step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_older_checkpoint_takes_the_place_of_one_that_cannot_be_read_now(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = save(tmp_path, 100, 200)
+    opened = os.open
+
+    def lost_mount(path: str | Path, *how: int) -> int:
+        if Path(path) == tmp_path / "step-00000200" / name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lost_mount)
+        with pytest.raises(
+            CheckpointError, match=r"step-00000200: .* cannot be read: Stale file handle: mend that, and"
+        ):
+            checkpoints.newest()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.state == {"step": 200}
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_empty(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 100)
+    with (
+        no_descriptors_left(),
+        pytest.raises(CheckpointError, match=r": cannot be read: Too many open files: mend that, and run the same"),
+    ):
+        checkpoints.newest()
 
 
 @pytest.mark.fault("a step folder that is a copy of another")

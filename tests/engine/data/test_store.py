@@ -5,6 +5,8 @@ import os
 import pickle
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -95,18 +97,26 @@ def test_a_store_without_rows_is_read_too(tmp_path: Path) -> None:
     assert (len(store["r"]), store["r"].lengths.tolist()) == (0, [])
 
 
-def test_what_the_system_refuses_is_no_reason_to_remove_the_data(store: Pictures) -> None:
-    """Here it has no file descriptors left, which holds for root too."""
-    store = Pictures.open(store.root)
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """The system opens no file then, which holds for root too."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     os.close(free := os.open(os.devnull, os.O_RDONLY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
-        for read in (lambda: store["ids"].rows(0, 1), lambda: Pictures.open(store.root)):
-            with pytest.raises(DataError, match=r"Too many open files.*: mend that, and run the same command again$"):
-                read()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_the_system_refuses_is_no_reason_to_remove_the_data(store: Pictures) -> None:
+    store = Pictures.open(store.root)
+    for read in (lambda: store["ids"].rows(0, 1), lambda: Pictures.open(store.root)):
+        with (
+            no_descriptors_left(),
+            pytest.raises(DataError, match=r"Too many open files.*: mend that, and run the same command again$"),
+        ):
+            read()
 
 
 @pytest.mark.parametrize("how", ["read", "map", "verify"])
