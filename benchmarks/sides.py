@@ -86,16 +86,16 @@ class Ours:
         self._batches: Iterator[list[Batch]] = trainer._micro_batches()
 
     def take_turn(self) -> None:
-        read: list[Batch] = []
+        units = 0
         for step in range(self._warm_up + self._steps):
             if step == self._warm_up:
-                read = []
+                units = 0
                 self._clock.begin()
             batches = next(self._batches)
-            read += batches  # before they are on a GPU
+            units += sum(self._count(batch) for batch in batches)  # before they are on a GPU
             assert self.trainer.stepper.make(batches) is not None
         self._clock.end()
-        self.side.units.append(sum(map(self._count, read)))
+        self.side.units.append(units)
 
 
 class Apart:

@@ -10,10 +10,10 @@ What differs from the protocol, and is put right here:
   and keep their dtype, as under FSDP.
 - The fp32 masters that it makes in bf16 and fp16 are copies of the rounded parameters, and ZeRO 0 decays them once
   more and counts a step that was none. They begin as the model was built, and the optimizer with nothing.
-- It has no masters of frozen parameters, so 16 bits round them, in checkpoints too: a note says so.
+- It has no fp32 masters of frozen parameters: 16 bits round them, in checkpoints too. A note says so.
 - Its engine's train() and eval() leave the engine's own `training` as it is, which a task may ask for.
 - On one rank in fp32 ZeRO would copy each parameter and gradient to share them with nobody: there every stage is 0.
-  The engine's own forward and backward would only measure themselves there. They are called if its report is wanted.
+  There the module and autograd are called directly, and DeepSpeed's engine only if it is to print times or profiles.
 - On one rank in 16 bits stages 1 and 2 do not gather gradients, which would copy each.
 - DeepSpeed's defaults that have moved between releases are always written out.
 """
@@ -53,8 +53,8 @@ from trunkline.engine.ranks.distributed import Ranks
 from trunkline.engine.state.sharded_state import Fragment, persistent_buffers
 
 
-def quiet(level: str) -> None:
-    """Leave DeepSpeed's lines of that level and above, without torch's remarks on the collectives that it calls."""
+def set_log_level(level: str) -> None:
+    """Show DeepSpeed's lines of that level and above, without torch's remarks on the collectives that it calls."""
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string(level)
@@ -115,7 +115,7 @@ class DeepSpeedBackend:
         from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
         section = config.deepspeed
-        quiet("info" if section.dump_state else "warning")
+        set_log_level("info" if section.dump_state else "warning")
         join(ranks.device)
         alone = deepspeed_section.shares_nothing(section, ranks.world_size)
         if alone:
@@ -140,8 +140,8 @@ class DeepSpeedBackend:
                 )
         except (ValueError, AssertionError, NotImplementedError) as error:
             raise ConfigError(f"deepspeed: DeepSpeed does not accept this section: {error}") from error
-        if section.reports and section.log_level is None:
-            quiet("info")  # only now: it narrates its start
+        if section.log_level is None:  # only now: it narrates its start
+            set_log_level("info" if section.reports else "warning")
         for module, name, buffer in buffers:
             if buffer is not None and module._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
                 module._buffers[name] = buffer.to(ranks.device)
@@ -302,16 +302,15 @@ class DeepSpeedBackend:
 
 
 def _notes_of_frozen(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """DeepSpeed has masters of what it trains, and of nothing else."""
+    """A note if frozen parameters of the model, as it was built, hold more than `dtype` keeps."""
     frozen = [each.detach() for each in model.parameters() if each.is_floating_point() and not each.requires_grad]
     rounded = sum(each.numel() for each in frozen if not torch.equal(each, each.to(dtype).to(each.dtype)))
-    if not rounded:
-        return []
     kind = str(dtype).removeprefix("torch.")
-    return [
-        f"note: DeepSpeed holds frozen parameters in {kind} alone: those of {rounded:,} elements are rounded, in "
-        "checkpoints too. --backend fsdp keeps them in fp32"
-    ]
+    note = (
+        f"note: DeepSpeed keeps frozen parameters in {kind}: {rounded:,} values lose precision, in checkpoints too. "
+        "--backend fsdp keeps them in fp32"
+    )
+    return [note] if rounded else []
 
 
 def _forget_zero3_modules(modules: set[nn.Module]) -> None:

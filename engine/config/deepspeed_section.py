@@ -240,11 +240,11 @@ def shares_nothing(section: DeepSpeedSection, world_size: int) -> bool:
 
 
 def gathers_gradients(section: DeepSpeedSection, world_size: int) -> bool:
-    """Whether gradients are copied into one buffer as they come, where it is not said: ZeRO 1 and 2 do it for the other
-    ranks, if there are any, and for what is offloaded."""
+    """What `contiguous_gradients` is where it is not given. At ZeRO 1 and 2 one rank gathers no gradients,
+    unless optimizer states are offloaded or the optimizer is DeepSpeed's own."""
     zero = section.zero_optimization
-    own = zero.offload_optimizer or section.optimizer.is_deepspeed_only
-    return world_size > 1 or zero.stage not in (1, 2) or bool(own)
+    needed = zero.offload_optimizer is not None or section.optimizer.is_deepspeed_only
+    return world_size > 1 or zero.stage not in (1, 2) or needed
 
 
 def bucket_size(num_parameters: int) -> int:

@@ -142,7 +142,8 @@ class Zero(Part):
     )
     stage3_allgather_sequential: bool | None = Field(None, description="gather parameters one after the other")
     contiguous_gradients: bool | None = Field(
-        None, description="copy gradients into one buffer as they come; not by default at stages 1 and 2 on one rank"
+        None,
+        description="copy gradients into one buffer as they come; by default not at stages 1 and 2 on one rank without offload",
     )
     enable_sanity_checks: bool | None = Field(None, description="check that ranks gather the same parameters")
     elastic_checkpoint: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None

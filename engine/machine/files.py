@@ -67,11 +67,12 @@ def copy_tree(source: Path, target: Path, left_out: Container[str] = ()) -> None
 
     The copies have the permissions of new files: what must not be written to may be copied, and the copy replaced.
     """
+    paths = [path for path in sorted(source.iterdir()) if path.name not in left_out]
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name not in left_out:
+    for path in paths:
+        if path.is_dir():
             copy_tree(path, target / path.name, left_out)
-        elif path.name not in left_out:
+        else:
             shutil.copyfile(path, target / path.name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.data.test_store import no_descriptors_left
 from trunkline.engine.checkpoint.digests import DIGESTS, check_digests, recorded, replace_files
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, save_tensors
@@ -108,6 +109,15 @@ def test_a_folder_of_another_program_passes_and_a_link_to_the_same_bytes_too(tmp
 def test_a_file_in_a_folders_place_is_left_to_whoever_reads_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("{}")
     check_digests(tmp_path / "file")
+
+
+def test_what_the_system_refuses_is_no_reason_to_remove_digests(tmp_path: Path) -> None:
+    put(tmp_path / "ours", OLD)
+    with (
+        no_descriptors_left(),
+        pytest.raises(CheckpointError, match=r"Too many open files\): mend that, and run the same"),
+    ):
+        recorded(tmp_path / "ours", "config.json")
 
 
 def test_equal_weights_are_equal_files(tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_what_asks_for_nothing_passes(keys: dict[str, Any]) -> None:
     section(**keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "reports"),
+    [
+        ({"comms_logger": {"enabled": True, "verbose": True}}, True),
+        ({"comms_logger": {"enabled": False, "verbose": True}}, False),
+        ({"steps_per_print": 10}, True),
+        ({"dump_state": True}, False),  # which is at the start
+        ({}, False),
+    ],
+)
+def test_whether_deepspeed_is_to_print_what_training_does(keys: dict[str, Any], reports: bool) -> None:
+    assert section(**keys).reports == reports
+
+
 def test_a_number_without_a_fraction_is_an_integer() -> None:
     zero = {"stage": 2.0, "reduce_bucket_size": 5e8, "allgather_bucket_size": 2e8}
     found = section(train_batch_size=1e1, zero_optimization=zero, fp16={"enabled": True, "loss_scale_window": 1e3})

@@ -33,3 +33,11 @@ def test_a_copy_of_what_must_not_be_written_to_may_be_written_to(tmp_path: Path)
     assert sorted(target.rglob("*")) == copies
     assert copies[1].read_text() == "text"
     assert [path.stat().st_mode for path in (target, *copies)] == [new[0], *new]
+
+
+def test_a_copy_into_the_folder_itself_ends(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    copy_tree(tmp_path, tmp_path / "copy")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "copy", "copy/file", "file"
+    ]  # fmt: skip

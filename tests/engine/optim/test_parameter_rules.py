@@ -363,7 +363,7 @@ def test_frozen_parameters_stay_as_they_are_or_it_is_said(tmp_path: Path, backen
     held = {name: tensor for name, tensor in trainer.backend.full_state() if name.startswith("blocks.")}
     changed = sum(tensor.numel() for name, tensor in held.items() if not torch.equal(tensor.float(), built[name]))
     assert changed == (144 if backend == "deepspeed" and bf16 else 0)  # not the norms, whose ones are as narrow
-    said = f"{changed} elements are rounded, in checkpoints too. --backend fsdp keeps them"
+    said = f"{changed} values lose precision, in checkpoints too. --backend fsdp keeps them"
     assert [said in note for note in trainer.assembly.notes] == [True] * bool(changed)
 
 
