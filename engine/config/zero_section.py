@@ -143,7 +143,7 @@ class Zero(Part):
     stage3_allgather_sequential: bool | None = Field(None, description="gather parameters one after the other")
     contiguous_gradients: bool | None = Field(
         None,
-        description="copy gradients into one buffer as they come; by default not at stages 1 and 2 on one rank without offload",
+        description="copy gradients into one buffer as they come; on one rank by default at stage 3 or with offload",
     )
     enable_sanity_checks: bool | None = Field(None, description="check that ranks gather the same parameters")
     elastic_checkpoint: Annotated[bool | None, idle(OWN_CHECKPOINTS, None, False)] = None
