@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class BestWeights:
     task: Task
     config: RunConfig
     progress: Progress
-    changed: str = ""
+    changed: str = field(init=False, default="")
 
     @property
     def best(self) -> Best:

@@ -114,20 +114,28 @@ class History:
 
     @property
     def measured_before(self) -> str:
-        """Which evaluations were measured otherwise than the last one, and in what; empty if none were."""
-        resume = self._alike[0]
-        return f"evaluations up to step {resume['step']:,} were measured {resume[MEASURED_BEFORE]}" if resume else ""
+        """From where on evaluations are measured as the last one, and how they were just before; empty if all are."""
+        if not (resume := self._alike[0]):
+            return ""
+        before = resume[MEASURED_BEFORE]
+        return f"after step {resume['step']:,} evaluations are measured in another way (just before: {before})"
 
     @cached_property
     def _alike(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The line of the last resume that changed how it is measured, if an evaluation followed, and all that did."""
+        """The line of the last resume between evaluations that changed how they are measured, and those after it."""
+        changed: dict[str, Any] = {}
         evaluations: list[dict[str, Any]] = []
-        for row in reversed(self.rows):
-            if row.get("split") == "val":
+        resumes: dict[int, dict[str, Any]] = {}  # since the last evaluation; of those at one step the last is in force
+        for row in self.rows:
+            if row.get("split") == RESUMED:
+                resumes[row["step"]] = row
+            elif row.get("split") == "val":
+                changes = [resume for resume in resumes.values() if MEASURED_BEFORE in resume]
+                if changes and evaluations:  # those of the run that a new folder resumes are not its own
+                    changed, evaluations = changes[-1], []
                 evaluations.append(row)
-            elif evaluations and row.get("split") == RESUMED and MEASURED_BEFORE in row:
-                return row, evaluations
-        return {}, evaluations
+                resumes = {}
+        return changed, evaluations
 
     @property
     def best_evaluation(self) -> dict[str, Any]:

@@ -66,8 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     if far := _far_out(store):
         named = ", ".join(f"{column} ({value:g})" for column, value in far[:10])
         print(
-            f"columns with a value more than {_FAR:,} times as large, or as far from the median, as usual: {named}"
-            f"{' ...' * (len(far) > 10)}: check that it is real, since all others count for little beside it"
+            f"columns in which a value lies more than {_FAR:,} times further from the median than most others do: "
+            f"{named}{' ...' * (len(far) > 10)}. If it is a code for a missing value, leave the cell empty: it spoils "
+            "the column's scale."
         )
     if uneven:
         named = ", ".join(f"{key} ({count})" for key, count in list(uneven.items())[:10])
@@ -85,9 +86,15 @@ _FAR = 1000
 
 
 def _far_out(store: Store) -> list[tuple[str, float]]:
-    """Columns of the training cases whose scale one value decides, such as a code for a missing one, and that value."""
+    """Columns of the training cases whose scale one value decides, such as a code for a missing one, and that value.
+
+    What is usual in a column is its median or its interquartile range. Where both are 0, as of a compressor that is
+    mostly off, it is the most that is usual in any column: that names 1e30, and neither a switch nor a rare flow, but
+    it misses a code such as -9999.
+    """
     found = store.statistics
     median, usual = found["median"], np.maximum(np.abs(found["median"]), found["iqr"])
+    usual = np.where(usual > 0, usual, usual.max())
     with np.errstate(invalid="ignore"):  # of columns without a value
         low, high = median - found["min"], found["max"] - median
     worst = np.where(low > high, found["min"], found["max"])

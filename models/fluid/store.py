@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from trunkline.engine.data.npy import Spec
 from trunkline.engine.data.store import INDEX, Array, ArrayStore
 from trunkline.engine.errors import DataError
-from trunkline.engine.machine.reading import open_regular
+from trunkline.engine.machine.reading import advice, open_regular, reason
 from trunkline.models.fluid.schema import Schema
 from trunkline.models.fluid.statistics import STATISTICS
 
@@ -74,7 +74,7 @@ class Store(ArrayStore):
             open_regular(path).close()
             statistics = load_file(path)
         except Exception as error:  # safetensors raises its own exception for a damaged file, OSError for a missing one
-            raise DataError(f"{path}: cannot be read ({error}): {self.remedy}") from error
+            raise DataError(f"{path}: cannot be read ({reason(error)}): {advice(error, self.remedy)}") from error
         for name in STATISTICS:
             array, count = statistics.get(name), self.schema.num_variables
             if array is None or array.dtype != np.float64 or array.shape != (count,):
@@ -166,7 +166,8 @@ def _read_schema(root: Path) -> Schema:
     try:
         return Schema.read(root)
     except DataError as error:
-        raise DataError(f"{error}: {Store._remedy(root)}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise DataError(f"{error}: {advice(cause, Store._remedy(root))}") from error
 
 
 def specs_of_version_1(digests: dict[str, str], minutes: int, schema: Schema) -> dict[str, Spec]:

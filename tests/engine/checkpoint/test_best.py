@@ -157,7 +157,8 @@ def test_a_best_that_was_measured_otherwise_is_not_compared(
         assert capsys.readouterr().out.count(f"were judged {judged}: the next evaluation is the first") == lines
         trainer.run()
         assert trainer.progress.best_step == read_history(run).best_step > 4
-    assert read_history(run).measured_before == f"evaluations up to step 4 were measured {judged}"
+    said = f"after step 4 evaluations are measured in another way (just before: {judged})"
+    assert read_history(run).measured_before == said
     assert (run / "aside-best-step-4").is_dir()
 
 

@@ -110,11 +110,38 @@ def test_the_best_is_of_the_evaluations_that_were_measured_as_the_last_one_was(t
     lines = comparison(named([run(tmp_path / "a"), run(tmp_path / "b", resumed=otherwise)])).splitlines()
     assert "| best step / last step | 2 / 4 | 3 / 4 |" in lines
     assert "| bleu | 30 / 20 | 25 / 20 |" in lines
-    assert f"- b: evaluations up to step 2 were measured {otherwise}: the best is one of the later ones" in lines
-    assert not any(line.startswith("- a: evaluations") for line in lines)
-    file = MetricsFile.open(tmp_path / "a/metrics.jsonl", 4)  # nothing is evaluated after this one
-    file.log(4, RESUMED, {}, {"from": "two", "to": "two", "measured_before": otherwise})
-    assert read_history(tmp_path / "a").best_step == 2
+    note = f"after step 2 evaluations are measured in another way (just before: {otherwise})"
+    assert f"- b: {note}: the best is one of the later ones" in lines
+    assert not any(line.startswith("- a: after") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "best_step", "said"),
+    [
+        ([(2, None), (4, "A"), (4, "-"), (6, None)], 2, None),  # ended before its next evaluation, and as before again
+        ([(2, None), (4, "A"), (4, "B"), (6, None)], 6, (4, "B")),
+        ([(2, None), (4, "A"), (4, None), (4, "-"), (6, None)], 4, (4, "A")),
+        ([(2, None), (4, "A"), (5, "-"), (6, None)], 6, (4, "A")),
+        ([(2, None), (4, "A"), (6, None), (8, "B"), (10, None)], 10, (8, "B")),
+        ([(4, "A"), (6, None), (8, None)], 6, None),  # those that were measured otherwise are of another run
+        ([(2, None), (4, None), (4, "A")], 2, None),  # nothing is evaluated after it
+    ],
+)
+def test_a_resume_counts_if_evaluations_before_and_after_it_differ(
+    tmp_path: Path, lines: list[tuple[int, str | None]], best_step: int, said: tuple[int, str] | None
+) -> None:
+    """Of each line its step, and of a resume what it says of the evaluations before; "-" is nothing. Losses grow."""
+    for step, before in lines:
+        file = MetricsFile.open(tmp_path / "metrics.jsonl", step)
+        if before is None:
+            file.log(step, "val", {"loss": float(step)})
+        else:
+            otherwise = {} if before == "-" else {"measured_before": before}
+            file.log(step, RESUMED, {}, {"from": "two", "to": "two", **otherwise})
+        file.close()
+    history = read_history(tmp_path)
+    after = "after step {} evaluations are measured in another way (just before: {})"
+    assert (history.best_step, history.measured_before) == (best_step, after.format(*said) if said else "")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -228,15 +229,32 @@ def test_cases_whose_boundary_has_another_number_of_rows_are_named(
 def test_columns_whose_scale_one_value_decides_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from trunkline.launchers.prepare import main
 
+    def once(value: str, others: str | None = None) -> Callable[[list[str]], list[str]]:
+        """The last column has a value in one minute, and in the others 0 or what it had."""
+
+        def edit(text: list[str]) -> list[str]:
+            head = [line.rpartition(",")[0] for line in text]
+            tail = [line.rpartition(",")[2] if others is None else others for line in text]
+            return [text[0], *(f"{a},{value if k == 9 else b}" for k, (a, b) in enumerate(zip(head, tail)) if k)]
+
+        return edit
+
     source = write_source(tmp_path / "source", train=4, test=1)
     command = ["fluid", "--source", str(source), "--out", str(tmp_path / "store"), "--val-fraction", "0"]
+    off = {file: once("0", "0") for file in ("C", "P", "R")}
+    rare = {"P": once("1", "0"), "R": once("50000", "0")}  # a switch and a flow
+    for number, edits in enumerate((rare, {}, {}, {}), start=1):
+        write_case(source / f"train/case_{number:04d}", number, off | edits)
     assert main(command) == 0
-    assert "as usual" not in capsys.readouterr().out
-    missing = {"N": lambda text: [*text[:9], f"{text[9].rpartition(',')[0]},-1e30", *text[10:]]}
-    write_case(source / "train/case_0002", 2, missing)
+    assert "from the median" not in capsys.readouterr().out
+    write_case(source / "train/case_0002", 2, off | {"N": once("-1e30"), "C": once("-1e30", "0")})
     for _ in range(2):  # again where all is done already
         assert main(command) == 0
-        assert "as far from the median, as usual: N_001_t (-1e+30): check" in capsys.readouterr().out
+        assert (
+            "columns in which a value lies more than 1,000 times further from the median than most others do: "
+            "C_001_pwr (-1e+30), N_001_t (-1e+30). If it is a code for a missing value, leave the cell empty: "
+            "it spoils the column's scale.\n"
+        ) in capsys.readouterr().out
 
 
 def test_with_no_good_case_there_is_no_store(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.engine.data.test_store import no_descriptors_left
 from trunkline.engine.data.npy import Spec
 from trunkline.engine.data.store import MAX_OPEN_MAPS, fingerprint
 from trunkline.engine.errors import DataError
@@ -91,6 +93,16 @@ def test_a_pickled_store_is_the_same_store(root: Path) -> None:
     copy = pickle.loads(pickle.dumps(store))
     assert copy.fingerprint == store.fingerprint
     np.testing.assert_array_equal(copy.state_rows("val", "v", 0, 5), case(3)[1][:5])
+
+
+@pytest.mark.parametrize("name", ["schema", "statistics"])
+def test_what_the_system_refuses_is_no_reason_to_remove_the_data(root: Path, name: str) -> None:
+    store = pickle.loads(pickle.dumps(Store.open(root)))  # as a process that reads data has it: nothing is read yet
+    with no_descriptors_left(), pytest.raises(DataError) as caught:
+        getattr(store, name)
+    path, said = next(root.glob(f"{name}.*")), str(caught.value)
+    remedy = "mend that, and run the same command again"
+    assert re.fullmatch(rf"{path}: cannot be read[a-z :(]+Too many open files\)?: {remedy}", said)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (5, 4), (0, MINUTES + 1)])
