@@ -54,7 +54,7 @@ def test_a_key_mask_without_a_causal_block_and_rows_of_8_modulo_16_values_and_th
     assert done.stdout.count(" registers, ") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_tile_in_every_use_fits_its_architecture(architecture, dtype):

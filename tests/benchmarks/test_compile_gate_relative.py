@@ -19,7 +19,7 @@ pytest.importorskip("triton")
     [
         (["--only", "bf16 D=64 "], 2 * 3),
         pytest.param([], 2 * 3 * 2 * len(HEAD_DIMS), marks=pytest.mark.slow),
-        pytest.param(["--every"], 2 * 3 * 3 * len(HEAD_DIMS) * 8, marks=pytest.mark.slow),
+        pytest.param(["--every"], 2 * 3 * 3 * len(HEAD_DIMS) * 8, marks=pytest.mark.hours),
     ],
 )
 def test_tiles_compile_within_their_limits(arguments: list[str], count: int) -> None:
