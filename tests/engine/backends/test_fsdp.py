@@ -359,7 +359,9 @@ def sometimes_on_a_rank(rank: int, world_size: int, folder: Path) -> list[list[f
 
 
 @pytest.mark.distributed
-def test_in_16_bits_parameters_and_blocks_may_be_unused_or_used_by_some_micro_batches_at_every_stage(tmp_path: Path) -> None:
+def test_in_16_bits_parameters_and_blocks_may_be_used_by_some_micro_batches_or_none_at_every_stage(
+    tmp_path: Path,
+) -> None:
     found = run_distributed_test(sometimes_on_a_rank, 2, tmp_path, backend=None)[0]
     config = configuration(tmp_path)
     Trainer(SometimesTask(config.data, config.model), config, start(), tmp_path / "fp32", backend="fsdp").run()
