@@ -97,7 +97,7 @@ class Assembly:
             digests = tensor_digests(model)
             self._begin("comparing the initial parameters")  # which waits for the others
             agree(digests, last=True)
-        self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes)
+        self.plan = make_plan(self.task, self.config, self.ranks.world_size, model, sizes, backend=self.backend_name)
         model = apply_options(model, self.config.training)
         self._begin("preparing the backend")
         self.backend = prepare_backend(self.backend_name, model, self.config, sizes, self.ranks, self.total_steps, kept)

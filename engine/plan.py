@@ -32,8 +32,8 @@ from trunkline.engine.task import Task
 
 _FEW_STEPS = 100
 """A run of fewer is told so."""
-_MOST_TIMES = 1000
-"""Of a global batch: how many times the samples it may be. All but these would be fillers, in memory and computed."""
+_MAX_BATCH_PER_SAMPLES = 1000
+"""A global batch may be at most so many times the training samples; the rest of it would be fillers."""
 
 
 def make_plan(
@@ -43,12 +43,14 @@ def make_plan(
     model: nn.Module | MissingDataError,
     sizes: BatchSizes | None = None,
     samples: int | None = None,
+    backend: str = "deepspeed",
 ) -> dict[str, Any]:
     """The plan of a run of `model` on `world_size` ranks, ready for JSON. Sizes are in bytes, a rank.
 
     `config` is ready (readiness.py). Batch sizes are the configured ones unless given. Activations are those that
     autograd keeps for one micro-batch, counted by running the loss on fake tensors, which have shapes but no memory;
-    null where the model cannot run so. In 16 bits they are those on a GPU, whether or not there is one here.
+    null where the model cannot run so. In 16 bits RMS norms are counted as a GPU keeps them, on a machine without one
+    too.
 
     Where there are no data, figures that depend on them are null, and "unknown" says why. `samples` stands in for the
     number of training samples, and an error for a model that cannot be built without data.
@@ -58,7 +60,7 @@ def make_plan(
     unknown: dict[str, str] = {}
     course, notes = _course(task, config, world_size, sizes, samples, unknown)
     weights = _weights(task, config, world_size, sizes, model, unknown)
-    decided, origins = _decided(config, sizes, weights["parameters"])
+    decided, origins = _decided(config, sizes, weights["parameters"], backend)
     return {
         "workload": config.workload,
         "world_size": world_size,
@@ -176,7 +178,9 @@ def _endless_warmup(ramp: int, steps: int) -> list[str]:
     ]
 
 
-def _decided(config: RunConfig, sizes: BatchSizes, parameters: int | None) -> tuple[dict[str, Any], dict[str, str]]:
+def _decided(
+    config: RunConfig, sizes: BatchSizes, parameters: int | None, backend: str
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration of record with what ranks and model decide in place of "auto", and the origins of its keys."""
     shown, origins = config.as_dict(), dict(config.origins)
     section = shown["deepspeed"]
@@ -187,6 +191,8 @@ def _decided(config: RunConfig, sizes: BatchSizes, parameters: int | None) -> tu
     }
     for key in [key for key in ranks if section[key] == "auto"]:
         section[key], origins[f"deepspeed.{key}"] = ranks[key], "auto"
+    if backend != "deepspeed":  # FSDP has no such buffers
+        return shown, origins
     left = {"reduce_bucket_size": size, "allgather_bucket_size": size, "overlap_comm": zero["stage"] == 3}
     left["contiguous_gradients"] = gathers_gradients(config.deepspeed, sizes.world_size)
     zero |= {key: left[key] for key in left if origins.get(f"deepspeed.zero_optimization.{key}") == "auto"}
@@ -214,20 +220,35 @@ def planned_batches(
 ) -> GlobalBatches:
     """The global batches of a run on `world_size` ranks. Batch sizes are the configured ones unless given.
 
-    `samples` stands in for the training samples, of which then nothing is read. Raises ConfigError, also where samples
-    are to be grouped by length and do not say theirs.
+    `samples` stands in for the training samples, of which then nothing is read. Raises ConfigError, also where there
+    are hardly any beside the size of a batch, or where they are to be grouped by length and do not say theirs.
     """
     size = (sizes or sizes_of(task, config, world_size)).global_batch_size
-    if samples is not None:
-        return GlobalBatches(samples, size, config.training.seed)
-    dataset, key = task.dataset("train"), "training.group_by_length"
-    lengths = lengths_of(dataset) if config.training.group_by_length else None
-    if config.training.group_by_length and lengths is None:
+    lengths = None
+    if samples is None:
+        dataset, key = task.dataset("train"), "training.group_by_length"
+        samples = len(dataset)
+        lengths = lengths_of(dataset) if config.training.group_by_length else None
+        if config.training.group_by_length and lengths is None:
+            raise ConfigError(
+                f"{key}: the samples of {config.workload} do not differ in length (no "
+                f"{type(dataset).__name__}.lengths): set it to false"
+            )
+    if samples and size > _MAX_BATCH_PER_SAMPLES * samples:
         raise ConfigError(
-            f"{key}: the samples of {config.workload} do not differ in length (no "
-            f"{type(dataset).__name__}.lengths): set it to false"
+            f"deepspeed.train_batch_size: {size} samples, where the training split has {samples}; at most "
+            f"{_MAX_BATCH_PER_SAMPLES:,} times as many are taken: use {_fewer(task, config, world_size, samples)}"
         )
-    return GlobalBatches(len(dataset), size, config.training.seed, lengths)
+    return GlobalBatches(samples, size, config.training.seed, lengths)
+
+
+def _fewer(task: Task, config: RunConfig, world_size: int, samples: int) -> str:
+    """A global batch of about as many samples as there are that the ranks can share, if one is small enough."""
+    section = config.deepspeed
+    micro, steps = section.train_micro_batch_size_per_gpu, section.gradient_accumulation_steps
+    least = world_size * (task.micro_batch_multiple if micro == "auto" else micro) * (1 if steps == "auto" else steps)
+    size = max(samples // least, 1) * least
+    return str(size) if size <= _MAX_BATCH_PER_SAMPLES * samples else "less, in fewer or smaller micro-batches"
 
 
 @overload
@@ -237,15 +258,10 @@ def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
 def total_steps(config: RunConfig, batches: GlobalBatches | None) -> int | None:
     """The number of optimizer steps of a run; None where only samples that are not known decide it.
 
-    Raises ConfigError if there are no samples, or hardly any beside the size of a batch.
+    Raises ConfigError if there are no samples.
     """
     if batches is not None and not batches.num_samples:
         raise ConfigError("data: the training split has no samples")
-    if batches is not None and batches.global_batch_size > _MOST_TIMES * batches.num_samples:
-        raise ConfigError(
-            f"deepspeed.train_batch_size: {batches.global_batch_size} is more than {_MOST_TIMES:,} times as many "
-            f"samples as there are: use {batches.num_samples}, which are all, or less"
-        )
     settings = config.training
     if settings.steps is not None or batches is None:
         return settings.steps

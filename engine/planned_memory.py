@@ -16,6 +16,7 @@ from trunkline.engine.config import deepspeed_section
 from trunkline.engine.config.deepspeed_section import parameter_dtype
 from trunkline.engine.config.run_config import RunConfig
 from trunkline.engine.errors import MissingDataError
+from trunkline.engine.memory.shortage import is_out_of_memory
 from trunkline.engine.optim.optimizers import build_optimizer
 from trunkline.engine.task import Task
 
@@ -84,7 +85,9 @@ def activation_bytes(
         sample = task.largest_sample()
     try:
         batch = task.collate([sample] * micro_batch_size)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     batch["valid"] = torch.ones(micro_batch_size, dtype=torch.bool)
     batch["draw"] = torch.zeros(micro_batch_size, dtype=torch.int64)

@@ -42,4 +42,4 @@ def preview(task: Task, config: RunConfig, world_size: int, backend: str, sample
         model = freeze(task.build_model(), config)
     except MissingDataError as error:
         model = error
-    return make_plan(task, config, world_size, model, samples=samples)
+    return make_plan(task, config, world_size, model, samples=samples, backend=backend)

@@ -66,6 +66,10 @@ class FSDPBackend:
         self._shards = mesh["shard"]
         self._replicas = mesh["replica"] if mesh.ndim == 2 else None
         self._units = _shard(model, section, mesh, config.source)
+        if self._stage < 2:  # where gradients wait, FSDP asks for those of a block that no forward has gathered, too
+            for unit in self._units:
+                unit.unshard()
+                unit.reshard()
         self.model = self.module = model if self._units else model.to(ranks.device)
         # the shards, kept because the modules themselves hold gathered copies at times
         self._parameters = list(model.named_parameters())

@@ -240,6 +240,8 @@ def test_auto_is_decided_shown_by_the_plan_and_written_into_the_record(tmp_path:
 
     folder = tmp_path / "run"
     Trainer(task, config, start(), folder, backend="fsdp").run()
+    planned = json.loads((folder / "plan.json").read_text())["config"]["deepspeed"]
+    assert planned["zero_optimization"] == {"stage": 1}  # FSDP has no buffers to decide on
     recorded = json.loads((folder / "config.json").read_text())["deepspeed"]
     assert recorded["scheduler"]["params"] == {"total_num_steps": 12, "warmup_max_lr": 0.01, "warmup_num_steps": 1}
     assert recorded["optimizer"]["params"] == {"lr": 0.01, "betas": [0.9, 0.999]}

@@ -11,7 +11,8 @@ import torch
 
 from tests.engine.tiny import TinyTask, tiny_config
 from trunkline.engine.config.run_config import load_config
-from trunkline.engine.plan import make_plan
+from trunkline.engine.errors import ConfigError
+from trunkline.engine.plan import make_plan, planned_batches
 from trunkline.engine.plan_text import render_summary
 from trunkline.launchers import train
 from trunkline.models.registry import config_sections, weights_task
@@ -155,3 +156,33 @@ def test_a_run_of_few_steps_is_told_how_to_be_longer(tmp_path: Path) -> None:
     ]
     assert notes(218, 64, steps=99, epochs=None)[0].endswith("To train for longer, raise training.steps to 100 or more")
     assert notes(218, 64, steps=100, epochs=None) == notes(218, 8, epochs=4, steps=None) == []
+
+
+class InGroups(TinyTask):
+    micro_batch_multiple = 4
+
+
+@pytest.mark.parametrize(
+    ("task_class", "sizes", "way_out"),
+    [
+        (TinyTask, {}, "40"),
+        (InGroups, {}, "40"),
+        (TinyTask, {"gradient_accumulation_steps": 8}, "32"),
+        (InGroups, {"gradient_accumulation_steps": 4}, "32"),
+        (TinyTask, {"train_micro_batch_size_per_gpu": 64}, "128"),
+        (TinyTask, {"train_micro_batch_size_per_gpu": 64_000}, "less, in fewer or smaller micro-batches"),
+    ],
+)
+def test_the_way_out_of_a_global_batch_of_fillers_is_one(
+    tmp_path: Path, task_class: type[TinyTask], sizes: dict[str, int | str], way_out: str
+) -> None:
+    sizes = {"train_micro_batch_size_per_gpu": "auto"} | sizes
+    config = tiny_config(tmp_path, deepspeed=sizes | {"train_batch_size": 128_000})
+    task = task_class(config.data, config.model)
+    with pytest.raises(ConfigError) as refused:
+        planned_batches(task, config, 2, samples=41)
+    said = "deepspeed.train_batch_size: 128000 samples, where the training split has 41; at most 1,000 times as many "
+    assert str(refused.value) == f"{said}are taken: use {way_out}"
+    if way_out.isdigit():
+        config = tiny_config(tmp_path, deepspeed=sizes | {"train_batch_size": int(way_out)})
+        assert planned_batches(task, config, 2, samples=41).global_batch_size == int(way_out)

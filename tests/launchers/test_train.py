@@ -255,7 +255,7 @@ BAD_TRAINING = {
     "a global batch of fillers": (
         with_flags("--set", "deepspeed.train_batch_size=99999999999",
                    "--set", "deepspeed.train_micro_batch_size_per_gpu=auto"),
-        "error: --set: deepspeed.train_batch_size: 99999999999 is more than 1,000 times as many samples"),
+        "error: --set: deepspeed.train_batch_size: 99999999999 samples, where the training split has "),
     "a DeepSpeed file that is not there": (with_flags("--deepspeed", "{tmp}/ds.json"), "ds.json: cannot be read"),
     "apex that is not installed": (with_flags("--set", "deepspeed.optimizer.type=apex.FusedAdam"), "NVIDIA's apex"),
     "a tracker that is not installed": (with_flags("--set", 'training.trackers=["wandb"]'), r"trunkline\[wandb\]"),

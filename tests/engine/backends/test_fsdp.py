@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed_test
 from tests.engine.test_trainer import lines, losses, reference_losses
-from tests.engine.tiny import Net, TinyTask, tiny_config
+from tests.engine.tiny import Block, Net, TinyTask, tiny_config
 from tests.models.fluid.toy_network import write_toy_store
 from trunkline.engine.backends.fsdp import FSDPBackend
 from trunkline.engine.checkpoint.weights import load_weights
@@ -323,15 +324,23 @@ def test_bf16_trains_with_fp32_master_weights(tmp_path: Path) -> None:
 
 
 class Sometimes(Net):
-    """One layer is never used, another in some micro-batches."""
+    """A layer and a block are never used, and a layer in some micro-batches of a rank, a block in every second."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.unused, self.sometimes = nn.Linear(3, 3), nn.Linear(self.leave.in_features, 1)
+        hidden = self.leave.in_features
+        self.unused, self.sometimes, self.calls = nn.Linear(3, 3), nn.Linear(hidden, 1), 0
+        self.unused_block, self.sometimes_block = Block(hidden, 0.0), Block(hidden, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y + self.sometimes(self.enter(x.to(self.enter.weight.dtype))).float() if x.sum() > 0 else y
+        y, hidden = super().forward(x), self.enter(x.to(self.enter.weight.dtype))
+        if x.sum() > 0:  # where the forward of a plan, on fake tensors, ends before it is counted
+            y = y + self.sometimes(hidden).float()
+        if self.training:  # the micro-batches of two ranks are, one after the other, those of one
+            self.calls += dist.get_world_size() if dist.is_initialized() else 1
+            if (self.calls + 1) // 2 % 2 == 0:
+                y = y + self.leave(self.sometimes_block(hidden)).float()
+        return y
 
 
 class SometimesTask(TinyTask):
@@ -350,7 +359,9 @@ def sometimes_on_a_rank(rank: int, world_size: int, folder: Path) -> list[list[f
 
 
 @pytest.mark.distributed
-def test_in_16_bits_parameters_may_be_unused_or_used_by_some_micro_batches_at_every_stage(tmp_path: Path) -> None:
+def test_in_16_bits_parameters_and_blocks_may_be_used_by_some_micro_batches_or_none_at_every_stage(
+    tmp_path: Path,
+) -> None:
     found = run_distributed_test(sometimes_on_a_rank, 2, tmp_path, backend=None)[0]
     config = configuration(tmp_path)
     Trainer(SometimesTask(config.data, config.model), config, start(), tmp_path / "fp32", backend="fsdp").run()
