@@ -118,7 +118,7 @@ ENGINE = (
         "state",
         "optim",
     ),
-    *("backends", "evaluation", "planned_memory", "plan", "plan_text", "checkpoint", "memory", "readiness", "preview"),
+    *("backends", "evaluation", "plan_text", "memory", "planned_memory", "plan", "checkpoint", "readiness", "preview"),
     *("assembly",),
     *("run", "room", "step", "validation", "trainer", "trials"),
 )
