@@ -241,7 +241,7 @@ def test_columns_whose_scale_one_value_decides_are_named(tmp_path: Path, capsys:
 
     source = write_source(tmp_path / "source", train=4, test=1)
     command = ["fluid", "--source", str(source), "--out", str(tmp_path / "store"), "--val-fraction", "0"]
-    off = {file: once("0", "0") for file in ("C", "P", "R")}
+    off = {file: once("0", "0") for file in ("C", "P", "R")} | {"B": once("", "")}  # the last one has no value at all
     rare = {"P": once("1", "0"), "R": once("50000", "0")}  # a switch and a flow
     for number, edits in enumerate((rare, {}, {}, {}), start=1):
         write_case(source / f"train/case_{number:04d}", number, off | edits)
