@@ -20,7 +20,7 @@ from trunkline.models.fluid.ridge import Features, NormalEquations, RidgeAutoreg
 from trunkline.models.fluid.rollout import Forecaster, rollout, starts, take_windows
 from trunkline.models.fluid.store import Store
 
-PENALTIES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # below, rounding decides what a rollout of a day does
 DEFAULT_PENALTY = 1e-6
 HOUR, DAY = 60, 1440
 _VALUES_AT_ONCE = 32 << 20  # of a batch of states
