@@ -32,7 +32,7 @@ from trunkline.engine.checkpoint.manifest import (
 from trunkline.engine.errors import CheckpointError
 from trunkline.engine.machine.files import entry, note_written, sync, unused
 from trunkline.engine.machine.log import LOG
-from trunkline.engine.machine.reading import reason
+from trunkline.engine.machine.reading import AGAIN, reason
 from trunkline.engine.ranks.distributed import Ranks, from_main, gather, on_main, with_own_group
 from trunkline.engine.state.sharded_files import Digests, add_digests, file_names
 from trunkline.engine.state.sharded_state import Snapshot
@@ -138,7 +138,7 @@ class Checkpoints:
                         problems.append(str(error))
                         LOG.warning(f"{error}; trying the one before it")
             except RefusedError as error:
-                return f"{error}: mend that, and run the same command again"
+                return f"{error}: {AGAIN}"
             if not problems:
                 return None
             return "no checkpoint can be loaded:\n" + "\n".join(problems) + "\nstart afresh in another --output-dir"

@@ -33,6 +33,7 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }  # fmt: skip
+AGAIN = "mend that, and run the same command again"
 _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
@@ -123,7 +124,7 @@ def refused(error: Exception) -> bool:
 
 def advice(error: Exception, remedy: str) -> str:
     """`remedy`, which may cost the file; not where the system refuses to read what may well be whole."""
-    return "mend that, and run the same command again" if refused(error) else remedy
+    return AGAIN if refused(error) else remedy
 
 
 def _children(value: Any) -> list[Any]:
